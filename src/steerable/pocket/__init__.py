@@ -1,0 +1,1 @@
+"""The bundled reasoning model: its task families, its language, its recipe and its weights."""
