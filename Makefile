@@ -1,0 +1,57 @@
+# make run   set up, then the whole main job on the bundled model, into runs/pocket
+# make test  set up, then lint, types and all tests
+.PHONY: run test lint format clean help
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.steerable-ready
+OUT ?= runs/pocket
+WORKERS ?= 2
+CHECKED := src tests $(wildcard benchmarks)
+
+help:
+	@sed -n '/^# make/s/^# //p' $(firstword $(MAKEFILE_LIST))
+
+run: $(READY)
+	$(BIN)/steerable run --model pocket --out $(OUT)
+	@echo "The report is $(abspath $(OUT))/report.html"
+
+test: lint
+	@# One thread a test process: two processes with two threads each are far slower on two cores.
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+# Every candidate is really started: a name on the PATH may be a version manager's stub for nothing.
+# torch goes first and alone, so that resolving the rest cannot replace it.
+$(READY): pyproject.toml constraints.txt
+	@set -e; \
+	if ! $(BIN)/python -c '' 2>/dev/null; then \
+	  python=; \
+	  for candidate in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      python=$$candidate; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "steerable needs Python >= 3.11 and found none; install it, or run: make PYTHON=/path/to/python3 ..." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up $(VENV) with $$($$python --version)"; \
+	  $$python -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "Python's venv module does not work; install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
