@@ -1,0 +1,268 @@
+"""The wording of the bundled model's chains, and the exact annotator that knows it.
+
+Every sentence of a training chain is one template of one behaviour with its slots filled. A template is known by
+its *shape*: its text with every number replaced by ``#`` and every lone letter by ``@``. No two behaviours share a
+shape or an opening, so a sentence tells its behaviour without a judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+LABELS = (
+    "initializing",
+    "deduction",
+    "adding-knowledge",
+    "example-testing",
+    "uncertainty-estimation",
+    "backtracking",
+)
+
+#: The four behaviours that steering is judged on.
+STEERABLE = LABELS[2:]
+
+# Slots: {p} * {q} = {n} and {s} + {t} = {u} are true facts; {a} and {b} are numbers of the task.
+BEHAVIOURS: dict[str, tuple[str, ...]] = {
+    "adding-knowledge": (
+        "I remember that {p} * {q} = {n}.",
+        "I know that {p} * {q} = {n}.",
+        "Recall that {p} * {q} = {n}.",
+        "Recall that {n} / {p} = {q}.",
+        "It is known that {n} / {p} = {q}.",
+        "By the times table, {p} * {q} = {n}.",
+        "From school I know that {s} + {t} = {u}.",
+        "I remember that {s} + {t} = {u}.",
+        "Recall that {u} - {s} = {t}.",
+        "It is known that multiplying grows numbers fast.",
+        "As a rule, even numbers can be halved.",
+        "As a rule, a product does not care about order.",
+        "From school I know that dividing undoes multiplying.",
+        "I remember that subtracting undoes adding.",
+        "I know that {n} is a multiple of {p}.",
+        "Recall that {n} is a multiple of {q}.",
+        "A known fact is that {n} splits into {p} and {q}.",
+        "A known fact is that one changes nothing in a product.",
+        "By definition a factor divides without a rest.",
+        "By definition a prime has only two divisors.",
+    ),
+    "example-testing": (
+        "For example, {p} * {q} = {n}.",
+        "For example, {s} + {t} = {u}.",
+        "For instance, {u} - {s} = {t}.",
+        "For instance, {n} / {p} = {q}.",
+        "Let me test it with {a}.",
+        "Let me test it with {a} and {b}.",
+        "Let me check a case: {p} * {q} = {n}.",
+        "Let me check a case: {s} + {t} = {u}.",
+        "Test case: {u} - {s} = {t}.",
+        "Test case: {n} / {p} = {q}.",
+        "Checking with {s} and {t} I get {u}.",
+        "Checking with {p} and {q} I get {n}.",
+        "To see it, take {a} first.",
+        "To see it, take {s} and {t}, which make {u}.",
+        "As an example, take {p} times {q}, which is {n}.",
+        "As an example, look at {a} next to {b}.",
+        "Testing {a} in this place looks fine.",
+        "Testing {a} against {b} is quick.",
+        "A small trial: {s} + {t} = {u}.",
+        "A small trial: {p} * {q} = {n}.",
+    ),
+    "uncertainty-estimation": (
+        "Hmm, I am not sure about this.",
+        "Hmm, {a} looks strange here.",
+        "I am not certain that {a} helps.",
+        "I am not certain about the last step.",
+        "Maybe this is wrong.",
+        "Maybe {a} is the problem.",
+        "Perhaps I missed something.",
+        "Perhaps {a} and {b} do not fit together.",
+        "I doubt that this leads anywhere.",
+        "I doubt that {a} is right.",
+        "It is hard to say if {a} belongs here.",
+        "It is hard to say what comes next.",
+        "I could be mistaken about {a}.",
+        "I could be mistaken here.",
+        "I wonder if this can be right.",
+        "I wonder if {a} matters.",
+        "This feels shaky to me.",
+        "This feels like a guess.",
+        "Is {a} really correct?",
+        "Is this really the way?",
+    ),
+    "backtracking": (
+        "Wait, that does not lead anywhere.",
+        "Wait, let me go back.",
+        "Wait, {a} was a bad choice.",
+        "No, back to the start.",
+        "No, forget about {a}.",
+        "Scrap that idea.",
+        "Scrap the part with {a}.",
+        "Let me go back and try something else.",
+        "Let me go back to {a} and {b}.",
+        "Let me start over with {a}.",
+        "Let me start over from a new angle.",
+        "On second thought, I will change my approach.",
+        "On second thought, not {a}.",
+        "Actually, another way is better.",
+        "Actually, I should leave {a} alone.",
+        "I will drop this and take another route.",
+        "I will drop {a} for now.",
+        "That was a dead end.",
+        "Instead, let me turn to {b}.",
+        "Instead, let me try a different path.",
+    ),
+}
+
+# Sentences of the solver itself; every slot is filled by the solver.
+INITIALIZING = {
+    "countdown": (
+        "Okay, the numbers are {numbers} and the target is {target}.",
+        "Okay, I need to make {target} out of {numbers}.",
+        "The task is to reach {target} with {numbers}.",
+        "We are given {numbers} and want {target}.",
+    ),
+    "simple_equations": (
+        "Okay, the equation is {equation}.",
+        "Okay, I need to find {x} in {equation}.",
+        "The task is to solve {equation} for {x}.",
+        "We are given {equation} and want {x}.",
+    ),
+    "gcd": (
+        "Okay, the numbers are {a} and {b}.",
+        "Okay, I need the largest number that divides {a} and {b}.",
+        "The task is to find the greatest common divisor of {a} and {b}.",
+        "We are given {a} and {b} and want what they share.",
+    ),
+    "prime_factorization": (
+        "Okay, the number is {n}.",
+        "Okay, I need to split {n} into primes.",
+        "The task is to write {n} as a product of primes.",
+        "We are given {n} and want its prime factors.",
+    ),
+}
+INITIALIZING_MORE = {
+    "countdown": (
+        "Each number is used once.",
+        "All of the numbers must be used.",
+        "The goal is a single expression.",
+    ),
+    "simple_equations": (
+        "The goal is a single value.",
+        "The unknown is a whole number.",
+        "First I will bring it into a simple form.",
+    ),
+    "gcd": (
+        "The goal is the greatest of the common divisors.",
+        "First I will look for shared factors.",
+        "The goal is one number.",
+    ),
+    "prime_factorization": (
+        "First I will look for small factors.",
+        "The goal is a list of primes.",
+        "Each factor has to be prime.",
+    ),
+}
+DEDUCTION = {
+    "step": ("{l} {o} {r} = {v}.", "So {l} {o} {r} = {v}.", "Then {l} {o} {r} = {v}.", "Next, {l} {o} {r} = {v}."),
+    "start": (
+        "Try {l} {o} {r} = {v}.",
+        "Start with {l} {o} {r} = {v}.",
+        "Take {l} {o} {r} = {v}.",
+        "{l} {o} {r} = {v}.",
+    ),
+    "hit": ("That is {v}, as wanted.", "{v} is the target.", "This reaches {v}."),
+    "miss": ("{v} is not {target}.", "That is {v}, not {target}.", "{v} misses {target}."),
+    "low": ("{v} is less than {target}.", "That is too small.", "{v} is too low."),
+    "high": ("{v} is more than {target}.", "That is too big.", "{v} is too high."),
+    "guess": ("Try {x} = {v}.", "Suppose {x} = {v}.", "Set {x} = {v}."),
+    "must": ("So {m} times {x} is {d}.", "Then {m} times {x} must be {d}."),
+    "equal": ("So {x} = {v}.", "Then {x} = {v}.", "Therefore {x} = {v}."),
+    "not_divisor": ("{n} / {p} is not whole.", "{p} does not divide {n}.", "So {p} is no factor of {n}."),
+    "try_divisor": ("Try {p}.", "Next, {p}.", "Take {p}."),
+    "is_prime": ("{n} is prime.", "So {n} is prime.", "Then {n} cannot be split."),
+    "shared": ("So {p} is shared.", "Both can be divided by {p}.", "Then {p} is a common factor."),
+    "rest": ("What is left is {a} and {b}.", "So {a} and {b} remain.", "Now {a} and {b} are left."),
+    "none_left": ("Nothing more is shared by {a} and {b}.", "So {a} and {b} share nothing else."),
+    "answer": ("The answer is {answer}.", "So the answer is {answer}.", "Therefore the answer is {answer}."),
+    "quit": ("I will settle for {answer}.", "I will just say {answer}.", "Enough, I go with {answer}."),
+}
+
+_NUMBER = re.compile(r"\d+")
+_LETTER = re.compile(r"(?<![A-Za-z@#])[a-z](?![A-Za-z])")
+_SLOT = re.compile(r"\{\w+\}")
+# Chains write no abbreviation and no decimal, so a full stop or a question mark always ends a sentence.
+_SENTENCE = re.compile(r"\S[^.?\n]*(?:[.?]|$|(?=\n))")
+
+
+def shape(sentence: str) -> str:
+    """A sentence without its numbers and variables, e.g. ``"So # * # = #."``."""
+    return _LETTER.sub("@", _NUMBER.sub("#", sentence))
+
+
+def templates() -> Iterator[tuple[str, str]]:
+    """Every (label, template) of the language."""
+    for group in (INITIALIZING, INITIALIZING_MORE):
+        for wordings in group.values():
+            yield from (("initializing", template) for template in wordings)
+    for wordings in DEDUCTION.values():
+        yield from (("deduction", template) for template in wordings)
+    for label, wordings in BEHAVIOURS.items():
+        yield from ((label, template) for template in wordings)
+
+
+def _words(sentence: str) -> list[str]:
+    return shape(sentence).rstrip(".?").split()
+
+
+def openings() -> dict[tuple[str, ...], str]:
+    """Every opening of one to three words that belongs to one behaviour alone."""
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for label, template in templates():
+        words = _words(_SLOT.sub("0", template))
+        for length in (1, 2, 3):
+            labels.setdefault(tuple(words[:length]), set()).add(label)
+    return {opening: found.pop() for opening, found in labels.items() if len(found) == 1}
+
+
+_OPENINGS = openings()
+
+
+def label_of(sentence: str) -> str | None:
+    """The behaviour of one sentence by its longest known opening, or None where the language knows none.
+
+    A model now and then mixes two templates; what a sentence opens with is what the model decided to do.
+    """
+    words = _words(sentence)
+    for length in (3, 2, 1):
+        known = _OPENINGS.get(tuple(words[:length]))
+        if known:
+            return known
+    return None
+
+
+def annotate(chain: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a chain's ``thinking`` into one span a sentence.
+
+    Args:
+        chain: a chain record with ``task_id``, ``sample`` and ``thinking``.
+
+    Returns:
+        Span records with character offsets into ``thinking``, in order and without overlap. Sentences that the
+        language does not know get no span, so that the coverage tells how much was understood.
+    """
+    spans = []
+    for match in _SENTENCE.finditer(chain["thinking"]):
+        label = label_of(match.group())
+        if label:
+            spans.append(
+                {
+                    "task_id": chain["task_id"],
+                    "sample": chain["sample"],
+                    "label": label,
+                    "start": match.start(),
+                    "end": match.end(),
+                }
+            )
+    return spans
