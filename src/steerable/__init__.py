@@ -1,0 +1,65 @@
+"""Steering vectors for reasoning language models: find, select, apply and measure them.
+
+Names are imported when they are first used, so that ``import steerable`` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# exported name -> module that defines it under the same name
+_EXPORTS = {
+    "load": "models",
+    "Loaded": "models",
+    "think_tags": "models",
+    "Site": "sites",
+    "tap": "sites",
+    "selectors": "gates",
+    "parse_selector": "gates",
+    "Intervention": "interventions",
+    "Direction": "directions",
+    "steer": "engines.hooks",
+    "capture": "capture",
+    "difference_of_means": "estimators.difference_of_means",
+    "pca": "estimators.pca",
+    "SpanMeans": "estimators.span_means",
+    "attribute": "attribution",
+    "lens": "lens",
+    "SteerableError": "errors",
+    "SteerableWarning": "errors",
+    "UsageError": "errors",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from .capture import capture as capture
+    from .directions import Direction as Direction
+    from .engines.hooks import steer as steer
+    from .errors import SteerableError as SteerableError
+    from .errors import SteerableWarning as SteerableWarning
+    from .errors import UsageError as UsageError
+    from .estimators.difference_of_means import difference_of_means as difference_of_means
+    from .estimators.pca import pca as pca
+    from .gates import parse_selector as parse_selector
+    from .gates import selectors as selectors
+    from .interventions import Intervention as Intervention
+    from .models import Loaded as Loaded
+    from .models import load as load
+    from .models import think_tags as think_tags
+    from .sites import Site as Site
+    from .sites import tap as tap
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Engines: generate and capture with the same interventions."""

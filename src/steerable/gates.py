@@ -1,0 +1,300 @@
+"""Which tokens an intervention touches: per-row state of the running sequences, and selectors over it.
+
+A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when that is
+fed to predict the second.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .models import ThinkTags
+
+_BEFORE, _THINKING, _ANSWER = 0, 1, 2
+
+
+@dataclass
+class Tokens:
+    """What one forward pass feeds. Every field is [B, T]; all are False (or meaningless) on padding."""
+
+    ids: Tensor
+    valid: Tensor  # bool: not padding
+    position: Tensor  # int: 0-based index among the row's own tokens
+    prompt: Tensor  # bool
+    last_prompt: Tensor  # bool
+    thinking: Tensor  # bool: strictly between <think> and </think>
+    answer: Tensor  # bool: after </think>
+
+
+class SequenceState:
+    """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think block.
+
+    tags: without them no token counts as thinking or answer.
+    """
+
+    def __init__(self, tags: ThinkTags | None = None):
+        self.tags = tags
+        self.start(0)
+
+    def start(
+        self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None
+    ) -> None:
+        """Forget everything; `rows` new sequences begin.
+
+        prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds the whole prompt.
+        """
+        self.seen = torch.zeros(rows, dtype=torch.long, device=device)
+        self.phase = torch.zeros(rows, dtype=torch.long, device=device)
+        self.prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device)
+        self._fresh = True
+
+    def select(self, index: Tensor) -> None:
+        """Keep, reorder or duplicate rows: row i goes on as the former row index[i]."""
+        self.seen, self.phase = self.seen[index], self.phase[index]
+        if self.prompt_lengths is not None:
+            self.prompt_lengths = self.prompt_lengths[index]
+
+    def reset_rows(self, index: Tensor) -> None:
+        """New sequences begin in these rows (the caller then says in `advance` which tokens are prompt)."""
+        self.seen[index] = 0
+        self.phase[index] = _BEFORE
+
+    def advance(
+        self, ids: Tensor, valid: Tensor | None = None, prompt: bool | Tensor | None = None
+    ) -> Tokens:
+        """Feed ids [B, T] and return what they are.
+
+        valid: [B, T] bool, False on padding; None when there is none.
+        prompt: which of them belong to the prompt: one bool, [B] or [B, T]; None: by `prompt_lengths` if known,
+            else all tokens of the first call. A row's last prompt token is the last one in this call, unless
+            prompt_lengths says otherwise.
+        """
+        rows, length = ids.shape
+        if valid is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
+        position = self.seen[:, None] + (valid.cumsum(1) - 1 if length > 1 else 0)
+        if prompt is None and self.prompt_lengths is not None:
+            is_prompt = valid & (position < self.prompt_lengths[:, None])
+            last_prompt = valid & (position == self.prompt_lengths[:, None] - 1)
+        else:
+            prompt = self._fresh if prompt is None else prompt
+            if isinstance(prompt, bool):
+                is_prompt = valid if prompt else torch.zeros_like(valid)
+                last_prompt = _last(valid) if prompt else is_prompt
+            else:
+                is_prompt = valid & (prompt[:, None] if prompt.dim() == 1 else prompt)
+                last_prompt = _last(is_prompt)
+        self._fresh = False
+        thinking, answer = self._advance_phase(ids, valid)
+        self.seen = self.seen + valid.sum(1)
+        return Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer)
+
+    def _advance_phase(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tags is None:
+            nothing = torch.zeros_like(valid)
+            return nothing, nothing
+        opens, closes = (ids == self.tags.open_id) & valid, (ids == self.tags.close_id) & valid
+        # the phase that each tag starts; the tags themselves belong to none
+        starts = opens * _THINKING + closes * _ANSWER
+        if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
+            column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+            starts = torch.where(starts > 0, column * 4 + starts, starts).cummax(1).values & 3
+        phase = torch.where(starts > 0, starts, self.phase[:, None])
+        self.phase = phase[:, -1]
+        inside = valid & ~opens & ~closes
+        return inside & (phase == _THINKING), inside & (phase == _ANSWER)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The last True of each row."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A set of tokens. Called with `Tokens` it gives a bool mask [B, T]; combine with `&`, `|` and `~`.
+
+    `str` gives text that `parse_selector` reads back.
+    """
+
+    op: str
+    parts: tuple[Selector, ...] = ()
+    args: tuple[int, ...] | None = None
+
+    def __and__(self, other: Selector) -> Selector:
+        return Selector("&", (self, other))
+
+    def __or__(self, other: Selector) -> Selector:
+        return Selector("|", (self, other))
+
+    def __invert__(self) -> Selector:
+        return Selector("~", (self,))
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        if self.op == "~":
+            inner = str(self.parts[0])
+            return f"~({inner})" if self.parts[0].op in "&|" else f"~{inner}"
+        if self.op in ("&", "|"):
+            left, right = self.parts
+            # & binds tighter than |; both group to the left
+            wrap_left = self.op == "&" and left.op == "|"
+            wrap_right = right.op == "|" or right.op == self.op
+            return f"{f'({left})' if wrap_left else left} {self.op} {f'({right})' if wrap_right else right}"
+        if self.op in ("tokens", "positions"):
+            return f"{self.op}({', '.join(map(str, self.args or ()))})"
+        return self.op
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """The mask [B, T] of the selected tokens; padding is never selected."""
+        match self.op:
+            case "&":
+                return self.parts[0](tokens) & self.parts[1](tokens)
+            case "|":
+                return self.parts[0](tokens) | self.parts[1](tokens)
+            case "~":
+                return tokens.valid & ~self.parts[0](tokens)
+            case "all":
+                return tokens.valid
+            case "generated":
+                return tokens.valid & ~tokens.prompt
+            case "positions":
+                start, stop = self.args or (0, 0)
+                return tokens.valid & (tokens.position >= start) & (tokens.position < stop)
+            case "tokens" | "boundary":
+                if self.args is None:
+                    raise UsageError("the selector 'boundary' needs the tokenizer: pass tokenizer= to steer")
+                table = _membership(self.args, tokens.ids.device)
+                return tokens.valid & table[tokens.ids.clamp(max=len(table) - 1)]
+            case field:
+                return getattr(tokens, field)
+
+    def uses(self, *ops: str) -> bool:
+        """Whether one of these selectors occurs in this one."""
+        return self.op in ops or any(part.uses(*ops) for part in self.parts)
+
+
+@lru_cache(maxsize=64)
+def _membership(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    table = torch.zeros(max(ids, default=0) + 2, dtype=torch.bool)
+    table[list(ids)] = True
+    return table.to(device)
+
+
+def tokens(*ids: int) -> Selector:
+    """Tokens with one of these ids."""
+    if not ids or any(i < 0 for i in ids):
+        raise UsageError("tokens(...) needs one or more token ids, each 0 or more")
+    return Selector("tokens", args=tuple(sorted(set(ids))))
+
+
+def positions(start: int, stop: int) -> Selector:
+    """Tokens start, ..., stop - 1 of each row, padding not counted."""
+    if not 0 <= start < stop:
+        raise UsageError(f"positions({start}, {stop}) is empty: expected 0 <= start < stop")
+    return Selector("positions", args=(start, stop))
+
+
+class selectors:
+    """The selectors by name; see `Tokens` for what each field means."""
+
+    all = Selector("all")
+    prompt = Selector("prompt")
+    generated = Selector("generated")
+    thinking = Selector("thinking")
+    answer = Selector("answer")
+    last_prompt = Selector("last_prompt")
+    boundary = Selector("boundary")  # tokens whose text holds a paragraph break; needs `resolve`
+    tokens = staticmethod(tokens)
+    positions = staticmethod(positions)
+
+
+_NAMES = ("all", "prompt", "generated", "thinking", "answer", "last_prompt", "boundary")
+
+
+def resolve(selector: Selector, tokenizer: Any) -> Selector:
+    """Fill in what a selector needs to know of the vocabulary: the ids of `boundary`.
+
+    Raises UsageError when no single token holds a paragraph break, since the selector could never match.
+    """
+    if selector.op == "boundary" and selector.args is None:
+        # "Ċ" is the newline in the vocabularies of byte-level tokenizers
+        maybe = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token]
+        ids = tuple(sorted(i for i in maybe if "\n\n" in tokenizer.decode([i])))
+        if not ids:
+            raise UsageError("the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'")
+        return Selector("boundary", args=ids)
+    return Selector(selector.op, tuple(resolve(part, tokenizer) for part in selector.parts), selector.args)
+
+
+def parse_selector(text: str | Selector) -> Selector:
+    """Read "thinking & ~boundary" and the like: names, tokens(i, ...), positions(start, stop), & | ~ ( ).
+
+    `~` binds tightest, then `&`, then `|`. Raises UsageError.
+    """
+    if isinstance(text, Selector):
+        return text
+    words = re.findall(r"\w+|[^\w\s]", text)
+    selector, rest = _parse_or(words, text)
+    if rest:
+        raise _bad(text, f"unexpected {rest[0]!r}")
+    return selector
+
+
+def _bad(text: str, why: str) -> UsageError:
+    return UsageError(
+        f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), positions(a, b), "
+        "combined with & | ~ and parentheses"
+    )
+
+
+def _parse_or(words: list[str], text: str) -> tuple[Selector, list[str]]:
+    left, words = _parse_and(words, text)
+    while words[:1] == ["|"]:
+        right, words = _parse_and(words[1:], text)
+        left = left | right
+    return left, words
+
+
+def _parse_and(words: list[str], text: str) -> tuple[Selector, list[str]]:
+    left, words = _parse_one(words, text)
+    while words[:1] == ["&"]:
+        right, words = _parse_one(words[1:], text)
+        left = left & right
+    return left, words
+
+
+def _parse_one(words: list[str], text: str) -> tuple[Selector, list[str]]:
+    if not words:
+        raise _bad(text, "it ends too soon")
+    word, rest = words[0], words[1:]
+    if word == "~":
+        inner, rest = _parse_one(rest, text)
+        return ~inner, rest
+    if word == "(":
+        inner, rest = _parse_or(rest, text)
+        if rest[:1] != [")"]:
+            raise _bad(text, "a parenthesis is not closed")
+        return inner, rest[1:]
+    if word in ("tokens", "positions"):
+        if rest[:1] != ["("] or ")" not in rest:
+            raise _bad(text, f"{word} needs numbers in parentheses")
+        end = rest.index(")")
+        numbers = [w for w in rest[1:end] if w != ","]
+        if not all(w.isascii() and w.isdigit() for w in numbers) or (word == "positions" and len(numbers) != 2):
+            raise _bad(text, f"{word} needs {'two ' if word == 'positions' else ''}whole numbers")
+        make = tokens if word == "tokens" else positions
+        return make(*map(int, numbers)), rest[end + 1 :]
+    if word not in _NAMES:
+        raise _bad(text, f"unknown name {word!r}")
+    return Selector(word), rest

@@ -1,0 +1,193 @@
+"""Loading models, and where the parts of each model family are: one table.
+
+Every other module asks here for blocks, norms and projections, so a new family is one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths of the parts of a pre-norm decoder: `blocks` and `final_norm` from the base model (the
+    model without its unembedding), the others from a block."""
+
+    blocks: str = "layers"
+    final_norm: str = "norm"
+    norm_in: str = "input_layernorm"
+    attention: str = "self_attn"
+    attention_out: str = "self_attn.o_proj"
+    norm_mid: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    mlp_out: str = "mlp.down_proj"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
+
+
+class Loaded(NamedTuple):
+    model: Any  # transformers' PreTrainedModel
+    tokenizer: Any  # transformers' PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class ThinkTags:
+    """Token ids of `<think>` and `</think>`; `opened_by_template`: the generation prompt already holds `<think>`."""
+
+    open_id: int
+    close_id: int
+    opened_by_template: bool = False
+
+
+def pocket_path() -> Path:
+    """Folder of the bundled model. Raises UsageError where this installation holds no weights."""
+    folder = Path(__file__).parent / "pocket" / "weights"
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"the bundled model's weights are missing from {folder}: "
+            "reinstall steerable, or train them with `steerable pocket train`"
+        )
+    return folder
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a causal language model and its tokenizer, in evaluation mode and without gradients.
+
+    name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
+    dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
+    device: default the first CUDA device if there is one, else the CPU.
+    Raises UsageError when there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(name_or_path)
+    source = str(pocket_path()) if name == "pocket" else name
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        what = "is not a loadable model folder" if Path(source).exists() else "is neither a folder nor a known model"
+        raise UsageError(f"{name!r} {what} ({reason}); give 'pocket', a folder or a hub name") from error
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+    return Loaded(model, tokenizer)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
+    return found
+
+
+def model_id(model: nn.Module) -> str:
+    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that the
+    same model has the same name on every machine. Empty for a model made from a bare config."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    path = Path(name)
+    if not name or not path.is_dir():
+        return name
+    return "pocket" if path.resolve() == (Path(__file__).parent / "pocket" / "weights").resolve() else path.resolve().name
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last norm."""
+    inner = getattr(model, "base_model", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(attrgetter(path)(root), nn.Module)
+    except AttributeError:
+        return False
+
+
+def family(model: nn.Module) -> Family:
+    """Where the parts are: by `model_type`, else the Llama names if the model has them all, else UsageError."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    found, root = Family(), base(model)
+    if _has(root, found.blocks) and _has(root, found.final_norm):
+        block = attrgetter(found.blocks)(root)[0]
+        paths = [getattr(found, f.name) for f in fields(found) if f.name not in ("blocks", "final_norm")]
+        if all(_has(block, path) for path in paths):
+            return found
+    raise UsageError(
+        f"models of type {model_type or type(model).__name__!r} are not known: "
+        f"expected one of {', '.join(sorted(FAMILIES))} or a model with the same module names"
+    )
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, first to last."""
+    return attrgetter(family(model).blocks)(base(model))
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the unembedding."""
+    return attrgetter(family(model).final_norm)(base(model))
+
+
+def unembed(model: nn.Module) -> nn.Module:
+    """The linear map from the normed last state to logits."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise UsageError(f"{type(model).__name__} has no unembedding: load it as a causal language model")
+    return head
+
+
+def n_layers(model: nn.Module) -> int:
+    return len(blocks(model))
+
+
+def width(model: nn.Module) -> int:
+    """d, the width of the residual stream."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def think_tags(tokenizer: Any) -> ThinkTags:
+    """Ids of the think block's tags. Raises UsageError where they are not single tokens."""
+    vocabulary = tokenizer.get_vocab()
+    if "<think>" not in vocabulary or "</think>" not in vocabulary:
+        raise UsageError(
+            f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> to be "
+            "single tokens of its vocabulary; choose a reasoning model"
+        )
+    open_id, close_id = vocabulary["<think>"], vocabulary["</think>"]
+    return ThinkTags(open_id, close_id, _opened_by_template(tokenizer, open_id, close_id))
+
+
+def _opened_by_template(tokenizer: Any, open_id: int, close_id: int) -> bool:
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    tags = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i in (open_id, close_id)]
+    return bool(tags) and tags[-1] == open_id
