@@ -1,7 +1,7 @@
 """Reading activations: one forward pass over the text, every layer streamed into accumulators.
 
-`stream` is the machinery, an accumulator is any object with `add(layer, h, batch)`; nothing the size of the data is
-kept. `capture` is the convenience for a few texts.
+`stream` is the machinery, an accumulator is any object with `add(layer, h, batch)`; nothing the size of the
+data is kept. `capture` is the convenience for a few texts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .sites import Site, check_site, tap
 
 @dataclass
 class Batch:
-    """ids [B, T]; mask [B, T] bool, False on padding (None: none); weights [G, B, T] float64, for WeightedSums."""
+    """ids [B, T]; mask [B, T] bool, False on padding (None: none); weights [G, B, T] float64, for
+    WeightedSums."""
 
     ids: Tensor
     mask: Tensor | None = None
@@ -36,8 +37,8 @@ class Accumulator(Protocol):
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the texts, sorted by length and cut into batches of at most max_tokens tokens, padding included (a
-    longer text is a batch by itself). Equal lengths keep their order."""
+    """Indices of the texts, sorted by length and cut into batches of at most max_tokens tokens, padding
+    included (a longer text is a batch by itself). Equal lengths keep their order."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         # sorted, so this one is the longest so far
@@ -84,12 +85,12 @@ def stream(
         for batch in batches:
             on = [None if t is None else t.to(device) for t in (batch.ids, batch.mask, batch.weights)]
             current[:] = [Batch(*on)]  # type: ignore[arg-type]
-            mask = None if on[1] is None else on[1].long()
-            models.base(model)(input_ids=on[0], attention_mask=mask, use_cache=False)
+            models.base(model)(input_ids=on[0], attention_mask=on[1], use_cache=False)
 
 
 class WeightedSums:
-    """For each layer and group g: sums [L, G, d] of weights[g, b, t] * h[b, t], and their totals [G]; float64.
+    """For each layer and group g: sums [L, G, d] of weights[g, b, t] * h[b, t], and their totals [G];
+    float64.
 
     The mean of a group is `sums / totals`. Two are merged by `+`.
     """
@@ -164,7 +165,8 @@ def capture(
 ) -> dict[Site, Tensor]:
     """Activations of the selected tokens of each text, in the texts' order.
 
-    reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of them,
+    reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
+    them,
     text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch.
     Raises UsageError for no texts, a text without a selected token, and sites that the model does not have.
     """
@@ -198,7 +200,7 @@ def capture(
             return fn
 
         with tap(model, {site: at(site) for site in found}):
-            models.base(model)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)  # type: ignore[union-attr]
+            models.base(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return {site: torch.cat([by_text[i] for i in range(len(texts))]) for site, by_text in parts.items()}
 
 

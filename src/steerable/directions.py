@@ -1,16 +1,14 @@
 """The artefact: a direction at one or more sites, with what is needed to use and judge it, and its file.
 
-The file is safetensors: tensors "{site}.{layer}" float32 [d] or [k, d], metadata as strings (JSON where nested). It is
-written here byte by byte, because the safetensors library orders metadata at random and equal directions should
-have equal files; it is read with the safetensors library.
+The file is safetensors: tensors "{site}.{layer}" float32 [d] or [k, d], metadata as strings (JSON where
+nested). It is written here byte by byte, because the safetensors library orders metadata at random and equal
+directions should have equal files; it is read with the safetensors library.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +18,14 @@ import torch
 from torch import Tensor
 
 from .errors import SteerableError, UsageError
+from .files import write_atomic
 from .gates import parse_selector
 from .sites import Site
 
 FORMAT, VERSION = "steerable.direction", "1"
 MAPS = ("shift",)
-_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate", "data_sha256", "created_by", "licence")
+_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate")
+_TEXT += ("data_sha256", "created_by", "licence")
 _JSON = ("strength", "norms", "stats")
 
 
@@ -85,13 +85,15 @@ class Direction:
         return self._with({site: v * factor for site, v in self.vectors.items()})
 
     def rescaled_to(self, norms: Mapping[Site, float] | None = None) -> Direction:
-        """Each vector with the given norm at its site (default: `self.norms`). Raises UsageError for a zero vector."""
+        """Each vector with the given norm at its site (default: `self.norms`). Raises UsageError for a zero
+        vector."""
         target = self.norms if norms is None else norms
         scaled = {}
         for site, v in self.vectors.items():
             norm = float(v.double().norm())
             if site not in target or norm == 0:
-                raise UsageError(f"cannot rescale at {site}: {'its vector is zero' if norm == 0 else 'no norm given'}")
+                why = "its vector is zero" if norm == 0 else "no norm is given"
+                raise UsageError(f"cannot rescale at {site}: {why}")
             scaled[site] = (v.double() * (target[site] / norm)).float()
         return self._with(scaled)
 
@@ -112,8 +114,13 @@ class Direction:
         pairs = {site: (self.vectors[site].double(), other.vectors[site].double()) for site in shared}
         for site, (a, b) in pairs.items():
             if a.shape != b.shape:
-                raise UsageError(f"the vectors at {site} have different shapes: {tuple(a.shape)} and {tuple(b.shape)}")
-        return {s: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300)) for s, (a, b) in pairs.items()}
+                raise UsageError(
+                    f"the vectors at {site} differ in shape: {tuple(a.shape)} and {tuple(b.shape)}"
+                )
+        return {
+            site: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300))
+            for site, (a, b) in pairs.items()
+        }
 
     def _with(self, vectors: dict[Site, Tensor]) -> Direction:
         return replace(self, vectors=vectors, norms=dict(self.norms), stats=dict(self.stats))
@@ -136,28 +143,12 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write the file whole or not at all. Raises SteerableError when that fails, a full disk included."""
-        path, data = Path(path), self.to_bytes()
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise SteerableError(f"cannot write {path}: {error.strerror or error}") from error
-            raise
-        return path
+        return write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
-        """Read a direction file. Raises UsageError when there is none, SteerableError when it is not sound."""
+        """Read a direction file. Raises UsageError when there is none, SteerableError when it is not
+        sound."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -166,13 +157,14 @@ class Direction:
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise SteerableError(
                 f"{path} is not a sound safetensors file ({error}): expected one written by Direction.save"
             ) from error
         try:
-            return cls(**_fields(meta), vectors={Site.parse(name): tensor for name, tensor in tensors.items()})
+            vectors = {Site.parse(name): tensor for name, tensor in tensors.items()}
+            return cls(**_fields(meta), vectors=vectors)
         except (UsageError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SteerableError(f"{path} is not a sound direction file: {error}") from error
 

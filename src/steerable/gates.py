@@ -1,7 +1,7 @@
 """Which tokens an intervention touches: per-row state of the running sequences, and selectors over it.
 
-A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when that is
-fed to predict the second.
+A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when
+that is fed to predict the second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Tokens:
 
 
 class SequenceState:
-    """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think block.
+    """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think
+    block.
 
     tags: without them no token counts as thinking or answer.
     """
@@ -103,7 +104,9 @@ class SequenceState:
         opens, closes = (ids == self.tags.open_id) & valid, (ids == self.tags.close_id) & valid
         # the phase that each tag starts; the tags themselves belong to none
         starts = opens * _THINKING + closes * _ANSWER
-        if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
+        if (
+            ids.shape[1] > 1
+        ):  # the last tag so far: its column and phase in one number, so that cummax finds it
             column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
             starts = torch.where(starts > 0, column * 4 + starts, starts).cummax(1).values & 3
         phase = torch.where(starts > 0, starts, self.phase[:, None])
@@ -232,7 +235,9 @@ def resolve(selector: Selector, tokenizer: Any) -> Selector:
         maybe = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token]
         ids = tuple(sorted(i for i in maybe if "\n\n" in tokenizer.decode([i])))
         if not ids:
-            raise UsageError("the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'")
+            raise UsageError(
+                "the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'"
+            )
         return Selector("boundary", args=ids)
     return Selector(selector.op, tuple(resolve(part, tokenizer) for part in selector.parts), selector.args)
 
@@ -291,7 +296,9 @@ def _parse_one(words: list[str], text: str) -> tuple[Selector, list[str]]:
             raise _bad(text, f"{word} needs numbers in parentheses")
         end = rest.index(")")
         numbers = [w for w in rest[1:end] if w != ","]
-        if not all(w.isascii() and w.isdigit() for w in numbers) or (word == "positions" and len(numbers) != 2):
+        if not all(w.isascii() and w.isdigit() for w in numbers) or (
+            word == "positions" and len(numbers) != 2
+        ):
             raise _bad(text, f"{word} needs {'two ' if word == 'positions' else ''}whole numbers")
         make = tokens if word == "tokens" else positions
         return make(*map(int, numbers)), rest[end + 1 :]

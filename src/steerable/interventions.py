@@ -2,7 +2,8 @@
 
     h' = R( h,  h + g s V ( phi(V^T h) - V^T h ) )
 
-`phi` is a map of coordinates in the subspace of V, `R` is the identity or a rescaling to ||h||. A new method is a
+`phi` is a map of coordinates in the subspace of V, `R` is the identity or a rescaling to ||h||. A new method
+is a
 new map: a small frozen dataclass that is called with coordinates [..., k] and returns coordinates [..., k].
 """
 
@@ -36,7 +37,7 @@ class Shift:
 class Intervention:
     """One application of the formula at one site.
 
-    basis: V, float32 [d, k], orthonormal columns. rescale: whether R restores the norm of h.
+    basis: V, [d, k], orthonormal columns, on the CPU. rescale: whether R restores the norm of h.
     strength: a number, or a tensor [B] with one for each row of the batch.
     """
 
@@ -48,15 +49,17 @@ class Intervention:
     rescale: bool = False
 
     def apply(self, h: Tensor, mask: Tensor | None = None, strength: float | Tensor | None = None) -> Tensor:
-        """Change h [B, T, d] where mask [B, T] is True (None: everywhere); the other positions stay bit-identical.
+        """Change h [B, T, d] where mask [B, T] is True (None: everywhere); the other positions stay bit-
+        identical.
 
         The arithmetic is in float32 (float64 if h is); the result has h's type. Strength 0 returns h itself.
         """
         return self.bind(self.strength if strength is None else strength, h.device)(h, mask)
 
-    def bind(self, strength: float | Tensor, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def bind(
+        self, strength: float | Tensor, device: torch.device | str
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """`apply` with the strength fixed and everything that does not depend on h computed once."""
-        basis = self.basis.to(device)
         rows: Tensor | None = None  # [B, 1]: rows with a strength other than 0, where some have 0
         s: Any = strength
         if isinstance(strength, torch.Tensor):
@@ -64,22 +67,24 @@ class Intervention:
             if not on.any():
                 return _unchanged
             rows = None if on.all() else on[:, None]
-            s = strength.to(device, torch.float32)[:, None, None]
+            s = strength.to(device)[:, None, None]
         elif strength == 0:
             return _unchanged
         # a shift's change does not depend on h, so it is one addition a layer
-        constant = s * (basis @ self.map.amount.to(device)) if isinstance(self.map, Shift) else None
+        amount = self.map.amount if isinstance(self.map, Shift) else None
+        constant = None if amount is None else s * (self.basis @ amount).to(device, torch.float32)
 
         def run(h: Tensor, mask: Tensor | None) -> Tensor:
-            wide = h if constant is not None else h.to(torch.promote_types(h.dtype, torch.float32))
+            wide = h.to(torch.promote_types(h.dtype, torch.float32))
             if constant is not None:
-                new = h + constant  # promotes to float32 for narrow types
+                new = wide + constant
             else:
-                v = basis.to(wide.dtype)
+                v = self.basis.to(h.device, wide.dtype)
                 x = wide @ v
                 new = wide + s * ((self.map(x) - x) @ v.T)
+            new = new.to(wide.dtype)
             if self.rescale:
-                old_norm = torch.linalg.vector_norm(wide.to(new.dtype), dim=-1, keepdim=True)
+                old_norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
                 new = new * (old_norm / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30))
             new = new.to(h.dtype)
             if rows is not None:
@@ -105,8 +110,14 @@ def shift(
     if v.dim() == 2 and len(v) == 1:
         v = v[0]
     if v.dim() != 1:
-        raise UsageError(f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}")
+        raise UsageError(
+            f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}"
+        )
     if not torch.isfinite(v).all():
         raise UsageError(f"the vector at {site} holds NaN or infinite numbers")
-    norm = torch.linalg.vector_norm(v)
-    return Intervention(site, (v / norm.clamp_min(1e-30))[:, None], Shift(norm[None]), strength, where, rescale)
+    # in float64, so that V ||v|| rounds to the very vector that was given
+    v = v.double().cpu()
+    norm = v.norm()
+    return Intervention(
+        site, (v / norm.clamp_min(1e-300))[:, None], Shift(norm[None]), strength, where, rescale
+    )

@@ -39,6 +39,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_POCKET = Path(__file__).parent / "pocket" / "weights"
+
+
 class Loaded(NamedTuple):
     model: Any  # transformers' PreTrainedModel
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
@@ -46,7 +49,8 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class ThinkTags:
-    """Token ids of `<think>` and `</think>`; `opened_by_template`: the generation prompt already holds `<think>`."""
+    """Token ids of `<think>` and `</think>`; `opened_by_template`: the generation prompt already holds
+    `<think>`."""
 
     open_id: int
     close_id: int
@@ -55,13 +59,12 @@ class ThinkTags:
 
 def pocket_path() -> Path:
     """Folder of the bundled model. Raises UsageError where this installation holds no weights."""
-    folder = Path(__file__).parent / "pocket" / "weights"
-    if not (folder / "config.json").is_file():
+    if not all((_POCKET / name).is_file() for name in ("config.json", "model.safetensors")):
         raise UsageError(
-            f"the bundled model's weights are missing from {folder}: "
+            f"the bundled model's weights are missing from {_POCKET}: "
             "reinstall steerable, or train them with `steerable pocket train`"
         )
-    return folder
+    return _POCKET
 
 
 def load(
@@ -84,15 +87,35 @@ def load(
     name = str(name_or_path)
     source = str(pocket_path()) if name == "pocket" else name
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not Path(source).exists():
+        options["local_files_only"] = not _on_hub(source, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
-        what = "is not a loadable model folder" if Path(source).exists() else "is neither a folder nor a known model"
+        known = "is not a loadable model folder"
+        what = known if Path(source).exists() else "is neither a folder nor a known model"
         raise UsageError(f"{name!r} {what} ({reason}); give 'pocket', a folder or a hub name") from error
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
     return Loaded(model, tokenizer)
+
+
+def _on_hub(name: str, revision: str | None) -> bool:
+    """Whether the hub has it; False where the hub cannot be reached, which is tried once (the loaders try for a
+    minute). Raises UsageError where the hub says no."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UsageError(
+            f"there is no folder and no hub model {name!r}; give 'pocket', a folder or a hub name"
+        ) from error
+    except Exception:  # offline, in any of the ways that the network libraries put it
+        return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -100,22 +123,28 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
         return dtype or "auto"
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
+        raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     return found
 
 
 def model_id(model: nn.Module) -> str:
-    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that the
-    same model has the same name on every machine. Empty for a model made from a bare config."""
+    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that
+    the same model has the same name on every machine. Empty for a model made from a bare config."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     path = Path(name)
     if not name or not path.is_dir():
         return name
-    return "pocket" if path.resolve() == (Path(__file__).parent / "pocket" / "weights").resolve() else path.resolve().name
+    return "pocket" if path.resolve() == _POCKET.resolve() else path.resolve().name
+
+
+def model_revision(model: nn.Module) -> str:
+    """The hub commit that the model was loaded from, empty where there is none."""
+    return str(getattr(model.config, "_commit_hash", None) or "")
 
 
 def base(model: nn.Module) -> nn.Module:
-    """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last norm."""
+    """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last
+    norm."""
     inner = getattr(model, "base_model", model)
     return inner if isinstance(inner, nn.Module) else model
 

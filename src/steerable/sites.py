@@ -91,10 +91,11 @@ def _replaced(output: Any, new: Tensor | None) -> Any:
 
 @contextmanager
 def tap(model: nn.Module, taps: Mapping[Site, Tap]) -> Iterator[None]:
-    """Call `fn(h)` with the activation `h` [B, T, width] at each site, in every forward pass inside the context.
+    """Call `fn(h)` with the activation `h` [B, T, width] at each site, in every forward pass inside the
+    context.
 
-    Where `fn` returns a tensor, it takes the activation's place; None leaves it as it is. The hooks are removed
-    at the end, also after an exception. Raises UsageError for a layer that the model does not have.
+    Where `fn` returns a tensor, it takes the activation's place; None leaves it as it is. The hooks are
+    removed at the end, also after an exception. Raises UsageError for a layer that the model does not have.
     """
     for site in taps:
         check_site(model, site)

@@ -4,9 +4,10 @@
         model.generate(**inputs)
     handle.report()
 
-Limits: `where` other than "all" needs input_ids, and rows that keep their place, so no beam search. A call with an
-empty cache starts new sequences, whose tokens count as the prompt; later calls feed generated tokens. A loop without
-a cache, which feeds the whole text again and one token more, is recognised as the same sequence.
+Limits: `where` other than "all" needs input_ids, and rows that keep their place, so no beam search. A call
+with an empty cache starts new sequences, whose tokens count as the prompt; later calls feed generated tokens.
+A loop without a cache, which feeds the whole text again and one token more, is recognised as the same
+sequence.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -48,22 +50,26 @@ def steer(
     """Steer every forward pass of the model inside the context.
 
     directions: one or several; at a shared site they act in this order.
-    strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number or a
+    strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number
+    or a
         tensor [B], one a row; None: what each direction says. 0 is a bit-exact no-op.
-    layers: which of a direction's layers; None: all. where: a selector or its text; None: what each direction says.
+    layers: which of a direction's layers; None: all. where: a selector or its text; None: what each direction
+    says.
     rescale: keep each token's norm. tokenizer: needed by `thinking`, `answer` and `boundary`.
     track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
-    Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector with
-    NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model, and at the
-    end about sites where no token was touched.
+    Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector
+    with NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model,
+    and at the end about sites where no token was touched.
     """
     items = [directions] if isinstance(directions, (Direction, Intervention)) else list(directions)
     if not items:
         raise UsageError("steer needs one direction at least")
     wanted = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
     selector = None if where is None else parse_selector(where)
-    interventions = [i for item in items for i in _interventions(model, item, strength, wanted, selector, rescale)]
+    interventions: list[Intervention] = []
+    for item in items:
+        interventions += _interventions(model, item, strength, wanted, selector, rescale)
     handle = Handle(model, interventions, tokenizer, track)
     before = models.base(model).register_forward_pre_hook(handle._before_forward, with_kwargs=True)
     try:
@@ -84,14 +90,15 @@ def _interventions(
 ) -> list[Intervention]:
     if isinstance(item, Intervention):
         s = item.strength if strength is None else strength
-        found = [
-            Intervention(item.site, item.basis, item.map, s, where or item.where, rescale or item.rescale)
-        ]
+        found = [replace(item, strength=s, where=where or item.where, rescale=rescale or item.rescale)]
     else:
         name = models.model_id(model)
+        # widths are checked below: a model of another width is an error
         if name and item.model_id and name != item.model_id:
-            text = f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
-            warnings.warn(text, SteerableWarning, stacklevel=5)
+            text = (
+                f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
+            )
+            warnings.warn(text, SteerableWarning, stacklevel=4)
         chosen = item if layers is None else item.only(layers)
         s = item.strength if strength is None else strength
         gate = where or parse_selector(item.gate)
@@ -137,6 +144,7 @@ class Handle:
         self._masks: list[Tensor | None] = []
         self._counts: list[int | Tensor] = []
         self._valid: Tensor | None = None
+        self._device = next(model.parameters()).device
         self._sites: dict[Site, _SteeredSite] = {}
         blocks = models.blocks(model)
         for site in sorted({i.site for i in interventions}):
@@ -151,7 +159,9 @@ class Handle:
         self._bind(strength)
 
     def _bind(self, strength: Strength | None) -> None:
-        strengths = [i.strength if strength is None else strength for s in self._sites.values() for i, _ in s.here]
+        strengths = [
+            i.strength if strength is None else strength for s in self._sites.values() for i, _ in s.here
+        ]
         for s in strengths:
             finite = bool(torch.isfinite(s).all()) if isinstance(s, torch.Tensor) else math.isfinite(s)
             if not finite:
@@ -163,7 +173,7 @@ class Handle:
         on = [(s != 0) if isinstance(s, torch.Tensor) else torch.tensor([s != 0]) for s in strengths]
         rows = reduce(or_, [o.cpu() for o in on])
         self._active = bool(rows.any())
-        self._rows = None if bool(rows.all()) else rows[:, None]
+        self._rows = None if bool(rows.all()) else rows[:, None].to(self._device)
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> None:
         """Where each row's prompt ends (in tokens, padding not counted) in the sequences that start next; for
@@ -182,7 +192,8 @@ class Handle:
 
     @property
     def tokens_fed(self) -> int:
-        """Tokens that went through the model while the strength was not 0, padding left out where it is known."""
+        """Tokens that went through the model while the strength was not 0, padding left out where it is
+        known."""
         return self._fed.total()
 
     def _index(self, selector: Selector) -> int:
@@ -197,7 +208,9 @@ class Handle:
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        fed = ids if ids is not None else kwargs["inputs_embeds"]
+        fed = ids if ids is not None else kwargs.get("inputs_embeds")
+        if fed is None:
+            return  # the model itself will complain
         valid = _valid(kwargs.get("attention_mask"), past, fed.shape[0], fed.shape[1])
         if not self.needs_tokens:
             self._set_all(fed.shape[0] * fed.shape[1], valid)
@@ -254,10 +267,9 @@ class Handle:
             self._fed.add(tokens.valid.sum())
 
     def _and_rows(self, mask: Tensor | None) -> Any:
-        rows = self._rows
-        if rows is None:
-            return mask
-        return mask & rows.to(mask.device) if mask is not None else rows
+        if self._rows is None or mask is None:
+            return self._rows if mask is None else mask
+        return mask & self._rows
 
     def _warn_if_untouched(self) -> None:
         if not self.tokens_fed:
@@ -302,7 +314,9 @@ class _SteeredSite:
         if not self.runs:
             return None
         if not handle._masks:
-            raise SteerableError(f"{self.site} ran outside the model's forward pass: call the model, not its blocks")
+            raise SteerableError(
+                f"{self.site} ran outside the model's forward pass: call the model, not its blocks"
+            )
         new = h
         for run, index in self.runs:
             mask = handle._masks[index]
@@ -324,7 +338,8 @@ class _SteeredSite:
 
 
 class _Count:
-    """A running sum of numbers that may be tensors: added up only now and then, as each read waits for the device."""
+    """A running sum of numbers that may be tensors: added up only now and then, as each read waits for the
+    device."""
 
     def __init__(self) -> None:
         self._whole = 0
@@ -343,8 +358,10 @@ class _Count:
 
 
 class _Meter:
-    """Mean relative change and angle over the touched tokens, from the activations before and after. They are kept
-    until there are enough to measure at once: at one token a call the calls would cost more than the numbers."""
+    """Mean relative change and angle over the touched tokens, from the activations before and after. They are
+    kept
+    until there are enough to measure at once: at one token a call the calls would cost more than the
+    numbers."""
 
     ENOUGH = 256  # tokens
 
@@ -378,9 +395,9 @@ class _Meter:
         norm, new_norm = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
         change = torch.linalg.vector_norm(after - before, dim=-1)
         relative = change / norm.clamp_min(1e-30)
-        # sin^2(angle / 2) from the three sides of the triangle: precise for small angles, unlike acos of a cosine
-        square = (change - new_norm + norm) * (change + new_norm - norm) / (4 * norm * new_norm).clamp_min(1e-30)
-        angle = 2 * square.clamp(0, 1).sqrt().asin()
+        # sin^2(angle / 2) from the triangle's three sides: precise for small angles, unlike acos of a cosine
+        square = (change - new_norm + norm) * (change + new_norm - norm)
+        angle = 2 * (square / (4 * norm * new_norm).clamp_min(1e-30)).clamp(0, 1).sqrt().asin()
         sums = torch.stack([torch.ones_like(norm), relative, angle]).double() @ weights.double()
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -410,6 +427,8 @@ def _valid(mask: Any, past: int, rows: int, length: int) -> Tensor | None:
     if mask.dim() == 2:
         here = mask[:, past : past + length] if mask.shape[1] >= past + length else mask[:, -length:]
         return here.bool()
+    if length == 1 or mask.shape[-1] < past + length:
+        return None  # a single token is never padding here
     # [B, 1, T, S], bool or added to the scores: padding is what no token attends to
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
     return seen.any(1)[:, past : past + length].expand(rows, length)

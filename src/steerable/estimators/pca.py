@@ -23,9 +23,9 @@ def pca(
     """The first principal component, a unit vector at each site.
 
     With `negative`: of the pairs' differences positive[i] - negative[i], each multiplied by alternating signs
-    +1, -1, so that centring does not remove what the pairs have in common, and so that the order inside a pair does
-    not count; the sign is chosen so that the positives project higher. Without: of the activations themselves, with
-    the sign that makes their mean project positively. centre=False leaves the mean in.
+    +1, -1, so that centring does not remove what the pairs have in common, and so that the order inside a
+    pair does not count; the sign is chosen so that the positives project higher. Without: of the activations
+    themselves, with the sign that makes their mean project positively. centre=False leaves the mean in.
 
     positive, negative: {site: [n, d]}, or [n, d] with `site`; float64 inside. `stats["explained"]` is the
     component's share of the variance at each site. about: further fields of `Direction`.
@@ -36,7 +36,9 @@ def pca(
     vectors, norms, explained = {}, {}, {}
     for where, (a, b) in paired_sites(positive, positive if negative is None else negative, site).items():
         if paired and len(a) != len(b):
-            raise UsageError(f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {where}")
+            raise UsageError(
+                f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {where}"
+            )
         signs = 1 - 2 * (torch.arange(len(a)) % 2)[:, None]
         data = (a - b) * signs if paired else a
         if centre:
