@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -99,14 +100,13 @@ class WeightedSums:
         self.sums = torch.zeros(layers, groups, width, dtype=torch.float64, device=device)
         self.totals = torch.zeros(groups, dtype=torch.float64, device=device)
         self._batch: Batch | None = None
-        self._rows = self._columns = None  # type: Tensor | None
+        self._rows, self._columns = torch.zeros(0), torch.zeros(0)
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         if batch is not self._batch:
             self._take(batch)
-        if self._rows is not None:
-            picked = h.reshape(-1, h.shape[-1])[self._rows].double()
-            self.sums[index] += self._columns @ picked
+        picked = h.reshape(-1, h.shape[-1])[self._rows].double()
+        self.sums[index] += self._columns @ picked
 
     def _take(self, batch: Batch) -> None:
         """Once a batch: only positions that some group weighs are worth converting to float64."""
@@ -123,7 +123,7 @@ class WeightedSums:
         return self.sums / self.totals[:, None]
 
     def __add__(self, other: WeightedSums) -> WeightedSums:
-        result = WeightedSums(*self.sums.shape, device=self.sums.device)
+        result = copy(self)
         result.sums, result.totals = self.sums + other.sums, self.totals + other.totals
         return result
 
@@ -147,7 +147,7 @@ class NormSums:
         return self.sums / self.counts
 
     def __add__(self, other: NormSums) -> NormSums:
-        result = NormSums(len(self.sums), device=self.sums.device)
+        result = copy(self)
         result.sums, result.counts = self.sums + other.sums, self.counts + other.counts
         return result
 

@@ -24,8 +24,8 @@ from .sites import Site
 
 FORMAT, VERSION = "steerable.direction", "1"
 MAPS = ("shift",)
-_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate")
-_TEXT += ("data_sha256", "created_by", "licence")
+_ABOUT = ("data_sha256", "created_by", "licence")
+_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate", *_ABOUT)
 _JSON = ("strength", "norms", "stats")
 
 

@@ -49,7 +49,7 @@ class SequenceState:
     ) -> None:
         """Forget everything; `rows` new sequences begin.
 
-        prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds the whole prompt.
+        prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds all of it.
         """
         self.seen = torch.zeros(rows, dtype=torch.long, device=device)
         self.phase = torch.zeros(rows, dtype=torch.long, device=device)
@@ -73,9 +73,8 @@ class SequenceState:
         """Feed ids [B, T] and return what they are.
 
         valid: [B, T] bool, False on padding; None when there is none.
-        prompt: which of them belong to the prompt: one bool, [B] or [B, T]; None: by `prompt_lengths` if known,
-            else all tokens of the first call. A row's last prompt token is the last one in this call, unless
-            prompt_lengths says otherwise.
+        prompt: which of them belong to the prompt: one bool, [B] or [B, T]; a row's last prompt token is then
+            the last of them in this call. None: by `prompt_lengths` if known, else all of the first call.
         """
         rows, length = ids.shape
         if valid is None:
@@ -258,8 +257,8 @@ def parse_selector(text: str | Selector) -> Selector:
 
 def _bad(text: str, why: str) -> UsageError:
     return UsageError(
-        f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), positions(a, b), "
-        "combined with & | ~ and parentheses"
+        f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), "
+        "positions(a, b), combined with & | ~ and parentheses"
     )
 
 

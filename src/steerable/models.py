@@ -102,8 +102,8 @@ def load(
 
 
 def _on_hub(name: str, revision: str | None) -> bool:
-    """Whether the hub has it; False where the hub cannot be reached, which is tried once (the loaders try for a
-    minute). Raises UsageError where the hub says no."""
+    """Whether the hub has it; False where the hub cannot be reached, which is tried only once, as the loaders'
+    own tries take a minute. Raises UsageError where the hub says no."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -157,7 +157,7 @@ def _has(root: nn.Module, path: str) -> bool:
 
 
 def family(model: nn.Module) -> Family:
-    """Where the parts are: by `model_type`, else the Llama names if the model has them all, else UsageError."""
+    """Where the parts are: by `model_type`, else the Llama names if it has them all, else UsageError."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -197,7 +197,8 @@ def n_layers(model: nn.Module) -> int:
 
 def width(model: nn.Module) -> int:
     """d, the width of the residual stream."""
-    return int(model.config.get_text_config().hidden_size)
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
 
 
 def think_tags(tokenizer: Any) -> ThinkTags:
@@ -205,8 +206,8 @@ def think_tags(tokenizer: Any) -> ThinkTags:
     vocabulary = tokenizer.get_vocab()
     if "<think>" not in vocabulary or "</think>" not in vocabulary:
         raise UsageError(
-            f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> to be "
-            "single tokens of its vocabulary; choose a reasoning model"
+            f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> "
+            "to be single tokens of its vocabulary; choose a reasoning model"
         )
     open_id, close_id = vocabulary["<think>"], vocabulary["</think>"]
     return ThinkTags(open_id, close_id, _opened_by_template(tokenizer, open_id, close_id))

@@ -30,6 +30,7 @@ from ..errors import SteerableError, SteerableWarning, UsageError
 from ..gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
 from ..interventions import Intervention, shift
 from ..sites import Site, check_site, tap, width_at
+from .meter import Count, Meter
 
 Strength = float | Tensor
 Steering = Direction | Intervention
@@ -134,10 +135,11 @@ class Handle:
         self.tokens: Tokens | None = None
         self._state = SequenceState(self.tags)
         self._columns = 0  # of the sequences in the state, padding included
-        self._whole: Tensor | None = None  # ids of the last call without a cache
+        self._whole: Tensor | None = None  # ids of the last call without a cache, and where its prompts end
+        self._whole_prompt: Tensor | None = None
         self._next_lengths: Tensor | None = None
         self._is_fed = False
-        self._fed = _Count()
+        self._fed = Count()
         self._active = False
         self._rows: Tensor | None = None
         self._selectors: list[Selector] = []
@@ -154,6 +156,16 @@ class Handle:
             self._sites[site] = _SteeredSite(self, site, here, union, device, track)
         self._bind(None)
 
+    @property
+    def strength(self) -> Strength:
+        """The strength of all interventions. Raises SteerableError where each has its own."""
+        if self._strength is not None:
+            return self._strength
+        own = [i.strength for steered in self._sites.values() for i, _ in steered.here]
+        if any(s is not own[0] and (isinstance(s, Tensor) or s != own[0]) for s in own):
+            raise SteerableError("the directions have different strengths: pass strength= to steer")
+        return own[0]
+
     def set_strength(self, strength: Strength) -> None:
         """The strength of everything from the next forward pass on: a number or a tensor [B], one a row."""
         self._bind(strength)
@@ -168,6 +180,7 @@ class Handle:
                 raise UsageError(f"the strength must be a finite number, not {s}")
             if isinstance(s, torch.Tensor) and s.dim() != 1:
                 raise UsageError(f"a strength tensor must have the shape [B], not {tuple(s.shape)}")
+        self._strength = strength
         for steered in self._sites.values():
             steered.bind(strength)
         on = [(s != 0) if isinstance(s, torch.Tensor) else torch.tensor([s != 0]) for s in strengths]
@@ -278,7 +291,7 @@ class Handle:
         if idle:
             names = ", ".join(f"{s.site} (where={self._selectors[s.union]})" for s in idle[:4])
             warnings.warn(
-                f"steering touched none of the {self.tokens_fed} tokens fed at {names}: nothing was steered there",
+                f"steering touched none of the {self.tokens_fed} tokens fed at {names}: no effect there",
                 SteerableWarning,
                 stacklevel=4,
             )
@@ -297,8 +310,8 @@ class _SteeredSite:
         track: bool,
     ):
         self.handle, self.site, self.here, self.union, self.device = handle, site, here, union, device
-        self.touched = _Count()
-        self.meter = _Meter() if track else None
+        self.touched = Count()
+        self.meter = Meter() if track else None
         self.runs: list[tuple[Callable[[Tensor, Tensor | None], Tensor], int]] = []
 
     def bind(self, strength: Strength | None) -> None:
@@ -322,7 +335,7 @@ class _SteeredSite:
             mask = handle._masks[index]
             if mask is not None and mask.shape != h.shape[:2]:
                 raise SteerableError(
-                    f"steering was told of tokens {tuple(mask.shape)}, but {self.site} sees {tuple(h.shape[:2])}"
+                    f"steering was told of {tuple(mask.shape)} tokens, but {self.site} sees {tuple(h.shape[:2])}"
                 )
             new = run(new, mask)
         self.touched.add(handle._counts[self.union])
@@ -337,76 +350,6 @@ class _SteeredSite:
         return {"tokens": self.touched.total(), "relative_change": change, "angle": angle}
 
 
-class _Count:
-    """A running sum of numbers that may be tensors: added up only now and then, as each read waits for the
-    device."""
-
-    def __init__(self) -> None:
-        self._whole = 0
-        self._parts: list[Tensor] = []
-
-    def add(self, n: int | Tensor) -> None:
-        if isinstance(n, int):
-            self._whole += n
-            return
-        self._parts.append(n)
-        if len(self._parts) >= 1024:
-            self._parts = [torch.stack(self._parts).sum()]
-
-    def total(self) -> int:
-        return self._whole + (int(torch.stack(self._parts).sum()) if self._parts else 0)
-
-
-class _Meter:
-    """Mean relative change and angle over the touched tokens, from the activations before and after. They are
-    kept
-    until there are enough to measure at once: at one token a call the calls would cost more than the
-    numbers."""
-
-    ENOUGH = 256  # tokens
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._tokens = 0
-        self._sums: Tensor | None = None  # float64: touched tokens, relative changes, angles
-
-    def add(self, before: Tensor, after: Tensor, weights: Tensor | None) -> None:
-        self._kept.append((before.detach(), after.detach(), weights))
-        self._tokens += before.shape[0] * before.shape[1]
-        if self._tokens >= self.ENOUGH:
-            self._measure()
-
-    def _measure(self) -> None:
-        if not self._kept:
-            return
-        d = self._kept[0][0].shape[-1]
-        before = torch.cat([b.reshape(-1, d) for b, _, _ in self._kept]).float()
-        after = torch.cat([a.reshape(-1, d) for _, a, _ in self._kept]).float()
-        if all(w is None for _, _, w in self._kept):
-            weights = before.new_ones(len(before))
-        else:
-            weights = torch.cat(
-                [
-                    b.new_ones(b.shape[0] * b.shape[1]) if w is None else w.expand(b.shape[:2]).reshape(-1)
-                    for b, _, w in self._kept
-                ]
-            )
-        self._kept, self._tokens = [], 0
-        norm, new_norm = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
-        change = torch.linalg.vector_norm(after - before, dim=-1)
-        relative = change / norm.clamp_min(1e-30)
-        # sin^2(angle / 2) from the triangle's three sides: precise for small angles, unlike acos of a cosine
-        square = (change - new_norm + norm) * (change + new_norm - norm)
-        angle = 2 * (square / (4 * norm * new_norm).clamp_min(1e-30)).clamp(0, 1).sqrt().asin()
-        sums = torch.stack([torch.ones_like(norm), relative, angle]).double() @ weights.double()
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def means(self) -> tuple[float | None, float | None]:
-        self._measure()
-        total, relative, angle = (0.0, 0.0, 0.0) if self._sums is None else self._sums.tolist()
-        return (relative / total, math.degrees(angle / total)) if total else (None, None)
-
-
 def resolved(selector: Selector) -> bool:
     """Whether every `boundary` in it knows its token ids."""
     own = selector.op != "boundary" or selector.args is not None
@@ -419,7 +362,7 @@ def _union(parts: list[Selector]) -> Selector:
 
 
 def _valid(mask: Any, past: int, rows: int, length: int) -> Tensor | None:
-    """Which of the tokens being fed are not padding, [B, T] bool, from the attention mask; None if it has none."""
+    """Which of the tokens being fed are not padding, [B, T] bool, from the attention mask; None: all."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if mask is None:
