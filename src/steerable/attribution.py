@@ -1,0 +1,368 @@
+"""Where a vector matters: the effect of every layer x behaviour on the next token at span onsets.
+
+Four metrics, each a number per (onset position i, layer l, vector u):
+
+- `published`           |u^ . g|   with g = grad_{a_l(i)} 1/2 mean_v (log p_v)^2 and u^ = u / ||u||
+- `published_rescaled`  |u . g|    the same with the vector as it is added, rescaled to the mean activation
+- `fisher`              s^2 / 2 Var_{v ~ p} ((J_l u)_v), J_l = d logits(i) / d a_l(i): the second-order
+                        term of KL(p || p after adding s u)
+- `exact`               KL(p || p after adding s u to a_l(i)), by really adding it
+
+`published` is what the code of Venhoff et al. 2025 (arXiv 2506.18167, section 3.3, Figure 3) computes. The
+paper calls it a KL divergence, but the code's `kl_div(log p, log p)` without `log_target` has minus this
+gradient, and a KL divergence from a distribution to itself has gradient zero, so its second order, `fisher`,
+is the first term that says anything. The place of the published peak depends on the unit normalisation; hence
+both forms. `exact` is what the others estimate (activation patching; Heimersheim & Nanda 2024, arXiv
+2404.15255).
+
+Cost. The loss is read at the very position whose activation is differentiated, so nothing flows through other
+positions. One pass without gradients stores the keys and values of a chain; then all its onsets are
+single-token *queries* in one row, each masked to its own past and itself. One backward over them serves all
+layers and behaviours of both published metrics; `fisher` and `exact` take one such query for every (onset,
+behaviour, layer), many to a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .chains.windows import AlignedChain
+from .errors import UsageError
+from .queries import Queries
+from .sites import Site, tap, width_at
+
+if TYPE_CHECKING:
+    from .directions import Direction
+
+METRICS = ("published", "published_rescaled", "fisher", "exact")
+ONSETS = ("other", "own", "all")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Effects of a set of directions.
+
+    `effects[behaviour][metric]` is float64 [chains, layers]: the mean over a chain's onsets, NaN where the
+    chain has none or the metric was not taken on it.
+    """
+
+    sites: tuple[Site, ...]
+    effects: dict[str, dict[str, Tensor]]
+
+    def mean(self, behaviour: str, metric: str) -> Tensor:
+        """Mean over chains, float64 [layers]; NaN where nothing was measured."""
+        return self._measured(behaviour, metric).mean(0)
+
+    def std(self, behaviour: str, metric: str) -> Tensor:
+        """Standard deviation over chains (not of the mean), float64 [layers]."""
+        values = self._measured(behaviour, metric)
+        return (values - values.mean(0)).square().mean(0).sqrt()
+
+    def rank_correlation(self, behaviour: str, metric: str, reference: str = "exact") -> float:
+        """Spearman correlation over layers of two mean curves, on the chains that have both."""
+        a, b = self.effects[behaviour][metric], self.effects[behaviour][reference]
+        both = ~(a.isnan().any(1) | b.isnan().any(1))
+        return spearman(a[both].mean(0), b[both].mean(0))
+
+    def peak(self, behaviour: str, metric: str = "exact", margin: int | None = None) -> int:
+        """Layer of the largest mean effect, leaving out `margin` layers at either end.
+
+        Default: an eighth of the depth, at most 4, the published "4 ... L-4" scaled to depth.
+        """
+        curve = self.mean(behaviour, metric)
+        edge = min(4, round(len(curve) / 8)) if margin is None else margin
+        inner = curve[edge : len(curve) - edge]
+        if not len(inner) or inner.isnan().any():
+            raise UsageError(
+                f"no peak for {behaviour!r} by {metric!r}: of {len(curve)} layers, "
+                f"those left without {edge} at either end hold no measurement"
+            )
+        return self.sites[edge + int(inner.argmax())].layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: {behaviour: {metric: {mean, std, chains}, "rank_correlation": {metric: rho}}}; missing
+        is None."""
+        result: dict[str, Any] = {}
+        for behaviour, metrics in self.effects.items():
+            entry: dict[str, Any] = {
+                metric: {
+                    "mean": _plain(self.mean(behaviour, metric)),
+                    "std": _plain(self.std(behaviour, metric)),
+                    "chains": len(self._measured(behaviour, metric)),
+                }
+                for metric in metrics
+            }
+            if "exact" in metrics:
+                cheap = [metric for metric in metrics if metric != "exact"]
+                rho = _plain(
+                    torch.tensor([self.rank_correlation(behaviour, m) for m in cheap], dtype=torch.float64)
+                )
+                entry["rank_correlation"] = dict(zip(cheap, rho, strict=True))
+            result[behaviour] = entry
+        return result
+
+    def _measured(self, behaviour: str, metric: str) -> Tensor:
+        values = self.effects[behaviour][metric]
+        return values[~values.isnan().any(1)]
+
+
+def attribute(
+    model: Any,
+    chains: Sequence[AlignedChain],
+    directions: Mapping[str, Direction],
+    *,
+    metrics: Sequence[str] = METRICS,
+    onsets: str = "other",
+    limit: int = 50,
+    sample: int = 16,
+    strength: float = 1.0,
+    max_queries: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Attribution:
+    """Effect of each direction at each of its layers on the next-token distribution at span onsets.
+
+    `directions` maps behaviour to Direction; all must hold one vector [d] at the same sites. The first
+    `limit` chains that have spans are used, and of those the first `sample` for `fisher` and `exact`, which
+    cost a query for every layer and behaviour. `onsets`: for each behaviour, the spans with another label
+    (`other`, as published), with its `own` label, or `all`. `strength` s scales the vector in `fisher` and
+    `exact`. At most `max_queries` single tokens share a forward pass. Errors: UsageError for unknown metrics
+    or onsets, no usable chain, or directions that do not match the model or each other.
+    """
+    unknown = [m for m in metrics if m not in METRICS]
+    if unknown or onsets not in ONSETS:
+        what = (
+            f"metric {unknown[0]!r}: expected some of {METRICS}"
+            if unknown
+            else f"onsets {onsets!r}: expected one of {ONSETS}"
+        )
+        raise UsageError(f"unknown {what}")
+    used = [chain for chain in chains if chain.spans][:limit]
+    if not used:
+        raise UsageError("attribution needs at least one chain with annotated spans, got none")
+    sites, vectors = _stack(directions, model)
+    shape = (len(used), len(sites))
+    effects = {b: {m: torch.full(shape, torch.nan, dtype=torch.float64) for m in metrics} for b in directions}
+
+    for c, chain in enumerate(used):
+        positions = [span.start - 1 for span in chain.spans]
+        picked = {
+            b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions
+        }
+        measured = _measure(
+            Queries(model, chain.ids, positions),
+            sites,
+            vectors,
+            picked,
+            metrics,
+            c < sample,
+            strength,
+            max_queries,
+        )
+        for behaviour, metric, values in measured:
+            effects[behaviour][metric][c] = values
+        if progress is not None:
+            progress(c + 1, len(used))
+    return Attribution(sites, effects)
+
+
+def _measure(
+    queries: Queries,
+    sites: Sequence[Site],
+    vectors: Mapping[str, Tensor],
+    picked: Mapping[str, list[int]],
+    metrics: Sequence[str],
+    costly: bool,
+    strength: float,
+    max_queries: int,
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(behaviour, metric, mean effect over the chain's picked onsets [L]) of one chain."""
+    published = [m for m in metrics if m.startswith("published")]
+    if published:
+        gradients = published_gradients(queries, sites)
+        for behaviour, onsets in picked.items():
+            if onsets:
+                raw = (
+                    torch.einsum("lqd,ld->ql", gradients[:, onsets], vectors[behaviour].to(gradients))
+                    .abs()
+                    .double()
+                    .mean(0)
+                )
+                unit = raw / vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).to(raw)
+                for metric in published:
+                    yield behaviour, metric, (unit if metric == "published" else raw).cpu()
+    for metric, measure in (("fisher", fisher), ("exact", exact)):
+        if metric in metrics and costly:
+            plan = [(i, b) for b, onsets in picked.items() for i in onsets]
+            if not plan:
+                continue
+            index = torch.tensor([i for i, _ in plan])
+            added = torch.stack([strength * vectors[b] for _, b in plan])  # [pairs, L, d]
+            values = measure(queries, sites, index, added, max_queries).double().cpu()
+            for behaviour in picked:
+                rows = [r for r, (_, b) in enumerate(plan) if b == behaviour]
+                if rows:
+                    yield behaviour, metric, values[rows].mean(0)
+
+
+def published_gradients(queries: Queries, sites: Sequence[Site]) -> Tensor:
+    """Gradient of 1/2 mean_v (log p_v)^2 of each query with respect to its own activation at each site: [L,
+    Q, d]."""
+    seen: dict[Site, Tensor] = {}
+
+    def hold(site: Site) -> Callable[[Tensor], Tensor]:
+        def fn(h: Tensor) -> Tensor:
+            # The lowest site becomes the leaf: nothing below it is differentiated. Above, a view is a node of
+            # its own that everything later reads, also at sites (resid_mid) whose value no module passes on.
+            seen[site] = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
+            return seen[site]
+
+        return fn
+
+    with torch.enable_grad(), tap(queries.model, {site: hold(site) for site in sites}):
+        # Queries do not see each other, so the gradient of the sum is each query's own gradient.
+        loss = _log_probs(queries.logits()).square().mean(-1).sum() / 2
+        gradients = torch.autograd.grad(loss, [seen[site] for site in sites])
+    return torch.stack([g[0] for g in gradients])
+
+
+def fisher(
+    queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512
+) -> Tensor:
+    """1/2 Var_p(J u) for every row and site, [N, L], by forward-mode differentiation.
+
+    Row n is query `index[n]` with vector `added[n, l]` at `sites[l]` (`added` [N, L, d]).
+    """
+
+    def inject(h: Tensor, rows: slice, u: Tensor) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(h)
+        tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
+        tangent[0, rows] += u.to(tangent)
+        return forward_ad.make_dual(primal, tangent)
+
+    def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        # Of the fused attention kernels, only the plain one has a forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            logits, tangent = forward_ad.unpack_dual(run())
+            p = _log_probs(logits).exp()
+            change = tangent.to(p)
+            return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
+
+    return _sweep(queries, sites, index, added, max_queries, inject, measure)
+
+
+def exact(
+    queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512
+) -> Tensor:
+    """KL(p || p_patched) for every row and site, [N, L]; arguments as for `fisher`."""
+    with torch.no_grad():
+        base = _log_probs(queries.logits())
+
+    def inject(h: Tensor, rows: slice, u: Tensor) -> Tensor:
+        h = h.clone()
+        h[0, rows] = (h[0, rows] + u).to(h.dtype)  # u is float32 or wider, and so is the sum
+        return h
+
+    def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        before = base[chunk.to(base.device)]
+        return (before.exp() * (before - _log_probs(run()))).sum(-1)
+
+    return _sweep(queries, sites, index, added, max_queries, inject, measure)
+
+
+class _Row(NamedTuple):
+    pair: int
+    layer: int
+
+
+def _sweep(
+    queries: Queries,
+    sites: Sequence[Site],
+    index: Tensor,
+    added: Tensor,
+    max_queries: int,
+    inject: Callable[[Tensor, slice, Tensor], Tensor],
+    measure: Callable[[Tensor, Callable[[], Tensor]], Tensor],
+) -> Tensor:
+    """Evaluate all (row, site) combinations, `max_queries` to a forward pass, sites outermost."""
+    rows = [_Row(n, layer) for layer in range(len(sites)) for n in range(len(index))]
+    added = added.to(queries.device)
+    result = torch.empty(len(rows), dtype=torch.float64)
+    for begin in range(0, len(rows), max_queries):
+        part = rows[begin : begin + max_queries]
+        edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+        for layer in sorted({row.layer for row in part}):
+            at = [
+                j for j, row in enumerate(part) if row.layer == layer
+            ]  # consecutive, as sites are outermost
+            pairs = [part[j].pair for j in at]
+            edits[sites[layer]] = _edit(inject, slice(at[0], at[-1] + 1), added[pairs, layer])
+        chunk = index[[row.pair for row in part]]
+        with torch.no_grad(), tap(queries.model, edits):
+            result[begin : begin + len(part)] = (
+                measure(chunk, lambda chunk=chunk: queries.logits(chunk)).double().cpu()
+            )
+    return result.view(len(sites), len(index)).T
+
+
+def _edit(
+    inject: Callable[[Tensor, slice, Tensor], Tensor], rows: slice, u: Tensor
+) -> Callable[[Tensor], Tensor]:
+    return lambda h: inject(h, rows, u)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN where one is constant or
+    holds NaN."""
+    if len(a) < 2 or a.isnan().any() or b.isnan().any():
+        return float("nan")
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(x: Tensor) -> Tensor:
+    # Mean rank of x_i: the number of smaller values plus half of the equal ones.
+    smaller = (x[None, :] < x[:, None]).sum(1).double()
+    equal = (x[None, :] == x[:, None]).sum(1).double()
+    return smaller + (equal - 1) / 2
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _wanted(onsets: str, label: str, behaviour: str) -> bool:
+    return onsets == "all" or (label == behaviour) == (onsets == "own")
+
+
+def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site, ...], dict[str, Tensor]]:
+    """The common sites, sorted, and each behaviour's vectors [L, d] on the model's device."""
+    if not directions:
+        raise UsageError("attribution needs at least one direction, got none")
+    sites = tuple(sorted(next(iter(directions.values())).vectors))
+    vectors = {}
+    for behaviour, direction in directions.items():
+        if tuple(sorted(direction.vectors)) != sites:
+            raise UsageError(
+                f"all directions must hold the same sites, but {behaviour!r} holds others than the first"
+            )
+        stacked = [direction.vectors[site].squeeze(0) for site in sites]
+        if any(v.ndim != 1 for v in stacked):
+            raise UsageError(f"attribution needs one vector a site, but {behaviour!r} holds a subspace")
+        for site, v in zip(sites, stacked, strict=True):
+            if len(v) != (width := width_at(model, site.kind)):
+                raise UsageError(
+                    f"the {behaviour!r} vector at {site} has width {len(v)}, but the model has {width} there"
+                )
+        vectors[behaviour] = torch.stack(stacked).to(model.get_input_embeddings().weight.device)
+    return sites, vectors
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]

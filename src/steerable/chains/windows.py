@@ -1,0 +1,183 @@
+"""From character spans to token ranges, and from token ranges to the weights of a mean.
+
+A span is a stretch of a chain's `thinking` text with one behaviour label. Three questions are answered here
+and nowhere else: which tokens a span covers (`align`), which positions a *window* takes of it
+(`window_positions`), and with what weight every position of a chain enters every mean (`weights`).
+
+Source: Venhoff et al. 2025, "Understanding Reasoning in Thinking Language Models via Steering Vectors"
+(arXiv 2506.18167), section 3.2, and the windows and means that its published code really uses.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UsageError
+
+WINDOWS = ("published", "span", "onset")
+
+
+class TokenSpan(NamedTuple):
+    """Tokens [start, end) of the whole sequence (prompt included) carry behaviour `label`."""
+
+    label: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class AlignedChain:
+    """One chain as a model reads it: token ids of prompt and thinking, up to its last annotated token.
+
+    What follows the last annotated token is left out: attention is causal, so no activation depends on it.
+    `dropped` counts spans that cover no token.
+    """
+
+    task_id: str
+    sample: int
+    ids: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+    dropped: int = 0
+
+
+class Group(NamedTuple):
+    """One row of a weight matrix. `shuffle` 0 means the true labels, k > 0 the k-th label shuffle."""
+
+    shuffle: int
+    window: str
+    label: str
+
+
+OVERALL = Group(0, "overall", "overall")
+
+
+def align(
+    spans: Iterable[Mapping[str, Any]], offsets: Sequence[tuple[int, int]], thinking_start: int = 0
+) -> list[TokenSpan]:
+    """Token ranges of character spans, in reading order.
+
+    `spans` are records with `label`, `start`, `end` (characters of the thinking text), `offsets` the fast
+    tokenizer's (start, end) characters of every token in the whole text, `thinking_start` the character at
+    which the thinking text begins in it. A span covers every token that shares a character with it; one that
+    covers none is left out, so `len(spans) - len(result)` is the loss. The search only moves forward, hence
+    linear time.
+    """
+    # Special tokens may have the empty range (0, 0); they belong to no span.
+    tokens = [(index, begin, end) for index, (begin, end) in enumerate(offsets) if end > begin]
+    found: list[TokenSpan] = []
+    first = 0
+    for span in sorted(spans, key=lambda s: (s["start"], s["end"])):
+        begin, end = span["start"] + thinking_start, span["end"] + thinking_start
+        while first < len(tokens) and tokens[first][2] <= begin:
+            first += 1
+        after = first
+        while after < len(tokens) and tokens[after][1] < end:
+            after += 1
+        if after > first and end > begin:
+            found.append(TokenSpan(span["label"], tokens[first][0], tokens[after - 1][0] + 1))
+    return found
+
+
+def align_chain(
+    tokenizer: Any, prompt_text: str, chain: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]
+) -> AlignedChain:
+    """Encode a chain record and align its span records.
+
+    `prompt_text` is the task after the chat template, generation prompt included. Where the template leaves
+    the think block closed, the model opened it itself, so `<think>` is put back. Raises UsageError for a
+    tokenizer without offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError(
+            "aligning spans needs a fast tokenizer, because it reports character offsets; "
+            f"{type(tokenizer).__name__} is not one: load it with use_fast=True"
+        )
+    opened = prompt_text.rfind("<think>") > prompt_text.rfind("</think>")
+    head = prompt_text if opened else prompt_text + "<think>"
+    # The template has already written the special tokens.
+    encoded = tokenizer(head + chain["thinking"], add_special_tokens=False, return_offsets_mapping=True)
+    found = align(spans, encoded["offset_mapping"], len(head))
+    keep = max((span.end for span in found), default=0)
+    return AlignedChain(
+        task_id=str(chain["task_id"]),
+        sample=int(chain.get("sample", 0)),
+        ids=tuple(encoded["input_ids"][:keep]),
+        spans=tuple(found),
+        dropped=len(spans) - len(found),
+    )
+
+
+def window_positions(window: str, start: int, end: int) -> range:
+    """Positions that `window` takes of the span of tokens [start, end).
+
+    - `published`: s-1 ... min(e-2, s+9), and at least s-1: the preceding token and at most the first ten,
+      never the
+      last one (the slice `s-1 : min(e-1, s+10)` of the published code).
+    - `span`: s ... e-1, all its tokens.
+    - `onset`: s-1 alone, the position at which the model decides what comes.
+    """
+    if not 0 < start < end:
+        raise UsageError(f"a span needs a token before it and at least one of its own, got [{start}, {end})")
+    if window == "published":
+        return range(start - 1, max(start, min(end - 1, start + 10)))
+    if window == "span":
+        return range(start, end)
+    if window == "onset":
+        return range(start - 1, start)
+    raise UsageError(f"unknown window {window!r}: expected one of {', '.join(WINDOWS)}")
+
+
+def groups(labels: Sequence[str], windows: Sequence[str] = WINDOWS, shuffles: int = 0) -> list[Group]:
+    """Row order of `weights`: `overall`, then shuffle (0: true labels), window, label, the last fastest."""
+    return [OVERALL] + [Group(k, w, label) for k in range(shuffles + 1) for w in windows for label in labels]
+
+
+def weights(
+    spans: Sequence[TokenSpan],
+    length: int,
+    labels: Sequence[str],
+    windows: Sequence[str] = WINDOWS,
+    shuffled: Sequence[Sequence[str]] = (),
+) -> np.ndarray:
+    """Weight matrix [G, length] (float64) of one chain, rows as in `groups(labels, windows, len(shuffled))`.
+
+    Every span has weight 1, spread evenly over its window's positions, so a label's row sums to its number of
+    spans and the weighted sum over chains divided by the weight is the mean over *spans*. `overall` gives
+    every *chain* weight 1, spread over its first to last annotated token. The count-weighted mean of all
+    labels (`pooled`) follows from the label rows. `shuffled[k][i]` is the label of span i in the k-th
+    shuffle.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    rows = np.zeros((1 + (1 + len(shuffled)) * len(windows) * len(labels), length))
+    if not spans:
+        return rows
+    first, last = min(s.start for s in spans), max(s.end for s in spans)
+    if last > length:
+        raise UsageError(f"a span ends at token {last}, but the chain has only {length} tokens")
+    rows[0, first:last] = 1.0 / (last - first)
+    for labelling, names in enumerate([[s.label for s in spans], *shuffled]):
+        for span, name in zip(spans, names, strict=True):
+            if name not in index:
+                raise UsageError(f"unknown label {name!r}: expected one of {', '.join(labels)}")
+            for w, window in enumerate(windows):
+                at = window_positions(window, span.start, span.end)
+                row = 1 + (labelling * len(windows) + w) * len(labels) + index[name]
+                rows[row, at.start : at.stop] += 1.0 / len(at)
+    return rows
+
+
+def shuffle_labels(chains: Sequence[AlignedChain], seed: int) -> list[list[str]]:
+    """The labels of every chain's spans after one seeded permutation over all spans of all chains.
+
+    Every label keeps its number of spans, so a direction from shuffled labels has the sampling noise of the
+    real one and everything that spans share, but nothing of the behaviour.
+    """
+    pool = [span.label for chain in chains for span in chain.spans]
+    random.Random(seed).shuffle(pool)
+    labels = iter(pool)
+    return [[next(labels) for _ in chain.spans] for chain in chains]

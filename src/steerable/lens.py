@@ -1,0 +1,47 @@
+"""What a vector says in tokens: its projection on the vocabulary through the unembedding.
+
+nostalgebraist 2020, "interpreting GPT: the logit lens"; for steering vectors e.g. Venhoff et al. 2025 (arXiv
+2506.18167).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import models
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Tokens with the highest and the lowest score, best first: (token text, score)."""
+
+    top: list[tuple[str, float]]
+    bottom: list[tuple[str, float]]
+
+
+@torch.no_grad()
+def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = False) -> Lens:
+    """Scores W_U v of every token, the k highest and the k lowest; v = `vector` [d] of the residual stream.
+
+    `norm` sends the vector through the final norm first. That fixes its length and applies the norm's
+    weights, which is what the model does with a whole activation; without it scores are the logits that the
+    vector itself adds, up to the norm. Raises UsageError for a vector that is not [d] or holds NaN.
+    """
+    width = models.width(model)
+    if vector.shape != (width,) or not torch.isfinite(vector).all():
+        raise UsageError(f"the lens needs a finite vector of width {width}, got shape {tuple(vector.shape)}")
+    head = models.unembed(model)
+    v = vector.to(head.weight.device, head.weight.dtype)
+    scores = head(models.final_norm(model)(v) if norm else v).float()
+    k = min(k, len(scores))
+    return Lens(*(_tokens(tokenizer, scores, k, largest) for largest in (True, False)))
+
+
+def _tokens(tokenizer: Any, scores: Tensor, k: int, largest: bool) -> list[tuple[str, float]]:
+    values, ids = scores.topk(k, largest=largest)
+    return [(tokenizer.decode([i]), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
