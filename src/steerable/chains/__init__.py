@@ -1,0 +1,1 @@
+"""Tasks and chains of thought: records, generation, annotation, and spans as tokens."""

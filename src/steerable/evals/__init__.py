@@ -1,0 +1,1 @@
+"""What steering did: behaviour fractions, accuracy, length, loops, divergence, with paired-bootstrap intervals."""
