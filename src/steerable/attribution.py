@@ -26,7 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -240,7 +241,7 @@ def fisher(
     Row n is query `index[n]` with vector `added[n, l]` at `sites[l]` (`added` [N, L, d]).
     """
 
-    def inject(h: Tensor, rows: slice, u: Tensor) -> Tensor:
+    def inject(h: Tensor, rows: Tensor, u: Tensor) -> Tensor:
         primal, tangent = forward_ad.unpack_dual(h)
         tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
         tangent[0, rows] += u.to(tangent)
@@ -264,7 +265,7 @@ def exact(
     with torch.no_grad():
         base = _log_probs(queries.logits())
 
-    def inject(h: Tensor, rows: slice, u: Tensor) -> Tensor:
+    def inject(h: Tensor, rows: Tensor, u: Tensor) -> Tensor:
         h = h.clone()
         h[0, rows] = (h[0, rows] + u).to(h.dtype)  # u is float32 or wider, and so is the sum
         return h
@@ -276,50 +277,39 @@ def exact(
     return _sweep(queries, sites, index, added, max_queries, inject, measure)
 
 
-class _Row(NamedTuple):
-    pair: int
-    layer: int
-
-
 def _sweep(
     queries: Queries,
     sites: Sequence[Site],
     index: Tensor,
     added: Tensor,
     max_queries: int,
-    inject: Callable[[Tensor, slice, Tensor], Tensor],
+    inject: Callable[..., Tensor],
     measure: Callable[[Tensor, Callable[[], Tensor]], Tensor],
 ) -> Tensor:
-    """Evaluate all (row, site) combinations, `max_queries` to a forward pass, sites outermost."""
-    rows = [_Row(n, layer) for layer in range(len(sites)) for n in range(len(index))]
+    """Every row of `index` at every site, `max_queries` to a forward pass: [N, L] float64.
+
+    `inject(h, rows, u)` puts `u` into the given tokens of `h` at a site; `measure(queries of the pass, run)`
+    runs the pass and gives a number for each of its tokens.
+    """
     added = added.to(queries.device)
-    result = torch.empty(len(rows), dtype=torch.float64)
-    for begin in range(0, len(rows), max_queries):
-        part = rows[begin : begin + max_queries]
+    row = torch.arange(len(index)).repeat(len(sites))
+    layer = torch.arange(len(sites)).repeat_interleave(len(index))
+    result = torch.empty(len(row), dtype=torch.float64)
+    for begin in range(0, len(row), max_queries):
+        part = slice(begin, begin + max_queries)
         edits: dict[Site, Callable[[Tensor], Tensor]] = {}
-        for layer in sorted({row.layer for row in part}):
-            at = [
-                j for j, row in enumerate(part) if row.layer == layer
-            ]  # consecutive, as sites are outermost
-            pairs = [part[j].pair for j in at]
-            edits[sites[layer]] = _edit(inject, slice(at[0], at[-1] + 1), added[pairs, layer])
-        chunk = index[[row.pair for row in part]]
+        for at in layer[part].unique().tolist():
+            tokens = (layer[part] == at).nonzero()[:, 0]
+            edits[sites[at]] = partial(inject, rows=tokens, u=added[row[part][tokens], at])
+        chosen = index[row[part]]
         with torch.no_grad(), tap(queries.model, edits):
-            result[begin : begin + len(part)] = (
-                measure(chunk, lambda chunk=chunk: queries.logits(chunk)).double().cpu()
-            )
+            result[part] = measure(chosen, partial(queries.logits, chosen)).double().cpu()
     return result.view(len(sites), len(index)).T
 
 
-def _edit(
-    inject: Callable[[Tensor, slice, Tensor], Tensor], rows: slice, u: Tensor
-) -> Callable[[Tensor], Tensor]:
-    return lambda h: inject(h, rows, u)
-
-
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN where one is constant or
-    holds NaN."""
+    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN if one is constant or has
+    NaN."""
     if len(a) < 2 or a.isnan().any() or b.isnan().any():
         return float("nan")
     ranks = torch.stack([_ranks(a), _ranks(b)])

@@ -35,7 +35,7 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
     width = models.width(model)
     if vector.shape != (width,) or not torch.isfinite(vector).all():
         raise UsageError(f"the lens needs a finite vector of width {width}, got shape {tuple(vector.shape)}")
-    head = models.unembed(model)
+    head: Any = models.unembed(model)
     v = vector.to(head.weight.device, head.weight.dtype)
     scores = head(models.final_norm(model)(v) if norm else v).float()
     k = min(k, len(scores))
