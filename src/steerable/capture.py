@@ -1,16 +1,14 @@
 """Reading activations: one forward pass over the text, every layer streamed into accumulators.
 
-`stream` is the machinery, an accumulator is any object with `add(layer, h, batch)`; nothing the size of the
+`stream` is the machinery, an accumulator is any object with `add(index, h, batch)`; nothing the size of the
 data is kept. `capture` is the convenience for a few texts.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -208,13 +206,3 @@ def _reduced(h: Tensor, reduce: str) -> Tensor:
     if reduce == "mean":
         h = h.double().mean(0, keepdim=True)
     return (h[-1:] if reduce == "last" else h).float().cpu()
-
-
-class _Callable(ModuleType):
-    """Lets `steerable.capture` be this module and the function of the same name at once."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return capture(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

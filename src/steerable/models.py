@@ -102,7 +102,7 @@ def load(
 
 
 def _on_hub(name: str, revision: str | None) -> bool:
-    """Whether the hub has it; False where the hub cannot be reached, which is tried only once, as the loaders'
+    """Whether the hub has it; False where the hub cannot be reached, which is tried only once: the loaders'
     own tries take a minute. Raises UsageError where the hub says no."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError

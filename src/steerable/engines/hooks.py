@@ -184,9 +184,13 @@ class Handle:
         for steered in self._sites.values():
             steered.bind(strength)
         on = [(s != 0) if isinstance(s, torch.Tensor) else torch.tensor([s != 0]) for s in strengths]
+        lengths = {len(s) for s in strengths if isinstance(s, torch.Tensor)}
+        if len(lengths) > 1:
+            raise UsageError(f"the strengths have different numbers of rows: {sorted(lengths)}")
+        self._strengths = lengths.pop() if lengths else None
         rows = reduce(or_, [o.cpu() for o in on])
         self._active = bool(rows.any())
-        self._rows = None if bool(rows.all()) else rows[:, None].to(self._device)
+        self._rows = None if bool(rows.all()) or not self._active else rows[:, None].to(self._device)
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> None:
         """Where each row's prompt ends (in tokens, padding not counted) in the sequences that start next; for
@@ -226,7 +230,7 @@ class Handle:
             return  # the model itself will complain
         valid = _valid(kwargs.get("attention_mask"), past, fed.shape[0], fed.shape[1])
         if not self.needs_tokens:
-            self._set_all(fed.shape[0] * fed.shape[1], valid)
+            self._set_all(fed.shape[0], fed.shape[1], valid)
         elif ids is None:
             raise UsageError("a selector other than 'all' needs input_ids, but only inputs_embeds were given")
         else:
@@ -260,34 +264,38 @@ class Handle:
         old = self._whole
         return old is not None and ids[:, :-1].shape == old.shape and torch.equal(ids[:, :-1], old)
 
-    def _set_all(self, count: int, valid: Tensor | None) -> None:
+    def _set_all(self, rows: int, length: int, valid: Tensor | None) -> None:
+        self._check_rows(rows)
+        if valid is None and self._rows is not None:
+            valid = torch.ones(rows, length, dtype=torch.bool, device=self._device)
         self._valid = valid
         self._masks = [None] * len(self._selectors)
-        touched = valid if self._rows is None else self._and_rows(valid)
-        self._counts = [count if touched is None else touched.sum()] * len(self._selectors)
+        count = rows * length if valid is None else self._and_rows(valid).sum()
+        self._counts = [count] * len(self._selectors)
         if self._active:
-            self._fed.add(count if valid is None else valid.sum())
+            self._fed.add(rows * length if valid is None else valid.sum())
 
     def _set_tokens(self, tokens: Tokens) -> None:
+        self._check_rows(len(tokens.ids))
         self.tokens, self._valid = tokens, tokens.valid
         # "all" needs no mask: what happens on padding reaches no token
         self._masks = [None if s == selectors.all else s(tokens) for s in self._selectors]
         touched = [tokens.valid if mask is None else mask for mask in self._masks]
-        if self._rows is not None:
-            touched = [self._and_rows(mask) for mask in touched]
-        self._counts = [mask.sum() for mask in touched]
+        self._counts = [self._and_rows(mask).sum() for mask in touched]
         if self._active:
             self._fed.add(tokens.valid.sum())
 
-    def _and_rows(self, mask: Tensor | None) -> Any:
-        if self._rows is None or mask is None:
-            return self._rows if mask is None else mask
-        return mask & self._rows
+    def _and_rows(self, mask: Tensor) -> Tensor:
+        return mask if self._rows is None else mask & self._rows
+
+    def _check_rows(self, rows: int) -> None:
+        if self._strengths not in (None, rows):
+            raise SteerableError(f"the strength has {self._strengths} rows, but the batch has {rows}")
 
     def _warn_if_untouched(self) -> None:
         if not self.tokens_fed:
             return
-        idle = [s for s in self._sites.values() if not s.touched.total()]
+        idle = [s for s in self._sites.values() if s.was_on and not s.touched.total()]
         if idle:
             names = ", ".join(f"{s.site} (where={self._selectors[s.union]})" for s in idle[:4])
             warnings.warn(
@@ -311,6 +319,7 @@ class _SteeredSite:
     ):
         self.handle, self.site, self.here, self.union, self.device = handle, site, here, union, device
         self.touched = Count()
+        self.was_on = False  # at any time
         self.meter = Meter() if track else None
         self.runs: list[tuple[Callable[[Tensor, Tensor | None], Tensor], int]] = []
 
@@ -321,6 +330,7 @@ class _SteeredSite:
             for i, s, index in bound
             if (bool((s != 0).any()) if isinstance(s, torch.Tensor) else s != 0)
         ]
+        self.was_on |= bool(self.runs)
 
     def change(self, h: Tensor) -> Tensor | None:
         handle = self.handle
@@ -335,14 +345,14 @@ class _SteeredSite:
             mask = handle._masks[index]
             if mask is not None and mask.shape != h.shape[:2]:
                 raise SteerableError(
-                    f"steering was told of {tuple(mask.shape)} tokens, but {self.site} sees {tuple(h.shape[:2])}"
+                    f"steering was told of {tuple(mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
                 )
             new = run(new, mask)
         self.touched.add(handle._counts[self.union])
         if self.meter is not None:
             mask = handle._masks[self.union]
-            weights = handle._and_rows(handle._valid if mask is None else mask)
-            self.meter.add(h, new, weights)
+            weights = handle._valid if mask is None else mask
+            self.meter.add(h, new, None if weights is None else handle._and_rows(weights))
         return new
 
     def report(self) -> dict[str, Any]:

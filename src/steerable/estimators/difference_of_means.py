@@ -59,4 +59,6 @@ def paired_sites(
             raise UsageError(
                 f"activations at {s} must be [n, d] of one width, not {tuple(a.shape)}, {tuple(b.shape)}"
             )
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UsageError(f"the activations at {s} hold NaN or infinite numbers")
     return pairs

@@ -1,0 +1,152 @@
+import random
+
+import pytest
+import torch
+
+import steerable as st
+from steerable import models
+from steerable.capture import Batch, NormSums, WeightedSums, length_batches, pad, stream
+from steerable.errors import UsageError
+from steerable.sites import KINDS, Site, tap, width_at
+
+TEXTS = ["w1 w2 <think> w3 w4 \n\n w5 </think> w6", "<think> w7 w8", "w9 <think> w1 w2 w3 </think> w4"]
+
+
+def alone(model, ids, kind="resid_post"):
+    """[L, T, width] of one unpadded row."""
+    seen = []
+    with tap(
+        model, {Site(kind, layer): lambda h: seen.append(h[0]) for layer in range(models.n_layers(model))}
+    ):
+        model(torch.tensor([ids]))
+    return torch.stack(seen)
+
+
+def rows_and_weights(groups=3):
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    rows = [[rng.randrange(4, 60) for _ in range(n)] for n in (5, 12, 3, 12, 9)]
+    weights = [torch.rand(groups, len(row), generator=generator, dtype=torch.float64) for row in rows]
+    for w in weights:
+        w[:, w.max(0).values < 0.6] = 0  # positions that no group weighs
+        w[1] = 0
+    return rows, weights
+
+
+def batches(rows, weights, max_tokens):
+    for indices in length_batches([len(row) for row in rows], max_tokens):
+        batch = pad([rows[i] for i in indices])
+        batch.weights = torch.zeros(len(weights[0]), *batch.ids.shape, dtype=torch.float64)
+        for b, i in enumerate(indices):
+            batch.weights[:, b, : len(rows[i])] = weights[i]
+        yield batch
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "head_in", "mlp_act"])
+def test_weighted_sums_and_norms(model, kind):
+    rows, weights = rows_and_weights()
+    layers, width = models.n_layers(model), width_at(model, kind)
+    sums, norms = WeightedSums(layers, 3, width), NormSums(layers)
+    stream(model, batches(rows, weights, 24), [sums, norms], kind=kind)
+    states = [alone(model, row, kind) for row in rows]
+    expected = sum(torch.einsum("gt,ltd->lgd", w, h.double()) for w, h in zip(weights, states, strict=True))
+    torch.testing.assert_close(sums.sums, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sums.totals, sum(w.sum(1) for w in weights))
+    assert torch.isnan(sums.means()[:, 1]).all() and not torch.isnan(sums.means()[:, 0]).any()
+    torch.testing.assert_close(
+        norms.means(), torch.cat(states, 1).norm(dim=-1).double().mean(1), atol=1e-4, rtol=1e-4
+    )
+    assert (norms.counts == sum(map(len, rows))).all()
+
+
+def test_batches_and_merging_change_nothing(tiny_llama):
+    rows, weights = rows_and_weights()
+    whole, norms = WeightedSums(4, 3, 32), NormSums(4)
+    stream(tiny_llama, batches(rows, weights, 1000), [whole, norms])
+    parts, part_norms = [], []
+    for half in (slice(0, 2), slice(2, 5)):
+        parts.append(WeightedSums(4, 3, 32))
+        part_norms.append(NormSums(4))
+        stream(tiny_llama, batches(rows[half], weights[half], 12), [parts[-1], part_norms[-1]])
+    merged = parts[0] + parts[1]
+    torch.testing.assert_close(merged.sums, whole.sums, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.totals, whole.totals)
+    torch.testing.assert_close((part_norms[0] + part_norms[1]).means(), norms.means(), atol=1e-5, rtol=1e-5)
+
+
+def test_some_layers(tiny_llama):
+    rows, weights = rows_and_weights()
+    every, two = WeightedSums(4, 3, 32), WeightedSums(2, 3, 32)
+    stream(tiny_llama, batches(rows, weights, 100), [every])
+    stream(tiny_llama, batches(rows, weights, 100), [two], layers=[1, 3])
+    assert torch.equal(two.sums, every.sums[[1, 3]])
+
+
+def test_stream_computes_no_logits_and_leaves_nothing(tiny_llama):
+    called, hooks = [], len(tiny_llama.model.layers[0]._forward_hooks)
+    handle = tiny_llama.lm_head.register_forward_hook(lambda *_: called.append(1))
+    stream(tiny_llama, [pad([[5, 6], [7]])], [NormSums(4)])
+    handle.remove()
+    assert not called and len(tiny_llama.model.layers[0]._forward_hooks) == hooks
+
+
+def test_weights_of_the_wrong_shape(tiny_llama):
+    with pytest.raises(UsageError, match="expected weights"):
+        stream(tiny_llama, [Batch(torch.tensor([[5]]))], [WeightedSums(4, 3, 32)])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_length_batches(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 40) for _ in range(50)]
+    result = length_batches(lengths, 100)
+    flat = [i for batch in result for i in batch]
+    assert sorted(flat) == list(range(50)) and [lengths[i] for i in flat] == sorted(lengths)
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 100 for batch in result)
+    assert length_batches([5, 300, 7], 100) == [[0, 2], [1]] and length_batches([], 10) == []
+
+
+@pytest.mark.parametrize("where", ["all", "thinking", "thinking & ~boundary", "positions(0, 2)"])
+@pytest.mark.parametrize("reduce", ["mean", "last", "none"])
+def test_capture(tiny_qwen2, tokenizer, where, reduce):
+    sites = [Site(kind, layer) for kind in KINDS for layer in (0, 3)]
+    found = st.capture(tiny_qwen2, tokenizer, TEXTS, sites=sites, where=where, reduce=reduce, max_tokens=12)
+    columns = {
+        "all": [range(9), range(3), range(7)],
+        "thinking": [[3, 4, 5, 6], [1, 2], [2, 3, 4]],
+        "thinking & ~boundary": [[3, 4, 6], [1, 2], [2, 3, 4]],
+        "positions(0, 2)": [[0, 1]] * 3,
+    }[where]
+    for site in sites:
+        parts = []
+        for text, chosen in zip(TEXTS, columns, strict=True):
+            h = alone(tiny_qwen2, tokenizer(text)["input_ids"], site.kind)[site.layer][list(chosen)]
+            parts.append({"mean": h.mean(0, keepdim=True), "last": h[-1:], "none": h}[reduce])
+        torch.testing.assert_close(found[site], torch.cat(parts), atol=1e-4, rtol=1e-4)
+
+
+def test_capture_inside_steer(tiny_llama, tokenizer):
+    """The last layer's activations move by the vector added there: capture sees what steering does."""
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    site = Site("resid_post", 3)
+    plain = st.capture(tiny_llama, tokenizer, TEXTS, sites=[str(site)])[site]
+    with st.steer(tiny_llama, st.Direction({site: v}), strength=2.0):
+        steered = st.capture(tiny_llama, tokenizer, TEXTS, sites=[site])[site]
+    torch.testing.assert_close(steered - plain, (2 * v).expand(3, -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": []}, "one text"),
+        ({"texts": ["w1", ""]}, "text 1 has no tokens"),
+        ({"where": "answer"}, "text 1 has no token where answer"),
+        ({"sites": ["resid_post.9"]}, "layers 0 to 3"),
+        ({"sites": ["residual"]}, "not a site"),
+        ({"sites": []}, "one site"),
+        ({"reduce": "sum"}, "unknown reduce"),
+    ],
+)
+def test_capture_errors(tiny_llama, tokenizer, change, message):
+    arguments = {"texts": TEXTS, "sites": ["resid_post.1"]} | change
+    with pytest.raises(UsageError, match=message):
+        st.capture(tiny_llama, tokenizer, arguments.pop("texts"), **arguments)

@@ -1,0 +1,84 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import steerable as st
+from steerable import models
+from steerable.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_llama, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_load(folder, tiny_llama):
+    model, tokenizer = st.load(folder, device="cpu")
+    ids = torch.tensor([tokenizer("w1 w2 w3")["input_ids"]])
+    assert torch.equal(model(ids).logits, tiny_llama(ids).logits)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert models.model_id(model) == "tiny"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_load_dtype(folder, dtype):
+    assert st.load(folder, dtype=dtype, device="cpu").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float33", "load"])
+def test_unknown_dtype(folder, dtype):
+    with pytest.raises(UsageError, match="unknown dtype"):
+        st.load(folder, dtype=dtype)
+
+
+def test_no_such_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_on_hub", lambda name, revision: False)
+    for name in (tmp_path, tmp_path / "nothing", "nobody/nothing"):
+        with pytest.raises(UsageError) as error:
+            st.load(name)
+        assert str(name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parts(model):
+    assert models.n_layers(model) == model.config.num_hidden_layers == len(models.blocks(model))
+    assert models.width(model) == model.config.hidden_size
+    assert models.final_norm(model) is model.model.norm
+    assert models.unembed(model) is model.lm_head
+    assert models.blocks(models.base(model)) is models.blocks(model)  # also without the unembedding
+
+
+def test_unknown_family_by_its_names(tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    model.config.model_type = "cousin"
+    assert models.family(model) == models.Family()
+    with pytest.raises(UsageError, match="'gpt2' are not known"):
+        models.family(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
+    with pytest.raises(UsageError, match="'Linear' are not known"):
+        models.family(nn.Linear(1, 1))
+
+
+def test_think_tags(tokenizer):
+    assert models.think_tags(tokenizer) == models.ThinkTags(1, 2, opened_by_template=True)
+
+
+def test_no_think_block(tokenizer):
+    class Without:
+        name_or_path = "plain"
+
+        def get_vocab(self):
+            return {"<think>": 0}
+
+    with pytest.raises(UsageError, match="'plain' has no think block"):
+        models.think_tags(Without())
+
+
+def test_missing_pocket_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_POCKET", tmp_path)
+    with pytest.raises(UsageError, match="weights are missing"):
+        st.load("pocket")
