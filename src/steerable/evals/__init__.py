@@ -1,1 +1,1 @@
-"""What steering did: behaviour fractions, accuracy, length, loops, divergence, with paired-bootstrap intervals."""
+"""What steering did: behaviour fractions, accuracy, length, loops and divergence, with their intervals."""

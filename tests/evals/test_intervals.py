@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
+
+
+def draw(seed, n=40, shift=0.0):
+    rng = np.random.default_rng(seed)
+    return {f"task{i}": float(x) for i, x in enumerate(rng.normal(1 + shift, 1, n))}
+
+
+def test_by_task_leaves_missing_values_out():
+    assert by_task([("a", 1), ("a", None), ("a", 0), ("b", None), ("c", True)]) == {"a": 0.5, "c": 1.0}
+
+
+def test_mean_interval_agrees_with_the_normal_one():
+    values = draw(0, 400)
+    column = np.array(list(values.values()))
+    mean, low, high = mean_interval(values)
+    half = 1.96 * column.std() / 20
+    assert mean == pytest.approx(column.mean())
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.1)
+
+
+def test_coverage_of_the_mean():
+    covered = 0
+    for seed in range(150):
+        _, low, high = mean_interval(draw(seed))
+        covered += low <= 1 <= high
+    assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_pairing_removes_the_spread_between_tasks():
+    a = draw(1)
+    b = {task: value + 0.1 for task, value in a.items()}
+    assert difference_interval(b, a) == pytest.approx([0.1, 0.1, 0.1])
+    unpaired = mean_interval(a)
+    assert unpaired[2] - unpaired[1] > 0.3
+
+
+def test_only_common_tasks_are_compared():
+    assert difference_interval({"a": 3, "b": 9}, {"a": 1, "c": 7}) == [2, 2, 2]
+    assert difference_interval({"a": 1}, {"b": 1}) is None and ratio_interval({}, {}) is None
+
+
+def test_ratio():
+    a = {task: abs(value) + 1 for task, value in draw(2).items()}
+    ratio, low, high = ratio_interval({task: 2 * value for task, value in a.items()}, a)
+    assert (ratio, low, high) == pytest.approx((2, 2, 2))
+    assert ratio_interval(a, dict.fromkeys(a, 0.0)) is None
+    rare = dict.fromkeys(a, 0.0) | {"task0": 1.0}
+    assert ratio_interval(a, rare) is None  # a third of the resamples miss the only task that counts
+
+
+def test_empty_single_and_seeded():
+    assert mean_interval({}) is None
+    assert mean_interval({"a": 0.5}) == [0.5, 0.5, 0.5]
+    values = draw(3)
+    assert mean_interval(values, seed=1) == mean_interval(dict(reversed(values.items())), seed=1)
+    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)

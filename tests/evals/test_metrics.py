@@ -1,0 +1,110 @@
+import pytest
+
+from steerable.chains.records import LABELS
+from steerable.errors import SteerableError, UsageError
+from steerable.evals.cells import METRICS, compare, measure_cell, values
+from steerable.evals.metrics import label_fractions, loops, measure
+
+
+def span(label, start, end, task="t", sample=0):
+    return {"task_id": task, "sample": sample, "label": label, "start": start, "end": end}
+
+
+def words(text):
+    offsets, at = [], 0
+    for word in text.split(" "):
+        offsets.append((at, at + len(word)))
+        at += len(word) + 1
+    return offsets
+
+
+def test_fractions_are_counted_in_tokens_and_sum_to_one():
+    offsets = words("aa bbbbbbbb cc dd ee")
+    fractions, unlabelled = label_fractions([span("deduction", 0, 11), span("backtracking", 12, 14)], offsets)
+    assert set(fractions) == set(LABELS)
+    assert fractions["deduction"] == pytest.approx(2 / 3) and fractions["backtracking"] == pytest.approx(
+        1 / 3
+    )
+    assert unlabelled == pytest.approx(2 / 5)
+
+
+def test_a_token_on_a_border_belongs_to_the_label_with_most_of_it():
+    # the second token is " wait": its space still belongs to the first span
+    fractions, unlabelled = label_fractions(
+        [span("deduction", 0, 4), span("backtracking", 4, 8)], [(0, 3), (3, 8), (8, 8)]
+    )
+    assert fractions["backtracking"] == fractions["deduction"] == 0.5
+    assert unlabelled == pytest.approx(1 / 3)
+
+
+def test_nothing_labelled_is_missing_not_zero():
+    assert label_fractions([], words("a b")) == (None, 1.0)
+    assert label_fractions([], []) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "bad", [span("summarizing", 0, 1), span("deduction", 2, 2), span("deduction", -1, 2)]
+)
+def test_bad_spans(bad):
+    with pytest.raises(SteerableError):
+        label_fractions([bad], words("a b c"))
+
+
+def test_loops():
+    assert loops(list(range(30))) == 0 and loops([1] * 7) == 0 and loops([]) == 0
+    assert loops([1] * 27) == pytest.approx(1 - 1 / 20)
+
+
+@pytest.fixture
+def chains():
+    closed = {
+        "task_id": "t",
+        "sample": 0,
+        "thinking": "w1 w2 w3 w4",
+        "answer": "7",
+        "closed": True,
+        "tokens": 9,
+    }
+    return [
+        closed,
+        {**closed, "sample": 1, "closed": False, "answer": "7"},
+        {**closed, "task_id": "u", "answer": "8"},
+    ]
+
+
+TASKS = [{"id": "t", "prompt": "?", "answer": "7"}, {"id": "u", "prompt": "??", "answer": "7"}]
+SPANS = [span("deduction", 0, 5), span("backtracking", 6, 11), span("deduction", 0, 11, sample=1)]
+
+
+def test_measure_and_cell(chains, tokenizer):
+    measured = measure(TASKS, chains, SPANS, tokenizer)
+    assert [m.correct for m in measured] == [True, False, False]  # unclosed: no answer
+    assert [m.unclosed for m in measured] == [False, True, False]
+    assert measured[2].fractions is None
+    cell = measure_cell(measured)
+    assert (cell["tasks"], cell["samples"], cell["dropped"]) == (2, 1.5, 1)
+    assert cell["fractions"]["backtracking"] == [0.25, 0.25, 0.25]
+    assert cell["accuracy"] == [0.25, 0.0, 0.5]
+    assert sum(interval[0] for interval in cell["fractions"].values()) == pytest.approx(1)
+    assert set(METRICS) < set(cell)
+    assert measure_cell(measured) == cell  # seeded
+
+
+def test_empty_cell_and_ungraded_tasks_measure_none(chains, tokenizer):
+    empty = measure_cell(measure(TASKS, [], [], tokenizer))
+    assert empty["tasks"] == 0 and empty["accuracy"] is None and set(empty["fractions"].values()) == {None}
+    ungraded = measure([{"id": "t"}, {"id": "u"}], chains, [], tokenizer)
+    assert measure_cell(ungraded)["accuracy"] is None
+
+
+def test_compare_is_paired(chains, tokenizer):
+    measured = measure(TASKS, chains, SPANS, tokenizer)
+    assert compare(measured, measured, "tokens") == {"difference": [0, 0, 0], "ratio": [1, 1, 1]}
+    assert values(measured, "fractions.deduction") == {"t": 0.75}
+
+
+def test_missing_task_and_slow_tokenizer(chains, tokenizer):
+    with pytest.raises(UsageError, match="no task 't'"):
+        measure([], chains, [], tokenizer)
+    with pytest.raises(UsageError, match="fast tokenizer"):
+        measure(TASKS, chains, [], object())
