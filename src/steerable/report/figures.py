@@ -154,7 +154,15 @@ def bars(
                 parts.append(whisker(middle, y(point.low), y(point.high)))
             parts.append("</g>")
             left += span
-    return frame("".join(parts), y, x_labels, y_format, label=label, height=height, two_lines=True)
+    return frame(
+        "".join(parts),
+        y,
+        x_labels,
+        y_format,
+        label=label,
+        height=height,
+        two_lines=any(below for _, below, _ in groups),
+    )
 
 
 def curves(
