@@ -75,18 +75,19 @@ class Intervention:
         constant = None if amount is None else s * (self.basis @ amount).to(device, torch.float32)
 
         def run(h: Tensor, mask: Tensor | None) -> Tensor:
-            wide = h.to(torch.promote_types(h.dtype, torch.float32))
+            narrow = h.dtype in (torch.bfloat16, torch.float16)
+            wide = h.float() if narrow else h
             if constant is not None:
                 new = wide + constant
             else:
                 v = self.basis.to(h.device, wide.dtype)
                 x = wide @ v
                 new = wide + s * ((self.map(x) - x) @ v.T)
-            new = new.to(wide.dtype)
             if self.rescale:
                 old_norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
                 new = new * (old_norm / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30))
-            new = new.to(h.dtype)
+            if narrow:
+                new = new.to(h.dtype)
             if rows is not None:
                 mask = rows if mask is None else mask & rows
             return new if mask is None else torch.where(mask[..., None], new, h)

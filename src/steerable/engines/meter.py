@@ -42,7 +42,9 @@ class Meter:
         self._sums: Tensor | None = None  # float64: touched tokens, relative changes, angles
 
     def add(self, before: Tensor, after: Tensor, weights: Tensor | None) -> None:
-        self._kept.append((before.detach(), after.detach(), weights))
+        if after.requires_grad:
+            before, after = before.detach(), after.detach()
+        self._kept.append((before, after, weights))
         self._tokens += before.shape[0] * before.shape[1]
         if self._tokens >= self.ENOUGH:
             self._measure()
