@@ -1,0 +1,217 @@
+"""Chains of thought from tasks: chat template, generation, and the text split into thinking and answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from steerable import models
+from steerable.chains.records import Record
+from steerable.directions import Direction
+from steerable.engines.hooks import steer
+from steerable.engines.transformers import Completion, Request, generate
+from steerable.engines.workers import Report, default_threads, default_workers, map_blocks
+from steerable.errors import UsageError
+from steerable.models import Loaded, ThinkTags
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(chains, tokens)` with what was done since the last call."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How a set of chains is steered: the arguments of `steer` that a process can be sent."""
+
+    directions: Direction | tuple[Direction, ...]
+    strength: float = 1.0
+    layers: tuple[int, ...] | None = None
+    where: str | None = None
+    rescale: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tasks to be answered in one setting. `strength` and `control` are what the chains' records will say."""
+
+    tasks: Sequence[Mapping[str, Any]]
+    samples: int = 1
+    steering: Steering | None = None
+    strength: float = 0.0
+    control: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all jobs share; see `generate_jobs`."""
+
+    seed: int = 0
+    greedy: bool | None = None
+    max_new_tokens: int = 500
+    rows: int = 64
+
+
+def generate_chains(
+    loaded: Loaded,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    greedy: bool | None = None,
+    max_new_tokens: int = 500,
+    rows: int = 64,
+    block: int = 512,
+    steering: Steering | None = None,
+    strength: float | None = None,
+    control: str | None = None,
+    workers: int | None = 1,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Chain records of all tasks, `samples` each, in the order of the tasks. One `Job` of `generate_jobs`."""
+    label = strength if strength is not None else steering.strength if steering else 0.0
+    job = Job(tasks, samples, steering, label, control)
+    return generate_jobs(
+        loaded,
+        [job],
+        seed=seed,
+        greedy=greedy,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
+        block=block,
+        workers=workers,
+        progress=progress,
+    )[0]
+
+
+def generate_jobs(
+    loaded: Loaded,
+    jobs: Sequence[Job],
+    *,
+    seed: int = 0,
+    greedy: bool | None = None,
+    max_new_tokens: int = 500,
+    rows: int = 64,
+    block: int = 512,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[Record]]:
+    """Chain records of every job, in order.
+
+    seed: with the task's id and the sample's number it fixes a chain's randomness, so the same sample of two
+    jobs differs by the steering alone. greedy: None follows the model's `generation_config`. rows: sequences
+    computed together. block: chains that one worker computes in one piece; part of the result's identity,
+    where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
+    model that `load` can find again by its name or folder. Chains that do not close the think block are kept,
+    with `closed` false.
+    """
+    if block < 1 or any(job.samples < 1 for job in jobs):
+        raise UsageError("block and samples must be at least 1")
+    model = loaded.model
+    settings = Settings(seed, greedy, max_new_tokens, rows)
+    blocks, owners = [], []
+    for number, job in enumerate(jobs):
+        pairs = [(task, sample) for task in job.tasks for sample in range(job.samples)]
+        for start in range(0, len(pairs), block):
+            blocks.append((job.steering, job.strength, job.control, pairs[start : start + block], settings))
+            owners.append(number)
+    workers = min(workers or default_workers(model), max(1, len(blocks)))
+    name = model.config._name_or_path
+    if workers > 1 and not name:
+        raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
+    parts = map_blocks(
+        _run_block,
+        blocks,
+        setup=partial(models.load, name, dtype=model.dtype, device=str(model.device)),
+        workers=workers,
+        threads=default_threads(model, workers),
+        report=(lambda done: progress(*done)) if progress else None,
+        context=loaded,
+    )
+    chains: list[list[Record]] = [[] for _ in jobs]
+    for number, part in zip(owners, parts, strict=True):
+        chains[number] += part
+    return chains
+
+
+def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
+    steering, strength, control, pairs, settings = block
+    model, tokenizer = loaded
+    tags = models.think_tags(tokenizer)
+    requests = [
+        Request(prompt_ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample))
+        for task, sample in pairs
+    ]
+    with _steered(loaded, steering) as handle:
+        completions = generate(
+            model,
+            tokenizer,
+            requests,
+            max_new_tokens=settings.max_new_tokens,
+            rows=settings.rows,
+            greedy=settings.greedy,
+            steering=handle,
+            progress=lambda chains, tokens: report((chains, tokens)),
+        )
+    return [
+        {"task_id": task["id"], "sample": sample}
+        | split_chain(tokenizer, tags, completion)
+        | {"strength": strength, "control": control}
+        for (task, sample), completion in zip(pairs, completions, strict=True)
+    ]
+
+
+def _steered(loaded: Loaded, steering: Steering | None) -> Any:
+    if steering is None:
+        return nullcontext()
+    directions = steering.directions
+    return steer(
+        loaded.model,
+        [directions] if isinstance(directions, Direction) else list(directions),
+        strength=steering.strength,
+        layers=steering.layers,
+        where=steering.where,
+        rescale=steering.rescale,
+        tokenizer=loaded.tokenizer,
+        track=False,
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a user's message in the model's chat template, up to where the model begins to speak."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def request_seed(seed: int, task_id: str, sample: int) -> int:
+    """64 bits that are the same on every machine and for every batch."""
+    digest = hashlib.sha256(f"{seed}/{task_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def split_chain(tokenizer: Any, tags: ThinkTags, completion: Completion) -> Record:
+    """`thinking`, `answer`, `closed`, `tokens` (new ones, the stop token included) and `thinking_tokens`.
+
+    The tags are found as tokens, and `thinking` is the text between them untouched, so that character offsets
+    stay valid. Without a think block everything is the answer.
+    """
+    ids = completion.ids[:-1] if completion.finished else completion.ids
+    opened = tags.opened_by_template or tags.open_id in ids
+    start = ids.index(tags.open_id) + 1 if tags.open_id in ids else 0
+    if not opened:
+        thinking, rest, closed = [], ids, False
+    else:
+        closed = tags.close_id in ids[start:]
+        stop = ids.index(tags.close_id, start) if closed else len(ids)
+        thinking, rest = ids[start:stop], ids[stop + 1 :]
+    return {
+        "thinking": tokenizer.decode(thinking, clean_up_tokenization_spaces=False),
+        "answer": tokenizer.decode(rest, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "closed": closed,
+        "tokens": len(completion.ids),
+        "thinking_tokens": len(thinking),
+    }

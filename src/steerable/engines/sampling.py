@@ -1,0 +1,127 @@
+"""Drawing tokens so that a row's text depends on its own seed alone, never on the rows beside it.
+
+The random number of a row's n-th token is a hash of (seed, n), not the state of a generator; the token is
+found by inverting the cumulative distribution at that number. So the make-up of the batch, the number of
+workers and the order of the queue change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from steerable.errors import UsageError
+
+_GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_HEAD = 1024  # likeliest tokens that are tried before the whole vocabulary is sorted
+_UNSUPPORTED = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def decoding_of(model: PreTrainedModel, *, greedy: bool | None = None) -> Decoding:
+    """The decoding that the model's own `generation_config` asks for, as `model.generate` reads it.
+
+    `greedy=True` overrides it, `greedy=False` insists on sampling. Raises UsageError for settings not
+    provided here.
+    """
+    config = model.generation_config or GenerationConfig()
+    for name, neutral in _UNSUPPORTED.items():
+        if (value := getattr(config, name, None)) not in (None, neutral):
+            raise UsageError(
+                f"the model's generation_config sets {name} = {value}, which this engine does not provide: "
+                f"set model.generation_config.{name} = None to decode without it"
+            )
+    if greedy is True or (greedy is None and not config.do_sample):
+        return Decoding(temperature=0.0)
+    # The fallbacks are those that `model.generate` takes where the file is silent.
+    value = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    value |= {name: found for name in value if (found := getattr(config, name, None)) is not None}
+    return Decoding(float(value["temperature"]), int(value["top_k"]), float(value["top_p"]))
+
+
+def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float64 `[rows]`: SplitMix64 (Steele et al. 2014) of int64 `seeds` at step
+    `index`.
+    """
+
+    def shifted(x: Tensor, by: int) -> Tensor:  # a logical shift; torch's own keeps the sign
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    z = seeds + (index + 1) * _GOLDEN  # int64 wraps around, which is the arithmetic the generator wants
+    z = (z ^ shifted(z, 30)) * _MIX1
+    z = (z ^ shifted(z, 27)) * _MIX2
+    return shifted(z ^ shifted(z, 31), 11).double() * 2.0**-53
+
+
+def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor) -> Tensor:
+    """One token a row, int64 `[rows]`, from logits `[rows, vocabulary]`; `index` is each row's token count so
+    far.
+
+    Temperature, then top-k, then top-p, as in transformers; a tie at the border is kept for top-k.
+    """
+    if decoding.greedy:
+        return logits.argmax(-1)
+    logits = logits.float()
+    if decoding.temperature != 1.0:
+        logits = logits / decoding.temperature
+    u = uniforms(seeds, index)[:, None]
+    if decoding.top_p < 1.0:
+        return _choose_nucleus(logits, decoding, u)
+    if 0 < decoding.top_k < logits.shape[-1]:
+        border = logits.topk(decoding.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < border, -torch.inf)
+    return _invert(logits.softmax(-1), u).squeeze(-1)
+
+
+def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Index `[rows, 1]` at which the cumulative distribution passes `u`; the sum need not be exactly one."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    target = u * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def _choose_nucleus(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
+    """The smallest set of likeliest tokens that holds `top_p`; sorts only the head of the vocabulary where it
+    can.
+    """
+    size = logits.shape[-1]
+    if 0 < decoding.top_k < size:
+        top, tokens = logits.topk(decoding.top_k, dim=-1)
+        ordered = top.softmax(-1)
+    else:
+        total = logits.logsumexp(-1, keepdim=True)
+        top, tokens = logits.topk(min(_HEAD, size), dim=-1)
+        ordered = (top - total).exp()
+        if top.shape[-1] < size and bool((ordered.sum(-1) < decoding.top_p).any()):
+            top, tokens = logits.sort(dim=-1, descending=True)
+            ordered = (top - total).exp()
+    before = ordered.cumsum(-1) - ordered
+    kept = ordered.masked_fill(before >= decoding.top_p, 0.0)
+    return tokens.gather(-1, _invert(kept, u)).squeeze(-1)

@@ -1,0 +1,366 @@
+"""Generation with a plain Hugging Face model and continuous batching, steered or not.
+
+Finished rows leave at once and waiting prompts take their place; the cache is written in place (`slots.py`);
+each row's randomness is its own (`sampling.py`). A prompt is run but for its last token, which then is the
+first token of an ordinary decoding step: so there is one code path that reads logits, and none of the
+prompt's are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.engines.hooks import Handle
+from steerable.engines.sampling import Decoding, choose, decoding_of
+from steerable.engines.slots import ATTENTION, SlotCache, arrange, group_slots
+from steerable.errors import SteerableError, UsageError
+from steerable.gates import SequenceState
+from steerable.models import base
+
+_GROUPED = {"llama", "mistral", "qwen2", "qwen3"}  # families whose attention is plain softmax attention
+_PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
+_SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
+_ENOUGH = 16  # one row in so many must have finished before the rows are rearranged
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(finished, tokens)` with what was done since the last call."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids, at least one) to be continued; `strength` replaces the steering handle's for this
+    row.
+    """
+
+    prompt: Sequence[int]
+    seed: int = 0
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """New token ids, the stop token included; `finished` is False where `max_new_tokens` cut it off."""
+
+    ids: list[int]
+    finished: bool
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int = 500,
+    rows: int = 64,
+    greedy: bool | None = None,
+    decoding: Decoding | None = None,
+    steering: Handle | None = None,
+    progress: Progress | None = None,
+) -> list[Completion]:
+    """Continue every request; results in the order of `requests`.
+
+    rows: sequences that are computed together. greedy: None follows the model's `generation_config` (so does
+    `decoding`, unless given). Stops at the `eos_token_id`s of `generation_config`. Greedy tokens equal those
+    of `model.generate`; sampled ones depend on the request's seed alone, not on the batch.
+    steering: the handle of `steer(model, ...)`, inside whose context this is called.
+    Raises UsageError for settings this engine lacks, SteerableError when the model's logits are not finite.
+    """
+    if not requests:
+        return []
+    if max_new_tokens < 1 or rows < 1:
+        raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({rows}) must be at least 1")
+    if any(len(request.prompt) == 0 for request in requests):
+        raise UsageError("a prompt is empty: every request needs at least one token")
+    longest = max(len(request.prompt) for request in requests) + max_new_tokens
+    _check_window(model, longest)
+    batch = _Batch(
+        model,
+        requests,
+        max_new_tokens,
+        min(rows, len(requests)),
+        longest + _SLACK,
+        decoding or decoding_of(model, greedy=greedy),
+        steering,
+        getattr(tokenizer, "pad_token_id", None) or 0,
+    )
+    with _attention(model), batch.own_strengths():
+        while batch.refill():
+            finished, tokens = batch.run()
+            if progress:
+                progress(finished, tokens)
+    return batch.results()
+
+
+def _check_window(model: Any, longest: int) -> None:
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
+    if window and sliding and longest > window:
+        raise UsageError(
+            f"the model attends to a sliding window of {window} tokens, but prompt and continuation may "
+            f"reach {longest}: lower max_new_tokens"
+        )
+
+
+@contextmanager
+def _attention(model: Any) -> Iterator[None]:
+    """Exchanges plain attention for the grouped one; families with their own attention keep it."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if config.model_type in _GROUPED and before in ("sdpa", "eager"):
+        config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class _Batch:
+    """The rows that are being computed: slot i of the cache, row i of every tensor, item i of every list."""
+
+    def __init__(
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        limit: int,
+        rows: int,
+        capacity: int,
+        decoding: Decoding,
+        steering: Handle | None,
+        pad: int,
+    ) -> None:
+        self.model, self.requests, self.limit, self.rows = model, requests, limit, rows
+        self.decoding, self.steering, self.pad, self.capacity = decoding, steering, pad, capacity
+        self.device, self.dtype = model.device, model.dtype
+        text = model.config.get_text_config()
+        self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.cache = SlotCache(text.num_hidden_layers, rows, capacity)
+        self.mask = torch.full((rows, capacity), -torch.inf, dtype=self.dtype, device=self.device)
+        # On an accelerator a kernel's launch costs more than the positions that groups save.
+        self.group = max(8, -(-rows // 8)) if self.device.type == "cpu" else rows
+        eos = model.generation_config.eos_token_id
+        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.state = SequenceState(steering.tags if steering else None)
+        # A strength for each row only where requests ask for it: one number for all is the faster path.
+        self.per_row = any(request.strength is not None for request in requests)
+        self.default: Any = 0.0
+        if self.per_row and steering is None:
+            raise UsageError("a request has a strength, but nothing is steered: pass steering=")
+
+        self.queued = 0  # requests that have been taken from the queue
+        self.request: list[int] = []  # which request each row computes
+        self.length: list[int] = []  # cache positions each row has filled
+        self.ids: list[list[int]] = [[] for _ in requests]  # tokens of each request so far
+        self.done: list[Completion | None] = [None] * len(requests)
+        empty = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.token, self.position, self.made, self.seed = empty, empty, empty, empty
+        self.strength = torch.zeros(0, device=self.device)
+
+    def results(self) -> list[Completion]:
+        return [completion for completion in self.done if completion is not None]
+
+    # Between runs: finished rows leave, the others close up, waiting prompts enter.
+
+    def refill(self) -> bool:
+        """Makes the batch ready for the next run; False when nothing is left to compute."""
+        self._drop_finished()
+        while (count := min(self.rows - len(self.request), len(self.requests) - self.queued)) > 0:
+            self._admit(count)
+        return bool(self.request)
+
+    def _drop_finished(self) -> None:
+        live = [slot for slot, request in enumerate(self.request) if self.done[request] is None]
+        if len(live) == len(self.request):
+            return
+        source = arrange(self.length, live, self.group)
+        moved = [(old, new) for new, old in enumerate(source) if old != new]
+        if moved:
+            width = max(self.length[old] for old, _ in moved)
+            self.cache.move([old for old, _ in moved], [new for _, new in moved], width, self.device)
+        index = torch.tensor(source, dtype=torch.long, device=self.device)
+        self.token, self.position, self.made, self.seed, self.strength = (
+            x[index] for x in (self.token, self.position, self.made, self.seed, self.strength)
+        )
+        self.mask[: len(source)] = self.mask[index]
+        self.request = [self.request[old] for old in source]
+        self.length = [self.length[old] for old in source]
+        if self.steering and source:
+            self.state.select(index)
+
+    def _admit(self, count: int) -> None:
+        """Runs the next prompts (all tokens but the last) into the slots behind the live ones."""
+        start = len(self.request)
+        taken: list[int] = []
+        width = 1
+        for number in range(self.queued, self.queued + count):
+            width = max(width, len(self.requests[number].prompt))
+            if taken and width * (len(taken) + 1) > _PREFILL_TOKENS:
+                break
+            taken.append(number)
+        self.queued += len(taken)
+        chosen = [self.requests[number] for number in taken]
+        strengths = [self.default if r.strength is None else r.strength for r in chosen]
+        self._prefill(
+            start, [list(r.prompt[:-1]) for r in chosen], [len(r.prompt) for r in chosen], strengths
+        )
+
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=self.device)
+
+        lengths = [len(r.prompt) - 1 for r in chosen]
+        self.token = torch.cat([self.token, column([r.prompt[-1] for r in chosen])])
+        self.position = torch.cat([self.position, column(lengths)])
+        self.made = torch.cat([self.made, column([0] * len(chosen))])
+        self.seed = torch.cat([self.seed, column([_signed(r.seed) for r in chosen])])
+        self.strength = torch.cat([self.strength, torch.tensor(strengths, device=self.device)])
+        columns = torch.arange(self.capacity, device=self.device)
+        rows = self.mask[start : start + len(chosen)]
+        rows.fill_(-torch.inf).masked_fill_(columns < column(lengths)[:, None], 0.0)
+        self.request += taken
+        self.length += lengths
+
+    @contextmanager
+    def own_strengths(self) -> Iterator[None]:
+        """Where requests have strengths of their own, gives the handle its one number back afterwards."""
+        if self.steering is None or not self.per_row:
+            yield
+            return
+        self.default = self.steering.strength
+        if isinstance(self.default, Tensor):
+            raise UsageError("strengths by row belong in the requests: give steer one number")
+        try:
+            yield
+        finally:
+            self.steering.set_strength(self.default)
+
+    def _prefill(
+        self, start: int, prompts: list[list[int]], lengths: list[int], strengths: list[float]
+    ) -> None:
+        # Samples of one task come one after another: the same prompt is run once and copied.
+        unique: dict[tuple[Any, ...], int] = {}
+        repeat = [unique.setdefault((s, *p), len(unique)) for p, s in zip(prompts, strengths, strict=True)]
+        first = [repeat.index(number) for number in range(len(unique))]
+        width = max(len(prompt) for prompt in prompts)
+        index = torch.tensor(repeat, device=self.device)
+        if self.steering:
+            fresh = SequenceState(self.steering.tags)
+            whole = torch.tensor([lengths[row] for row in first], device=self.device)
+            fresh.start(len(first), self.device, whole)
+        if width:
+            ids = torch.full((len(first), width), self.pad, dtype=torch.long)
+            valid = torch.zeros(len(first), width, dtype=torch.bool)
+            for line, row in enumerate(first):
+                ids[line, : len(prompts[row])] = torch.tensor(prompts[row], dtype=torch.long)
+                valid[line, : len(prompts[row])] = True
+            ids, valid = ids.to(self.device), valid.to(self.device)
+            if self.steering:
+                if self.per_row:
+                    own = [strengths[row] for row in first]
+                    self.steering.set_strength(torch.tensor(own, device=self.device))
+                self.steering.feed(fresh.advance(ids, valid))
+            plan = self.cache.plan
+            plan.prefill, plan.start, plan.rows, plan.repeat = True, start, len(prompts), index
+            # Right padding and a causal mask: no token sees the padding behind it.
+            causal = torch.full((width, width), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
+            base(self.model)(
+                input_ids=ids,
+                position_ids=torch.arange(width, device=self.device).expand(len(first), -1),
+                attention_mask=causal[None, None].expand(len(first), 1, -1, -1),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            plan.prefill = False
+        if self.steering:
+            fresh.select(index)
+            self.state = _join(self.state, fresh) if start else fresh
+
+    # A run: steps of one token a row, until enough rows have finished to make room for others.
+
+    def run(self) -> tuple[int, int]:
+        """Steps until rows have finished; how many did, and how many tokens were made."""
+        rows = len(self.request)
+        steering = self.steering
+        if steering and self.per_row:
+            steering.set_strength(self.strength)
+        plan = self.cache.plan
+        plan.rows, plan.prefill = rows, False
+        slot = torch.arange(rows, device=self.device)
+        cell = slot * self.capacity + self.position  # of the mask, flattened
+        head = torch.arange(self.heads, device=self.device)
+        write = ((slot[:, None] * self.heads + head) * self.capacity + self.position[:, None]).view(-1)
+        plan.write = write
+        flat_mask = self.mask.view(-1)
+        groups = group_slots([length + 1 for length in self.length], self.group)
+        widest = max(self.length) + 1
+        dead = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        limit = self.limit - 1
+        grouped = self.model.config.get_text_config()._attn_implementation == ATTENTION
+        enough = max(1, rows // _ENOUGH)
+        history: list[Tensor] = []
+        while True:
+            step = len(history)
+            plan.width = widest + step
+            flat_mask.index_fill_(0, cell, 0.0)
+            if steering and steering.needs_tokens:
+                steering.feed(self.state.advance(self.token[:, None], ~dead[:, None]))
+            logits = self.model(
+                input_ids=self.token[:, None],
+                position_ids=self.position[:, None],
+                attention_mask=self.mask[:rows, None, None, : plan.width],
+                past_key_values=self.cache,
+                use_cache=True,
+                **({"groups": [(a, b, width + step) for a, b, width in groups]} if grouped else {}),
+            ).logits[:, -1]
+            self.token = choose(logits, self.decoding, self.seed, self.made)
+            history.append(self.token)
+            dead |= self.made >= limit
+            for stop in self.eos:
+                dead |= self.token == stop
+            self.made += 1
+            self.position += 1
+            cell += 1
+            write += 1
+            if int(dead.sum()) >= enough or plan.width >= self.capacity:
+                break
+        # Asked at the end of a run only: a row never becomes finite again.
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise SteerableError("the model's logits are not finite: lower the strength or use a wider dtype")
+        return self._harvest(torch.stack(history, 1))
+
+    def _harvest(self, tokens: Tensor) -> tuple[int, int]:
+        """Hands the new tokens `[rows, steps]` to their requests."""
+        stops = set(self.eos)
+        finished = made = 0
+        for slot, new in enumerate(tokens.tolist()):
+            number = self.request[slot]
+            ids = self.ids[number]
+            end = next((i + 1 for i, token in enumerate(new) if token in stops), None)
+            kept = new[: min(end or len(new), self.limit - len(ids))]
+            ids += kept
+            made += len(kept)
+            self.length[slot] += len(new)
+            if (end is not None and end == len(kept)) or len(ids) == self.limit:
+                self.done[number] = Completion(ids, ids[-1] in stops)
+                finished += 1
+        return finished, made
+
+
+def _signed(seed: int) -> int:
+    """The 64 low bits of a seed as int64."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _join(one: SequenceState, other: SequenceState) -> SequenceState:
+    joined = SequenceState(one.tags)
+    joined.start(0)
+    for name in ("seen", "phase", "prompt_lengths"):
+        setattr(joined, name, torch.cat([getattr(one, name), getattr(other, name)]))
+    return joined

@@ -1,0 +1,179 @@
+"""Blocks of work on several processes, with results that do not depend on how many there are.
+
+Small models on a CPU are fastest with one thread a process and a process a core: their matrices are too small
+to be shared. A block is computed whole in one process and with the same number of threads whatever the number
+of workers, so the bytes of its result stay the same.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from steerable.errors import SteerableError, UsageError
+
+SMALL = 1_000_000_000
+"""Models with fewer parameters run best with one thread a process on a CPU."""
+
+Report = Callable[[Any], None]
+"""Takes something picklable to the caller of `map_blocks` while a block is being computed."""
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(model: Any) -> int:
+    """As many as there are cores for a small model on a CPU, else one."""
+    return cores() if model.device.type == "cpu" and _is_small(model) else 1
+
+
+def default_threads(model: Any, workers: int) -> int:
+    """Threads of each worker: one for a small model (also for a single worker, so that the bytes agree)."""
+    return 1 if _is_small(model) else max(1, cores() // workers)
+
+
+def _is_small(model: Any) -> bool:
+    return bool(sum(p.numel() for p in model.parameters()) < SMALL)
+
+
+def map_blocks(
+    work: Callable[[Any, Any, Report], Any],
+    blocks: Sequence[Any],
+    *,
+    setup: Callable[[], Any],
+    workers: int = 1,
+    threads: int = 1,
+    report: Report | None = None,
+    context: Any = None,
+) -> list[Any]:
+    """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
+
+    work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
+    load the model. Blocks, reports and results must be picklable. context: what `setup` would return, if the
+    caller has it already; used where everything runs in this process (one worker). Errors of the library
+    raised in a worker are raised here; any other, and a worker that dies, become a SteerableError. Whatever
+    happens, no process is left behind.
+    """
+    if workers < 1 or threads < 1:
+        raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1")
+    report = report or (lambda message: None)
+    workers = min(workers, len(blocks))
+    if workers <= 1:
+        with _threads(threads):
+            ready = setup() if context is None and blocks else context
+            return [work(ready, block, report) for block in blocks]
+    pool = [_start(work, setup, threads) for _ in range(workers)]
+    try:
+        return _distribute(pool, blocks, report)
+    finally:
+        for worker in pool:
+            worker.process.terminate()
+            worker.pipe.close()
+        for worker in pool:
+            worker.process.join()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    block: int = -1  # being computed; -1 when idle
+
+
+def _start(work: Callable[..., Any], setup: Callable[[], Any], threads: int) -> _Worker:
+    spawn = get_context("spawn")  # a forked process would inherit locked thread pools
+    mine, theirs = spawn.Pipe()
+    # Pickled here rather than by multiprocessing, which would share tensors through file descriptors.
+    task = pickle.dumps((work, setup, threads))
+    process = spawn.Process(target=_serve, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, mine)
+
+
+def _distribute(pool: list[_Worker], blocks: Sequence[Any], report: Report) -> list[Any]:
+    results: list[Any] = [None] * len(blocks)
+    waiting = iter(range(len(blocks)))
+
+    def give(worker: _Worker) -> None:
+        worker.block = next(waiting, -1)
+        if worker.block >= 0:
+            with suppress(BrokenPipeError):  # then its death is noticed below
+                worker.pipe.send_bytes(pickle.dumps(blocks[worker.block]))
+
+    for worker in pool:
+        give(worker)
+    while busy := {worker.pipe: worker for worker in pool if worker.block >= 0}:
+        for pipe in wait(list(busy)):
+            worker = busy[pipe]  # type: ignore[index]
+            try:
+                kind, value = pickle.loads(worker.pipe.recv_bytes())
+            except (EOFError, ConnectionError):
+                raise SteerableError(_obituary(worker)) from None
+            if kind == "report":
+                report(value)
+            elif kind == "error":
+                raise value
+            else:
+                results[worker.block] = value
+                give(worker)
+    return results
+
+
+def _obituary(worker: _Worker) -> str:
+    worker.process.join(5)
+    code = worker.process.exitcode
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+    return f"a worker process {how} before its work was done; if memory ran out, use fewer workers"
+
+
+def _serve(pipe: Connection, task: bytes) -> None:
+    """Runs in the worker: computes blocks until the pipe closes, which it also does when the caller dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
+
+    def send(kind: str, value: Any) -> None:
+        pipe.send_bytes(pickle.dumps((kind, value)))
+
+    try:
+        work, setup, threads = pickle.loads(task)
+        torch.set_num_threads(threads)
+        ready = setup()
+        while True:
+            block = pickle.loads(pipe.recv_bytes())
+            send("result", work(ready, block, lambda message: send("report", message)))
+    except (EOFError, ConnectionError):
+        return
+    except SteerableError as error:
+        failure = error
+    except Exception as error:
+        failure = SteerableError(f"a worker process failed: {_last_line(error)}")
+    with suppress(ConnectionError):
+        send("error", failure)
+
+
+def _last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}, line {frame.lineno})"

@@ -1,0 +1,122 @@
+"""Chains from tasks: seeds, splitting at the think tags, blocks and workers."""
+
+from hashlib import sha256
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import steerable as st
+from steerable.chains.generation import (
+    Job,
+    Steering,
+    generate_chains,
+    generate_jobs,
+    prompt_ids,
+    request_seed,
+    split_chain,
+)
+from steerable.engines.transformers import Completion
+from steerable.errors import UsageError
+from steerable.models import Loaded, ThinkTags
+from steerable.sites import Site
+
+TASKS = [{"id": f"t-{i}", "prompt": f"w{i} w{i + 1} w3"} for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.update(do_sample=True, top_k=0, eos_token_id=[7, 8], pad_token_id=0)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return st.load(folder, device="cpu")
+
+
+@pytest.fixture
+def direction():
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(5))
+    return st.Direction({Site("resid_post", 0): vector, Site("resid_post", 1): vector})
+
+
+def test_records(loaded):
+    chains = generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, rows=5)
+    assert [(c["task_id"], c["sample"]) for c in chains] == [(t["id"], s) for t in TASKS for s in (0, 1)]
+    assert all(c["strength"] == 0.0 and c["control"] is None for c in chains)
+    assert all(0 <= c["thinking_tokens"] <= c["tokens"] <= 40 for c in chains)
+    assert len({c["thinking"] for c in chains}) > 10
+    assert {c["closed"] for c in chains} == {True, False}
+    assert chains == generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, rows=64)
+    assert chains != generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, seed=1)
+    greedy = generate_chains(loaded, TASKS[:2], samples=2, max_new_tokens=20, greedy=True)
+    assert greedy[0]["thinking"] == greedy[1]["thinking"]
+
+
+def test_workers_change_nothing(loaded, direction):
+    jobs = [Job(TASKS, 2), Job(TASKS, 1, Steering(direction, 0.5, (1,), "thinking"), 0.5, "random")]
+    one = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=1)
+    seen = []
+    two = generate_jobs(
+        loaded, jobs, max_new_tokens=30, block=5, workers=2, progress=lambda *x: seen.append(x)
+    )
+    assert one == two
+    assert [len(chains) for chains in two] == [18, 9]
+    assert sum(done for done, _ in seen) == 27
+    assert two[1][0]["control"] == "random" and two[1][0]["strength"] == 0.5
+    assert [c["thinking"] for c in one[1]] != [c["thinking"] for c in one[0][::2]]
+
+
+def test_strength_zero_is_the_unsteered_chain(loaded, direction):
+    plain = generate_chains(loaded, TASKS, max_new_tokens=30)
+    assert generate_chains(loaded, TASKS, max_new_tokens=30, steering=Steering(direction, 0.0)) == plain
+
+
+def test_workers_need_a_name(loaded):
+    unnamed = Loaded(type(loaded.model)(loaded.model.config), loaded.tokenizer)
+    unnamed.model.config._name_or_path = ""
+    with pytest.raises(UsageError, match="workers=1"):
+        generate_jobs(unnamed, [Job(TASKS), Job(TASKS)], workers=2)
+
+
+def test_seeds_are_stable():
+    assert request_seed(0, "countdown-1-2", 3) == int(sha256(b"0/countdown-1-2/3").hexdigest()[:16], 16)
+    assert len({request_seed(s, t, n) for s in (0, 1) for t in ("a", "b") for n in (0, 1)}) == 8
+
+
+def test_prompt_is_the_chat_template(tokenizer):
+    assert tokenizer.decode(prompt_ids(tokenizer, "w1 w2")).count("w") == 2
+    assert prompt_ids(tokenizer, "w1 w2")[-1] == tokenizer.convert_tokens_to_ids("<think>")
+
+
+@pytest.mark.parametrize(
+    ("ids", "finished", "opened", "expected"),
+    [
+        ([10, 11, 2, 12, 7], True, True, (2, True, 1)),
+        ([1, 10, 11, 2, 12, 7], True, False, (2, True, 1)),
+        ([10, 11], False, True, (2, False, 0)),
+        ([10, 11, 7], True, False, (0, False, 2)),
+        ([2, 10], False, True, (0, True, 1)),
+        ([10, 2, 11, 2], False, True, (1, True, 2)),
+    ],
+)
+def test_split(tokenizer, ids, finished, opened, expected):
+    tags = ThinkTags(1, 2, opened)
+    record = split_chain(tokenizer, tags, Completion(ids, finished))
+    thinking, closed, answer = expected
+    start = 1 if ids[0] == 1 else 0
+    assert record["thinking_tokens"] == thinking
+    assert record["thinking"] == tokenizer.decode(ids[start : start + thinking])
+    assert record["closed"] is closed
+    assert record["tokens"] == len(ids)
+    assert record["answer"].count("w") == answer - (ids.count(2) > 1)
