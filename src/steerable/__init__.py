@@ -72,7 +72,7 @@ class _CallableModule(ModuleType):
 
 
 class _Package(ModuleType):
-    # Importing the module steerable.capture binds it to the name `capture` here, which is also the function's.
+    # Importing the module steerable.capture binds it to the name `capture` here, also the function's.
     # Such a module answers calls for its function, so that the order of imports does not matter.
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and _EXPORTS.get(name) == name:
