@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from steerable import models
-from steerable.chains.records import Record
+from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
 from steerable.engines.transformers import Completion, Request, generate
@@ -35,10 +36,11 @@ class Steering:
 
 @dataclass(frozen=True)
 class Job:
-    """Tasks to be answered in one setting. `strength` and `control` are what the chains' records will say."""
+    """Tasks to be answered in one setting: these samples of each, by number. `strength` and `control` are what
+    the chains' records will say."""
 
     tasks: Sequence[Mapping[str, Any]]
-    samples: int = 1
+    samples: Sequence[int] = (0,)
     steering: Steering | None = None
     strength: float = 0.0
     control: str | None = None
@@ -72,7 +74,7 @@ def generate_chains(
 ) -> list[Record]:
     """Chain records of all tasks, `samples` each, in the order of the tasks. One `Job` of `generate_jobs`."""
     label = strength if strength is not None else steering.strength if steering else 0.0
-    job = Job(tasks, samples, steering, label, control)
+    job = Job(tasks, range(samples), steering, label, control)
     return generate_jobs(
         loaded,
         [job],
@@ -96,6 +98,7 @@ def generate_jobs(
     rows: int = 64,
     block: int = 512,
     workers: int | None = None,
+    keep: Path | None = None,
     progress: Progress | None = None,
 ) -> list[list[Record]]:
     """Chain records of every job, in order.
@@ -104,35 +107,50 @@ def generate_jobs(
     jobs differs by the steering alone. greedy: None follows the model's `generation_config`. rows: sequences
     computed together. block: chains that one worker computes in one piece; part of the result's identity,
     where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
-    model that `load` can find again by its name or folder. Chains that do not close the think block are kept,
+    model that `load` can find again by its name or folder. keep: a folder that takes every finished block at once and
+    gives back those of an earlier call with the same arguments, which a killed one left. Chains that do not close the think block are kept,
     with `closed` false.
     """
-    if block < 1 or any(job.samples < 1 for job in jobs):
-        raise UsageError("block and samples must be at least 1")
+    if block < 1 or any(not job.samples for job in jobs):
+        raise UsageError("block must be at least 1, and every job needs a sample")
     model = loaded.model
     settings = Settings(seed, greedy, max_new_tokens, rows)
     blocks, owners = [], []
     for number, job in enumerate(jobs):
-        pairs = [(task, sample) for task in job.tasks for sample in range(job.samples)]
+        pairs = [(task, sample) for task in job.tasks for sample in job.samples]
         for start in range(0, len(pairs), block):
             blocks.append((job.steering, job.strength, job.control, pairs[start : start + block], settings))
             owners.append(number)
-    workers = min(workers or default_workers(model), max(1, len(blocks)))
+    files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(blocks))]
+    kept = {
+        i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()
+    }
+    missing = [i for i in range(len(blocks)) if i not in kept]
+    if progress is not None and kept:
+        progress(sum(map(len, kept.values())), 0)
+
+    def store(place: int, part: list[Record]) -> None:
+        kept[missing[place]] = part
+        if (file := files[missing[place]]) is not None:
+            write_jsonl(file, part)
+
+    workers = min(workers or default_workers(model), max(1, len(missing)))
     name = model.config._name_or_path
     if workers > 1 and not name:
         raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
-    parts = map_blocks(
+    map_blocks(
         _run_block,
-        blocks,
+        [blocks[i] for i in missing],
         setup=partial(models.load, name, dtype=model.dtype, device=str(model.device)),
         workers=workers,
         threads=default_threads(model, workers),
         report=(lambda done: progress(*done)) if progress else None,
+        finished=store,
         context=loaded,
     )
     chains: list[list[Record]] = [[] for _ in jobs]
-    for number, part in zip(owners, parts, strict=True):
-        chains[number] += part
+    for i, number in enumerate(owners):
+        chains[number] += kept[i]
     return chains
 
 
@@ -181,10 +199,16 @@ def _steered(loaded: Loaded, steering: Steering | None) -> Any:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a user's message in the model's chat template, up to where the model begins to speak."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    return list(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+
+
+def prompt_text(tokenizer: Any, prompt: str) -> str:
+    """A user's message in the model's chat template, up to where the model begins to speak."""
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
     )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def request_seed(seed: int, task_id: str, sample: int) -> int:

@@ -56,12 +56,13 @@ def map_blocks(
     workers: int = 1,
     threads: int = 1,
     report: Report | None = None,
+    finished: Callable[[int, Any], None] | None = None,
     context: Any = None,
 ) -> list[Any]:
     """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
 
     work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
-    load the model. Blocks, reports and results must be picklable. context: what `setup` would return, if the
+    load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and results must be picklable. context: what `setup` would return, if the
     caller has it already; used where everything runs in this process (one worker). Errors of the library
     raised in a worker are raised here; any other, and a worker that dies, become a SteerableError. Whatever
     happens, no process is left behind.
@@ -69,14 +70,19 @@ def map_blocks(
     if workers < 1 or threads < 1:
         raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1")
     report = report or (lambda message: None)
+    finished = finished or (lambda index, result: None)
     workers = min(workers, len(blocks))
     if workers <= 1:
         with _threads(threads):
             ready = setup() if context is None and blocks else context
-            return [work(ready, block, report) for block in blocks]
+            results = []
+            for index, block in enumerate(blocks):
+                results.append(work(ready, block, report))
+                finished(index, results[-1])
+            return results
     pool = [_start(work, setup, threads) for _ in range(workers)]
     try:
-        return _distribute(pool, blocks, report)
+        return _distribute(pool, blocks, report, finished)
     finally:
         for worker in pool:
             worker.process.terminate()
@@ -113,7 +119,9 @@ def _start(work: Callable[..., Any], setup: Callable[[], Any], threads: int) -> 
     return _Worker(process, mine)
 
 
-def _distribute(pool: list[_Worker], blocks: Sequence[Any], report: Report) -> list[Any]:
+def _distribute(
+    pool: list[_Worker], blocks: Sequence[Any], report: Report, finished: Callable[[int, Any], None]
+) -> list[Any]:
     results: list[Any] = [None] * len(blocks)
     waiting = iter(range(len(blocks)))
 
@@ -138,7 +146,9 @@ def _distribute(pool: list[_Worker], blocks: Sequence[Any], report: Report) -> l
                 raise value
             else:
                 results[worker.block] = value
-                give(worker)
+                done = worker.block
+                give(worker)  # the worker goes on while its result is dealt with
+                finished(done, value)
     return results
 
 

@@ -11,19 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LABELS = (
-    "initializing",
-    "deduction",
-    "adding-knowledge",
-    "example-testing",
-    "uncertainty-estimation",
-    "backtracking",
-)
-
-#: The four behaviours that steering is judged on.
-STEERABLE = LABELS[2:]
-
 # Slots: {p} * {q} = {n} and {s} + {t} = {u} are true facts; {a} and {b} are numbers of the task.
+#: The four steerable behaviours and their wordings.
 BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "adding-knowledge": (
         "I remember that {p} * {q} = {n}.",
@@ -165,7 +154,12 @@ INITIALIZING_MORE = {
     ),
 }
 DEDUCTION = {
-    "step": ("{l} {o} {r} = {v}.", "So {l} {o} {r} = {v}.", "Then {l} {o} {r} = {v}.", "Next, {l} {o} {r} = {v}."),
+    "step": (
+        "{l} {o} {r} = {v}.",
+        "So {l} {o} {r} = {v}.",
+        "Then {l} {o} {r} = {v}.",
+        "Next, {l} {o} {r} = {v}.",
+    ),
     "start": (
         "Try {l} {o} {r} = {v}.",
         "Start with {l} {o} {r} = {v}.",

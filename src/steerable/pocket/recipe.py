@@ -17,7 +17,14 @@ from typing import Any
 
 import reasoning_gym
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from steerable.errors import UsageError
 from steerable.pocket import solver
@@ -36,7 +43,9 @@ WARMUP = 100
 
 @lru_cache
 def _dataset(family: str, seed: int) -> Any:
-    return reasoning_gym.create_dataset(family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **FAMILIES[family])
+    return reasoning_gym.create_dataset(
+        family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **FAMILIES[family]
+    )
 
 
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
@@ -101,7 +110,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCau
     return model
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The ``BUCKET`` batches of one bucket: (ids [B, T] right-padded, target mask [B, T], true on the chain's tokens)."""
     first = bucket * BATCH * BUCKET
     chains = [training_chain(i, seed) for i in range(first, first + BATCH * BUCKET)]
@@ -111,7 +122,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int) -> list[
     made = []
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
-        width = max(len(prompts[i]) + len(bodies[i]) for i in rows)
+        longest = max(len(prompts[i]) + len(bodies[i]) for i in rows)
+        width = -(-longest // 64) * 64  # few distinct shapes: kernels and memory are reused
         ids = torch.full((BATCH, width), tokenizer.convert_tokens_to_ids(PAD))
         target = torch.zeros((BATCH, width), dtype=torch.bool)
         for r, i in enumerate(rows):
@@ -206,14 +218,18 @@ def train(
             seen += int((ids != tokenizer.pad_token_id).sum())
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is not finite at step {step}; start again with a lower rate")
+                raise FloatingPointError(
+                    f"the loss is not finite at step {step}; start again with a lower rate"
+                )
             running = value if running is None else 0.95 * running + 0.05 * value
             if step % 20 == 0 or step == steps:
                 seconds = time.time() - began
                 row = {"step": step, "tokens": seen, "loss": round(running, 4), "seconds": round(seconds, 1)}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                progress(f"step {step}/{steps}  loss {running:.3f}  {seen / max(seconds, 1e-9):,.0f} tokens/s")
+                progress(
+                    f"step {step}/{steps}  loss {running:.3f}  {seen / max(seconds, 1e-9):,.0f} tokens/s"
+                )
             if step % checkpoint_every == 0 or step == steps:
                 state = {
                     "model": model.state_dict(),
@@ -228,7 +244,27 @@ def train(
     return out
 
 
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama: its one further bias, on the attention's output, is zero.
+
+    A folder of type qwen2 would not do: AutoTokenizer gives every such folder Qwen2's own pre-tokenizer.
+    """
+    shared = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id "
+        "pad_token_id dtype"
+    )
+    config = LlamaConfig(
+        attention_bias=True, **{name: getattr(model.config, name) for name in shared.split()}
+    )
+    llama = LlamaForCausalLM(config)
+    zeros = {n: torch.zeros_like(p) for n, p in llama.named_parameters() if n.endswith("o_proj.bias")}
+    llama.load_state_dict({**model.state_dict(), **zeros})
+    llama.generation_config = model.generation_config
+    return llama
+
+
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the weights (float32), the tokenizer with its chat template and the generation config."""
-    model.eval().float().cpu().save_pretrained(out)
+    as_llama(model.float().cpu()).eval().save_pretrained(out)
     tokenizer.save_pretrained(out)

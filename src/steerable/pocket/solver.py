@@ -18,7 +18,7 @@ from steerable.pocket import language
 from steerable.pocket.families import LARGEST_NUMBER
 
 STICKY = 0.78
-MOODS = ("calm", *language.STEERABLE)
+MOODS = ("calm", *language.BEHAVIOURS)
 _CONCENTRATION = (0.8, 0.35, 0.4, 0.4, 0.55)  # back-tracking shortens what it abandons: give it room
 _TRIES = (1, 2, 3, 4, 5, 6, 8)
 _TRIES_WEIGHTS = (0.20, 0.20, 0.18, 0.15, 0.12, 0.09, 0.06)
@@ -54,7 +54,9 @@ class Writer:
 
     def note(self, *numbers: int) -> None:
         """Numbers that the writer may speak about from now on."""
-        self.numbers = [*dict.fromkeys([*self.numbers[-6:], *(n for n in numbers if 0 < n <= LARGEST_NUMBER)])]
+        self.numbers = [
+            *dict.fromkeys([*self.numbers[-6:], *(n for n in numbers if 0 < n <= LARGEST_NUMBER)])
+        ]
 
     def pause(self) -> bool:
         """An opportunity for the mood to show. True when the writer went back on what was done so far."""
@@ -140,7 +142,11 @@ def _combine(left: Term, operator: str, right: Term) -> Term | None:
     precedence = 1 if operator in "+-" else 2
     # The right side of - and / needs brackets already at equal precedence.
     lhs = left[1] if left[2] >= precedence else f"({left[1]})"
-    rhs = right[1] if right[2] > precedence or (right[2] == precedence and operator in "+*") else f"({right[1]})"
+    rhs = (
+        right[1]
+        if right[2] > precedence or (right[2] == precedence and operator in "+*")
+        else f"({right[1]})"
+    )
     return value, f"{lhs} {operator} {rhs}", precedence
 
 
@@ -171,7 +177,9 @@ def _moves(pool: list[Term]) -> list[tuple[Term, str, Term, Term, list[Term]]]:
                     continue  # sums and products are written largest first
                 made = _combine(left, operator, right)
                 if made:
-                    moves.append((left, operator, right, made, [pool[k] for k in range(len(pool)) if k not in (i, j)]))
+                    moves.append(
+                        (left, operator, right, made, [pool[k] for k in range(len(pool)) if k not in (i, j)])
+                    )
     return moves
 
 

@@ -56,7 +56,11 @@ def build_tokenizer(texts: Iterable[str], *, minimum: int = 3) -> PreTrainedToke
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS[:4]])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in SPECIALS[4:]])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False, padding_side="left"
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

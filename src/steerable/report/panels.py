@@ -189,9 +189,9 @@ def side_effects(report: Report, behaviours: list[str]) -> list[Panel]:
                 _point(s + aside if s else s, i, f"{words.short(behaviour)} {words.signed(s)}", style)
                 for s, i in found.items()
             ]
-            if metric == "kl" and points:
+            if metric == "kl" and points and 0.0 not in found:
                 # The unsteered model is at no distance from itself, by definition.
-                points = sorted([*points, Point(0, 0, tip="unsteered: 0")])
+                points = sorted([*points, Point(0, 0, tip="unsteered: 0")], key=lambda point: point.x)
             name, css = words.short(behaviour), f"slim {words.hue(behaviour, behaviours)}"
             series.append(Series(name, css, points, SHAPES[index % len(SHAPES)]))
         figure = None

@@ -1,0 +1,141 @@
+"""The settings of a run: one table from which the command line's options, the checks and `config.json` follow."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from steerable.chains.windows import WINDOWS
+from steerable.errors import UsageError
+
+Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
+ANNOTATORS = {"pocket": "steerable.pocket.language:annotate"}
+ENGINES = ("transformers",)
+BASELINES = ("pooled", "overall")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run's result depends on. Raises UsageError for a value that makes no sense."""
+
+    model: str = _option(
+        "pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub."
+    )
+    revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
+    dtype: str | None = _option(
+        None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
+    )
+    device: str | None = _option(None, "Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
+    tasks: str = _option("pocket", "'pocket', reasoning-gym:<family>,..., or a .jsonl file of task records.")
+    engine: str = _option("transformers", "What generates: transformers.")
+    annotator: str = _option("pocket", "'pocket', or module:function of your own, chain -> spans.")
+    seed: int = _option(0, "Seed of tasks, sampling and controls.")
+    limit: int = _option(300, "Tasks to extract from.")
+    validation: int = _option(24, "Tasks kept apart to choose window and layer on.")
+    evaluation: int = _option(50, "Unseen tasks to judge steering on.")
+    samples: int = _option(4, "Chains a task in the main cells (one when --greedy).")
+    side_samples: int = _option(
+        2, "Chains a task in the other cells: sweep, several layers, thinking only, shuffled."
+    )
+    max_new_tokens: int = _option(500, "Longest chain, answer included.")
+    greedy: bool = _option(
+        False, "Decode greedily, as published; default: the model's own generation_config."
+    )
+    window: str | None = _option(
+        None, "published, span or onset; default: the one that wins on the validation tasks."
+    )
+    baseline: str = _option(
+        "pooled", "pooled or overall (published): what the mean of a behaviour is compared with."
+    )
+    layers: str | None = _option(
+        None, "Layer to steer, e.g. 3; default: chosen by attribution and validation."
+    )
+    tried: int = _option(2, "Layers of each window that go to validation.")
+    sweep: str = _option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
+    randoms: int = _option(5, "Random directions in the random control.")
+    attributed: int = _option(50, "Chains for attribution by gradients.")
+    patched: int = _option(8, "Chains, of those, for exact patching and Fisher information.")
+    compared: int = _option(16, "Chains of each cell for its KL divergence.")
+    block: int = _option(100, "Chains that are generated as one unit of work: what a killed run may lose.")
+    rows: int = _option(100, "Sequences computed together.")
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried",
+                     "randoms", "attributed", "patched", "compared", "block", "rows"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected 1 or more")
+        for name, allowed in (("engine", ENGINES), ("baseline", BASELINES), ("window", (*WINDOWS, None))):
+            if getattr(self, name) not in allowed:
+                names = ", ".join(a for a in allowed if a)
+                raise UsageError(f"--{name} is {getattr(self, name)!r}: expected one of {names}")
+        _ = self.strengths, self.chosen_layer, self.annotate
+
+    @property
+    def strengths(self) -> list[float]:
+        """The sweep as numbers."""
+        try:
+            found = [float(part) for part in self.sweep.split(",") if part.strip()]
+        except ValueError:
+            raise UsageError(
+                f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5"
+            ) from None
+        return sorted({s for s in found} - {-1.0, 0.0, 1.0})
+
+    @property
+    def chosen_layer(self) -> int | None:
+        """The layer that was asked for."""
+        if self.layers is None:
+            return None
+        if not (self.layers.isascii() and self.layers.isdigit()):
+            raise UsageError(f"--layers is {self.layers!r}: expected one 0-based layer, e.g. 3")
+        return int(self.layers)
+
+    @property
+    def annotate(self) -> Annotator:
+        """The annotator as a function `chain -> spans`."""
+        module, _, name = ANNOTATORS.get(self.annotator, self.annotator).partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"--annotator is {self.annotator!r}, which cannot be imported ({error}): "
+                f"expected {', '.join(ANNOTATORS)} or module:function"
+            ) from None
+        return function
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def subset(self, names: str) -> dict[str, Any]:
+        """The named settings, for a stage's key."""
+        return {name: getattr(self, name) for name in names.split()}
+
+    def quick(self) -> Config:
+        """The same run in under a minute: fewer tasks and samples, no sweep; a look, not a result."""
+        return replace(
+            self,
+            limit=min(self.limit, 100),
+            validation=min(self.validation, 8),
+            evaluation=min(self.evaluation, 16),
+            samples=1,
+            side_samples=1,
+            tried=1,
+            sweep="",
+            attributed=min(self.attributed, 12),
+            patched=min(self.patched, 4),
+            compared=min(self.compared, 4),
+        )
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """A Config from its dict. Raises UsageError for an unknown setting."""
+    known = {f.name for f in fields(Config)}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
+    return Config(**values)

@@ -1,0 +1,53 @@
+"""Progress on the terminal: one bar with tokens a second, on standard error, never on standard output."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Display:
+    """Says which stage runs and how far it is; says nothing when quiet."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self._bar: Any = None
+        self._tokens = 0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.done()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.done()
+            tqdm.write(text, file=sys.stderr)
+
+    def start(self, name: str, total: int, unit: str = "chain") -> None:
+        """A new bar; it ends with the next one."""
+        self.done()
+        self._tokens = 0
+        if not self.quiet:
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=True)
+
+    def advance(self, finished: int, tokens: int = 0) -> None:
+        """`finished` more of the total, and `tokens` more generated."""
+        if self._bar is None:
+            return
+        self._tokens += tokens
+        seconds = self._bar.format_dict["elapsed"]
+        if self._tokens and seconds > 0:
+            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
+        self._bar.update(finished)
+
+    def done(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,121 @@
+"""What the steering experiment generates: one cell for every setting, with its controls, as data.
+
+A cell is generated in one or more parts; a part is one vector file, added at some layers and tokens, with one strength,
+on some samples of every task. All cells draw with the same seeds a task and sample, so that they are compared in pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steerable.chains.records import STEERABLE
+from steerable.config import Config
+
+
+@dataclass(frozen=True)
+class Part:
+    """`strength` is what is added at each of `layers`; no `direction` means unsteered."""
+
+    samples: tuple[int, ...]
+    direction: str | None = None
+    strength: float = 0.0
+    layers: tuple[int, ...] = ()
+    where: str = "all"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`strength` is the nominal coefficient (the sum over layers); `behaviours` are those that the cell speaks about."""
+
+    name: str
+    behaviours: tuple[str, ...]
+    control: str | None
+    strength: float
+    layers: tuple[int, ...]
+    where: str
+    parts: tuple[Part, ...]
+
+
+def candidate_path(window: str, baseline: str, behaviour: str, kind: str = "candidates") -> str:
+    """Where `extract` leaves a direction of all layers; `kind` is candidates or shuffled."""
+    return f"vectors/{kind}/{window}.{baseline}/{behaviour}.safetensors"
+
+
+def selected_path(behaviour: str) -> str:
+    """Where `select` leaves the chosen direction: one layer, ready for `steer` and `chat`."""
+    return f"vectors/{behaviour}.safetensors"
+
+
+def random_path(layer: int, k: int) -> str:
+    """Where `select` leaves the k-th random direction of a layer: of the same norm as every vector there."""
+    return f"vectors/random/layer{layer}.{k}.safetensors"
+
+
+def _cell(
+    name: str,
+    behaviours: Iterable[str],
+    strength: float,
+    parts: Iterable[Part],
+    *,
+    control: str | None = None,
+    layers: Sequence[int] = (),
+    where: str = "all",
+) -> Cell:
+    return Cell(name, tuple(behaviours), control, strength, tuple(layers), where, tuple(parts))
+
+
+def validation_cells(candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cell]:
+    """Unsteered, and -1 and +1 of every candidate (`window`, `baseline`, `layer`) of every behaviour; two samples a task."""
+    samples = (0, 1)
+    cells = [_cell("unsteered", candidates, 0.0, [Part(samples)])]
+    for behaviour, found in candidates.items():
+        for c in found:
+            path, layers = candidate_path(c["window"], c["baseline"], behaviour), (c["layer"],)
+            cells += [
+                _cell(
+                    f"{behaviour}.{c['window']}.layer{c['layer']}.{strength:+g}",
+                    [behaviour],
+                    strength,
+                    [Part(samples, path, strength, layers)],
+                    layers=layers,
+                )
+                for strength in (-1.0, 1.0)
+            ]
+    return cells
+
+
+def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """Every cell of the report, from the selection (`layer`, `layers`, `window`, `baseline` of each behaviour)."""
+    main = (0,) if config.greedy else tuple(range(config.samples))
+    side = main[: config.side_samples]
+    behaviours = [b for b in STEERABLE if b in selection]
+    cells = [_cell("unsteered", behaviours, 0.0, [Part(main)])]
+    for b in behaviours:
+        chosen = selection[b]
+        layer, several = (chosen["layer"],), tuple(chosen["layers"])
+        path = candidate_path(chosen["window"], chosen["baseline"], b)
+        for s in (-1.0, 1.0):
+            cells.append(_cell(f"{b}.{s:+g}", [b], s, [Part(main, path, s, layer)], layers=layer))
+            shared = [Part(side, path, s / len(several), several)]
+            cells.append(_cell(f"{b}.{s:+g}.layers", [b], s, shared, layers=several))
+            thinking = [Part(side, path, s, layer, "thinking")]
+            cells.append(_cell(f"{b}.{s:+g}.thinking", [b], s, thinking, layers=layer, where="thinking"))
+            shuffled = candidate_path(chosen["window"], chosen["baseline"], b, "shuffled")
+            control = [Part(side, shuffled, s, layer)]
+            cells.append(_cell(f"{b}.{s:+g}.shuffled", [b], s, control, control="shuffled", layers=layer))
+        for s in config.strengths:
+            cells.append(_cell(f"{b}.{s:+g}", [b], s, [Part(side, path, s, layer)], layers=layer))
+    # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
+    for layer in sorted({selection[b]["layer"] for b in behaviours}):
+        here = [b for b in behaviours if selection[b]["layer"] == layer]
+        for s in (-1.0, 1.0):
+            parts = [
+                Part((main[k % len(main)],), random_path(layer, k), s, (layer,))
+                for k in range(config.randoms)
+            ]
+            cells.append(
+                _cell(f"random.layer{layer}.{s:+g}", here, s, parts, control="random", layers=(layer,))
+            )
+    return cells
