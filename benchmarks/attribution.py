@@ -27,9 +27,7 @@ BEHAVIOURS = LABELS[2:]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random")
     parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=7)

@@ -29,9 +29,7 @@ def peak_mebibytes(model_name: str, chains: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random")
     parser.add_argument("--chains", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=9)
@@ -50,9 +48,7 @@ def main() -> None:
     seconds = interleaved(
         {
             "plain forward": plain,
-            "extraction": lambda: span_means(
-                model, chains, LABELS, shuffles=0, max_tokens=options.max_tokens
-            ),
+            "extraction": lambda: span_means(model, chains, LABELS, shuffles=0, max_tokens=options.max_tokens),
             "extraction with a label shuffle": lambda: span_means(
                 model, chains, LABELS, shuffles=1, max_tokens=options.max_tokens
             ),

@@ -102,9 +102,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def compare_engines(model: Any, prompts: list[list[int]], limit: int) -> dict[str, Any]:
     requests = [Request(p) for p in prompts]
-    ours, wall, cpu = timed(
-        lambda: generate(model, None, requests, max_new_tokens=limit, rows=BATCH, greedy=True)
-    )
+    ours, wall, cpu = timed(lambda: generate(model, None, requests, max_new_tokens=limit, rows=BATCH, greedy=True))
     theirs, wall_0, cpu_0 = timed(lambda: plain(model, prompts, limit))
     tokens = sum(len(c.ids) for c in ours)
     return {
@@ -120,9 +118,7 @@ def compare_steering(model: Any, prompts: list[list[int]], limit: int, repeats: 
     """Median over the repeats of steered / unsteered CPU seconds, sampling with the model's own settings."""
     requests = [Request(p, request_seed(0, "benchmark", i)) for i, p in enumerate(prompts)]
     layers = len(st.models.blocks(model))
-    faint = torch.full(
-        (model.config.hidden_size,), 1e-30
-    )  # vanishes in rounding: the same text, the full cost
+    faint = torch.full((model.config.hidden_size,), 1e-30)  # vanishes in rounding: the same text, the full cost
 
     def run(chosen: list[int] | None, where: str, track: bool) -> list[Completion]:
         if chosen is None:
@@ -161,9 +157,7 @@ def main() -> None:
     engines = compare_engines(model, prompts, arguments.limit)
     steering = compare_steering(model, prompts, arguments.limit, arguments.repeats)
 
-    table = Table(
-        "measure", "figure", "goal", title=f"{name}, {len(prompts)} prompts, {arguments.threads} thread(s)"
-    )
+    table = Table("measure", "figure", "goal", title=f"{name}, {len(prompts)} prompts, {arguments.threads} thread(s)")
     for engine, speed in engines["tokens_per_second"].items():
         table.add_row(f"{engine}, tokens/s", f"{speed:,.0f}", "")
     table.add_row("speed-up, wall", f"{engines['ratio_wall']:.2f}", ">= 4")

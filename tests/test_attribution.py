@@ -143,9 +143,7 @@ def test_a_small_patch_has_the_fisher_kl(model, ids):
     queries, index = Queries(model, ids, POSITIONS), torch.arange(len(POSITIONS))
     added = normal(len(POSITIONS), LAYERS, WIDTH)
     second_order = fisher(queries, SITES, index, added)
-    errors = [
-        (exact(queries, SITES, index, e * added) / e**2 / second_order - 1).abs().max() for e in (1e-3, 1e-4)
-    ]
+    errors = [(exact(queries, SITES, index, e * added) / e**2 / second_order - 1).abs().max() for e in (1e-3, 1e-4)]
     assert errors[1] < 0.02 and errors[1] < errors[0] / 5  # the difference is third order in the patch
 
 

@@ -15,9 +15,7 @@ TEXTS = ["w1 w2 <think> w3 w4 \n\n w5 </think> w6", "<think> w7 w8", "w9 <think>
 def alone(model, ids, kind="resid_post"):
     """[L, T, width] of one unpadded row."""
     seen = []
-    with tap(
-        model, {Site(kind, layer): lambda h: seen.append(h[0]) for layer in range(models.n_layers(model))}
-    ):
+    with tap(model, {Site(kind, layer): lambda h: seen.append(h[0]) for layer in range(models.n_layers(model))}):
         model(torch.tensor([ids]))
     return torch.stack(seen)
 
@@ -52,9 +50,7 @@ def test_weighted_sums_and_norms(model, kind):
     torch.testing.assert_close(sums.sums, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sums.totals, sum(w.sum(1) for w in weights))
     assert torch.isnan(sums.means()[:, 1]).all() and not torch.isnan(sums.means()[:, 0]).any()
-    torch.testing.assert_close(
-        norms.means(), torch.cat(states, 1).norm(dim=-1).double().mean(1), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(norms.means(), torch.cat(states, 1).norm(dim=-1).double().mean(1), atol=1e-4, rtol=1e-4)
     assert (norms.counts == sum(map(len, rows))).all()
 
 

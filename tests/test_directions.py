@@ -40,9 +40,7 @@ def make(**about):
 def same(a, b):
     assert list(a.vectors) == list(b.vectors)
     assert all(torch.equal(a.vectors[s], b.vectors[s]) for s in a.vectors)
-    assert {k: v for k, v in vars(a).items() if k != "vectors"} == {
-        k: v for k, v in vars(b).items() if k != "vectors"
-    }
+    assert {k: v for k, v in vars(a).items() if k != "vectors"} == {k: v for k, v in vars(b).items() if k != "vectors"}
 
 
 def test_round_trip(tmp_path):

@@ -35,9 +35,7 @@ def oracle(row, prompt_length):
 
 def random_rows(seed, rows=5):
     rng = random.Random(seed)
-    texts = [
-        [rng.choice([OPEN, CLOSE, 5, 6, 7, 8, 9]) for _ in range(rng.randint(3, 14))] for _ in range(rows)
-    ]
+    texts = [[rng.choice([OPEN, CLOSE, 5, 6, 7, 8, 9]) for _ in range(rng.randint(3, 14))] for _ in range(rows)]
     return texts, [rng.randint(1, len(text) - 1) for text in texts]
 
 

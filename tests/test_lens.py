@@ -14,9 +14,7 @@ class Letters:
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=26, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=26, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.nn.init.orthogonal_(model.lm_head.weight)
     return model

@@ -11,10 +11,7 @@ def run(code):
 
 
 def test_import_is_light():
-    assert (
-        run("import steerable, sys; print('torch' in sys.modules or 'transformers' in sys.modules)")
-        == "False\n"
-    )
+    assert run("import steerable, sys; print('torch' in sys.modules or 'transformers' in sys.modules)") == "False\n"
 
 
 def test_every_export_exists():

@@ -56,9 +56,7 @@ def build(layer):
         for matrix in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
             matrix -= matrix @ axes[:3].T @ axes[:3]
     reader = model.model.layers[layer + 1].mlp
-    reader.gate_proj.weight[0] = (
-        0.5 * constant
-    )  # the same at every token, so the neuron is linear in what `up` reads
+    reader.gate_proj.weight[0] = 0.5 * constant  # the same at every token, so the neuron is linear in what `up` reads
     reader.up_proj.weight[0] = 0.5 * planted
     reader.down_proj.weight[:, 0] = written
 

@@ -102,9 +102,7 @@ class Attribution:
             }
             if "exact" in metrics:
                 cheap = [metric for metric in metrics if metric != "exact"]
-                rho = _plain(
-                    torch.tensor([self.rank_correlation(behaviour, m) for m in cheap], dtype=torch.float64)
-                )
+                rho = _plain(torch.tensor([self.rank_correlation(behaviour, m) for m in cheap], dtype=torch.float64))
                 entry["rank_correlation"] = dict(zip(cheap, rho, strict=True))
             result[behaviour] = entry
         return result
@@ -153,9 +151,7 @@ def attribute(
 
     for c, chain in enumerate(used):
         positions = [span.start - 1 for span in chain.spans]
-        picked = {
-            b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions
-        }
+        picked = {b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions}
         measured = _measure(
             Queries(model, chain.ids, positions),
             sites,
@@ -233,9 +229,7 @@ def published_gradients(queries: Queries, sites: Sequence[Site]) -> Tensor:
     return torch.stack([g[0] for g in gradients])
 
 
-def fisher(
-    queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512
-) -> Tensor:
+def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
     """1/2 Var_p(J u) for every row and site, [N, L], by forward-mode differentiation.
 
     Row n is query `index[n]` with vector `added[n, l]` at `sites[l]` (`added` [N, L, d]).
@@ -258,9 +252,7 @@ def fisher(
     return _sweep(queries, sites, index, added, max_queries, inject, measure)
 
 
-def exact(
-    queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512
-) -> Tensor:
+def exact(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
     """KL(p || p_patched) for every row and site, [N, L]; arguments as for `fisher`."""
     with torch.no_grad():
         base = _log_probs(queries.logits())
@@ -339,9 +331,7 @@ def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site,
     vectors = {}
     for behaviour, direction in directions.items():
         if tuple(sorted(direction.vectors)) != sites:
-            raise UsageError(
-                f"all directions must hold the same sites, but {behaviour!r} holds others than the first"
-            )
+            raise UsageError(f"all directions must hold the same sites, but {behaviour!r} holds others than the first")
         stacked = [direction.vectors[site].squeeze(0) for site in sites]
         if any(v.ndim != 1 for v in stacked):
             raise UsageError(f"attribution needs one vector a site, but {behaviour!r} holds a subspace")

@@ -67,9 +67,7 @@ def chat(
     screen = _Screen(prompt, steer is not None, known=models.model_id(loaded.model) == "pocket", quiet=quiet)
 
     def answer(side: int) -> dict[str, Any]:
-        text, tokens = _stream(
-            loaded, prompt, tags, seed, greedy, max_new_tokens, lambda t: screen.show(side, t)
-        )
+        text, tokens = _stream(loaded, prompt, tags, seed, greedy, max_new_tokens, lambda t: screen.show(side, t))
         thinking, closed, rest = text.partition("</think>")
         said = {"thinking": thinking, "answer": rest.strip(), "closed": bool(closed), "tokens": tokens}
         return said | ({"correct": correct(task, rest)} if task else {})
@@ -161,9 +159,7 @@ class _Screen:
 
     def __enter__(self) -> _Screen:
         if not self.quiet and self.console.is_terminal:
-            self.live = Live(
-                console=self.console, refresh_per_second=12, vertical_overflow="visible", transient=True
-            )
+            self.live = Live(console=self.console, refresh_per_second=12, vertical_overflow="visible", transient=True)
             self.live.start()
         return self
 
@@ -183,9 +179,7 @@ class _Screen:
         if not self.quiet:
             self.console.print(self._panels([_verdict(said) for said in (plain, steered) if said]))
             if self.known:
-                self.console.print(
-                    Text.assemble(*((f"{label}  ", colour) for label, colour in COLOURS.items()))
-                )
+                self.console.print(Text.assemble(*((f"{label}  ", colour) for label, colour in COLOURS.items())))
 
     def _panels(self, notes: list[str]) -> Any:
         titles = ["unsteered", "steered"] if self.two else ["answer"]

@@ -31,9 +31,7 @@ pocket_app = typer.Typer(help="The bundled model: its recipe and its figures.", 
 app.add_typer(pocket_app, name="pocket")
 
 Out = Annotated[Path, typer.Option(help="The run folder: everything that the run reads and writes.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")
-]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Workers = Annotated[
     int | None,
     typer.Option(help="Processes that generate; default: one a core for small models. Changes no result."),
@@ -119,9 +117,7 @@ def _go(
     from steerable.display import Display
 
     with Display(quiet=as_json) as display:
-        folder = pipeline.run(
-            out, stage=stage, fresh=fresh, quick=quick, workers=workers, display=display, **settings
-        )
+        folder = pipeline.run(out, stage=stage, fresh=fresh, quick=quick, workers=workers, display=display, **settings)
     if as_json:
         name = "report.json" if stage is None else None
         _print_json(json.loads((folder / name).read_text()) if name else {"out": str(folder), "stage": stage})
@@ -135,17 +131,11 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def chat(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The question; default: a task of the model's own kind.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The question; default: a task of the model's own kind.")] = None,
     model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub name.")] = "pocket",
-    steer: Annotated[
-        Path | None, typer.Option(help="A direction file; without it the answer is unsteered.")
-    ] = None,
+    steer: Annotated[Path | None, typer.Option(help="A direction file; without it the answer is unsteered.")] = None,
     strength: Annotated[float | None, typer.Option(help="Default: what the file says.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers of the file to use, e.g. 2,3; default: all in it.")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of the file to use, e.g. 2,3; default: all in it.")] = None,
     where: Annotated[
         str | None, typer.Option(help="Tokens to steer, e.g. thinking; default: what the file says.")
     ] = None,
@@ -209,9 +199,7 @@ def pocket_measure(
     from steerable.pocket import measure
 
     with Display(quiet=as_json) as display:
-        figures = measure.measure(
-            model, tasks=tasks, samples=samples, seed=seed, workers=workers, display=display
-        )
+        figures = measure.measure(model, tasks=tasks, samples=samples, seed=seed, workers=workers, display=display)
     if out is not None:
         from steerable.runfolder import write_json
 

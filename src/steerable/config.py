@@ -24,13 +24,9 @@ def _option(default: Any, text: str) -> Any:
 class Config:
     """Everything that a run's result depends on. Raises UsageError for a value that makes no sense."""
 
-    model: str = _option(
-        "pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub."
-    )
+    model: str = _option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
     revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
-    dtype: str | None = _option(
-        None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
-    )
+    dtype: str | None = _option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
     device: str | None = _option(None, "Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
     tasks: str = _option("pocket", "'pocket', reasoning-gym:<family>,..., or a .jsonl file of task records.")
     engine: str = _option("transformers", "What generates: transformers.")
@@ -40,22 +36,12 @@ class Config:
     validation: int = _option(24, "Tasks kept apart to choose window and layer on.")
     evaluation: int = _option(50, "Unseen tasks to judge steering on.")
     samples: int = _option(4, "Chains a task in the main cells (one when --greedy).")
-    side_samples: int = _option(
-        2, "Chains a task in the other cells: sweep, several layers, thinking only, shuffled."
-    )
+    side_samples: int = _option(2, "Chains a task in the other cells: sweep, several layers, thinking only, shuffled.")
     max_new_tokens: int = _option(500, "Longest chain, answer included.")
-    greedy: bool = _option(
-        False, "Decode greedily, as published; default: the model's own generation_config."
-    )
-    window: str | None = _option(
-        None, "published, span or onset; default: the one that wins on the validation tasks."
-    )
-    baseline: str = _option(
-        "pooled", "pooled or overall (published): what the mean of a behaviour is compared with."
-    )
-    layers: str | None = _option(
-        None, "Layer to steer, e.g. 3; default: chosen by attribution and validation."
-    )
+    greedy: bool = _option(False, "Decode greedily, as published; default: the model's own generation_config.")
+    window: str | None = _option(None, "published, span or onset; default: the one that wins on the validation tasks.")
+    baseline: str = _option("pooled", "pooled or overall (published): what the mean of a behaviour is compared with.")
+    layers: str | None = _option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
     tried: int = _option(2, "Layers of each window that go to validation.")
     sweep: str = _option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
     randoms: int = _option(5, "Random directions in the random control.")

@@ -114,13 +114,8 @@ class Direction:
         pairs = {site: (self.vectors[site].double(), other.vectors[site].double()) for site in shared}
         for site, (a, b) in pairs.items():
             if a.shape != b.shape:
-                raise UsageError(
-                    f"the vectors at {site} differ in shape: {tuple(a.shape)} and {tuple(b.shape)}"
-                )
-        return {
-            site: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300))
-            for site, (a, b) in pairs.items()
-        }
+                raise UsageError(f"the vectors at {site} differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+        return {site: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300)) for site, (a, b) in pairs.items()}
 
     def _with(self, vectors: dict[Site, Tensor]) -> Direction:
         return replace(self, vectors=vectors, norms=dict(self.norms), stats=dict(self.stats))

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from steerable.pipeline import Run
 
 
-def generate_cells(
-    run: Run, cells: Sequence[Cell], split: str, files: Mapping[str, Path], kept: Path
-) -> None:
+def generate_cells(run: Run, cells: Sequence[Cell], split: str, files: Mapping[str, Path], kept: Path) -> None:
     """Generate every part of every cell on the tasks of a split; `files[cell.name]` gets the cell's chains.
 
     Finished blocks are kept in `kept`, where the next call with the same arguments finds them.
@@ -73,9 +71,7 @@ def measure(run: Run, path: Path, split: str) -> dict[str, Any]:
 
     chains, tasks = read_jsonl(path, "chain"), run.tasks(split)
     measured = []
-    for part in dict.fromkeys(
-        chain["part"] for chain in chains
-    ):  # two parts may hold the same sample of a task
+    for part in dict.fromkeys(chain["part"] for chain in chains):  # two parts may hold the same sample of a task
         group = [chain for chain in chains if chain["part"] == part]
         spans = [span for chain in group for span in annotated(run.config, chain)]
         measured += measure_chains(tasks, group, spans, run.loaded.tokenizer)

@@ -44,9 +44,7 @@ class SequenceState:
         self.tags = tags
         self.start(0)
 
-    def start(
-        self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None
-    ) -> None:
+    def start(self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None) -> None:
         """Forget everything; `rows` new sequences begin.
 
         prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds all of it.
@@ -67,9 +65,7 @@ class SequenceState:
         self.seen[index] = 0
         self.phase[index] = _BEFORE
 
-    def advance(
-        self, ids: Tensor, valid: Tensor | None = None, prompt: bool | Tensor | None = None
-    ) -> Tokens:
+    def advance(self, ids: Tensor, valid: Tensor | None = None, prompt: bool | Tensor | None = None) -> Tokens:
         """Feed ids [B, T] and return what they are.
 
         valid: [B, T] bool, False on padding; None when there is none.
@@ -103,9 +99,7 @@ class SequenceState:
         opens, closes = (ids == self.tags.open_id) & valid, (ids == self.tags.close_id) & valid
         # the phase that each tag starts; the tags themselves belong to none
         starts = opens * _THINKING + closes * _ANSWER
-        if (
-            ids.shape[1] > 1
-        ):  # the last tag so far: its column and phase in one number, so that cummax finds it
+        if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
             column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
             starts = torch.where(starts > 0, column * 4 + starts, starts).cummax(1).values & 3
         phase = torch.where(starts > 0, starts, self.phase[:, None])
@@ -234,9 +228,7 @@ def resolve(selector: Selector, tokenizer: Any) -> Selector:
         maybe = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token]
         ids = tuple(sorted(i for i in maybe if "\n\n" in tokenizer.decode([i])))
         if not ids:
-            raise UsageError(
-                "the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'"
-            )
+            raise UsageError("the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'")
         return Selector("boundary", args=ids)
     return Selector(selector.op, tuple(resolve(part, tokenizer) for part in selector.parts), selector.args)
 
@@ -295,9 +287,7 @@ def _parse_one(words: list[str], text: str) -> tuple[Selector, list[str]]:
             raise _bad(text, f"{word} needs numbers in parentheses")
         end = rest.index(")")
         numbers = [w for w in rest[1:end] if w != ","]
-        if not all(w.isascii() and w.isdigit() for w in numbers) or (
-            word == "positions" and len(numbers) != 2
-        ):
+        if not all(w.isascii() and w.isdigit() for w in numbers) or (word == "positions" and len(numbers) != 2):
             raise _bad(text, f"{word} needs {'two ' if word == 'positions' else ''}whole numbers")
         make = tokens if word == "tokens" else positions
         return make(*map(int, numbers)), rest[end + 1 :]

@@ -56,9 +56,7 @@ class Intervention:
         """
         return self.bind(self.strength if strength is None else strength, h.device)(h, mask)
 
-    def bind(
-        self, strength: float | Tensor, device: torch.device | str
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def bind(self, strength: float | Tensor, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
         """`apply` with the strength fixed and everything that does not depend on h computed once."""
         rows: Tensor | None = None  # [B, 1]: rows with a strength other than 0, where some have 0
         s: Any = strength
@@ -111,14 +109,10 @@ def shift(
     if v.dim() == 2 and len(v) == 1:
         v = v[0]
     if v.dim() != 1:
-        raise UsageError(
-            f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}"
-        )
+        raise UsageError(f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}")
     if not torch.isfinite(v).all():
         raise UsageError(f"the vector at {site} holds NaN or infinite numbers")
     # in float64, so that V ||v|| rounds to the very vector that was given
     v = v.double().cpu()
     norm = v.norm()
-    return Intervention(
-        site, (v / norm.clamp_min(1e-300))[:, None], Shift(norm[None]), strength, where, rescale
-    )
+    return Intervention(site, (v / norm.clamp_min(1e-300))[:, None], Shift(norm[None]), strength, where, rescale)

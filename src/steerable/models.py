@@ -216,8 +216,6 @@ def think_tags(tokenizer: Any) -> ThinkTags:
 def _opened_by_template(tokenizer: Any, open_id: int, close_id: int) -> bool:
     if not getattr(tokenizer, "chat_template", None):
         return False
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
     tags = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i in (open_id, close_id)]
     return bool(tags) and tags[-1] == open_id

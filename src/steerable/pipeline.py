@@ -44,9 +44,7 @@ class Run:
             device=self.config.device,
             revision=self.config.revision,
         )
-        models.think_tags(
-            loaded.tokenizer
-        )  # a model without a think block is refused before anything is done
+        models.think_tags(loaded.tokenizer)  # a model without a think block is refused before anything is done
         return loaded
 
     @cached_property
@@ -81,8 +79,7 @@ class Run:
             spans.setdefault((span["task_id"], span["sample"]), []).append(span)
         chains = read_jsonl(self.folder / "chains.jsonl", "chain")
         return [
-            align_chain(tokenizer, prompts[c["task_id"]], c, spans.get((c["task_id"], c["sample"]), []))
-            for c in chains
+            align_chain(tokenizer, prompts[c["task_id"]], c, spans.get((c["task_id"], c["sample"]), [])) for c in chains
         ]
 
 
@@ -219,9 +216,7 @@ def attribute(run: Run, partial: Path) -> None:
     chains = run.aligned()
     result = {}
     for window in _windows(c):
-        directions = {
-            b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE
-        }
+        directions = {b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE}
         measured = measure(run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched)
         result[window] = measured.to_dict()
     write_json(run.folder / "attribution.json", result)
@@ -249,8 +244,7 @@ def select(run: Run, partial: Path) -> None:
             curve = effect[b]["exact"]["mean"]
             tried = rules.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
             candidates.setdefault(b, []).extend(
-                {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]}
-                for layer in tried
+                {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]} for layer in tried
             )
     cells = plan.validation_cells(candidates)
     files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
@@ -307,9 +301,7 @@ def evaluate(run: Run, partial: Path) -> None:
     cells = []
     for cell in plan.evaluation_cells(run.config, read_json(run.folder / "selection.json")):
         path = run.folder / f"steered/{cell.name}.jsonl"
-        measured = experiment.measure(run, path, "evaluation") | {
-            "kl": experiment.divergence(run, cell, path)
-        }
+        measured = experiment.measure(run, path, "evaluation") | {"kl": experiment.divergence(run, cell, path)}
         head = {
             "control": cell.control,
             "strength": cell.strength,

@@ -111,11 +111,6 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
     for layer in sorted({selection[b]["layer"] for b in behaviours}):
         here = [b for b in behaviours if selection[b]["layer"] == layer]
         for s in (-1.0, 1.0):
-            parts = [
-                Part((main[k % len(main)],), random_path(layer, k), s, (layer,))
-                for k in range(config.randoms)
-            ]
-            cells.append(
-                _cell(f"random.layer{layer}.{s:+g}", here, s, parts, control="random", layers=(layer,))
-            )
+            parts = [Part((main[k % len(main)],), random_path(layer, k), s, (layer,)) for k in range(config.randoms)]
+            cells.append(_cell(f"random.layer{layer}.{s:+g}", here, s, parts, control="random", layers=(layer,)))
     return cells

@@ -34,9 +34,7 @@ class Queries:
         if not len(positions) or min(positions) < 0 or max(positions) >= len(ids):
             raise UsageError(f"query positions must lie in 0 ... {len(ids) - 1}, got {list(positions)}")
         _check_attention(model, len(ids))
-        self.prefix = max(
-            1, max(positions)
-        )  # at least one token, so that the cache is never empty; it is masked
+        self.prefix = max(1, max(positions))  # at least one token, so that the cache is never empty; it is masked
         cache = DynamicCache()
         with torch.no_grad():
             models.base(model)(input_ids=self.ids[None, : self.prefix], past_key_values=cache, use_cache=True)
@@ -71,9 +69,7 @@ class _Frozen(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 

@@ -32,13 +32,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(
-            f"there is no {path}: run the stage that writes it first, or `steerable run`"
-        ) from None
+        raise UsageError(f"there is no {path}: run the stage that writes it first, or `steerable run`") from None
     except ValueError as error:
-        raise UsageError(
-            f"{path} is not valid JSON ({error}): delete it and run the same command again"
-        ) from None
+        raise UsageError(f"{path} is not valid JSON ({error}): delete it and run the same command again") from None
 
 
 def sha256(path: Path) -> str:
@@ -86,9 +82,7 @@ class RunFolder:
         parts: dict[str, Any] = {"stage": stage, "version": steerable.__version__, "settings": dict(settings)}
         for name in inputs:
             if not (self / name).exists():
-                raise UsageError(
-                    f"stage {stage!r} needs {self / name}: run the stages before it, or `steerable run`"
-                )
+                raise UsageError(f"stage {stage!r} needs {self / name}: run the stages before it, or `steerable run`")
             parts[name] = sha256(self / name)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -67,9 +67,7 @@ def test_workers_change_nothing(loaded, direction):
     jobs = [Job(TASKS, 2), Job(TASKS, 1, Steering(direction, 0.5, (1,), "thinking"), 0.5, "random")]
     one = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=1)
     seen = []
-    two = generate_jobs(
-        loaded, jobs, max_new_tokens=30, block=5, workers=2, progress=lambda *x: seen.append(x)
-    )
+    two = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=2, progress=lambda *x: seen.append(x))
     assert one == two
     assert [len(chains) for chains in two] == [18, 9]
     assert sum(done for done, _ in seen) == 27

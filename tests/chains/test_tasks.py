@@ -54,9 +54,7 @@ def test_a_small_source_says_how_many_it_has():
         make_tasks("reasoning-gym:prime_factorization", 400)
 
 
-@pytest.mark.parametrize(
-    "source", ["nowhere", "reasoning-gym:", "reasoning-gym:no_such_family", "missing.jsonl"]
-)
+@pytest.mark.parametrize("source", ["nowhere", "reasoning-gym:", "reasoning-gym:no_such_family", "missing.jsonl"])
 def test_bad_sources(source):
     with pytest.raises(UsageError):
         make_tasks(source, 1)
@@ -67,9 +65,7 @@ def test_bad_sources(source):
 def test_task_file(tmp_path):
     path = str(tmp_path / "t.jsonl")
     records = [
-        {"id": f"{c}{i}", "prompt": f"{c} {i}?", "category": c, "answer": str(i)}
-        for c in "ab"
-        for i in range(5)
+        {"id": f"{c}{i}", "prompt": f"{c} {i}?", "category": c, "answer": str(i)} for c in "ab" for i in range(5)
     ]
     write_jsonl(path, records + [{"id": "copy", "prompt": "a  0?", "category": "a"}])
     tasks = make_tasks(path, 10)

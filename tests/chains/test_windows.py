@@ -119,9 +119,7 @@ def test_shuffled_labels_keep_their_counts():
 
 @pytest.fixture(scope="module")
 def words():
-    vocabulary = {
-        w: i for i, w in enumerate(["?", "<think>", "</think>", "ask", "so", "wait", "no", *"3+4=7"])
-    }
+    vocabulary = {w: i for i, w in enumerate(["?", "<think>", "</think>", "ask", "so", "wait", "no", *"3+4=7"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -142,9 +140,7 @@ def test_align_chain(words, prompt):
     aligned = align_chain(words, prompt, chain, records)
     assert (aligned.task_id, aligned.sample, aligned.dropped) == ("t1", 2, 1)
     assert aligned.spans == (TokenSpan("deduction", 2, 8), TokenSpan("backtracking", 8, 10))
-    assert (
-        words.decode(aligned.ids) == "ask <think> so 3 + 4 = 7 wait no"
-    )  # cut after the last annotated token
+    assert words.decode(aligned.ids) == "ask <think> so 3 + 4 = 7 wait no"  # cut after the last annotated token
 
 
 def test_align_chain_needs_offsets():

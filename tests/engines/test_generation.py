@@ -16,7 +16,7 @@ from transformers import (
 import steerable as st
 from steerable.engines import sampling
 from steerable.engines.sampling import Decoding, choose, decoding_of, uniforms
-from steerable.engines.slots import arrange, group_slots
+from steerable.engines.slots import Reach, arrange
 from steerable.engines.transformers import Request, generate
 from steerable.errors import SteerableError, UsageError
 from steerable.interventions import shift
@@ -101,14 +101,12 @@ def test_greedy_equals_generate_on_a_real_llama(stories):
 def test_a_family_outside_the_table_keeps_its_own_attention(model, monkeypatch):
     texts = prompts(9)
     expected = [reference(model, p, 20) for p in texts]
-    monkeypatch.setattr("steerable.engines.transformers._GROUPED", set())
+    monkeypatch.setattr("steerable.engines.transformers._PLAIN", set())
     found = generate(model, None, [Request(p) for p in texts], max_new_tokens=20, rows=4, greedy=True)
     assert [c.ids for c in found] == expected
 
 
-@pytest.mark.parametrize(
-    "decoding", [Decoding(), Decoding(0.6, 0, 0.95), Decoding(1.3, 20), Decoding(1.0, 30, 0.8)]
-)
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.6, 0, 0.95), Decoding(1.3, 20), Decoding(1.0, 30, 0.8)])
 def test_sampling_does_not_depend_on_the_batch(model, decoding):
     requests = [Request(p, seed=i) for i, p in enumerate(prompts(30))]
 
@@ -131,9 +129,7 @@ def test_samples_of_one_prompt_differ_by_seed_alone(model):
 def test_limit_and_progress(model):
     seen = []
     requests = [Request(p, i) for i, p in enumerate(prompts(20))]
-    found = generate(
-        model, None, requests, max_new_tokens=3, rows=4, greedy=False, progress=lambda *x: seen.append(x)
-    )
+    found = generate(model, None, requests, max_new_tokens=3, rows=4, greedy=False, progress=lambda *x: seen.append(x))
     assert max(len(c.ids) for c in found) == 3
     assert [sum(x) for x in zip(*seen, strict=True)] == [20, sum(len(c.ids) for c in found)]
 
@@ -211,9 +207,7 @@ def test_uniform_numbers():
     assert zero.tolist() == [(x >> 11) * 2.0**-53 for x in expected]
 
 
-@pytest.mark.parametrize(
-    "decoding", [Decoding(), Decoding(0.7, 5), Decoding(1.5, 0, 0.7), Decoding(1.0, 12, 0.9)]
-)
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.7, 5), Decoding(1.5, 0, 0.7), Decoding(1.0, 12, 0.9)])
 @pytest.mark.parametrize("head", [1024, 8])
 def test_draws_have_the_distribution_of_transformers(decoding, head, monkeypatch):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -244,4 +238,17 @@ def test_arrangement_keeps_rows_that_are_in_their_group():
         for start in range(size, len(new), size):
             assert min(new[start - size : start]) >= max(new[start : start + size])
         assert arrange(new, list(range(len(new))), size) == list(range(len(new)))
-    assert group_slots([3, 9, 2, 1, 1], 2) == [(0, 2, 9), (2, 4, 2), (4, 5, 1)]
+
+
+def test_reach_counts_the_rows_of_each_page():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = sorted((rng.randrange(1, 60) for _ in range(rng.randrange(1, 12))), reverse=True)
+        for i in range(0, len(lengths) - 2, 3):  # nearly sorted
+            lengths[i], lengths[i + 2] = lengths[i + 2], lengths[i]
+        grown, page = rng.randrange(20), rng.randrange(1, 16)
+        pages = Reach(lengths).pages(grown, page)
+        assert pages[0] == len(lengths)
+        for number in range(max(lengths) + grown):
+            reached = [i for i, length in enumerate(lengths) if length + grown > number * page]
+            assert (pages[number] if number < len(pages) else 0) == (reached[-1] + 1 if reached else 0)

@@ -154,9 +154,7 @@ def test_locality(model, kind, rescale):
     with steer(model, direction, where="positions(5, 8)", rescale=rescale), tap(model, after):
         steered = logits(model, ROWS[0])
     # a second tap at resid_mid sees the edited attention output, so the same activation at every site
-    assert torch.equal(seen["h"][:, :5], plain["h"][:, :5]) and torch.equal(
-        seen["h"][:, 8:], plain["h"][:, 8:]
-    )
+    assert torch.equal(seen["h"][:, :5], plain["h"][:, :5]) and torch.equal(seen["h"][:, 8:], plain["h"][:, 8:])
     assert not (seen["h"][:, 5:8] == plain["h"][:, 5:8]).all(-1).any()
     assert torch.equal(steered[:, :5], before[:, :5]) and not torch.equal(steered[:, 5:], before[:, 5:])
 
@@ -277,9 +275,7 @@ def test_report(model):
     new = h - 0.7 * direction.at(2).double()
     report = handle.report()["resid_post.2"]
     assert report["tokens"] == 6
-    assert report["relative_change"] == pytest.approx(
-        float(((new - h).norm(dim=1) / h.norm(dim=1)).mean()), rel=1e-4
-    )
+    assert report["relative_change"] == pytest.approx(float(((new - h).norm(dim=1) / h.norm(dim=1)).mean()), rel=1e-4)
     cosine = torch.nn.functional.cosine_similarity(new, h)
     assert report["angle"] == pytest.approx(float(cosine.acos().rad2deg().mean()), rel=1e-4)
     with steer(model, direction, track=False) as handle:
@@ -470,9 +466,7 @@ def test_static_cache_by_hand(tiny_llama, tokenizer):
     with steer(tiny_llama, direction, **options):
         first = tiny_llama(row[None, :6], past_key_values=cache).logits[0]
         rest = [
-            tiny_llama(row[None, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits[
-                0
-            ]
+            tiny_llama(row[None, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits[0]
             for t in range(6, 12)
         ]
     torch.testing.assert_close(torch.cat([first, *rest]), whole, **CLOSE_ENOUGH)

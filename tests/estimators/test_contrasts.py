@@ -54,9 +54,7 @@ def test_pca_of_pairs(flip, n):
 
 def test_pca_of_one_group():
     generator = torch.Generator().manual_seed(0)
-    data = 3 * torch.randn(500, 1, generator=generator) * PLANTED + 0.1 * torch.randn(
-        500, 16, generator=generator
-    )
+    data = 3 * torch.randn(500, 1, generator=generator) * PLANTED + 0.1 * torch.randn(500, 16, generator=generator)
     data = data + PLANTED
     direction = pca(data, site=SITE)
     assert float(direction.at(SITE) @ PLANTED) > 0.99
@@ -64,9 +62,7 @@ def test_pca_of_one_group():
     assert direction.stats["explained"][str(SITE)] == pytest.approx(float(covariance[-1] / covariance.sum()))
     uncentred = pca(data, site=SITE, centre=False).at(SITE).double()
     second_moment = data.double().T @ data.double()
-    torch.testing.assert_close(
-        second_moment @ uncentred, uncentred * torch.linalg.eigvalsh(second_moment)[-1]
-    )
+    torch.testing.assert_close(second_moment @ uncentred, uncentred * torch.linalg.eigvalsh(second_moment)[-1])
 
 
 def test_same_twice():

@@ -51,9 +51,7 @@ def means(model, chains):
 def activations(model, chains):
     with torch.no_grad():
         return [
-            torch.stack(
-                model(torch.tensor([c.ids]), output_hidden_states=True).hidden_states[1:LAYERS]
-            ).double()[:, 0]
+            torch.stack(model(torch.tensor([c.ids]), output_hidden_states=True).hidden_states[1:LAYERS]).double()[:, 0]
             for c in chains
         ]
 
@@ -87,27 +85,19 @@ def test_means_equal_slicing(chains, means, activations, window, label, shuffle)
 
 
 def test_overall_pooled_and_norms(chains, means, activations):
-    used = [
-        (h[:, c.spans[0].start : c.spans[-1].end])
-        for h, c in zip(activations, chains, strict=True)
-        if c.spans
-    ]
+    used = [(h[:, c.spans[0].start : c.spans[-1].end]) for h, c in zip(activations, chains, strict=True) if c.spans]
     overall = torch.stack([h.mean(1) for h in used]).mean(0)
     norms = torch.stack([h.norm(dim=-1).mean(1) for h in used]).mean(0)
     torch.testing.assert_close(means.overall[: LAYERS - 1], overall, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(means.norms[: LAYERS - 1], norms, rtol=1e-5, atol=1e-6)
     onsets = [h[:, s.start - 1] for h, c in zip(activations, chains, strict=True) for s in c.spans]
-    torch.testing.assert_close(
-        means.pooled("onset")[: LAYERS - 1], torch.stack(onsets).mean(0), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(means.pooled("onset")[: LAYERS - 1], torch.stack(onsets).mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_direction(means, baseline):
     direction = means.direction("a", "onset", baseline)
-    raw = means.mean(Group(0, "onset", "a")) - (
-        means.overall if baseline == "overall" else means.pooled("onset")
-    )
+    raw = means.mean(Group(0, "onset", "a")) - (means.overall if baseline == "overall" else means.pooled("onset"))
     for layer in range(LAYERS):
         site = Site("resid_post", layer)
         vector = direction.vectors[site].double()

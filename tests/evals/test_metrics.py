@@ -22,9 +22,7 @@ def test_fractions_are_counted_in_tokens_and_sum_to_one():
     offsets = words("aa bbbbbbbb cc dd ee")
     fractions, unlabelled = label_fractions([span("deduction", 0, 11), span("backtracking", 12, 14)], offsets)
     assert set(fractions) == set(LABELS)
-    assert fractions["deduction"] == pytest.approx(2 / 3) and fractions["backtracking"] == pytest.approx(
-        1 / 3
-    )
+    assert fractions["deduction"] == pytest.approx(2 / 3) and fractions["backtracking"] == pytest.approx(1 / 3)
     assert unlabelled == pytest.approx(2 / 5)
 
 
@@ -42,9 +40,7 @@ def test_nothing_labelled_is_missing_not_zero():
     assert label_fractions([], []) == (None, 0.0)
 
 
-@pytest.mark.parametrize(
-    "bad", [span("summarizing", 0, 1), span("deduction", 2, 2), span("deduction", -1, 2)]
-)
+@pytest.mark.parametrize("bad", [span("summarizing", 0, 1), span("deduction", 2, 2), span("deduction", -1, 2)])
 def test_bad_spans(bad):
     with pytest.raises(SteerableError):
         label_fractions([bad], words("a b c"))

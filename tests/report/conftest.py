@@ -48,9 +48,7 @@ def _around(mean: float, width: float, top: float = 1.0) -> list[float]:
     return [round(mean, 5), round(max(mean - width, 0.0), 5), round(min(mean + 1.1 * width, top), 5)]
 
 
-def _cell(
-    behaviour: str | None, control: str | None, strength: float, layers: list[int], own: float
-) -> dict[str, Any]:
+def _cell(behaviour: str | None, control: str | None, strength: float, layers: list[int], own: float) -> dict[str, Any]:
     rest = {label: EFFECTS[label][0] if label in EFFECTS else None for label in LABELS}
     if behaviour:
         rest[behaviour] = own
@@ -68,9 +66,7 @@ def _cell(
         "where": "all",
         "tasks": 50,
         "samples": 4,
-        "fractions": {
-            label: _around(share or 0.0, 0.008 + 0.09 * (share or 0.0)) for label, share in rest.items()
-        },
+        "fractions": {label: _around(share or 0.0, 0.008 + 0.09 * (share or 0.0)) for label, share in rest.items()},
         "accuracy": _around(0.62 + 2 * turn * strength - hit - 0.08 * max(strength, 0) * vector, 0.05),
         "tokens": _around(118 + (38 + 600 * turn) * strength * vector, 7, 1e9),
         "loops": _around(0.008 + (0.03 + turn) * max(strength, 0) * vector, 0.005),
@@ -90,16 +86,10 @@ def _cells() -> list[dict[str, Any]]:
             cells.append(_cell(behaviour, None, strength, [layer], own))
             several = _cell(behaviour, None, strength, [2, 3, 4], base + 0.8 * (own - base))
             cells.append(several)
-            cells.append(
-                {**_cell(behaviour, None, strength, [layer], base + 0.9 * (own - base)), "where": "thinking"}
-            )
+            cells.append({**_cell(behaviour, None, strength, [layer], base + 0.9 * (own - base)), "where": "thinking"})
             if abs(strength) == 1:
-                cells.append(
-                    _cell(behaviour, "random", strength, [layer], base * (1.08 if strength > 0 else 0.97))
-                )
-                cells.append(
-                    _cell(behaviour, "shuffled", strength, [layer], base * (1.2 if strength > 0 else 0.9))
-                )
+                cells.append(_cell(behaviour, "random", strength, [layer], base * (1.08 if strength > 0 else 0.97)))
+                cells.append(_cell(behaviour, "shuffled", strength, [layer], base * (1.2 if strength > 0 else 0.9)))
     return cells
 
 
@@ -107,9 +97,7 @@ def _chain(letters: str, correct: bool) -> dict[str, Any]:
     thinking, spans = "", []
     for letter in letters.replace("e", "t"):
         sentence = SENTENCES[LETTER[letter]]
-        spans.append(
-            {"label": LETTER[letter], "start": len(thinking), "end": len(thinking) + len(sentence) - 1}
-        )
+        spans.append({"label": LETTER[letter], "start": len(thinking), "end": len(thinking) + len(sentence) - 1})
         thinking += sentence
     return {
         "thinking": thinking,
@@ -124,10 +112,7 @@ def _attribution(layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rank_correlation": {}}
     for behaviour in STEERED:
         peak = EFFECTS[behaviour][3] * layers / 6
-        exact = [
-            2.0 ** (-(((i - peak) / (0.25 * layers)) ** 2)) * (0.9 + 0.2 * draw.random())
-            for i in range(layers)
-        ]
+        exact = [2.0 ** (-(((i - peak) / (0.25 * layers)) ** 2)) * (0.9 + 0.2 * draw.random()) for i in range(layers)]
         metrics = {
             "published": [3.1 - 2.2 * i / layers + 0.3 * draw.random() for i in range(layers)],
             "published_rescaled": [0.4 + 5 * i / layers for i in range(layers)],
@@ -205,15 +190,11 @@ def fake_report(layers: int = 6) -> dict[str, Any]:
             "spans": {label: 400 + 37 * i for i, label in enumerate(LABELS)},
             "dropped": 0,
         },
-        "norms": {
-            str(i): {"mean_norm": 44.0 + 31 * i, "norm_of_mean": 10.0 + 6.5 * i} for i in range(layers)
-        },
+        "norms": {str(i): {"mean_norm": 44.0 + 31 * i, "norm_of_mean": 10.0 + 6.5 * i} for i in range(layers)},
         "cosines": {
             "selected": {"labels": list(STEERED), "matrix": matrix},
             "overall_vs_pooled": {b: dict(windows) for b in STEERED},
-            "windows": {
-                b: {"published~span": 0.91, "published~onset": 0.38, "span~onset": 0.33} for b in STEERED
-            },
+            "windows": {b: {"published~span": 0.91, "published~onset": 0.38, "span~onset": 0.33} for b in STEERED},
         },
         "attribution": _attribution(layers),
         "selection": _selection(),

@@ -41,9 +41,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "value", [None, [], [0.1, 0.2], [0.1, None, 0.2], [0.1, float("nan"), 0.2], 0.1, "abc"]
-)
+@pytest.mark.parametrize("value", [None, [], [0.1, 0.2], [0.1, None, 0.2], [0.1, float("nan"), 0.2], 0.1, "abc"])
 def test_what_is_no_interval_was_not_measured(value):
     assert interval(value) is None
 

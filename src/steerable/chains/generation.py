@@ -122,9 +122,7 @@ def generate_jobs(
             blocks.append((job.steering, job.strength, job.control, pairs[start : start + block], settings))
             owners.append(number)
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(blocks))]
-    kept = {
-        i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()
-    }
+    kept = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}
     missing = [i for i in range(len(blocks)) if i not in kept]
     if progress is not None and kept:
         progress(sum(map(len, kept.values())), 0)
@@ -205,9 +203,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 def prompt_text(tokenizer: Any, prompt: str) -> str:
     """A user's message in the model's chat template, up to where the model begins to speak."""
     return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
     )
 
 

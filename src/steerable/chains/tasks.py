@@ -51,9 +51,7 @@ def make_tasks(source: str, n: int, seed: int = 0, exclude_hashes: Collection[st
         )
     tasks = _take(streams, n, set(exclude_hashes))
     if len(tasks) < n:
-        raise UsageError(
-            f"{source} gives only {len(tasks)} more distinct tasks, but {n} were asked for: ask for fewer"
-        )
+        raise UsageError(f"{source} gives only {len(tasks)} more distinct tasks, but {n} were asked for: ask for fewer")
     return tasks
 
 
@@ -193,9 +191,7 @@ def _scorer(family: str) -> Callable[..., float]:
 # Some scorers run the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too). Sampled text
 # must neither run as a program nor ask for a number of 10^9 digits, so it has to be a plain formula or
 # literal first.
-_FORMULA = re.compile(
-    r"(?:\d{1,12}|\b(?:[A-Za-z]|exp|log|sqrt|a?sin|a?cos|a?tan|sinh|cosh|tanh|pi)\b|[-+*/^().,\s])*"
-)
+_FORMULA = re.compile(r"(?:\d{1,12}|\b(?:[A-Za-z]|exp|log|sqrt|a?sin|a?cos|a?tan|sinh|cosh|tanh|pi)\b|[-+*/^().,\s])*")
 _POWER = re.compile(r"(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
 # A tower such as 9**9**9 nests to the right, so the product of its exponents says nothing about its size.
 _TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")

@@ -96,9 +96,7 @@ def _interventions(
         name = models.model_id(model)
         # widths are checked below: a model of another width is an error
         if name and item.model_id and name != item.model_id:
-            text = (
-                f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
-            )
+            text = f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
             warnings.warn(text, SteerableWarning, stacklevel=4)
         chosen = item if layers is None else item.only(layers)
         s = item.strength if strength is None else strength
@@ -171,9 +169,7 @@ class Handle:
         self._bind(strength)
 
     def _bind(self, strength: Strength | None) -> None:
-        strengths = [
-            i.strength if strength is None else strength for s in self._sites.values() for i, _ in s.here
-        ]
+        strengths = [i.strength if strength is None else strength for s in self._sites.values() for i, _ in s.here]
         for s in strengths:
             finite = bool(torch.isfinite(s).all()) if isinstance(s, torch.Tensor) else math.isfinite(s)
             if not finite:
@@ -337,9 +333,7 @@ class _SteeredSite:
         if not self.runs:
             return None
         if not handle._masks:
-            raise SteerableError(
-                f"{self.site} ran outside the model's forward pass: call the model, not its blocks"
-            )
+            raise SteerableError(f"{self.site} ran outside the model's forward pass: call the model, not its blocks")
         new = h
         for run, index in self.runs:
             mask = handle._masks[index]

@@ -1,14 +1,16 @@
 """A key/value cache written in place, and the attention that reads it: what makes generation fast.
 
-A cache that is concatenated is copied whole at every step, and a batch that is as wide as its longest row
-makes every row pay for it. Here each row owns a slot of a buffer, writes at its own position, and the slots
-are kept roughly sorted by length, so that attention runs over a few groups of slots, each only as wide as its
-own longest row.
+A cache that is concatenated is copied whole at every step, and a batch as wide as its longest row makes every
+row pay for it. Here each row owns a slot and writes at its own position. On a CPU, where attention waits for
+memory, the buffer is cut into pages of positions, the slots are kept roughly sorted by length, and a page is
+read only for the rows that have reached it: those are the first slots, so what is read is one dense block.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,66 +19,68 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
 
-ATTENTION = "steerable_grouped"
-"""Name under which `grouped_attention` is registered with transformers."""
+ATTENTION = "steerable"
+"""Name under which `slot_attention` is registered with transformers."""
 
-Group = tuple[int, int, int]
-"""Slots `start <= slot < stop`, of which only the first `length` cache positions are in use."""
+PAGE = 64  # positions; measured: 32 costs calls, 128 reads more positions that are not yet filled
 
 
 @dataclass
 class Plan:
     """What the next forward pass does with the cache; shared by all of its layers."""
 
-    start: int = 0
+    start: int = 0  # prefill: the first slot that is filled
     rows: int = 0
-    width: int = 0  # cache positions that are read: the longest row
-    write: Tensor | None = None  # decode: [rows * heads] where in the flattened buffer the new token goes
     repeat: Tensor | None = None  # prefill: [rows] which prompt of the pass fills each slot
+    write: Tensor | None = None  # decode: [rows * heads] where in the flattened buffer the new token goes
+    width: int = 0  # decode: positions that are read, the longest row
+    pages: list[int] = field(default_factory=list)  # decode: how many rows have reached each page
+    scores: Tensor | None = None  # decode: room for the attention scores of one layer
     prefill: bool = False
-    groups: list[Group] = field(default_factory=list)
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, `[slots, kv_heads, capacity, head_dim]`, allocated at the first
-    write.
+    """Keys and values of one decoder layer, `[pages, slots, kv_heads, page, head_dim]`.
+
+    Allocated at the first write. With a single page, `[slots, kv_heads, capacity, head_dim]` is what any
+    attention can read.
     """
 
-    def __init__(self, plan: Plan, slots: int, capacity: int) -> None:
+    def __init__(self, plan: Plan, slots: int, capacity: int, page: int) -> None:
         super().__init__()
-        self.plan, self.slots, self.capacity = plan, slots, capacity
+        self.plan, self.slots, self.page, self.pages = plan, slots, page, -(-capacity // page)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: unused positions are masked by adding -inf, which a stray NaN would survive.
-        heads = key_states.shape[1]
-        self.keys = key_states.new_zeros(self.slots, heads, self.capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(self.slots, heads, self.capacity, value_states.shape[3])
-        self.flat_keys = self.keys.view(-1, self.keys.shape[3])
-        self.flat_values = self.values.view(-1, self.values.shape[3])
+        shape = (self.pages, self.slots, key_states.shape[1], self.page)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
+        self.values = value_states.new_zeros(*shape, value_states.shape[3])
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the new `[rows, heads, T, head_dim]` and returns what this pass attends to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            if not plan.prefill:
+                buffer.view(-1, buffer.shape[4]).index_copy_(0, plan.write, new.reshape(-1, new.shape[3]))
+                continue
+            new, slots = new[plan.repeat], slice(plan.start, plan.start + plan.rows)
+            for page, part in enumerate(new.split(self.page, dim=2)):
+                buffer[page, slots, :, : part.shape[2]] = part
         if plan.prefill:
-            slots, length = slice(plan.start, plan.start + plan.rows), key_states.shape[2]
-            self.keys[slots, :, :length] = key_states[plan.repeat]
-            self.values[slots, :, :length] = value_states[plan.repeat]
             return key_states, value_states
-        assert plan.write is not None
-        self.flat_keys.index_copy_(0, plan.write, key_states.reshape(-1, key_states.shape[3]))
-        self.flat_values.index_copy_(0, plan.write, value_states.reshape(-1, value_states.shape[3]))
-        return self.keys[: plan.rows, :, : plan.width], self.values[: plan.rows, :, : plan.width]
+        if plan.pages:
+            return self.keys, self.values
+        return self.keys[0, : plan.rows, :, : plan.width], self.values[0, : plan.rows, :, : plan.width]
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Copies the first `width` positions of the slots `source` into the slots `target`."""
+        """Copies the first `width` positions (rounded up to pages) of the slots `source` into `target`."""
         if self.is_initialized:
-            for buffer in (self.keys, self.values):
-                buffer[target, :, :width] = buffer[source, :, :width]
+            pages = -(-width // self.page)
+            for buffer in (self.keys[:pages], self.values[:pages]):
+                buffer[:, target] = buffer[:, source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.plan.prefill else self.plan.width), 0
@@ -85,15 +89,15 @@ class SlotLayer(CacheLayerMixin):
         return 0 if self.plan.prefill else self.plan.width
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.pages * self.page
 
 
 class SlotCache(Cache):
     """One `SlotLayer` a decoder layer, all reading the same `plan`."""
 
-    def __init__(self, layers: int, slots: int, capacity: int) -> None:
+    def __init__(self, layers: int, slots: int, capacity: int, page: int) -> None:
         self.plan = Plan()
-        super().__init__(layers=[SlotLayer(self.plan, slots, capacity) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer(self.plan, slots, capacity, page) for _ in range(layers)])
 
     def move(self, source: list[int], target: list[int], width: int, device: torch.device) -> None:
         """Copies slots, which may overlap: each buffer is read before it is written."""
@@ -103,54 +107,71 @@ class SlotCache(Cache):
                 layer.move(index[0], index[1], width)
 
 
-def grouped_attention(
+def slot_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    groups: list[Group] | None = None,
+    plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention of one new token a row over groups of slots; the usual attention for a prompt.
+    """Softmax attention to prompts, to slots, and, where `plan` has pages, to pages of slots.
 
-    `query` is `[rows, heads, T, head_dim]`; `key` and `value` have `kv_heads`; the result is `[rows, T,
-    heads, head_dim]`. Heads that share keys are treated as further queries of one head, so keys are never
-    repeated.
+    `query` is `[rows, heads, T, head_dim]`; the result is `[rows, T, heads, head_dim]`. For a single new token,
+    heads that share keys are treated as further queries of one head, so keys are never repeated.
     """
     rows, heads, length, dim = query.shape
+    if plan is not None and plan.pages:
+        scale = dim**-0.5 if scaling is None else scaling
+        return _paged(query * scale, key, value, attention_mask, plan).view(rows, 1, heads, dim), None
     kv_heads = key.shape[1]
-    if length > 1 or groups is None:
-        if heads != kv_heads:
-            key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    assert attention_mask is not None
-    query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
-    pieces = [
-        F.scaled_dot_product_attention(
-            query[a:b],
-            key[a:b, :, :w],
-            value[a:b, :, :w],
-            attn_mask=attention_mask[a:b, :, :, :w],
-            scale=scaling,
-        )
-        for a, b, w in groups
-    ]
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return out.reshape(rows, 1, heads, dim), None
+    if length == 1:
+        query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+    elif heads != kv_heads:
+        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    if length == 1:
+        return out.reshape(rows, 1, heads, dim), None
+    return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION, grouped_attention)
+def _paged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan) -> Tensor:
+    """`[rows * kv_heads, heads // kv_heads, head_dim]` from scaled queries `[rows, heads, 1, head_dim]`.
+
+    `key` and `value` are `[pages, slots, kv_heads, page, head_dim]`, the mask `[rows, 1, 1, pages * page]`.
+    """
+    rows, heads, _, dim = query.shape
+    kv_heads, page = key.shape[2:4]
+    shared = heads // kv_heads
+    query = query.reshape(rows * kv_heads, shared, dim)
+    width = len(plan.pages) * page
+    if plan.scores is None:
+        shape = (key.shape[1], kv_heads, shared, key.shape[0] * page)
+        plan.scores = query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    # Rows that have not reached a page keep old scores there, which are finite, and the mask removes them.
+    scores = plan.scores[:rows, :, :, :width]
+    for number, reached in enumerate(plan.pages):
+        products = torch.bmm(query[: reached * kv_heads], key[number, :reached].flatten(0, 1).transpose(1, 2))
+        span = slice(number * page, (number + 1) * page)
+        scores[:reached, :, :, span] = products.view(reached, kv_heads, shared, page)
+    weights = torch.softmax(scores + mask, -1).to(value.dtype).view(rows * kv_heads, shared, width)
+    out = query.new_zeros(rows * kv_heads, shared, dim)
+    for number, reached in enumerate(plan.pages):
+        part = weights[: reached * kv_heads, :, number * page : (number + 1) * page]
+        out[: reached * kv_heads].baddbmm_(part, value[number, :reached].flatten(0, 1))
+    return out
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
 
 
 def arrange(lengths: list[int], live: list[int], size: int) -> list[int]:
     """Which old slot each of the first `len(live)` slots takes its row from, after dead rows are dropped.
 
-    Rows are ranked by length (longest first) and assigned to groups of `size` slots by rank; a row that
-    already sits in a slot of its group stays, so that few rows are copied. Within a group the order does not
-    matter.
+    Rows are ranked by length, longest first, and assigned to groups of `size` slots by rank; a row that already
+    sits in a slot of its group stays, so that few rows are copied.
     """
     count = len(live)
     ranked = sorted(live, key=lambda slot: (-lengths[slot], slot))
@@ -169,8 +190,15 @@ def arrange(lengths: list[int], live: list[int], size: int) -> list[int]:
     return source
 
 
-def group_slots(lengths: list[int], size: int) -> list[Group]:
-    """Groups of `size` slots with the width that the longest row of each needs."""
-    return [
-        (a, min(a + size, len(lengths)), max(lengths[a : a + size])) for a in range(0, len(lengths), size)
-    ]
+class Reach:
+    """How many of the first slots hold a row that has reached a position, while all rows grow by one a step."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        # Up to the last row that is long enough: the slots are not sorted to the last.
+        longest = accumulate(reversed(lengths), max)
+        self.ascending = [-length for length in longest][::-1]
+
+    def pages(self, grown: int, page: int) -> list[int]:
+        """For each page in use: the number of rows with more than `number * page` tokens after growing."""
+        used = -(-(grown - self.ascending[0]) // page)
+        return [bisect_left(self.ascending, grown - number * page) for number in range(used)]

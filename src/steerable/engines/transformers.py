@@ -18,12 +18,13 @@ from torch import Tensor
 
 from steerable.engines.hooks import Handle
 from steerable.engines.sampling import Decoding, choose, decoding_of
-from steerable.engines.slots import ATTENTION, SlotCache, arrange, group_slots
+from steerable.engines.slots import ATTENTION, PAGE, Reach, SlotCache, arrange
 from steerable.errors import SteerableError, UsageError
 from steerable.gates import SequenceState
 from steerable.models import base
 
-_GROUPED = {"llama", "mistral", "qwen2", "qwen3"}  # families whose attention is plain softmax attention
+_PLAIN = {"llama", "mistral", "qwen2", "qwen3"}  # families whose attention is plain softmax attention
+_SORTED = 4  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
 _ENOUGH = 16  # one row in so many must have finished before the rows are rearranged
@@ -110,12 +111,16 @@ def _check_window(model: Any, longest: int) -> None:
         )
 
 
+def _is_plain(config: Any) -> bool:
+    return config.model_type in _PLAIN and config._attn_implementation in ("sdpa", "eager")
+
+
 @contextmanager
 def _attention(model: Any) -> Iterator[None]:
-    """Exchanges plain attention for the grouped one; families with their own attention keep it."""
+    """Exchanges plain attention for ours; families with their own attention keep it."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if config.model_type in _GROUPED and before in ("sdpa", "eager"):
+    if _is_plain(config):
         config._attn_implementation = ATTENTION
     try:
         yield
@@ -138,14 +143,17 @@ class _Batch:
         pad: int,
     ) -> None:
         self.model, self.requests, self.limit, self.rows = model, requests, limit, rows
-        self.decoding, self.steering, self.pad, self.capacity = decoding, steering, pad, capacity
+        self.decoding, self.steering, self.pad = decoding, steering, pad
         self.device, self.dtype = model.device, model.dtype
         text = model.config.get_text_config()
         self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.cache = SlotCache(text.num_hidden_layers, rows, capacity)
-        self.mask = torch.full((rows, capacity), -torch.inf, dtype=self.dtype, device=self.device)
-        # On an accelerator a kernel's launch costs more than the positions that groups save.
-        self.group = max(8, -(-rows // 8)) if self.device.type == "cpu" else rows
+        self.plain = _is_plain(text)
+        # On an accelerator the launch of a kernel costs more than the positions that pages save.
+        self.paged = self.plain and self.device.type == "cpu"
+        self.page = PAGE if self.paged else capacity
+        self.capacity = -(-capacity // self.page) * self.page
+        self.cache = SlotCache(text.num_hidden_layers, rows, self.capacity, self.page)
+        self.mask = torch.full((rows, self.capacity), -torch.inf, dtype=self.dtype, device=self.device)
         eos = model.generation_config.eos_token_id
         self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.state = SequenceState(steering.tags if steering else None)
@@ -180,7 +188,7 @@ class _Batch:
         live = [slot for slot, request in enumerate(self.request) if self.done[request] is None]
         if len(live) == len(self.request):
             return
-        source = arrange(self.length, live, self.group)
+        source = arrange(self.length, live, _SORTED if self.paged else self.rows)
         moved = [(old, new) for new, old in enumerate(source) if old != new]
         if moved:
             width = max(self.length[old] for old, _ in moved)
@@ -208,9 +216,7 @@ class _Batch:
         self.queued += len(taken)
         chosen = [self.requests[number] for number in taken]
         strengths = [self.default if r.strength is None else r.strength for r in chosen]
-        self._prefill(
-            start, [list(r.prompt[:-1]) for r in chosen], [len(r.prompt) for r in chosen], strengths
-        )
+        self._prefill(start, [list(r.prompt[:-1]) for r in chosen], [len(r.prompt) for r in chosen], strengths)
 
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -241,9 +247,7 @@ class _Batch:
         finally:
             self.steering.set_strength(self.default)
 
-    def _prefill(
-        self, start: int, prompts: list[list[int]], lengths: list[int], strengths: list[float]
-    ) -> None:
+    def _prefill(self, start: int, prompts: list[list[int]], lengths: list[int], strengths: list[float]) -> None:
         # Samples of one task come one after another: the same prompt is run once and copied.
         unique: dict[tuple[Any, ...], int] = {}
         repeat = [unique.setdefault((s, *p), len(unique)) for p, s in zip(prompts, strengths, strict=True)]
@@ -294,30 +298,34 @@ class _Batch:
         plan.rows, plan.prefill = rows, False
         slot = torch.arange(rows, device=self.device)
         cell = slot * self.capacity + self.position  # of the mask, flattened
-        head = torch.arange(self.heads, device=self.device)
-        write = ((slot[:, None] * self.heads + head) * self.capacity + self.position[:, None]).view(-1)
-        plan.write = write
+        # Where a head's new key goes in the cache, flattened, once the position and its page are added.
+        head = slot[:, None] * self.heads + torch.arange(self.heads, device=self.device)
+        origin, stride = head * self.page, (self.rows * self.heads - 1) * self.page
         flat_mask = self.mask.view(-1)
-        groups = group_slots([length + 1 for length in self.length], self.group)
+        reach = Reach([length + 1 for length in self.length])
         widest = max(self.length) + 1
+        extra = {"plan": plan} if self.plain else {}
         dead = torch.zeros(rows, dtype=torch.bool, device=self.device)
         limit = self.limit - 1
-        grouped = self.model.config.get_text_config()._attn_implementation == ATTENTION
         enough = max(1, rows // _ENOUGH)
         history: list[Tensor] = []
         while True:
             step = len(history)
             plan.width = widest + step
+            plan.pages = reach.pages(step, self.page) if self.paged else []
+            page = self.position.div(self.page, rounding_mode="floor")
+            plan.write = (origin + (self.position + page * stride)[:, None]).view(-1)
+            seen = len(plan.pages) * self.page if self.paged else plan.width
             flat_mask.index_fill_(0, cell, 0.0)
             if steering and steering.needs_tokens:
                 steering.feed(self.state.advance(self.token[:, None], ~dead[:, None]))
             logits = self.model(
                 input_ids=self.token[:, None],
                 position_ids=self.position[:, None],
-                attention_mask=self.mask[:rows, None, None, : plan.width],
+                attention_mask=self.mask[:rows, None, None, :seen],
                 past_key_values=self.cache,
                 use_cache=True,
-                **({"groups": [(a, b, width + step) for a, b, width in groups]} if grouped else {}),
+                **extra,
             ).logits[:, -1]
             self.token = choose(logits, self.decoding, self.seed, self.made)
             history.append(self.token)
@@ -327,7 +335,6 @@ class _Batch:
             self.made += 1
             self.position += 1
             cell += 1
-            write += 1
             if int(dead.sum()) >= enough or plan.width >= self.capacity:
                 break
         # Asked at the end of a run only: a row never becomes finite again.

@@ -45,20 +45,14 @@ def paired_sites(
         if site is None:
             raise UsageError("activations given as tensors need site=, as in site='resid_post.3'")
         positive, negative = {site: positive}, {site: negative}
-    if (
-        isinstance(positive, torch.Tensor)
-        or isinstance(negative, torch.Tensor)
-        or set(positive) != set(negative)
-    ):
+    if isinstance(positive, torch.Tensor) or isinstance(negative, torch.Tensor) or set(positive) != set(negative):
         raise UsageError("the positive and the negative activations must have the same sites")
     if not positive:
         raise UsageError("there are no activations")
     pairs = {s: (positive[s].double().cpu(), negative[s].double().cpu()) for s in sorted(positive)}
     for s, (a, b) in pairs.items():
         if a.dim() != 2 or b.dim() != 2 or not len(a) or not len(b) or a.shape[1] != b.shape[1]:
-            raise UsageError(
-                f"activations at {s} must be [n, d] of one width, not {tuple(a.shape)}, {tuple(b.shape)}"
-            )
+            raise UsageError(f"activations at {s} must be [n, d] of one width, not {tuple(a.shape)}, {tuple(b.shape)}")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UsageError(f"the activations at {s} hold NaN or infinite numbers")
     return pairs

@@ -36,9 +36,7 @@ def pca(
     vectors, norms, explained = {}, {}, {}
     for where, (a, b) in paired_sites(positive, positive if negative is None else negative, site).items():
         if paired and len(a) != len(b):
-            raise UsageError(
-                f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {where}"
-            )
+            raise UsageError(f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {where}")
         signs = 1 - 2 * (torch.arange(len(a)) % 2)[:, None]
         data = (a - b) * signs if paired else a
         if centre:

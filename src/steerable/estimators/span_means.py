@@ -67,9 +67,7 @@ class SpanMeans:
         span."""
         row = self._row(group)
         if self.counts[row] == 0:
-            raise UsageError(
-                f"no span is labelled {group.label!r}: annotate more chains or leave the behaviour out"
-            )
+            raise UsageError(f"no span is labelled {group.label!r}: annotate more chains or leave the behaviour out")
         return self.means[:, row]
 
     def count(self, label: str) -> int:
@@ -112,15 +110,11 @@ class SpanMeans:
                 "spans": self.count(behaviour),
                 "chains": round(float(self.counts[0])),
                 "norm_of_mean": {str(s): n for s, n in zip(self.sites, target.tolist(), strict=True)},
-                "norm_before_rescaling": {
-                    str(s): n for s, n in zip(self.sites, length.tolist(), strict=True)
-                },
+                "norm_before_rescaling": {str(s): n for s, n in zip(self.sites, length.tolist(), strict=True)},
             },
         )
 
-    def shuffled(
-        self, behaviour: str, window: str = "published", baseline: str = "overall", k: int = 1
-    ) -> Direction:
+    def shuffled(self, behaviour: str, window: str = "published", baseline: str = "overall", k: int = 1) -> Direction:
         """The label-shuffled control of `direction`, from the k-th shuffle (1 ... shuffles)."""
         if not 1 <= k <= self.shuffles:
             raise UsageError(f"shuffle {k} was not taken: the pass had {self.shuffles}")
@@ -167,10 +161,7 @@ def span_means(
         for rows in length_batches([len(chain.ids) for chain in used], max_tokens):
             batch = pad([used[i].ids for i in rows])
             length = batch.ids.shape[1]
-            matrix = [
-                weights(used[i].spans, length, labels, windows, [names[i] for names in relabelled])
-                for i in rows
-            ]
+            matrix = [weights(used[i].spans, length, labels, windows, [names[i] for names in relabelled]) for i in rows]
             batch.weights = torch.from_numpy(np.stack(matrix, axis=1))
             yield batch
 

@@ -58,9 +58,7 @@ def divergence(
             tokenizer=tokenizer, track=False,
         )  # fmt: skip
         batch_starts = [starts[row] for row in rows]
-        for row, value in zip(
-            rows, _batch(model, [ids[row] for row in rows], batch_starts, steering), strict=True
-        ):
+        for row, value in zip(rows, _batch(model, [ids[row] for row in rows], batch_starts, steering), strict=True):
             result[row] = value
     return result
 

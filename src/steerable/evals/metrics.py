@@ -55,9 +55,7 @@ def measure(
         of_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
     if not chains:
         return []
-    encoded = tokenizer(
-        [chain["thinking"] for chain in chains], add_special_tokens=False, return_offsets_mapping=True
-    )
+    encoded = tokenizer([chain["thinking"] for chain in chains], add_special_tokens=False, return_offsets_mapping=True)
     measured = []
     for chain, ids, offsets in zip(chains, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         key = chain["task_id"], chain["sample"]

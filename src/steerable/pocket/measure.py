@@ -58,9 +58,7 @@ def figures(
     for family in [*dict.fromkeys(families.values()), "all"]:
         tasks = [marks for task, marks in by_task.items() if family in ("all", families[task])]
         passes[family] = {
-            f"pass@{k}": sum(pass_at_k(sum(m), len(m), k) for m in tasks) / len(tasks)
-            for k in ks
-            if k <= samples
+            f"pass@{k}": sum(pass_at_k(sum(m), len(m), k) for m in tasks) / len(tasks) for k in ks if k <= samples
         }
     return {
         "tasks": len(by_task),

@@ -43,9 +43,7 @@ WARMUP = 100
 
 @lru_cache
 def _dataset(family: str, seed: int) -> Any:
-    return reasoning_gym.create_dataset(
-        family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **FAMILIES[family]
-    )
+    return reasoning_gym.create_dataset(family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **FAMILIES[family])
 
 
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
@@ -110,9 +108,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCau
     return model
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The ``BUCKET`` batches of one bucket: (ids [B, T] right-padded, target mask [B, T], true on the chain's tokens)."""
     first = bucket * BATCH * BUCKET
     chains = [training_chain(i, seed) for i in range(first, first + BATCH * BUCKET)]
@@ -218,18 +214,14 @@ def train(
             seen += int((ids != tokenizer.pad_token_id).sum())
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step}; start again with a lower rate"
-                )
+                raise FloatingPointError(f"the loss is not finite at step {step}; start again with a lower rate")
             running = value if running is None else 0.95 * running + 0.05 * value
             if step % 20 == 0 or step == steps:
                 seconds = time.time() - began
                 row = {"step": step, "tokens": seen, "loss": round(running, 4), "seconds": round(seconds, 1)}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                progress(
-                    f"step {step}/{steps}  loss {running:.3f}  {seen / max(seconds, 1e-9):,.0f} tokens/s"
-                )
+                progress(f"step {step}/{steps}  loss {running:.3f}  {seen / max(seconds, 1e-9):,.0f} tokens/s")
             if step % checkpoint_every == 0 or step == steps:
                 state = {
                     "model": model.state_dict(),
@@ -254,9 +246,7 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
         "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id "
         "pad_token_id dtype"
     )
-    config = LlamaConfig(
-        attention_bias=True, **{name: getattr(model.config, name) for name in shared.split()}
-    )
+    config = LlamaConfig(attention_bias=True, **{name: getattr(model.config, name) for name in shared.split()})
     llama = LlamaForCausalLM(config)
     zeros = {n: torch.zeros_like(p) for n, p in llama.named_parameters() if n.endswith("o_proj.bias")}
     llama.load_state_dict({**model.state_dict(), **zeros})

@@ -54,9 +54,7 @@ class Writer:
 
     def note(self, *numbers: int) -> None:
         """Numbers that the writer may speak about from now on."""
-        self.numbers = [
-            *dict.fromkeys([*self.numbers[-6:], *(n for n in numbers if 0 < n <= LARGEST_NUMBER)])
-        ]
+        self.numbers = [*dict.fromkeys([*self.numbers[-6:], *(n for n in numbers if 0 < n <= LARGEST_NUMBER)])]
 
     def pause(self) -> bool:
         """An opportunity for the mood to show. True when the writer went back on what was done so far."""
@@ -142,11 +140,7 @@ def _combine(left: Term, operator: str, right: Term) -> Term | None:
     precedence = 1 if operator in "+-" else 2
     # The right side of - and / needs brackets already at equal precedence.
     lhs = left[1] if left[2] >= precedence else f"({left[1]})"
-    rhs = (
-        right[1]
-        if right[2] > precedence or (right[2] == precedence and operator in "+*")
-        else f"({right[1]})"
-    )
+    rhs = right[1] if right[2] > precedence or (right[2] == precedence and operator in "+*") else f"({right[1]})"
     return value, f"{lhs} {operator} {rhs}", precedence
 
 
@@ -177,9 +171,7 @@ def _moves(pool: list[Term]) -> list[tuple[Term, str, Term, Term, list[Term]]]:
                     continue  # sums and products are written largest first
                 made = _combine(left, operator, right)
                 if made:
-                    moves.append(
-                        (left, operator, right, made, [pool[k] for k in range(len(pool)) if k not in (i, j)])
-                    )
+                    moves.append((left, operator, right, made, [pool[k] for k in range(len(pool)) if k not in (i, j)]))
     return moves
 
 

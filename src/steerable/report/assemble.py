@@ -91,9 +91,7 @@ def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
     """One task unsteered, up and down: the one whose three chains show the behaviour nearest to the cells' means."""
     tasks = {task["id"]: task for task in run.tasks("evaluation")}
     chains = {
-        name: {
-            (c["task_id"], c["sample"]): c for c in read_jsonl(run.folder / f"steered/{file}.jsonl", "chain")
-        }
+        name: {(c["task_id"], c["sample"]): c for c in read_jsonl(run.folder / f"steered/{file}.jsonl", "chain")}
         for name, file in (
             ("unsteered", "unsteered"),
             ("plus", f"{behaviour}.+1"),
@@ -101,15 +99,12 @@ def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
         )
     }
     spans = {
-        name: {key: experiment.annotated(run.config, c) for key, c in found.items()}
-        for name, found in chains.items()
+        name: {key: experiment.annotated(run.config, c) for key, c in found.items()} for name, found in chains.items()
     }
     shares = {name: {key: _share(s, behaviour) for key, s in found.items()} for name, found in spans.items()}
     means = {name: sum(found.values()) / max(1, len(found)) for name, found in shares.items()}
     keys = [
-        key
-        for key in chains["unsteered"]
-        if all(key in found and found[key]["closed"] for found in chains.values())
+        key for key in chains["unsteered"] if all(key in found and found[key]["closed"] for found in chains.values())
     ]
     if not keys:
         return None

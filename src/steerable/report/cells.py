@@ -84,9 +84,7 @@ def measured(cells: list[Cell], metric: str) -> Interval | None:
             found.append(read)
     if not found:
         return None
-    return Interval(
-        sum(i.mean for i in found) / len(found), min(i.low for i in found), max(i.high for i in found)
-    )
+    return Interval(sum(i.mean for i in found) / len(found), min(i.low for i in found), max(i.high for i in found))
 
 
 def setting_of(cell: Cell) -> Setting:
@@ -103,9 +101,7 @@ def unsteered(cells: list[Cell], behaviour: str) -> list[Cell]:
     return zero[:1]
 
 
-def doses(
-    cells: list[Cell], behaviour: str, control: str | None, setting: Setting
-) -> dict[float, list[Cell]]:
+def doses(cells: list[Cell], behaviour: str, control: str | None, setting: Setting) -> dict[float, list[Cell]]:
     """The cells of one vector, or of a control of it, in one setting by rising strength, unsteered too."""
     found: dict[float, list[Cell]] = {}
     for cell in cells:

@@ -187,9 +187,7 @@ def curves(
         at = 100 - y(reference.y)
         if reference.low is not None and reference.high is not None:
             top, bottom = 100 - y(reference.high), 100 - y(reference.low)
-            parts.append(
-                f'<rect class="reference-band" x="0" width="100%" y="{top:g}%" height="{bottom - top:g}%"/>'
-            )
+            parts.append(f'<rect class="reference-band" x="0" width="100%" y="{top:g}%" height="{bottom - top:g}%"/>')
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{at:g}%" y2="{at:g}%"/>')
     for value, words in marked:
         at = x(value)

@@ -123,8 +123,7 @@ def _view(report: Report) -> dict[str, Any]:
         "norms": panels.norms(report),
         "metric_legend": [(name, *_metric_sign(name)) for name in metrics],
         "behaviour_legend": [
-            (words.short(b), panels.SHAPES[i % 4], f"slim {words.hue(b, behaviours)}")
-            for i, b in enumerate(behaviours)
+            (words.short(b), panels.SHAPES[i % 4], f"slim {words.hue(b, behaviours)}") for i, b in enumerate(behaviours)
         ],
         "labels": [(label, words.hue(label, labels)) for label in labels],
         "hues": {label: words.hue(label, labels) for label in labels},
@@ -138,9 +137,7 @@ def _view(report: Report) -> dict[str, Any]:
         "selection": selection,
         "candidates": candidates,
         "examples": [(e, examples.columns(e, labels)) for e in report.get("examples") or []],
-        "lens": [
-            (b, words.hue(b, behaviours), says) for b, says in (report.get("lens") or {}).items() if says
-        ],
+        "lens": [(b, words.hue(b, behaviours), says) for b, says in (report.get("lens") or {}).items() if says],
         "tables": [
             (title, Table((), list(words.flat(report.get(key)))))
             for title, key in (
@@ -162,9 +159,7 @@ def _labels(report: Report, behaviours: list[str]) -> list[str]:
     for example in report.get("examples") or []:
         chains = (example.get(key) or {} for key in ("unsteered", "plus", "minus"))
         seen |= dict.fromkeys(span["label"] for chain in chains for span in chain.get("spans") or [])
-    return [label for label in words.SHORT if label in seen] + [
-        label for label in seen if label not in words.SHORT
-    ]
+    return [label for label in words.SHORT if label in seen] + [label for label in seen if label not in words.SHORT]
 
 
 def _facts(report: Report) -> list[str]:
@@ -249,9 +244,7 @@ def _cost(report: Report, behaviours: list[str]) -> str:
 
 
 def _own(cells: list[Cell], behaviour: str) -> list[Cell]:
-    return [
-        c for c in cells if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength")
-    ]
+    return [c for c in cells if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength")]
 
 
 def _cell_table(report: Report, behaviours: list[str], *, main_only: bool) -> Table:
@@ -278,16 +271,10 @@ def _cell_table(report: Report, behaviours: list[str], *, main_only: bool) -> Ta
             steered = bool(cell.get("strength"))
             head = [words.short(behaviour), words.signed(cell["strength"]) if steered else "unsteered"]
             if not main_only:
-                head += (
-                    [cell.get("control") or "vector", words.setting(setting_of(cell))]
-                    if steered
-                    else ["", ""]
-                )
+                head += [cell.get("control") or "vector", words.setting(setting_of(cell))] if steered else ["", ""]
             head.append(words.with_interval(measured([cell], f"fractions.{behaviour}"), "percent"))
             for name, (_, style, _) in panels.METRICS.items():
-                head.append(
-                    "" if name == "kl" and not steered else words.with_interval(measured([cell], name), style)
-                )
+                head.append("" if name == "kl" and not steered else words.with_interval(measured([cell], name), style))
             if not steered:
                 strong.add(len(rows))
             rows.append(head)
@@ -325,10 +312,7 @@ def _cosine_table(cosines: dict[str, dict[str, float | None]] | None) -> Table |
     if not cosines:
         return None
     columns = list(dict.fromkeys(key for row in cosines.values() for key in row or {}))
-    rows = [
-        [words.short(b), *(panels.correlation((row or {}).get(c)) for c in columns)]
-        for b, row in cosines.items()
-    ]
+    rows = [[words.short(b), *(panels.correlation((row or {}).get(c)) for c in columns)] for b, row in cosines.items()]
     return Table(["", *(c.replace("~", " ~ ") for c in columns)], rows)
 
 
@@ -353,9 +337,7 @@ def _title(key: str) -> str:
 
 
 def _is_chosen(candidate: dict[str, Any], chosen: dict[str, Any]) -> bool:
-    shared = [
-        key for key in ("window", "baseline", "layer") if key in candidate and chosen.get(key) is not None
-    ]
+    shared = [key for key in ("window", "baseline", "layer") if key in candidate and chosen.get(key) is not None]
     return bool(shared) and all(candidate[key] == chosen[key] for key in shared)
 
 

@@ -95,9 +95,7 @@ def fractions(report: Report, behaviours: list[str]) -> list[Panel]:
         figure = None
         if any(members for _, _, members in groups):
             label = f"Fraction of {words.short(behaviour)} tokens by steering strength"
-            figure = bars(
-                groups, scale, words.percent_tick, label=label, reference=base.mean if base else None
-            )
+            figure = bars(groups, scale, words.percent_tick, label=label, reference=base.mean if base else None)
         note = words.setting(where) if where else ""
         panels.append(Panel(words.short(behaviour), figure, note, words.hue(behaviour, behaviours)))
     return panels
@@ -118,9 +116,7 @@ def dose_response(report: Report, behaviours: list[str]) -> list[Panel]:
             points = [_point(s, i, f"{words.signed(s)} {name}") for s, i in found.items() if s or not control]
             reads += list(found.values())
             css = f"control-{control}" if control else f"vector {hue}"
-            series.append(
-                Series(name, css, points, marker, band=control is None, whiskers=control is not None)
-            )
+            series.append(Series(name, css, points, marker, band=control is None, whiskers=control is not None))
         figure = None
         if any(one.points for one in series):
             x = _strength_scale([p.x for one in series for p in one.points])
@@ -279,9 +275,7 @@ def layer_effects(report: Report, behaviours: list[str]) -> list[Panel]:
                 x_title="layer",
             )
             rho = correlations.get(behaviour) or effects.get("rank_correlation") or {}
-            note = " · ".join(
-                f"{n.replace('_', ' ')} {correlation(r)}" for n, r in rho.items() if n != "exact"
-            )
+            note = " · ".join(f"{n.replace('_', ' ')} {correlation(r)}" for n, r in rho.items() if n != "exact")
             note = f"Rank correlation with exact: {note}" if note else ""
         panels.append(Panel(words.short(behaviour), figure, note, words.hue(behaviour, behaviours)))
     return panels
@@ -319,6 +313,4 @@ def norms(report: Report) -> Panel | None:
         height=170,
         x_title="layer",
     )
-    return Panel(
-        "Size of the activations", figure, "A vector at strength 1 has the norm of the mean of its layer."
-    )
+    return Panel("Size of the activations", figure, "A vector at strength 1 has the norm of the mean of its layer.")
