@@ -188,7 +188,10 @@ def pocket_train(
 def pocket_measure(
     model: Annotated[str, typer.Option(help="'pocket' or another folder of the recipe.")] = "pocket",
     tasks: Annotated[int, typer.Option(help="Unseen tasks a family.")] = 256,
-    samples: Annotated[int, typer.Option(help="Chains a task.")] = 32,
+    samples: Annotated[int, typer.Option(help="Chains of each task of --deep; the other tasks get 4.")] = 32,
+    deep: Annotated[
+        int, typer.Option(help="Tasks a family with all samples; as many as --tasks is the full measurement.")
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Seed of tasks and sampling.")] = 0,
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
@@ -199,7 +202,9 @@ def pocket_measure(
     from steerable.pocket import measure
 
     with Display(quiet=as_json) as display:
-        figures = measure.measure(model, tasks=tasks, samples=samples, seed=seed, workers=workers, display=display)
+        figures = measure.measure(
+            model, tasks=tasks, samples=samples, deep=deep, seed=seed, workers=workers, display=display
+        )
     if out is not None:
         from steerable.runfolder import write_json
 

@@ -45,6 +45,13 @@ def build(config_class=Qwen2Config, model_class=Qwen2ForCausalLM, **options):
     return model
 
 
+@pytest.fixture(autouse=True, params=[5, 64])
+def page(request, monkeypatch):
+    """Positions of a cache page; 64 holds these short texts whole."""
+    monkeypatch.setattr("steerable.engines.transformers.PAGE", request.param)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def model():
     return build()

@@ -64,6 +64,7 @@ class SlotLayer(CacheLayerMixin):
         plan = self.plan
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if not plan.prefill:
+                assert plan.write is not None
                 buffer.view(-1, buffer.shape[4]).index_copy_(0, plan.write, new.reshape(-1, new.shape[3]))
                 continue
             new, slots = new[plan.repeat], slice(plan.start, plan.start + plan.rows)
@@ -125,6 +126,7 @@ def slot_attention(
     rows, heads, length, dim = query.shape
     if plan is not None and plan.pages:
         scale = dim**-0.5 if scaling is None else scaling
+        assert attention_mask is not None
         return _paged(query * scale, key, value, attention_mask, plan).view(rows, 1, heads, dim), None
     kv_heads = key.shape[1]
     if length == 1:
@@ -137,7 +139,7 @@ def slot_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _paged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: Plan) -> Tensor:
+def _paged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, plan: Plan) -> Tensor:
     """`[rows * kv_heads, heads // kv_heads, head_dim]` from scaled queries `[rows, heads, 1, head_dim]`.
 
     `key` and `value` are `[pages, slots, kv_heads, page, head_dim]`, the mask `[rows, 1, 1, pages * page]`.

@@ -105,7 +105,7 @@ BEHAVIOURS: dict[str, tuple[str, ...]] = {
 }
 
 # Sentences of the solver itself; every slot is filled by the solver.
-INITIALIZING = {
+INITIALIZING: dict[str, tuple[str, ...]] = {
     "countdown": (
         "Okay, the numbers are {numbers} and the target is {target}.",
         "Okay, I need to make {target} out of {numbers}.",
@@ -131,7 +131,7 @@ INITIALIZING = {
         "We are given {n} and want its prime factors.",
     ),
 }
-INITIALIZING_MORE = {
+INITIALIZING_MORE: dict[str, tuple[str, ...]] = {
     "countdown": (
         "Each number is used once.",
         "All of the numbers must be used.",
@@ -153,7 +153,7 @@ INITIALIZING_MORE = {
         "Each factor has to be prime.",
     ),
 }
-DEDUCTION = {
+DEDUCTION: dict[str, tuple[str, ...]] = {
     "step": (
         "{l} {o} {r} = {v}.",
         "So {l} {o} {r} = {v}.",

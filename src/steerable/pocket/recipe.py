@@ -109,7 +109,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCau
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The ``BUCKET`` batches of one bucket: (ids [B, T] right-padded, target mask [B, T], true on the chain's tokens)."""
+    """The ``BUCKET`` batches of one bucket: (ids, target), both [B, T]; target is true on the chain's tokens."""
     first = bucket * BATCH * BUCKET
     chains = [training_chain(i, seed) for i in range(first, first + BATCH * BUCKET)]
     prompts = tokenizer([prompt_text(c["question"]) for c in chains])["input_ids"]

@@ -1,7 +1,7 @@
 """The bundled model's tokenizer: whole words and whole numbers, with single bytes for everything else.
 
-An ordinary byte-level BPE file without merges: a pre-token that stands in the vocabulary is one token (``ignore_merges``),
-any other is spelt in bytes. So every text survives encoding and decoding unchanged.
+An ordinary byte-level BPE file without merges: a pre-token that stands in the vocabulary is one token
+(``ignore_merges``), any other is spelt in bytes. So every text survives encoding and decoding unchanged.
 """
 
 from __future__ import annotations

@@ -172,9 +172,10 @@ def _facts(report: Report) -> list[str]:
         facts.append(f"{words.number(model['parameters'] / 1e6)} M parameters")
     if coverage.get("chains"):
         facts.append(f"vectors from {words.number(coverage['chains'])} chains")
-    if sizes := [(c["tasks"], c.get("samples") or 1) for c in report.get("cells") or [] if c.get("tasks")]:
-        tasks, samples = max(sizes)
-        each = f" × {samples} samples" if samples > 1 else ""
+    cells = [c for c in report.get("cells") or [] if c.get("tasks") and c.get("control") is None]
+    if cells:
+        tasks, samples = max((c["tasks"], c.get("samples") or 1) for c in cells)
+        each = f" × {samples:g} samples" if samples > 1 else ""
         facts.append(f"judged on {tasks} other tasks{each}")
     if config.get("seed") is not None:
         facts.append(f"seed {config['seed']}")
