@@ -108,8 +108,8 @@ def generate_jobs(
     computed together. block: chains that one worker computes in one piece; part of the result's identity,
     where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
     model that `load` can find again by its name or folder. keep: a folder that takes every finished block at once and
-    gives back those of an earlier call with the same arguments, which a killed one left. Chains that do not close the think block are kept,
-    with `closed` false.
+    gives back those of an earlier call with the same arguments, which a killed one left. Chains that do not close the
+    think block are kept, with `closed` false.
     """
     if block < 1 or any(not job.samples for job in jobs):
         raise UsageError("block must be at least 1, and every job needs a sample")
@@ -139,7 +139,13 @@ def generate_jobs(
     map_blocks(
         _run_block,
         [blocks[i] for i in missing],
-        setup=partial(models.load, name, dtype=model.dtype, device=str(model.device)),
+        setup=partial(
+            models.load,
+            name,
+            dtype=model.dtype,
+            device=str(model.device),
+            revision=models.model_revision(model) or None,  # the same commit, not the newest
+        ),
         workers=workers,
         threads=default_threads(model, workers),
         report=(lambda done: progress(*done)) if progress else None,
@@ -201,7 +207,14 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def prompt_text(tokenizer: Any, prompt: str) -> str:
-    """A user's message in the model's chat template, up to where the model begins to speak."""
+    """A user's message in the model's chat template, up to where the model begins to speak.
+
+    Raises UsageError for a tokenizer without a chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            f"{tokenizer.name_or_path or 'this model'!r} has no chat template: choose a reasoning model whose tokenizer has one"
+        )
     return str(
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
     )

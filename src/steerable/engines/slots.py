@@ -8,11 +8,13 @@ read only for the rows that have reached it: those are the first slots, so what 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,10 +53,9 @@ class SlotLayer(CacheLayerMixin):
         self.plan, self.slots, self.page, self.pages = plan, slots, page, -(-capacity // page)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: unused positions are masked by adding -inf, which a stray NaN would survive.
         shape = (self.pages, self.slots, key_states.shape[1], self.page)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
-        self.values = value_states.new_zeros(*shape, value_states.shape[3])
+        self.keys = _zeros(shape + key_states.shape[3:], key_states)
+        self.values = _zeros(shape + value_states.shape[3:], value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,17 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.pages * self.page
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros, not empty: unused positions are masked by adding -inf, which a stray NaN would survive.
+
+    On a CPU the memory comes zeroed from the system, which provides it as it is first used.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
 
 
 class SlotCache(Cache):

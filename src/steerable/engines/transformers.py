@@ -24,7 +24,7 @@ from steerable.gates import SequenceState
 from steerable.models import base
 
 _PLAIN = {"llama", "mistral", "qwen2", "qwen3"}  # families whose attention is plain softmax attention
-_SORTED = 4  # slots among which rows are not sorted by length
+_SORTED = 8  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
 _ENOUGH = 16  # one row in so many must have finished before the rows are rearranged

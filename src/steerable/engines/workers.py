@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -62,10 +62,10 @@ def map_blocks(
     """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
 
     work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
-    load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and results must be picklable. context: what `setup` would return, if the
-    caller has it already; used where everything runs in this process (one worker). Errors of the library
-    raised in a worker are raised here; any other, and a worker that dies, become a SteerableError. Whatever
-    happens, no process is left behind.
+    load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and
+    results must be picklable. context: what `setup` would return, if the caller has it already; used where everything
+    runs in this process (one worker). Errors of the library raised in a worker are raised here; any other, and a
+    worker that dies, become a SteerableError. Whatever happens, no process is left behind.
     """
     if workers < 1 or threads < 1:
         raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1")
@@ -80,14 +80,21 @@ def map_blocks(
                 results.append(work(ready, block, report))
                 finished(index, results[-1])
             return results
-    pool = [_start(work, setup, threads) for _ in range(workers)]
+    pool: list[_Worker] = []
     try:
+        for _ in range(workers):
+            pool.append(_start(work, setup, threads))
         return _distribute(pool, blocks, report, finished)
-    finally:
+    except BaseException:
         for worker in pool:
             worker.process.terminate()
-            worker.pipe.close()
+        raise
+    finally:
         for worker in pool:
+            worker.pipe.close()  # an idle worker ends by itself then, and tidies up
+        for worker in pool:
+            worker.process.join(10)
+            worker.process.kill()
             worker.process.join()
 
 
@@ -114,7 +121,14 @@ def _start(work: Callable[..., Any], setup: Callable[[], Any], threads: int) -> 
     # Pickled here rather than by multiprocessing, which would share tensors through file descriptors.
     task = pickle.dumps((work, setup, threads))
     process = spawn.Process(target=_serve, args=(theirs, task), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # here, because starting it unblocks the signal
+    # A Ctrl-C is the caller's to handle. The worker inherits the blocked signal, so that not even one that comes
+    # while it imports its modules makes it print a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _Worker(process, mine)
 
@@ -161,7 +175,6 @@ def _obituary(worker: _Worker) -> str:
 
 def _serve(pipe: Connection, task: bytes) -> None:
     """Runs in the worker: computes blocks until the pipe closes, which it also does when the caller dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
 
     def send(kind: str, value: Any) -> None:
         pipe.send_bytes(pickle.dumps((kind, value)))
