@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cell:
-    """`strength` is the nominal coefficient (the sum over layers); `behaviours` are those that the cell speaks about."""
+    """`strength` is the nominal coefficient, the sum over layers; `behaviours` are those that the cell speaks about."""
 
     name: str
     behaviours: tuple[str, ...]
@@ -38,9 +38,14 @@ class Cell:
     parts: tuple[Part, ...]
 
 
-def candidate_path(window: str, baseline: str, behaviour: str, kind: str = "candidates") -> str:
-    """Where `extract` leaves a direction of all layers; `kind` is candidates or shuffled."""
-    return f"vectors/{kind}/{window}.{baseline}/{behaviour}.safetensors"
+def candidate_path(window: str, baseline: str, behaviour: str) -> str:
+    """Where `extract` leaves a direction of all layers."""
+    return f"vectors/candidates/{window}.{baseline}/{behaviour}.safetensors"
+
+
+def shuffled_path(window: str, baseline: str, behaviour: str, k: int) -> str:
+    """Where `extract` leaves the same from the k-th shuffle of the labels."""
+    return f"vectors/shuffled/{window}.{baseline}/{behaviour}.{k}.safetensors"
 
 
 def selected_path(behaviour: str) -> str:
@@ -66,9 +71,12 @@ def _cell(
     return Cell(name, tuple(behaviours), control, strength, tuple(layers), where, tuple(parts))
 
 
-def validation_cells(candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cell]:
-    """Unsteered, and -1 and +1 of every candidate (`window`, `baseline`, `layer`) of every behaviour; two samples a task."""
-    samples = (0, 1)
+def validation_cells(config: Config, candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cell]:
+    """Unsteered, and -1 and +1 of every candidate (`window`, `baseline`, `layer`) of every behaviour.
+
+    Two samples a task; greedy ones would be equal.
+    """
+    samples = (0,) if config.greedy else (0, 1)
     cells = [_cell("unsteered", candidates, 0.0, [Part(samples)])]
     for behaviour, found in candidates.items():
         for c in found:
@@ -102,8 +110,8 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
             cells.append(_cell(f"{b}.{s:+g}.layers", [b], s, shared, layers=several))
             thinking = [Part(side, path, s, layer, "thinking")]
             cells.append(_cell(f"{b}.{s:+g}.thinking", [b], s, thinking, layers=layer, where="thinking"))
-            shuffled = candidate_path(chosen["window"], chosen["baseline"], b, "shuffled")
-            control = [Part(side, shuffled, s, layer)]
+            shuffles = [shuffled_path(chosen["window"], chosen["baseline"], b, k) for k in range(config.controls)]
+            control = _control(shuffles, main, s, layer)
             cells.append(_cell(f"{b}.{s:+g}.shuffled", [b], s, control, control="shuffled", layers=layer))
         for s in config.strengths:
             cells.append(_cell(f"{b}.{s:+g}", [b], s, [Part(side, path, s, layer)], layers=layer))
@@ -111,6 +119,11 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
     for layer in sorted({selection[b]["layer"] for b in behaviours}):
         here = [b for b in behaviours if selection[b]["layer"] == layer]
         for s in (-1.0, 1.0):
-            parts = [Part((main[k % len(main)],), random_path(layer, k), s, (layer,)) for k in range(config.randoms)]
+            parts = _control([random_path(layer, k) for k in range(config.controls)], main, s, (layer,))
             cells.append(_cell(f"random.layer{layer}.{s:+g}", here, s, parts, control="random", layers=(layer,)))
     return cells
+
+
+def _control(paths: Sequence[str], samples: Sequence[int], strength: float, layer: tuple[int, ...]) -> list[Part]:
+    """A control is the mean over several directions: every task meets each of them once."""
+    return [Part((samples[k % len(samples)],), path, strength, layer) for k, path in enumerate(paths)]

@@ -115,12 +115,13 @@ def generate_jobs(
         raise UsageError("block must be at least 1, and every job needs a sample")
     model = loaded.model
     settings = Settings(seed, greedy, max_new_tokens, rows)
-    blocks, owners = [], []
+    # Jobs that differ in strength alone are computed together, each row with its own: fuller batches.
+    groups: dict[Any, list[tuple[int, Mapping[str, Any], int]]] = {}
     for number, job in enumerate(jobs):
-        pairs = [(task, sample) for task in job.tasks for sample in job.samples]
-        for start in range(0, len(pairs), block):
-            blocks.append((job.steering, job.strength, job.control, pairs[start : start + block], settings))
-            owners.append(number)
+        items = groups.setdefault(_kind(job.steering), [])
+        items += [(number, task, sample) for task in job.tasks for sample in job.samples]
+    parts = [items[i : i + block] for items in groups.values() for i in range(0, len(items), block)]
+    blocks = [_block(jobs, part, settings) for part in parts]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(blocks))]
     kept = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}
     missing = [i for i in range(len(blocks)) if i not in kept]
@@ -153,18 +154,36 @@ def generate_jobs(
         context=loaded,
     )
     chains: list[list[Record]] = [[] for _ in jobs]
-    for i, number in enumerate(owners):
-        chains[number] += kept[i]
+    for i, part in enumerate(parts):
+        for (number, _, _), chain in zip(part, kept[i], strict=True):
+            chains[number].append({**chain, "strength": jobs[number].strength, "control": jobs[number].control})
     return chains
 
 
+def _kind(steering: Steering | None) -> Any:
+    """What two ways of steering must share to be computed in one batch: all but the strength."""
+    if steering is None:
+        return None
+    found = steering.directions
+    directions = (found,) if isinstance(found, Direction) else tuple(found)
+    return tuple(d.to_bytes() for d in directions), steering.layers, steering.where, steering.rescale
+
+
+def _block(jobs: Sequence[Job], part: Sequence[tuple[int, Mapping[str, Any], int]], settings: Settings) -> Any:
+    steerings = [jobs[number].steering for number, _, _ in part]
+    strengths = [None if s is None else s.strength for s in steerings]
+    if len(set(strengths)) == 1:  # one number for all rows is the faster path
+        return steerings[0], [(task, sample, None) for _, task, sample in part], settings
+    return steerings[0], [(t, sample, s) for (_, t, sample), s in zip(part, strengths, strict=True)], settings
+
+
 def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
-    steering, strength, control, pairs, settings = block
+    steering, items, settings = block
     model, tokenizer = loaded
     tags = models.think_tags(tokenizer)
     requests = [
-        Request(prompt_ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample))
-        for task, sample in pairs
+        Request(prompt_ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength)
+        for task, sample, strength in items
     ]
     with _steered(loaded, steering) as handle:
         completions = generate(
@@ -178,10 +197,8 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
             progress=lambda chains, tokens: report((chains, tokens)),
         )
     return [
-        {"task_id": task["id"], "sample": sample}
-        | split_chain(tokenizer, tags, completion)
-        | {"strength": strength, "control": control}
-        for (task, sample), completion in zip(pairs, completions, strict=True)
+        {"task_id": task["id"], "sample": sample} | split_chain(tokenizer, tags, completion)
+        for (task, sample, _), completion in zip(items, completions, strict=True)
     ]
 
 
@@ -213,7 +230,7 @@ def prompt_text(tokenizer: Any, prompt: str) -> str:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{tokenizer.name_or_path or 'this model'!r} has no chat template: choose a reasoning model whose tokenizer has one"
+            f"{tokenizer.name_or_path or 'this model'!r} has no chat template: choose a reasoning model with one"
         )
     return str(
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
