@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from steerable import models
+from steerable.chains.generation import prompt_text, split_chain
+from steerable.chains.records import Record
 from steerable.chains.tasks import correct, make_tasks
 from steerable.directions import Direction
+from steerable.engines.hooks import Handle
 from steerable.engines.hooks import steer as steering
+from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.pocket import language
 
@@ -48,42 +55,51 @@ def chat(
 
     prompt: None asks the bundled model one of its own unseen tasks. quiet: nothing is printed.
 
-    Returns `{"model", "prompt", "unsteered": {"thinking", "answer", "closed", "tokens"}, "steered": ... or null, "steering":
-    what `Handle.report` says, or null}`; where a task was drawn, each answer also has `correct`.
-    Raises UsageError for an unknown model, file, layer or selector.
+    Returns `{"model", "prompt", "unsteered": {"thinking", "answer", "closed", "tokens"}, "steered": ... or null,
+    "steering": what `Handle.report` says, or null}`; where a task was drawn, each answer also has `correct`.
+    Raises UsageError for an unknown model, file, layer or selector, before anything is generated.
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}: expected 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed is {seed}: expected a whole number from 0 to {2**32 - 1}")
+    if steer is None and (strength, layers, where) != (None, None, None):
+        raise UsageError("--strength, --layers and --where need a direction file: give one with --steer")
+    if strength is not None and not math.isfinite(strength):
+        raise UsageError(f"--strength is {strength}: expected a finite number")
     direction = None if steer is None else Direction.load(steer)
     wanted = _layers(layers)
     loaded = models.load(model)
-    tags = models.think_tags(loaded.tokenizer)
+    models.think_tags(loaded.tokenizer)
     task = None
     if prompt is None:
         if model != "pocket":
             raise UsageError("no prompt was given: write one after `steerable chat`, in quotes")
         task = make_tasks("pocket", 1, seed)[0]
         prompt = task["prompt"]
+    text = prompt_text(loaded.tokenizer, prompt)
+
+    def steered_model(direction: Direction) -> AbstractContextManager[Handle]:
+        return steering(
+            loaded.model, direction, strength=strength, layers=wanted, where=where, tokenizer=loaded.tokenizer
+        )
+
+    if direction is not None:
+        with warnings.catch_warnings(action="ignore"), steered_model(direction):
+            pass  # what does not fit this model is refused now, and not after the unsteered answer
     screen = _Screen(prompt, steer is not None, known=models.model_id(loaded.model) == "pocket", quiet=quiet)
 
     def answer(side: int) -> dict[str, Any]:
-        text, tokens = _stream(loaded, prompt, tags, seed, greedy, max_new_tokens, lambda t: screen.show(side, t))
-        thinking, closed, rest = text.partition("</think>")
-        said = {"thinking": thinking, "answer": rest.strip(), "closed": bool(closed), "tokens": tokens}
-        return said | ({"correct": correct(task, rest)} if task else {})
+        said = _stream(loaded, text, seed, greedy, max_new_tokens, lambda said: screen.show(side, said))
+        right = {"correct": correct(task, said["answer"] if said["closed"] else "")} if task else {}
+        kept = {key: said[key] for key in ("thinking", "answer", "closed", "tokens")}
+        return kept | {"answer": said["answer"].strip()} | right
 
     with screen:
         plain = answer(0)
         steered = report = None
         if direction is not None:
-            with steering(
-                loaded.model,
-                direction,
-                strength=strength,
-                layers=wanted,
-                where=where,
-                tokenizer=loaded.tokenizer,
-            ) as handle:
+            with steered_model(direction) as handle:
                 steered = answer(1)
                 report = handle.report()
         screen.close(plain, steered)
@@ -100,29 +116,20 @@ def _layers(text: str | None) -> list[int] | None:
 
 
 def _stream(
-    loaded: models.Loaded,
-    prompt: str,
-    tags: models.ThinkTags,
-    seed: int,
-    greedy: bool,
-    max_new_tokens: int,
-    show: Callable[[str], None],
-) -> tuple[str, int]:
-    """Generate, calling `show` with the whole text so far; returns the text (without `<think>`) and its length in tokens."""
+    loaded: models.Loaded, text: str, seed: int, greedy: bool, max_new_tokens: int, show: Callable[[Record], None]
+) -> Record:
+    """Generate after `text`, calling `show` with the chain record so far at every token; returns the whole one."""
     from transformers.generation.streamers import BaseStreamer
 
     model, tokenizer = loaded
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).to(model.device)
+    tags = models.think_tags(tokenizer)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
     ids: list[int] = []
 
-    def text() -> str:
-        kept = [i for i in ids if i not in tokenizer.all_special_ids]
-        return tokenizer.decode(kept).removeprefix("<think>").lstrip("\n")
+    def said() -> Record:
+        return split_chain(tokenizer, tags, Completion(ids, finished=bool(ids) and ids[-1] in stops))
 
     class Streamer(BaseStreamer):
         """Passes on new tokens; the first call brings the prompt."""
@@ -133,7 +140,7 @@ def _stream(
         def put(self, value: Any) -> None:
             if not self.prompt:
                 ids.extend(value.reshape(-1).tolist())
-                show(text())
+                show(said())
             self.prompt = False
 
         def end(self) -> None:
@@ -142,8 +149,14 @@ def _stream(
     torch.manual_seed(seed)
     options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {}
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=Streamer(), **options)
-    return text(), len(ids)
+        model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            streamer=Streamer(),
+            **options,
+        )
+    return said()
 
 
 class _Screen:
@@ -152,7 +165,7 @@ class _Screen:
     def __init__(self, prompt: str, two: bool, known: bool, quiet: bool):
         self.known, self.quiet, self.two = known, quiet, two
         self.console = Console(highlight=False)
-        self.texts = ["", ""]
+        self.said: list[Record] = [{"thinking": "", "answer": ""}] * 2
         self.live: Live | None = None
         if not quiet:
             self.console.print(Text(prompt.strip(), style="bold"), "\n")
@@ -167,8 +180,8 @@ class _Screen:
         if self.live is not None:
             self.live.stop()
 
-    def show(self, side: int, text: str) -> None:
-        self.texts[side] = text
+    def show(self, side: int, said: Record) -> None:
+        self.said[side] = said
         if self.live is not None:
             self.live.update(self._panels(["writing ...", "waiting ..." if side == 0 else "writing ..."]))
 
@@ -185,18 +198,18 @@ class _Screen:
         titles = ["unsteered", "steered"] if self.two else ["answer"]
         width = self.console.width // len(titles) - 1 if self.console.width >= 80 else self.console.width
         panels = [
-            Panel(self._coloured(text), title=title, subtitle=note, width=width)
-            for title, text, note in zip(titles, self.texts, notes, strict=False)
+            Panel(self._coloured(said), title=title, subtitle=note, width=width)
+            for title, said, note in zip(titles, self.said, notes, strict=False)
         ]
         return Columns(panels, padding=(0, 1)) if self.console.width >= 80 else Group(*panels)
 
-    def _coloured(self, text: str) -> Text:
-        shown = Text(text)
+    def _coloured(self, said: Record) -> Text:
+        shown = Text(said["thinking"])
         if self.known:
-            thinking = text.partition("</think>")[0]
-            for span in language.annotate({"task_id": "", "sample": 0, "thinking": thinking}):
+            for span in language.annotate({"task_id": "", "sample": 0, "thinking": said["thinking"]}):
                 shown.stylize(COLOURS[span["label"]], span["start"], span["end"])
-        return shown
+        shown.rstrip()
+        return shown.append(f"\n\n{said['answer'].strip()}", style="bold") if said["answer"].strip() else shown
 
 
 def _verdict(said: dict[str, Any]) -> str:

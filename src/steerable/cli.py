@@ -9,27 +9,46 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from steerable.config import Config
-from steerable.errors import SteerableError, UsageError
+from steerable.errors import SteerableError, SteerableWarning, UsageError
+
+# click's UsageError, wherever typer keeps it.
+_BadCommandLine: Any = typer.BadParameter.__base__
+
+
+class _Commands(TyperGroup):
+    """Commands whose Ctrl-C reaches `main`; typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SteerableError(
+                "stopped; what was finished is kept, and the same command goes on from there"
+            ) from None
+
 
 app = typer.Typer(
     name="steerable",
+    cls=_Commands,
     help="Find, select, apply and measure steering vectors for reasoning language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-pocket_app = typer.Typer(help="The bundled model: its recipe and its figures.", no_args_is_help=True)
+pocket_app = typer.Typer(help="The bundled model: its recipe and its figures.")
 app.add_typer(pocket_app, name="pocket")
 
+_OUT = Path("runs/pocket")
 Out = Annotated[Path, typer.Option(help="The run folder: everything that the run reads and writes.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Workers = Annotated[
@@ -69,22 +88,14 @@ def _shown(default: Any) -> str | bool:
 
 @app.command()
 @_with_settings
-def run(out: Out = Path("runs/pocket"), quick: Quick = False, workers: Workers = None, as_json: Json = False, **settings: Any) -> None:  # fmt: skip
+def run(out: Out = _OUT, quick: Quick = False, workers: Workers = None, as_json: Json = False, **settings: Any) -> None:
     """All stages of the main job, from tasks to the report. A stopped run goes on where it was."""
-    _go(out, None, {k: v for k, v in settings.items() if v is not None}, quick, workers, as_json, fresh=True)
+    _go(out, None, settings, quick, workers, as_json)
 
 
 def _stage_command(name: str, text: str) -> None:
-    def command(out: Out = Path("runs/pocket"), workers: Workers = None, as_json: Json = False, **settings: Any) -> None:  # fmt: skip
-        _go(
-            out,
-            name,
-            {k: v for k, v in settings.items() if v is not None},
-            False,
-            workers,
-            as_json,
-            fresh=False,
-        )
+    def command(out: Out = _OUT, workers: Workers = None, as_json: Json = False, **settings: Any) -> None:
+        _go(out, name, settings, False, workers, as_json)
 
     command.__doc__ = f"{text}\n\nSettings that are not given are taken from the run folder's config.json."
     app.command(name)(_with_settings(command))
@@ -105,28 +116,26 @@ for _name, _text in (
 
 
 def _go(
-    out: Path,
-    stage: str | None,
-    settings: dict[str, Any],
-    quick: bool,
-    workers: int | None,
-    as_json: bool,
-    fresh: bool,
+    out: Path, stage: str | None, settings: dict[str, Any], quick: bool, workers: int | None, as_json: bool
 ) -> None:
     from steerable import pipeline
     from steerable.display import Display
+    from steerable.runfolder import read_json
 
+    given = {name: value for name, value in settings.items() if value is not None}
     with Display(quiet=as_json) as display:
-        folder = pipeline.run(out, stage=stage, fresh=fresh, quick=quick, workers=workers, display=display, **settings)
+        folder = pipeline.run(
+            out, stage=stage, fresh=stage is None, quick=quick, workers=workers, display=display, **given
+        )
     if as_json:
-        name = "report.json" if stage is None else None
-        _print_json(json.loads((folder / name).read_text()) if name else {"out": str(folder), "stage": stage})
+        _print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
     elif stage in (None, "report"):
         print(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be answered for
 
 
 @app.command()
@@ -217,19 +226,26 @@ def pocket_measure(
 
 def main() -> None:
     """Entry point of the `steerable` command."""
+    warnings.showwarning = _warn
     try:
-        app()
+        app(sys.argv[1:] or ["--help"], prog_name="steerable", standalone_mode=False)
+    except _BadCommandLine as error:
+        command = error.ctx.command_path if error.ctx else "steerable"
+        _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
     except UsageError as error:
         _fail(str(error), 2)
     except SteerableError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("stopped; what was finished is kept, and the same command goes on from there", 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: nothing is left to say
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if issubclass(category, SteerableWarning):  # other packages' warnings are for developers
+        sys.stderr.write(f"steerable: warning: {' '.join(str(message).split())}\n")
 
 
 def _fail(sentence: str, code: int) -> None:

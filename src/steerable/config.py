@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -14,6 +17,14 @@ Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
 ANNOTATORS = {"pocket": "steerable.pocket.language:annotate"}
 ENGINES = ("transformers",)
 BASELINES = ("pooled", "overall")
+
+
+_TYPES = {"int": (int,), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+_NAMES = {"int": "a whole number", "bool": "true or false", "str": "text", "str | None": "text"}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -36,7 +47,7 @@ class Config:
     validation: int = _option(24, "Tasks kept apart to choose window and layer on.")
     evaluation: int = _option(50, "Unseen tasks to judge steering on.")
     samples: int = _option(4, "Chains a task in the main cells (one when --greedy).")
-    side_samples: int = _option(2, "Chains a task in the other cells: sweep, several layers, thinking only, shuffled.")
+    side_samples: int = _option(1, "Chains a task in the other cells: sweep, several layers, thinking only.")
     max_new_tokens: int = _option(500, "Longest chain, answer included.")
     greedy: bool = _option(False, "Decode greedily, as published; default: the model's own generation_config.")
     window: str | None = _option(None, "published, span or onset; default: the one that wins on the validation tasks.")
@@ -44,7 +55,7 @@ class Config:
     layers: str | None = _option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
     tried: int = _option(2, "Layers of each window that go to validation.")
     sweep: str = _option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
-    randoms: int = _option(5, "Random directions in the random control.")
+    controls: int = _option(5, "Directions in each control: random ones, and ones from shuffled labels.")
     attributed: int = _option(50, "Chains for attribution by gradients.")
     patched: int = _option(8, "Chains, of those, for exact patching and Fisher information.")
     compared: int = _option(16, "Chains of each cell for its KL divergence.")
@@ -52,10 +63,15 @@ class Config:
     rows: int = _option(100, "Sequences computed together.")
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if type(value := getattr(self, f.name)) not in _TYPES[str(f.type)]:
+                raise UsageError(f"{_flag(f.name)} is {value!r}: expected {_NAMES[str(f.type)]}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
         for name in ("limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried",
-                     "randoms", "attributed", "patched", "compared", "block", "rows"):  # fmt: skip
+                     "controls", "attributed", "patched", "compared", "block", "rows"):  # fmt: skip
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected 1 or more")
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: expected 1 or more")
         for name, allowed in (("engine", ENGINES), ("baseline", BASELINES), ("window", (*WINDOWS, None))):
             if getattr(self, name) not in allowed:
                 names = ", ".join(a for a in allowed if a)
@@ -66,12 +82,13 @@ class Config:
     def strengths(self) -> list[float]:
         """The sweep as numbers."""
         try:
-            found = [float(part) for part in self.sweep.split(",") if part.strip()]
+            # Rounded to what a cell's name shows, so that no two cells share one.
+            found = {float(f"{float(part):g}") for part in self.sweep.split(",") if part.strip()}
         except ValueError:
-            raise UsageError(
-                f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5"
-            ) from None
-        return sorted({s for s in found} - {-1.0, 0.0, 1.0})
+            found = {math.nan}
+        if not all(map(math.isfinite, found)):
+            raise UsageError(f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5")
+        return sorted(found - {-1.0, 0.0, 1.0})
 
     @property
     def chosen_layer(self) -> int | None:
@@ -84,16 +101,20 @@ class Config:
 
     @property
     def annotate(self) -> Annotator:
-        """The annotator as a function `chain -> spans`."""
+        """The annotator as a function `chain -> spans`; a module of one's own may lie in the working folder."""
         module, _, name = ANNOTATORS.get(self.annotator, self.annotator).partition(":")
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # somebody else's module: importing it may raise anything
             raise UsageError(
                 f"--annotator is {self.annotator!r}, which cannot be imported ({error}): "
                 f"expected {', '.join(ANNOTATORS)} or module:function"
             ) from None
-        return function
+        if not callable(function):
+            raise UsageError(f"--annotator is {self.annotator!r}, which is no function: expected chain -> spans")
+        return function  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,7 +141,7 @@ class Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """A Config from its dict. Raises UsageError for an unknown setting."""
+    """A Config from its dict. Raises UsageError for an unknown setting or a wrong value."""
     known = {f.name for f in fields(Config)}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+# tqdm's default lock takes semaphores from the system for sharing a terminal between processes. Only this one draws,
+# and where a process is killed the semaphores would be left over.
+tqdm.set_lock(threading.RLock())
+
 
 class Display:
-    """Says which stage runs and how far it is; says nothing when quiet."""
+    """Says which stage runs and how far it is; says nothing when quiet, and draws bars on a terminal only."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -35,11 +40,11 @@ class Display:
         self.done()
         self._tokens = 0
         if not self.quiet:
-            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=True)
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=True, disable=None)
 
     def advance(self, finished: int, tokens: int = 0) -> None:
         """`finished` more of the total, and `tokens` more generated."""
-        if self._bar is None:
+        if self._bar is None or self._bar.disable:
             return
         self._tokens += tokens
         seconds = self._bar.format_dict["elapsed"]

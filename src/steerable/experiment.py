@@ -53,15 +53,21 @@ def generate_cells(run: Run, cells: Sequence[Cell], split: str, files: Mapping[s
 
 
 def annotated(config: Config, chain: Record) -> list[Record]:
-    """A chain's spans, with the annotator's promises checked."""
-    spans = config.annotate(chain)
-    for span in spans:
-        if span["label"] not in LABELS or not 0 <= span["start"] < span["end"] <= len(chain["thinking"]):
-            raise SteerableError(
-                f"the annotator {config.annotator!r} gave an unsound span {span} for task {chain['task_id']!r}: "
-                f"expected one of the labels {', '.join(LABELS)} and offsets inside the thinking text"
-            )
-    return spans
+    """A chain's spans, with the annotator's promises checked. Raises SteerableError for a broken one."""
+    try:
+        spans = list(config.annotate(chain))
+        sound = [s["label"] in LABELS and 0 <= s["start"] < s["end"] <= len(chain["thinking"]) for s in spans]
+    except Exception as error:  # somebody else's function
+        raise SteerableError(
+            f"the annotator {config.annotator!r} failed on task {chain['task_id']!r} "
+            f"({type(error).__name__}: {error}): expected spans with label, start and end"
+        ) from error
+    if not all(sound):
+        raise SteerableError(
+            f"the annotator {config.annotator!r} gave an unsound span {spans[sound.index(False)]} for task "
+            f"{chain['task_id']!r}: expected one of the labels {', '.join(LABELS)} and offsets inside the thinking text"
+        )
+    return [{"task_id": chain["task_id"], "sample": chain["sample"], **span} for span in spans]
 
 
 def measure(run: Run, path: Path, split: str) -> dict[str, Any]:

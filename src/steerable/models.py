@@ -5,6 +5,8 @@ Every other module asks here for blocks, norms and projections, so a new family 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -80,25 +82,49 @@ def load(
     name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
     dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
     device: default the first CUDA device if there is one, else the CPU.
-    Raises UsageError when there is no such model.
+    Raises UsageError when there is no such model or device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(name_or_path)
     source = str(pocket_path()) if name == "pocket" else name
+    kind = _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not Path(source).exists():
         options["local_files_only"] = not _on_hub(source, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        with _no_progress_bar():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+    except Exception as error:  # foreign files: the libraries that read them raise what they like
         known = "is not a loadable model folder"
         what = known if Path(source).exists() else "is neither a folder nor a known model"
-        raise UsageError(f"{name!r} {what} ({reason}); give 'pocket', a folder or a hub name") from error
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
-    return Loaded(model, tokenizer)
+        raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'") from error
+    return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of somebody else's error message."""
+    return " ".join(str(error).split()).split(". ")[0][:200]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bar for reading weights: it takes a moment, and every worker would draw one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _on_hub(name: str, revision: str | None) -> bool:

@@ -10,6 +10,7 @@ Vectors" (arXiv 2506.18167), with the choices that `config.py` names.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, writ
 from steerable.config import Config, from_dict
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
+from steerable.files import write_atomic
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
 
@@ -37,6 +39,7 @@ class Run:
     @cached_property
     def loaded(self) -> Any:
         from steerable import models
+        from steerable.chains.generation import prompt_text
 
         loaded = models.load(
             self.config.model,
@@ -44,7 +47,12 @@ class Run:
             device=self.config.device,
             revision=self.config.revision,
         )
-        models.think_tags(loaded.tokenizer)  # a model without a think block is refused before anything is done
+        # A model that cannot be used is refused before anything is done.
+        models.think_tags(loaded.tokenizer)
+        prompt_text(loaded.tokenizer, "?")
+        layers = models.n_layers(loaded.model)
+        if (layer := self.config.chosen_layer) is not None and layer >= layers:
+            raise UsageError(f"--layers is {layer}, but {self.config.model} has layers 0 to {layers - 1}")
         return loaded
 
     @cached_property
@@ -58,6 +66,15 @@ class Run:
         root = pocket_path() if self.config.model == "pocket" else Path(self.config.model)
         found = sorted([*root.glob("*.safetensors"), *root.glob("*.json"), *root.glob("*.jinja")])
         return hashlib.sha256("".join(f"{f.name} {sha256(f)}" for f in found).encode()).hexdigest()
+
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """What the stage's result depends on beside its inputs, with the content of what the settings only name."""
+        found = self.config.subset(stage.settings) | {"weights": self.weights}
+        if "tasks" in found and Path(self.config.tasks).is_file():
+            found["tasks_sha256"] = sha256(Path(self.config.tasks))
+        if "annotator" in found and (source := inspect.getsourcefile(inspect.unwrap(self.config.annotate))):
+            found["annotator_sha256"] = sha256(Path(source))
+        return found
 
     def tasks(self, split: str) -> list[Record]:
         return [task for task in read_jsonl(self.folder / "tasks.jsonl", "task") if task["split"] == split]
@@ -163,7 +180,7 @@ def extract(run: Run, partial: Path) -> None:
     from steerable.estimators.span_means import span_means
 
     chains = run.aligned()
-    means = span_means(run.loaded.model, chains, LABELS, seed=run.config.seed)
+    means = span_means(run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed)
     data = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
     missing = [label for label in STEERABLE if not means.count(label)]
@@ -171,6 +188,8 @@ def extract(run: Run, partial: Path) -> None:
         raise SteerableError(
             f"no span is labelled {missing[0]!r} in {len(chains)} chains: give more tasks with --limit"
         )
+    for kind in ("candidates", "shuffled"):  # a run with other settings may have left more labels there
+        shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
     for label in LABELS:
         if not means.count(label):
             continue
@@ -178,11 +197,12 @@ def extract(run: Run, partial: Path) -> None:
         for window in WINDOWS:
             for baseline in BASELINES:
                 made[window, baseline] = direction = means.direction(label, window, baseline)
-                for field, value in data.items():
-                    setattr(direction, field, value)
+                for name, value in data.items():
+                    setattr(direction, name, value)
                 direction.save(run.folder / plan.candidate_path(window, baseline, label))
-                control = means.shuffled(label, window, baseline)
-                control.save(run.folder / plan.candidate_path(window, baseline, label, "shuffled"))
+                for k in range(run.config.controls if label in STEERABLE else 0):
+                    control = means.shuffled(label, window, baseline, k + 1)
+                    control.save(run.folder / plan.shuffled_path(window, baseline, label, k))
         cosines["overall_vs_pooled"][label] = {
             window: _mean_cosine(made[window, "overall"], made[window, "pooled"]) for window in WINDOWS
         }
@@ -234,10 +254,13 @@ def select(run: Run, partial: Path) -> None:
     from steerable.directions import Direction
 
     c = run.config
-    effects = read_json(run.folder / "attribution.json")
+    measured_windows = read_json(run.folder / "attribution.json")
+    effects = {window: effect for window, effect in measured_windows.items() if window in _windows(c)}
+    if not effects:
+        raise UsageError(
+            f"{run.folder / 'attribution.json'} lacks the window {c.window!r}: run `steerable attribute` with it"
+        )
     layers = len(next(iter(effects.values()))[STEERABLE[0]]["exact"]["mean"])
-    if c.chosen_layer is not None and c.chosen_layer >= layers:
-        raise UsageError(f"--layers is {c.chosen_layer}, but {c.model} has layers 0 to {layers - 1}")
     candidates: dict[str, list[dict[str, Any]]] = {}
     for b in STEERABLE:
         for window, effect in effects.items():
@@ -246,20 +269,23 @@ def select(run: Run, partial: Path) -> None:
             candidates.setdefault(b, []).extend(
                 {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]} for layer in tried
             )
-    cells = plan.validation_cells(candidates)
+        if not candidates[b]:
+            raise SteerableError(f"no effect of {b!r} was measured: give more chains with --patched, or a layer")
+    cells = plan.validation_cells(c, candidates)
     files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
     experiment.generate_cells(run, cells, "validation", files, partial)
     measured = {name: experiment.measure(run, path, "validation") for name, path in files.items()}
     base = measured["unsteered"]
     chosen = {}
+    shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
     for b, found in candidates.items():
         for candidate in found:
             name = f"{b}.{candidate['window']}.layer{candidate['layer']}"
             down, up = measured[f"{name}.-1"], measured[f"{name}.+1"]
             candidate |= {
-                "fraction_unsteered": base["fractions"][b][0],
-                "fraction_up": up["fractions"][b][0],
-                "fraction_down": down["fractions"][b][0],
+                "fraction_unsteered": _first(base["fractions"][b]),
+                "fraction_up": _first(up["fractions"][b]),
+                "fraction_down": _first(down["fractions"][b]),
                 "accuracy_up": _first(up["accuracy"]),
                 "accuracy_down": _first(down["accuracy"]),
                 "loops": max(up["loops"][0], down["loops"][0]),
@@ -276,7 +302,7 @@ def select(run: Run, partial: Path) -> None:
         direction = Direction.load(run.folder / plan.candidate_path(best["window"], best["baseline"], b))
         selected = direction.only([best["layer"]])
         selected.save(run.folder / plan.selected_path(b))
-        for k in range(c.randoms):
+        for k in range(c.controls):
             seed = (c.seed * 1000 + best["layer"]) * 1000 + k
             selected.random_like(seed).save(run.folder / plan.random_path(best["layer"], k))
     write_json(run.folder / "selection.json", chosen)
@@ -317,10 +343,11 @@ def evaluate(run: Run, partial: Path) -> None:
 def report(run: Run, partial: Path) -> None:
     """report.json and report.html."""
     from steerable.report.assemble import assemble
-    from steerable.report.page import write_report
+    from steerable.report.page import render
 
-    write_json(run.folder / "report.json", assemble(run))
-    write_report(run.folder.root)
+    content = assemble(run)
+    write_json(run.folder / "report.json", content)
+    write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages
 
 
 STAGES = (
@@ -331,7 +358,7 @@ STAGES = (
         "extract",
         extract,
         ("tasks.jsonl", "chains.jsonl", "spans.jsonl"),
-        f"{_MODEL} seed baseline",
+        f"{_MODEL} seed baseline controls",
         ("vectors/candidates", "vectors/shuffled", "cosines.json", "norms.json"),
     ),
     Stage(
@@ -345,29 +372,29 @@ STAGES = (
         "select",
         select,
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
-        f"{_MODEL} {_DECODING} window baseline layers tried randoms annotator",
+        f"{_MODEL} {_DECODING} window baseline layers tried controls annotator",
         ("selection.json", "vectors/random", *(plan.selected_path(b) for b in STEERABLE)),
     ),
     Stage(
         "steer",
         steer,
         ("tasks.jsonl", "selection.json", "vectors/candidates", "vectors/shuffled", "vectors/random"),
-        f"{_MODEL} {_DECODING} samples side_samples sweep randoms",
+        f"{_MODEL} {_DECODING} samples side_samples sweep controls",
         ("steered",),
     ),
     Stage(
         "evaluate",
         evaluate,
         ("tasks.jsonl", "selection.json", "steered"),
-        f"{_MODEL} seed greedy samples side_samples sweep randoms annotator compared",
+        f"{_MODEL} seed greedy samples side_samples sweep controls annotator compared",
         ("cells.json",),
     ),
     Stage(
         "report",
         report,
-        ("config.json", "tasks.jsonl", "coverage.json", "cosines.json", "norms.json", "attribution.json",
-         "selection.json", "cells.json", "steered"),
-        "model",
+        ("config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "coverage.json", "cosines.json", "norms.json",
+         "attribution.json", "selection.json", "vectors", "cells.json", "steered"),
+        "model annotator",
         ("report.json", "report.html"),
     ),
 )  # fmt: skip
@@ -392,21 +419,31 @@ def run(
     """
     if stage is not None and stage not in {s.name for s in STAGES}:
         raise UsageError(f"unknown stage {stage!r}: expected one of {', '.join(s.name for s in STAGES)}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}: expected 1 or more")
     folder = RunFolder(out)
-    kept = {} if fresh or not (folder / "config.json").exists() else read_json(folder / "config.json")
+    steps = [step for step in STAGES if stage in (None, step.name)]
+    kept = read_json(folder / "config.json") if not fresh and (folder / "config.json").exists() else {}
+    if not isinstance(kept, dict):
+        raise UsageError(f"{folder / 'config.json'} holds no settings: delete it and run the same command again")
     config = from_dict({**kept, **settings})
-    current = Run(folder, config.quick() if quick else config, workers, display or Display(quiet=True))
-    _ = current.loaded  # an unknown model is refused before anything is written
+    config = config.quick() if quick else config
+    current = Run(folder, config, workers, display or Display(quiet=True))
+    # Wrong settings, an unusable model and missing inputs are refused before anything is written.
+    folder.key(steps[0].name, steps[0].inputs, current.settings(steps[0]))
     with folder.locked():
-        write_json(folder / "config.json", current.config.to_dict())
-        for step in STAGES:
-            if stage in (None, step.name):
-                done = folder.run_stage(
-                    step.name,
-                    step.inputs,
-                    current.config.subset(step.settings) | {"weights": current.weights},
-                    step.outputs,
-                    lambda partial, step=step: step.work(current, partial),  # type: ignore[misc]
-                )
-                current.display.say(f"{step.name}: {'done' if done else 'was done already'}")
+        # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
+        if not (is_new := not (folder / "config.json").exists()):
+            write_json(folder / "config.json", config.to_dict())
+        for step in steps:
+            done = folder.run_stage(
+                step.name,
+                step.inputs,
+                current.settings(step),
+                step.outputs,
+                lambda partial, step=step: step.work(current, partial),  # type: ignore[misc]
+            )
+            if is_new and step is steps[0]:
+                write_json(folder / "config.json", config.to_dict())
+            current.display.say(f"{step.name}: {'done' if done else 'was done already'}")
     return folder.root

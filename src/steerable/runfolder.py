@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class RunFolder:
                 raise SteerableError(
                     f"another process is working in {self.root}: wait for it or use another --out"
                 ) from None
+            for stray in self.root.rglob(".*.tmp"):  # a killed process was writing it
+                stray.unlink()
             yield
 
     def key(self, stage: str, inputs: Sequence[str], settings: Mapping[str, Any]) -> str:
@@ -87,31 +89,32 @@ class RunFolder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def finished(self, stage: str, key: str) -> bool:
-        stamp = self / f"stages/{stage}.json"
-        if not stamp.is_file():
-            return False
+        """Whether the stage was done with this key and its outputs are still what it wrote."""
         try:
-            content = json.loads(stamp.read_text())
-        except ValueError:
-            return False
-        outputs = content.get("outputs", {})
-        return content.get("key") == key and all(
-            (self / name).exists() and sha256(self / name) == digest for name, digest in outputs.items()
-        )
+            content = json.loads((self / f"stages/{stage}.json").read_text())
+            return content["key"] == key and all(
+                (self / name).exists() and sha256(self / name) == digest for name, digest in content["outputs"].items()
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False  # no stamp, or none of ours
 
     def finish(self, stage: str, key: str, outputs: Sequence[str]) -> None:
         content = {"key": key, "outputs": {name: sha256(self / name) for name in outputs}}
         write_json(self / f"stages/{stage}.json", content)
-        shutil.rmtree(self / ".partial", ignore_errors=True)
+        self._sweep(stage)
 
     def partial(self, stage: str, key: str) -> Path:
-        """Where the stage keeps finished pieces; pieces of other keys are of no use any more and go."""
+        """Where the stage keeps finished pieces (made by the first of them); those of its other keys go."""
         folder = self / f".partial/{stage}-{key[:16]}"
-        for other in (self / ".partial").glob("*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._sweep(stage, keep=folder)
         return folder
+
+    def _sweep(self, stage: str, keep: Path | None = None) -> None:
+        for folder in (self / ".partial").glob(f"{stage}-*"):
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other stages may have pieces there
+            (self / ".partial").rmdir()
 
     def run_stage(
         self,
@@ -127,6 +130,7 @@ class RunFolder:
         """
         key = self.key(stage, inputs, settings)
         if self.finished(stage, key):
+            self._sweep(stage)  # where it was killed between its stamp and this
             return False
         began = time.perf_counter()
         work(self.partial(stage, key))
@@ -137,9 +141,8 @@ class RunFolder:
     def _note_time(self, stage: str, seconds: float) -> None:
         path = self / "timings.json"
         try:
-            timings = json.loads(path.read_text())
-        except (OSError, ValueError):
-            timings = {"stages": {}}
-        timings.setdefault("stages", {})[stage] = round(seconds, 2)
-        timings["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(path, timings)
+            stages = dict(json.loads(path.read_text())["stages"])
+        except (OSError, ValueError, KeyError, TypeError):
+            stages = {}
+        stages[stage] = round(seconds, 2)
+        write_json(path, {"stages": stages, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

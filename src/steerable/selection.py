@@ -35,7 +35,8 @@ def candidate_layers(effect: Sequence[float | None], count: int) -> list[int]:
 def choose(candidates: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> Mapping[str, Any]:
     """The best of the measured candidates.
 
-    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`.
+    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`;
+    any of them may be None, not measured. Of equal candidates the first wins.
     """
     gentle = [c for c in candidates if is_gentle(c, unsteered_accuracy)]
     return max(gentle or candidates, key=separation)
@@ -49,5 +50,10 @@ def is_gentle(candidate: Mapping[str, Any], unsteered_accuracy: float | None) ->
 
 
 def separation(candidate: Mapping[str, Any]) -> float:
-    """log(up / down), each with half a percent added, so that a fraction of zero is not worth infinitely much."""
+    """log(up / down), each with half a percent added, so that a fraction of zero is not worth infinitely much.
+
+    Minus infinity where a sign left no chain that could be measured.
+    """
+    if candidate["fraction_up"] is None or candidate["fraction_down"] is None:
+        return -math.inf
     return math.log((candidate["fraction_up"] + 0.005) / (candidate["fraction_down"] + 0.005))
