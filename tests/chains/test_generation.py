@@ -64,7 +64,7 @@ def test_records(loaded):
 
 
 def test_workers_change_nothing(loaded, direction):
-    jobs = [Job(TASKS, 2), Job(TASKS, 1, Steering(direction, 0.5, (1,), "thinking"), 0.5, "random")]
+    jobs = [Job(TASKS, (0, 1)), Job(TASKS, (0,), Steering(direction, 0.5, (1,), "thinking"), 0.5, "random")]
     one = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=1)
     seen = []
     two = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=2, progress=lambda *x: seen.append(x))
@@ -73,6 +73,16 @@ def test_workers_change_nothing(loaded, direction):
     assert sum(done for done, _ in seen) == 27
     assert two[1][0]["control"] == "random" and two[1][0]["strength"] == 0.5
     assert [c["thinking"] for c in one[1]] != [c["thinking"] for c in one[0][::2]]
+
+
+def test_a_sweep_in_one_batch_equals_its_settings_alone(loaded, direction):
+    strengths = (-1.0, 0.0, 0.5, 1.0)
+    sweep = generate_jobs(
+        loaded, [Job(TASKS, (0,), Steering(direction, s), s) for s in strengths], max_new_tokens=30, workers=1
+    )
+    for strength, chains in zip(strengths, sweep, strict=True):
+        alone = generate_chains(loaded, TASKS, max_new_tokens=30, steering=Steering(direction, strength))
+        assert chains == alone
 
 
 def test_strength_zero_is_the_unsteered_chain(loaded, direction):
@@ -84,7 +94,7 @@ def test_workers_need_a_name(loaded):
     unnamed = Loaded(type(loaded.model)(loaded.model.config), loaded.tokenizer)
     unnamed.model.config._name_or_path = ""
     with pytest.raises(UsageError, match="workers=1"):
-        generate_jobs(unnamed, [Job(TASKS), Job(TASKS)], workers=2)
+        generate_jobs(unnamed, [Job(TASKS), Job(TASKS)], block=5, workers=2)
 
 
 def test_seeds_are_stable():
