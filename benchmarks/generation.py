@@ -155,7 +155,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     name, model, prompts = material(arguments.tasks)
     engines = compare_engines(model, prompts, arguments.limit)
-    steering = compare_steering(model, prompts, arguments.limit, arguments.repeats)
+    steering = compare_steering(model, prompts[:100], arguments.limit, arguments.repeats)
 
     table = Table("measure", "figure", "goal", title=f"{name}, {len(prompts)} prompts, {arguments.threads} thread(s)")
     for engine, speed in engines["tokens_per_second"].items():
