@@ -69,7 +69,8 @@ def generate(
 
     rows: sequences that are computed together. greedy: None follows the model's `generation_config` (so does
     `decoding`, unless given). Stops at the `eos_token_id`s of `generation_config`. Greedy tokens equal those
-    of `model.generate`; sampled ones depend on the request's seed alone, not on the batch.
+    of `model.generate`; sampled ones depend on the request's seed and not on the other rows, up to the rounding
+    of differently shaped matrix products, which now and then tips a draw that lies on a boundary.
     steering: the handle of `steer(model, ...)`, inside whose context this is called.
     Raises UsageError for settings this engine lacks, SteerableError when the model's logits are not finite.
     """
