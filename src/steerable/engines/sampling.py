@@ -1,4 +1,4 @@
-"""Drawing tokens so that a row's text depends on its own seed alone, never on the rows beside it.
+"""Drawing tokens so that a row's text depends on its own seed, not on the rows beside it (rounding aside).
 
 The random number of a row's n-th token is a hash of (seed, n), not the state of a generator; the token is
 found by inverting the cumulative distribution at that number. So the make-up of the batch, the number of
