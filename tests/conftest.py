@@ -1,7 +1,12 @@
-"""Small models and a tokenizer, built once. None needs a network."""
+"""Small models and a tokenizer, built once, and a finished run of the bundled model. None needs a network."""
 
+import fcntl
 import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -93,3 +98,54 @@ def tokenizer() -> PreTrainedTokenizerFast:
         chat_template="{% for m in messages %}<user> {{ m.content }} {% endfor %}"
         "{% if add_generation_prompt %}<assistant> <think>{% endif %}",
     )
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def steerable(monkeypatch, capfd):
+    """The command line in this process: `steerable("run", "--out", ...) -> Said`."""
+    from steerable import cli
+
+    def call(*arguments) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["steerable", *map(str, arguments)])
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+        return Said(code, *capfd.readouterr())
+
+    return call
+
+
+#: The whole main job on the bundled model, as small as it can be.
+TINY = (  # noqa: SIM905
+    "--model pocket --limit 24 --validation 2 --evaluation 2 --samples 2 --side-samples 1 --tried 1 --sweep= "
+    "--controls 1 --window onset --max-new-tokens 60 --attributed 4 --patched 2 --compared 2 --block 8"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Options of a run that takes seconds."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of an undisturbed run with the options `tiny`, on one worker. Copy it before changing it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # then all test processes share it
+    with open(root / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "finished/report.html").exists():
+            command = [sys.executable, "-m", "steerable", "run", "--workers", "1", "--out", root / "finished", *TINY]
+            subprocess.run(command, check=True)
+    return root / "finished"

@@ -240,7 +240,7 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output went away: nothing is left to say
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+        _fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -122,15 +123,29 @@ def _start(work: Callable[..., Any], setup: Callable[[], Any], threads: int) -> 
     task = pickle.dumps((work, setup, threads))
     process = spawn.Process(target=_serve, args=(theirs, task), daemon=True)
     resource_tracker.ensure_running()  # here, because starting it unblocks the signal
-    # A Ctrl-C is the caller's to handle. The worker inherits the blocked signal, so that not even one that comes
-    # while it imports its modules makes it print a traceback.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with _without_interrupts():  # a Ctrl-C is the caller's to handle
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _Worker(process, mine)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of the context, and processes that are started in it never see one: they inherit the
+    blocked signal, so that not even one that comes while they import their modules makes them print a traceback."""
+    held: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Any thread may take the signal that this one blocks, and Python would interrupt the main thread all the same.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _distribute(

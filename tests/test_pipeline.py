@@ -1,0 +1,318 @@
+"""The main job end to end: killed, stopped, repeated, short of disk, it ends with the same bytes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from steerable import pipeline
+from steerable.config import Config
+from steerable.errors import SteerableError, UsageError
+from steerable.runfolder import RunFolder, read_json
+
+# The command line, in a process that says "here" and waits before a certain file of a stage gets its name.
+PAUSING = """
+import os, sys, time
+from steerable import cli, runfolder
+
+partial, replace = runfolder.RunFolder.partial, os.replace
+current = None
+
+def noting_partial(self, name, key):
+    global current
+    current = name
+    return partial(self, name, key)
+
+def pausing_replace(source, target):
+    if current == stage and str(target).endswith(file):
+        print("here", flush=True)
+        time.sleep(600)
+    replace(source, target)
+
+if __name__ == "__main__":  # a worker imports this file too
+    stage, file = sys.argv.pop(1), sys.argv.pop(1)
+    runfolder.RunFolder.partial, os.replace = noting_partial, pausing_replace
+    cli.main()
+"""
+
+#: Stage, which of its files is written but not yet in place when it is killed, and workers.
+DEATHS = [
+    ("tasks", "/tasks.jsonl", 1),
+    ("generate", "/blocks/1.jsonl", 2),
+    ("annotate", "/coverage.json", 1),  # spans are there
+    ("extract", "/span.overall/backtracking.safetensors", 1),  # many vectors are there
+    ("attribute", "/attribution.json", 1),
+    ("select", "/blocks/1.jsonl", 2),
+    ("select", "/selection.json", 1),  # the vectors are there
+    ("steer", "/blocks/1.jsonl", 2),
+    ("evaluate", "/cells.json", 1),
+    ("report", "/report.html", 1),  # report.json is there
+    ("report", "/timings.json", 1),  # all the rest is there
+]
+
+
+def files(folder):
+    """Everything in a run folder but what tells of times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timings.json"
+    }
+
+
+def assert_same(folder, other):
+    ours, theirs = files(folder), files(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def start(command, **options):
+    """Start a process as the head of a group of its own, as a terminal does."""
+    return subprocess.Popen(list(map(str, command)), start_new_session=True, text=True, **options)
+
+
+def members(group):
+    """The living processes of a process group."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(pid) for pid, pgid, state, *_ in rows if int(pgid) == group and not state.startswith("Z")]
+
+
+def wait_until(condition, process, seconds=120):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, f"ended early with {process.returncode}: {process.communicate()}"
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def assert_gone(group):
+    for _ in range(500):
+        if not members(group):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"left behind: {members(group)}")
+
+
+def test_killed_in_every_stage(finished, tiny, tmp_path):
+    out, script = tmp_path / "run", tmp_path / "pausing.py"
+    script.write_text(PAUSING)
+    assert {stage for stage, *_ in DEATHS} == {stage.name for stage in pipeline.STAGES}
+    for stage, file, workers in DEATHS:
+        command = [sys.executable, script, stage, file, "run", "--json", "--workers", workers, "--out", out, *tiny]
+        process = start(command, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == "here\n", f"never came to {file} of {stage}"
+        if workers > 1:
+            assert len(members(process.pid)) > workers
+        # Workers whose parent was killed end by themselves; a killed machine takes all down at once.
+        (os.kill if stage == "steer" else os.killpg)(process.pid, signal.SIGKILL)
+        process.wait()
+        assert_gone(process.pid)
+        stamp = out / f"stages/{stage}.json"
+        assert stamp.exists() == (file == "/timings.json")
+    subprocess.run([sys.executable, "-m", "steerable", "run", "--workers", "1", "--out", out, *tiny], check=True)
+    assert_same(out, finished)
+
+
+def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "steerable", "run", "--workers", "2", "--out", out, *tiny]
+    moments = (
+        lambda group: len(members(group)) >= 3,  # the first worker is only starting
+        lambda group: any(out.glob(".partial/generate-*/blocks/0.jsonl")),
+    )
+    for moment in moments:
+        process = start(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        wait_until(lambda group=process.pid, moment=moment: moment(group), process)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complaint = process.communicate(timeout=60)
+        *progress, last = complaint.splitlines()
+        assert last == "steerable: stopped; what was finished is kept, and the same command goes on from there"
+        assert all(line.endswith(("done", "was done already")) for line in progress), complaint
+        assert (process.returncode, said) == (1, "")
+        assert_gone(process.pid)
+    assert any(out.glob(".partial/generate-*/blocks/0.jsonl")) and not any(out.rglob("*.tmp"))
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 0
+    assert_same(out, finished)  # also: two workers make the same bytes as one
+    said = last.stderr.splitlines()
+    assert len(said) == len(pipeline.STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
+
+
+def settings(tiny):
+    """The options as keyword arguments of `pipeline.run`."""
+    words = [word for option in tiny for word in option.split("=", 1)]
+    pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
+
+
+def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
+    out = pipeline.run(tmp_path / "again", workers=1, **settings(tiny))
+    assert (out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
+    assert (out / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+
+
+def test_the_run_folder_is_what_the_design_says(finished):
+    names = {"config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "attribution.json", "selection.json",
+             "report.json", "report.html", "timings.json", "vectors", "steered", "stages"}  # fmt: skip
+    assert names <= {path.name for path in finished.iterdir()}
+    assert not (finished / ".partial").exists()
+    assert [path.name for path in finished.rglob(".*")] == [".lock"]
+    assert set(read_json(finished / "timings.json")["stages"]) == {stage.name for stage in pipeline.STAGES}
+    report = read_json(finished / "report.json")
+    assert Config(**report["config"]) == Config(**read_json(finished / "config.json"))
+    for cell in report["cells"]:
+        assert sum(share[0] for share in cell["fractions"].values() if share) == pytest.approx(1)
+        assert (finished / f"steered/{cell['name']}.jsonl").is_file()
+    assert {cell["control"] for cell in report["cells"]} == {None, "random", "shuffled"}
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def seconds(folder):
+    return (folder / "timings.json").read_bytes()
+
+
+def test_what_is_finished_is_not_done_again(copy, finished, tiny):
+    before = seconds(copy)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert seconds(copy) == before
+    assert_same(copy, finished)
+
+
+def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
+    (copy / "spans.jsonl").unlink()
+    pipeline.run(copy, stage="annotate", fresh=False)
+    assert_same(copy, finished)
+
+
+def test_another_choice_leaves_nothing_of_the_former(copy):
+    former = {path.name for path in (copy / "vectors/random").iterdir()}
+    chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)
+    pipeline.run(copy, stage="select", fresh=False, workers=1, layers=str(chosen))
+    assert [path.name for path in (copy / "vectors/random").iterdir()] == [f"layer{chosen}.0.safetensors"]
+    assert {entry["layer"] for entry in read_json(copy / "selection.json").values()} == {chosen}
+
+
+def test_a_window_that_was_not_attributed(copy):
+    with pytest.raises(UsageError, match="lacks the window 'span': run `steerable attribute` with it"):
+        pipeline.run(copy, stage="select", fresh=False, window="span")
+
+
+def test_an_edited_task_file_is_read_again(tmp_path):
+    tasks = tmp_path / "tasks.jsonl"
+    options = {"tasks": str(tasks), "limit": 1, "validation": 1, "evaluation": 1}
+    for answer in ("4", "5", "5"):
+        tasks.write_text("".join(f'{{"id":"t{i}","prompt":"2 + {i}?","answer":"{answer}"}}\n' for i in range(3)))
+        pipeline.run(tmp_path / "run", stage="tasks", fresh=False, **options)
+        assert f'"answer":"{answer}"' in (tmp_path / "run/tasks.jsonl").read_text()
+
+
+def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):
+    module = tmp_path / "edited_annotator.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for label in ("deduction", "backtracking"):
+        module.write_text(f"def spans(chain): return [{{'label': '{label}', 'start': 0, 'end': 3}}]\n")
+        sys.modules.pop("edited_annotator", None)
+        pipeline.run(copy, stage="annotate", fresh=False, annotator="edited_annotator:spans")
+        span = json.loads((copy / "spans.jsonl").read_text().splitlines()[0])
+        assert span["label"] == label and {"task_id", "sample"} <= span.keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("[]", "found no span in 24 chains"),
+        ("[{'label': 'joy', 'start': 0, 'end': 1}]", "gave an unsound span"),
+        ("[{'label': 'deduction', 'start': 0, 'end': 10**6}]", "gave an unsound span"),
+        ("[{'start': 0}]", r"failed on task .* \(KeyError: 'label'\)"),
+        ("1 / 0", r"failed on task .* \(ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_annotator(copy, tmp_path, monkeypatch, body, text):
+    (tmp_path / "wrong_annotator.py").write_text(f"def spans(chain): return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("wrong_annotator", None)
+    before = (copy / "spans.jsonl").read_bytes()
+    with pytest.raises(SteerableError, match=text):
+        pipeline.run(copy, stage="annotate", fresh=False, annotator="wrong_annotator:spans")
+    assert (copy / "spans.jsonl").read_bytes() == before
+
+
+def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
+    for name in ("spans.jsonl", "cells.json", "selection.json"):
+        (copy / name).unlink()
+    written = 0
+    sync = os.fsync
+
+    def full_after(limit):
+        def fsync(handle):
+            nonlocal written
+            written += 1
+            if written > limit:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(handle)
+
+        return fsync
+
+    for limit in (0, 2, 10, 20):
+        written = 0
+        monkeypatch.setattr(os, "fsync", full_after(limit))
+        said = steerable("run", "--workers", 1, "--json", "--out", copy, *tiny)
+        assert (said.code, said.out) == (1, "")
+        assert said.err.startswith("steerable: the disk is full: ") and said.err.count("\n") == 1
+        assert not list(copy.rglob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", sync)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert_same(copy, finished)
+
+
+def test_a_file_that_may_not_grow(tiny, tmp_path):
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "steerable", "tasks", "--out", out, *tiny]
+    said = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr == f"steerable: cannot write {out / 'tasks.jsonl'}: File too large\n"
+    assert [path.name for path in out.rglob("*")] == [".lock"]
+
+
+def test_two_processes_in_one_folder(copy, tiny, steerable):
+    with RunFolder(copy).locked():
+        said = steerable("run", "--out", copy, *tiny)
+    assert (said.code, said.out) == (1, "")
+    assert said.err == f"steerable: another process is working in {copy}: wait for it or use another --out\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("spans.jsonl", "line 3 is not valid JSON"), ("attribution.json", "is not valid JSON"), ("selection.json", "not")],
+)
+def test_a_damaged_input_is_named(copy, steerable, name, text):
+    lines = (copy / name).read_text().splitlines()
+    (copy / name).write_text("\n".join([*lines[:2], "{broken"]))
+    stage = {"spans.jsonl": "extract", "attribution.json": "select", "selection.json": "steer"}[name]
+    said = steerable(stage, "--out", copy)
+    assert said.code == 2 and text in said.err and name in said.err and said.err.count("\n") == 1
+
+
+def test_wrong_arguments_of_the_function(tmp_path):
+    for wrong in ({"stage": "dance"}, {"workers": 0}, {"speed": 3}):
+        with pytest.raises(UsageError):
+            pipeline.run(tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
