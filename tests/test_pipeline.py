@@ -16,29 +16,44 @@ from steerable.config import Config
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import RunFolder, read_json
 
-# The command line, in a process that says "here" and waits before a certain file of a stage gets its name.
+# For every line of JSON [stage, file, *arguments], runs the command line in a process of its own, which says its id and
+# waits before that file of that stage gets its name. The processes are forked from one that has done the imports.
 PAUSING = """
-import os, sys, time
+import json, os, sys, time
 from steerable import cli, runfolder
 
-partial, replace = runfolder.RunFolder.partial, os.replace
-current = None
+def pause_at(stage, file):
+    partial, replace = runfolder.RunFolder.partial, os.replace
+    current = None
 
-def noting_partial(self, name, key):
-    global current
-    current = name
-    return partial(self, name, key)
+    def noting_partial(self, name, key):
+        nonlocal current
+        current = name
+        return partial(self, name, key)
 
-def pausing_replace(source, target):
-    if current == stage and str(target).endswith(file):
-        print("here", flush=True)
-        time.sleep(600)
-    replace(source, target)
+    def pausing_replace(source, target):
+        if current == stage and str(target).endswith(file):
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+        replace(source, target)
+
+    runfolder.RunFolder.partial, os.replace = noting_partial, pausing_replace
 
 if __name__ == "__main__":  # a worker imports this file too
-    stage, file = sys.argv.pop(1), sys.argv.pop(1)
-    runfolder.RunFolder.partial, os.replace = noting_partial, pausing_replace
-    cli.main()
+    from steerable import attribution, pipeline, report
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+
+    for line in sys.stdin:
+        stage, file, *arguments = json.loads(line)
+        if (child := os.fork()) == 0:
+            os.setsid()
+            pause_at(stage, file)
+            sys.argv = ["steerable", *arguments]
+            cli.main()
+            print("never came to", stage, file, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
 """
 
 #: Stage, which of its files is written but not yet in place when it is killed, and workers.
@@ -70,6 +85,13 @@ def assert_same(folder, other):
     ours, theirs = files(folder), files(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def settings(tiny):
+    """The options as keyword arguments of `pipeline.run`."""
+    words = [word for option in tiny for word in option.split("=", 1)]
+    pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
 
 
 def start(command, **options):
@@ -105,19 +127,20 @@ def test_killed_in_every_stage(finished, tiny, tmp_path):
     out, script = tmp_path / "run", tmp_path / "pausing.py"
     script.write_text(PAUSING)
     assert {stage for stage, *_ in DEATHS} == {stage.name for stage in pipeline.STAGES}
+    nursery = start([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for stage, file, workers in DEATHS:
-        command = [sys.executable, script, stage, file, "run", "--json", "--workers", workers, "--out", out, *tiny]
-        process = start(command, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == "here\n", f"never came to {file} of {stage}"
-        if workers > 1:
-            assert len(members(process.pid)) > workers
-        # Workers whose parent was killed end by themselves; a killed machine takes all down at once.
-        (os.kill if stage == "steer" else os.killpg)(process.pid, signal.SIGKILL)
-        process.wait()
-        assert_gone(process.pid)
-        stamp = out / f"stages/{stage}.json"
-        assert stamp.exists() == (file == "/timings.json")
-    subprocess.run([sys.executable, "-m", "steerable", "run", "--workers", "1", "--out", out, *tiny], check=True)
+        arguments = ["run", "--workers", workers, "--out", out, *tiny]
+        nursery.stdin.write(json.dumps([stage, file, *map(str, arguments)]) + "\n")
+        nursery.stdin.flush()
+        group = int(nursery.stdout.readline())
+        assert len(members(group)) >= (workers + 1 if workers > 1 else 1)
+        # Workers whose parent was killed end by themselves; a machine that fails takes all down at once.
+        (os.kill if stage == "steer" else os.killpg)(group, signal.SIGKILL)
+        assert nursery.stdout.readline() == "dead\n"
+        assert_gone(group)
+        assert (out / f"stages/{stage}.json").exists() == (file == "/timings.json")
+    nursery.communicate(timeout=60)
+    pipeline.run(out, workers=1, **settings(tiny))
     assert_same(out, finished)
 
 
@@ -144,13 +167,6 @@ def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
     assert_same(out, finished)  # also: two workers make the same bytes as one
     said = last.stderr.splitlines()
     assert len(said) == len(pipeline.STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
-
-
-def settings(tiny):
-    """The options as keyword arguments of `pipeline.run`."""
-    words = [word for option in tiny for word in option.split("=", 1)]
-    pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
 
 
 def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
@@ -278,17 +294,16 @@ def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
     assert_same(copy, finished)
 
 
-def test_a_file_that_may_not_grow(tiny, tmp_path):
+def test_a_file_that_may_not_grow(tiny, tmp_path, steerable):
     resource = pytest.importorskip("resource")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "steerable", "tasks", "--out", out, *tiny]
-    said = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
-    assert (said.returncode, said.stdout) == (1, "")
-    assert said.stderr == f"steerable: cannot write {out / 'tasks.jsonl'}: File too large\n"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        said = steerable("tasks", "--out", out, *tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said == (1, "", f"steerable: cannot write {out / 'tasks.jsonl'}: File too large\n")
     assert [path.name for path in out.rglob("*")] == [".lock"]
 
 
