@@ -148,7 +148,7 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype or "auto"
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     return found
 

@@ -1,0 +1,275 @@
+"""The command line: every mistake is one sentence with the right exit code, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from steerable.cli import app
+from steerable.directions import Direction
+from steerable.sites import Site
+
+STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
+COMMANDS = ["run", *STAGES, "chat", "pocket", "pocket train", "pocket measure"]
+
+
+def assert_refused(said, code, *texts):
+    assert (said.code, said.out) == (code, "")
+    assert said.err.startswith("steerable: ") and said.err.count("\n") == 1, said.err
+    assert "Traceback" not in said.err
+    for text in texts:
+        assert text in said.err
+
+
+# --- help ---
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    """Processor time, so that a busy machine does not count against it."""
+    code = (
+        "import sys, time\n"
+        "from steerable.cli import main\n"
+        "sys.argv = ['steerable', *sys.argv[1:], '--help']\n"
+        "main()\n"
+        "heavy = {'torch', 'transformers', 'reasoning_gym', 'rich'} & set(sys.modules)\n"
+        "print(sorted(heavy), time.process_time() < 1.5, file=sys.stderr)\n"
+    )
+    for command in ["", *COMMANDS]:
+        said = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+        assert said.returncode == 0 and said.stdout.startswith(f"Usage: steerable {command}".rstrip())
+        assert said.stderr == "[] True\n", command
+
+
+def test_no_argument_is_help(steerable):
+    assert steerable() == steerable("--help")
+
+
+def test_the_table_of_commands():
+    assert [c.name or c.callback.__name__ for c in app.registered_commands] == ["run", *STAGES, "chat"]
+
+
+def test_every_setting_is_an_option(steerable, monkeypatch):
+    from dataclasses import fields
+
+    from steerable.config import Config
+
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in ("run", "extract"):
+        shown = steerable(command, "--help").out
+        for field in fields(Config):
+            assert f"--{field.name.replace('_', '-')} " in shown
+        assert "--json" in shown and "--out" in shown
+
+
+def test_as_a_module():
+    said = subprocess.run([sys.executable, "-m", "steerable", "ls-l"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr == "steerable: No such command 'ls-l'; see `steerable --help`\n"
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("dance", "No such command 'dance'"),
+        ("run --speed 3", "No such option: --speed"),
+        ("run --limit many", "--limit"),
+        ("run --limit", "--limit"),
+        ("run extra", "extra"),
+        ("pocket", "Missing command"),
+        ("run --limit 0", "--limit is 0: expected 1 or more"),
+        ("run --workers 0", "--workers is 0"),
+        ("run --engine jax", "--engine is 'jax': expected one of transformers"),
+        ("run --window wide", "--window is 'wide': expected one of published, span, onset"),
+        ("run --baseline none", "--baseline is 'none'"),
+        ("run --annotator nobody", "--annotator is 'nobody', which cannot be imported"),
+        ("run --layers two", "--layers is 'two'"),
+        ("run --layers 6", "--layers is 6, but pocket has layers 0 to 5"),
+        ("select --layers 6", "--layers is 6, but pocket has layers 0 to 5"),
+        ("run --seed -1", "--seed is -1"),
+        ("run --sweep a", "--sweep is 'a'"),
+        ("run --dtype int", "unknown dtype 'int'"),
+        ("run --device moon", "cannot use the device 'moon'"),
+        ("run --model {tmp}/nowhere", "nowhere'; give 'pocket', a folder or a hub name"),
+        ("run --model {tmp}", "is not a loadable model folder"),
+        ("run --model nobody/nothing", "'nobody/nothing' is neither a folder nor a known model"),
+        *((stage, f"stage '{stage}' needs") for stage in STAGES[1:]),
+    ],
+)
+def test_mistakes(steerable, tmp_path, monkeypatch, arguments, text):
+    if "nobody/" in arguments:  # no network
+        monkeypatch.setattr("steerable.models._on_hub", lambda name, revision: False)
+    words = arguments.format(tmp=tmp_path).split()
+    out = tmp_path / "run"
+    assert_refused(steerable(*words, *(["--out", out] if words[0] in ("run", *STAGES) else [])), 2, text)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "there is no file"),
+        ("", "is empty: expected at least one JSON line"),
+        ("\n\n", "is empty"),
+        ('{"id":"a","prompt":"b"}\n{"id":"c","pro\n', "line 2 is not valid JSON"),
+        ('{"id":"a","prompt":"b"}\n[1]\n', "line 2 holds list: expected a JSON object"),
+        ('{"id":"a"}\n', "line 1 has no key 'prompt'"),
+        ('{"id":1,"prompt":"b"}\n', "line 1: 'id' is 1, expected text"),
+        ('{"id":"a","prompt":"b"}\n{"id":"a","prompt":"c"}\n', "two tasks with the id 'a'"),
+        ('{"id":"a","prompt":"b"}\n', "gives only 1 more distinct tasks, but 24 were asked for"),
+    ],
+)
+def test_task_files(steerable, tiny, tmp_path, content, text):
+    path, out = tmp_path / "tasks.jsonl", tmp_path / "run"
+    if content is not None:
+        path.write_text(content)
+    assert_refused(steerable("run", "--out", out, *tiny, "--tasks", path), 2, text)
+    assert [found.name for found in out.rglob("*")] == [".lock"]
+
+
+def test_a_run_that_is_refused_does_not_touch_a_finished_one(steerable, finished, tiny, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "none.jsonl").write_text("")
+    for wrong in (["--layers", "99"], ["--model", tmp_path]):
+        assert_refused(steerable("run", "--out", copy, *tiny, *wrong), 2)
+    for path in finished.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (copy / path.relative_to(finished)).read_bytes()
+
+
+def test_out_is_a_file_or_cannot_be_written(steerable, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(steerable("run", "--out", tmp_path / "file"), 2, "is a file: --out must name a folder")
+    assert_refused(steerable("tasks", "--limit", 1, "--out", tmp_path / "file/run"), 1, "cannot use")
+
+
+def test_a_broken_config(steerable, finished, tmp_path):
+    for content, text in (
+        ("{", "is not valid JSON"),
+        ("[]", "holds no settings"),
+        ('{"speed": 1}', "unknown setting 'speed'"),
+        ('{"limit": "1"}', "--limit is '1': expected a whole number"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert_refused(steerable("annotate", "--out", tmp_path), 2, text)
+
+
+def test_a_model_without_a_think_block(steerable, shared, tmp_path):
+    folder = shared / "models/stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no model at {folder}")
+    said = steerable("run", "--model", folder, "--out", tmp_path / "run")
+    assert_refused(said, 2, "has no think block: expected <think> and </think>")
+    assert_refused(steerable("chat", "Hello?", "--model", folder), 2, "has no think block")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_chat_template(steerable, tiny_llama, tokenizer, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    said = steerable("run", "--model", tmp_path / "model", "--out", tmp_path / "run")
+    assert_refused(said, 2, "has no chat template")
+
+
+def test_a_broken_model_file(steerable, tiny_llama, tokenizer, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(
+        steerable("run", "--model", tmp_path, "--out", tmp_path / "run"), 2, "is not a loadable model folder"
+    )
+
+
+# --- what is wrong with a direction ---
+
+
+def direction(folder, width=192, layer=2, **more):
+    vector = torch.ones(width) / 10
+    return Direction({Site("resid_post", layer): vector}, model_id="pocket", **more).save(folder / "d.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ("--steer {tmp}/none.safetensors", 2, "there is no direction file"),
+        ("--steer {tmp}/text.safetensors", 1, "is not a sound safetensors file"),
+        ("--steer {tmp}/narrow/d.safetensors", 2, "has width 64, but the model's width there is 192"),
+        ("--steer {tmp}/deep/d.safetensors", 2, "layer"),
+        ("--steer {tmp}/d.safetensors --layers 3", 2, "no vector at layer 3"),
+        ("--steer {tmp}/d.safetensors --layers x", 2, "--layers is 'x'"),
+        ("--steer {tmp}/d.safetensors --where nowhere", 2, "nowhere"),
+        ("--steer {tmp}/d.safetensors --strength nan", 2, "--strength is nan"),
+        ("--strength 1", 2, "need a direction file"),
+        ("--max-new-tokens 0", 2, "--max-new-tokens is 0"),
+        ("--seed -1", 2, "--seed is -1"),
+    ],
+)
+def test_chat_refuses_before_it_says_anything(steerable, tmp_path, arguments, code, text):
+    direction(tmp_path)
+    (tmp_path / "text.safetensors").write_text("no vectors here")
+    (tmp_path / "narrow").mkdir()
+    direction(tmp_path / "narrow", width=64)
+    (tmp_path / "deep").mkdir()
+    direction(tmp_path / "deep", layer=6)
+    said = steerable("chat", "What is 2 + 2?", *arguments.format(tmp=tmp_path).split())
+    assert_refused(said, code, text)
+
+
+def test_a_direction_of_another_model_is_a_warning(steerable, tmp_path):
+    Direction({Site("resid_post", 2): torch.ones(192)}, model_id="other").save(tmp_path / "d.safetensors")
+    said = steerable("chat", "2 + 2?", "--max-new-tokens", 2, "--json", "--steer", tmp_path / "d.safetensors")
+    assert said.code == 0 and json.loads(said.out)["steered"]
+    assert said.err.startswith("steerable: warning: this direction was made on 'other'") and said.err.count("\n") == 1
+
+
+# --- JSON ---
+
+
+def test_json_is_one_document(steerable, finished, tiny, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    said = steerable("run", "--json", "--workers", 1, "--out", copy, *tiny)
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(said.out) == json.loads((finished / "report.json").read_text())
+    for stage in ("annotate", "extract", "report"):
+        shutil.rmtree(copy / "stages")  # so that there is something to do
+        said = steerable(stage, "--json", "--out", copy)
+        assert (said.code, said.err, said.out.count("\n")) == (0, "", 1)
+        assert json.loads(said.out) == {"out": str(copy), "stage": stage}
+
+
+def test_without_json_the_report_is_named(steerable, finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    assert steerable("report", "--out", copy).out == f"The report is {copy / 'report.html'}\n"
+
+
+def test_progress_goes_to_standard_error(steerable, finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    said = steerable("annotate", "--out", copy)
+    assert (said.out, said.err) == ("", "annotate: was done already\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_the_output_is_full():
+    command = [sys.executable, "-m", "steerable", "chat", "2 + 2?", "--max-new-tokens", "1", "--json"]
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 1
+    assert said.stderr == "steerable: the output: No space left on device\n"
+
+
+def test_real_processes_leave_standard_error_clean(finished, tmp_path):
+    """Workers included: no progress bar of a library, no warning, no semaphore left over."""
+    for name in ("config.json", "tasks.jsonl"):
+        shutil.copy(finished / name, tmp_path / name)
+    command = [sys.executable, "-m", "steerable", "generate", "--json", "--workers", "2", "--out", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert json.loads(said.stdout) == {"out": str(tmp_path), "stage": "generate"}
+    assert (tmp_path / "chains.jsonl").read_bytes() == (finished / "chains.jsonl").read_bytes()
