@@ -417,6 +417,8 @@ def run(
 
     Returns the folder. Raises UsageError for a wrong setting or input, before anything is written.
     """
+    from steerable.engines.workers import default_threads, torch_threads
+
     if stage is not None and stage not in {s.name for s in STAGES}:
         raise UsageError(f"unknown stage {stage!r}: expected one of {', '.join(s.name for s in STAGES)}")
     if workers is not None and workers < 1:
@@ -431,7 +433,8 @@ def run(
     current = Run(folder, config, workers, display or Display(quiet=True))
     # Wrong settings, an unusable model and missing inputs are refused before anything is written.
     folder.key(steps[0].name, steps[0].inputs, current.settings(steps[0]))
-    with folder.locked():
+    # As many threads as a worker has: a run's bytes then do not depend on the number of cores or workers.
+    with folder.locked(), torch_threads(default_threads(current.loaded.model, 1)):
         # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
         if not (is_new := not (folder / "config.json").exists()):
             write_json(folder / "config.json", config.to_dict())

@@ -74,7 +74,7 @@ def map_blocks(
     finished = finished or (lambda index, result: None)
     workers = min(workers, len(blocks))
     if workers <= 1:
-        with _threads(threads):
+        with torch_threads(threads):
             ready = setup() if context is None and blocks else context
             results = []
             for index, block in enumerate(blocks):
@@ -100,7 +100,7 @@ def map_blocks(
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
