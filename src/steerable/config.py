@@ -51,7 +51,9 @@ class Config:
     max_new_tokens: int = _option(500, "Longest chain, answer included.")
     greedy: bool = _option(False, "Decode greedily, as published; default: the model's own generation_config.")
     window: str | None = _option(None, "published, span or onset; default: the one that wins on the validation tasks.")
-    baseline: str = _option("pooled", "pooled or overall (published): what the mean of a behaviour is compared with.")
+    baseline: str = _option(
+        "auto", "What a behaviour's mean is compared with: pooled, overall, or auto (overall with --window published)."
+    )
     layers: str | None = _option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
     tried: int = _option(2, "Layers of each window that go to validation.")
     sweep: str = _option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
@@ -59,10 +61,12 @@ class Config:
     attributed: int = _option(50, "Chains for attribution by gradients.")
     patched: int = _option(8, "Chains, of those, for exact patching and Fisher information.")
     compared: int = _option(16, "Chains of each cell for its KL divergence.")
-    block: int = _option(100, "Chains that are generated as one unit of work: what a killed run may lose.")
+    block: int = _option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
     rows: int = _option(100, "Sequences computed together.")
 
     def __post_init__(self) -> None:
+        if self.baseline == "auto":  # the published window comes with the published baseline
+            object.__setattr__(self, "baseline", "overall" if self.window == "published" else "pooled")
         for f in fields(self):
             if type(value := getattr(self, f.name)) not in _TYPES[str(f.type)]:
                 raise UsageError(f"{_flag(f.name)} is {value!r}: expected {_NAMES[str(f.type)]}")

@@ -1,0 +1,298 @@
+"""Fill the generated figures of README.md and docs/*.md, so that no number is typed by hand.
+
+    python docs/fill_figures.py [RUN] [benchmarks/results]
+
+RUN is a finished run folder, e.g. runs/pocket: its headline is copied to docs/figures.json, which is kept with the
+source. Without RUN the documents are filled again from that copy. A figure is what stands between
+`<!-- figures: NAME -->` and `<!-- /figures -->`; `FIGURES` below tells how each is made. What was not measured reads
+"not measured".
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.records import STEERABLE
+from steerable.config import Config
+from steerable.files import write_atomic
+from steerable.report import words
+from steerable.report.cells import Setting, doses, effect, interval, main_setting, measured, settings, unsteered
+from steerable.runfolder import read_json, sha256, write_json
+
+DOCS = Path(__file__).parent
+HEADLINE = DOCS / "figures.json"
+BENCHMARKS = DOCS.parent / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
+STEPS = (-1.0, 1.0)
+
+Sources = Mapping[str, Any]
+"""`run`: the headline of a run (see `headline`), and each benchmark's JSON under its file's stem."""
+
+
+def headline(folder: Path) -> dict[str, Any]:
+    """What the documents say of a run: report.json without curves, examples and the cells at other strengths."""
+    report = read_json(folder / "report.json")
+    timings = folder / "timings.json"
+    return {
+        "report_sha256": sha256(folder / "report.json"),
+        "stages": read_json(timings)["stages"] if timings.exists() else None,
+        **{key: report[key] for key in ("config", "versions", "model", "coverage")},
+        "selection": {b: {k: v for k, v in s.items() if k != "candidates"} for b, s in report["selection"].items()},
+        "cosines": report["cosines"],
+        "rank_correlation": {b: e.get("rank_correlation") for b, e in report["attribution"].items()},
+        "cells": [cell for cell in report["cells"] if cell["strength"] in (0, *STEPS)],
+    }
+
+
+def sources(benchmarks: Path = BENCHMARKS) -> dict[str, Any]:
+    """Everything that figures are made of, as far as it is there."""
+    found = {path.stem: read_json(path) for path in sorted(benchmarks.glob("*.json"))}
+    return {**found, "run": read_json(HEADLINE) if HEADLINE.exists() else {}}
+
+
+def fill(text: str, given: Sources) -> str:
+    """The document with all its figures made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        start, name, _, end = match.groups()
+        if name not in FIGURES:
+            raise SystemExit(f"there is no figure {name!r}: expected one of {', '.join(FIGURES)}")
+        return start + FIGURES[name](given) + end
+
+    return BLOCK.sub(made, text)
+
+
+def documents() -> list[Path]:
+    return [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+# --- what a run showed ---
+
+
+def effects(given: Sources) -> str:
+    """One row a behaviour: its share at 0, -1 and +1, and its controls; bold is what stands beyond both controls."""
+    run = given["run"]
+    head = ["behaviour", "steered at", "unsteered", "at −1", "at +1", "random −1 / +1", "shuffled −1 / +1"]
+    rows = []
+    for b, where in _settings(run):
+        metric = f"fractions.{b}"
+        base = measured(unsteered(run["cells"], b), metric)
+        row = [words.short(b), f"{words.setting(where)}, window {run['selection'][b]['window']}", _share(base)]
+        for strength in STEPS:
+            done = effect(run["cells"], b, where, strength)
+            bold = "**" if done.clear else ""
+            row.append(f"{bold}{words.times(done.ratio)}{bold} {_share(done.fraction)}")
+        for control in ("random", "shuffled"):
+            found = doses(run["cells"], b, control, where)
+            row.append(" / ".join(_share(measured(found.get(s, []), metric)) for s in STEPS))
+        rows.append(row)
+    return _table(head, rows)
+
+
+def costs(given: Sources) -> str:
+    """One row a behaviour and strength: what steering does to everything else."""
+    run = given["run"]
+    rows: list[list[str]] = []
+    kinds = {"accuracy": "percent", "loops": "percent", "unclosed": "percent", "tokens": "number", "kl": "number"}
+    head = ["vector", "strength", "accuracy", "loops", "unclosed", "tokens", "KL, nats a token"]
+    for b, where in _settings(run):
+        found = doses(run["cells"], b, None, where)
+        if not rows:
+            zero = (words.with_interval(measured(found[0.0], m), kind) for m, kind in kinds.items())
+            rows.append(["unsteered", "0", *zero])
+        for s in STEPS:
+            cells = found.get(s, [])
+            values = (words.with_interval(measured(cells, metric), kind) for metric, kind in kinds.items())
+            rows.append([words.short(b), words.signed(s), *values])
+    return _table(head, rows)
+
+
+def other_settings(given: Sources) -> str:
+    """One row a behaviour: the ratios of the main setting, of several layers, of thinking tokens only."""
+    run, rows = given["run"], []
+    for b, main in _settings(run):
+        found = sorted(settings(run["cells"], b), key=lambda s: (s != main, s.where != "all"))
+        ratios = [" / ".join(words.times(effect(run["cells"], b, s, x).ratio) for x in STEPS) for s in found[:3]]
+        rows.append([words.short(b), *ratios, *["not measured"] * (3 - len(ratios))])
+    return _table(["−1 / +1", "one layer", "several layers, 1/n each", "one layer, thinking only"], rows)
+
+
+def about(given: Sources) -> str:
+    """What was run, as one sentence."""
+    run = given["run"]
+    if not run:
+        return words.MISSING
+    config, cell = run["config"], unsteered(run["cells"], "")[0]
+    stages = run["stages"] or {}
+    took = f"; {sum(stages.values()) / 60:.1f} minutes on the machine that made it" if stages else ""
+    decoding = "greedy decoding" if config["greedy"] else "decoding by the model's own generation_config"
+    each = f"{words.number(cell['samples'])} chains" if cell["samples"] != 1 else "one chain"
+    return (
+        f"Model `{config['model']}`, vectors from {run['coverage']['chains']} chains, judged on {cell['tasks']} other "
+        f"tasks with {each} each, {decoding}, seed {config['seed']}{took}. "
+        "Shares are of the thinking tokens, with 95 % intervals of a bootstrap over tasks; a ratio is bold where the "
+        "share lies beyond the intervals of both controls."
+    )
+
+
+def ratios(strength: float, given: Sources) -> str:
+    """The range of the ratios to the unsteered share, over behaviours."""
+    run = given["run"]
+    found = [effect(run["cells"], b, where, strength).ratio for b, where in _settings(run)]
+    return _range([r for r in found if r is not None], words.times)
+
+
+def correlations(metric: str, given: Sources) -> str:
+    """The range of a cheap metric's rank correlation with exact patching."""
+    found = given["run"].get("rank_correlation") or {}
+    return _range([r[metric] for r in found.values() if r and r.get(metric) is not None], _two)
+
+
+def cosine(kind: str, name: str | None, given: Sources) -> str:
+    """The range of a cosine over the steered behaviours: of two baselines (at the chosen window) or two windows."""
+    run = given["run"]
+    found = run.get("cosines", {}).get(kind, {})
+    chosen = {b: name or run["selection"][b]["window"] for b in found if b in run["selection"]}
+    return _range([found[b][key] for b, key in chosen.items() if found[b].get(key) is not None], _two)
+
+
+def between(given: Sources) -> str:
+    """The range of the cosines between vectors of different behaviours."""
+    matrix = given["run"].get("cosines", {}).get("selected", {}).get("matrix", [])
+    return _range([x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j], _two)
+
+
+def _settings(run: Mapping[str, Any]) -> Iterable[tuple[str, Setting]]:
+    for b in STEERABLE:
+        if run and (where := main_setting(run["cells"], b, run["selection"].get(b))):
+            yield b, where
+
+
+# --- what the benchmarks and the model's measurement showed ---
+
+
+def speed(given: Sources) -> str:
+    """One row a benchmark: the measured ratio beside the aim."""
+    jobs = {name: given.get(name, {}).get("jobs", {}) for name in ("extraction", "attribution")}
+    engines = given.get("generation", {}).get("engines", {})
+    steered = given.get("generation", {}).get("steered_over_unsteered", {})
+    rows = [
+        ("generation, tokens a second", "`model.generate` in batches of 64", engines.get("ratio_wall"), "≥ 4"),
+        ("steered generation, one layer", "unsteered", steered.get("one layer"), "≤ 1.05"),
+        ("steered generation, all layers", "unsteered", steered.get("all layers"), "≤ 1.05"),
+        ("extraction, all layers and behaviours", "forward pass", _ratio(jobs["extraction"], "extraction"), "≤ 1.15"),
+        (
+            "attribution (published), all layers and behaviours",
+            "one token forward and backward, and the prefix",
+            _ratio(jobs["attribution"], "published, published_rescaled"),
+            "≤ 1.5",
+        ),
+    ]
+    shown = [[what, base, words.MISSING if x is None else f"×{x:.2f}", aim] for what, base, x, aim in rows]
+    return _table(["what", "compared with", "measured", "aim"], shown)
+
+
+def _ratio(jobs: Mapping[str, Any], name: str) -> float | None:
+    return jobs.get(name, {}).get("ratio")
+
+
+def pocket(given: Sources) -> str:
+    """The bundled model: pass@k by family, then everything else."""
+    found = given.get("pocket")
+    if not found:
+        return _table([], [])
+    passes = found["pass"]
+    ks = list(passes["mean"])
+    return _table(["pass@k", *passes], [[k, *(_share(interval(passes[f][k])) for f in passes)] for k in ks]) + _table(
+        ["over all sampled chains", ""],
+        [
+            ["closed and answered", _share(interval(found["closed_and_answered"]))],
+            ["wrong equations", _share(interval(found["wrong_equations"]))],
+            ["tokens a chain", words.with_interval(interval(found["tokens"]), "number")],
+            *([f"{label} tokens", _share(interval(value))] for label, value in found["fractions"].items()),
+        ],
+    )
+
+
+# --- what the code says of itself ---
+
+
+def options(given: Sources) -> str:
+    """One row a setting of a run."""
+    rows = []
+    for setting in fields(Config):
+        default = "" if setting.default is None else "off" if setting.default is False else f"`{setting.default}`"
+        text = setting.metadata["help"].replace("<", "&lt;").replace("|", "\\|")
+        rows.append([f"`--{setting.name.replace('_', '-')}`", default, text])
+    return _table(["option", "default", "meaning"], rows)
+
+
+# --- writing ---
+
+
+def _share(value: Any) -> str:
+    return words.with_interval(value, "percent")
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", words.MINUS)
+
+
+def _range(values: list[float], shown: Callable[[float], str]) -> str:
+    if not values:
+        return words.MISSING
+    low, high = shown(min(values)), shown(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return f"\n\n_{words.MISSING}_\n\n"
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+FIGURES: dict[str, Callable[[Sources], str]] = {
+    "about": about,
+    "effects": effects,
+    "costs": costs,
+    "settings": other_settings,
+    "up": partial(ratios, 1.0),
+    "down": partial(ratios, -1.0),
+    "rank.published": partial(correlations, "published"),
+    "rank.published_rescaled": partial(correlations, "published_rescaled"),
+    "rank.fisher": partial(correlations, "fisher"),
+    "baselines": partial(cosine, "overall_vs_pooled", None),
+    "published-onset": partial(cosine, "windows", "published~onset"),
+    "between": between,
+    "speed": speed,
+    "pocket": pocket,
+    "options": options,
+}
+
+
+def main(arguments: list[str]) -> None:
+    folders = [Path(a) for a in arguments]
+    run = next((f for f in folders if (f / "report.json").exists()), None)
+    others = [f for f in folders if f != run]
+    if len(others) > 1 or any(not f.is_dir() for f in others):
+        raise SystemExit("usage: python docs/fill_figures.py [RUN] [benchmarks/results]; RUN holds a report.json")
+    if run is not None:
+        write_json(HEADLINE, headline(run))
+    given = sources(others[0] if others else BENCHMARKS)
+    for path in documents():
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, given)
+        if new != old:
+            write_atomic(path, new)
+        print(f"{path.relative_to(DOCS.parent)}: {'filled anew' if new != old else 'unchanged'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

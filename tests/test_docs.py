@@ -1,0 +1,237 @@
+"""The documents are true: their snippets run, their links lead somewhere, their figures are those of the sources."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import typer
+
+from steerable import SteerableWarning, cli, pipeline
+from steerable.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPET = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+# What is not executed, and why; a command is found by its beginning, the longest first.
+NOT_RUN = {
+    "make run": "sets up an environment and runs the whole job",
+    "make test": "is what runs this test",
+    ". .venv/bin/activate": "there is no environment in the folder of the test",
+    "steerable run --quick": "takes a minute",
+    "steerable run --model pocket --out runs/pocket": "takes minutes",
+    "steerable run --model deepseek-ai/": "needs a model of the hub",
+    "steerable pocket train": "takes up to hours",
+    "steerable pocket measure --out": "takes minutes",
+}
+# Added to commands for the sake of time.
+SHORTER = {"steerable chat": " --max-new-tokens 40"}
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures = script("fill_figures")
+
+
+def snippets(page, *languages):
+    return [(kind, code) for kind, code in SNIPPET.findall(page.read_text()) if kind in languages]
+
+
+def commands(code):
+    """A shell snippet's commands, without comments, continued lines joined."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True, posix=False)) for line in lines if line.strip()]
+
+
+def reason_not_to_run(command):
+    return next((why for start, why in NOT_RUN.items() if f"{command} ".startswith(start)), None)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A run folder of the bundled model with all its files, from the smallest settings that fill them."""
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    smallest = {"validation": 1, "evaluation": 1, "samples": 1, "side_samples": 1, "tried": 1, "controls": 1}
+    sizes = {"attributed": 2, "patched": 1, "compared": 1, "max_new_tokens": 48}
+    return pipeline.run(folder, workers=1, limit=40, window="onset", sweep="", **smallest, **sizes)
+
+
+@pytest.fixture
+def place(small_run, tmp_path, monkeypatch):
+    """A folder as a reader's: `runs/pocket` is there, modules in it can be imported."""
+    shutil.copytree(small_run, tmp_path / "runs/pocket")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setattr("steerable.chains.generation.default_workers", lambda model: 1)
+    return tmp_path
+
+
+@pytest.fixture
+def shell(capfd, monkeypatch):
+    """Runs one command; plain `steerable ...` in this process, which has imported everything already."""
+
+    def run(command):
+        command += next((more for start, more in SHORTER.items() if command.startswith(start)), "")
+        words = shlex.split(command)
+        capfd.readouterr()
+        if words[0] != "steerable" or set("|<>;&$") & set(command):
+            return subprocess.run(["bash", "-c", command], check=False).returncode, "".join(capfd.readouterr())
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, "".join(capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p, "python", "bash", "console")], ids=lambda p: p.name)
+def test_snippets_run(page, place, shell):
+    """All of a page in its order, in one namespace. A snippet that begins with `# name.py` is also that file."""
+    namespace = {"__name__": page.stem}
+    for kind, code in snippets(page, "python", "bash", "console"):
+        if kind == "python":
+            if named := re.match(r"# (\w+\.py)\n", code):
+                (place / named[1]).write_text(code)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SteerableWarning)
+                exec(compile(code, f"{page.name}: {code[:40]!r}", "exec"), namespace)
+        elif kind == "bash":
+            for command in commands(code):
+                if not reason_not_to_run(command):
+                    status, printed = shell(command)
+                    assert status == 0, f"{command}\n{printed}"
+        else:
+            for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
+                command, _, expected = part.partition("\n")
+                status, printed = shell(command)
+                assert " ".join(expected.split()) in " ".join(printed.split()), f"{command}\n{printed}"
+                assert status == (2 if expected.startswith("steerable: ") else 0)
+
+
+def test_what_is_not_run_is_there():
+    found = [command for page in PAGES for _, code in snippets(page, "bash") for command in commands(code)]
+    for start in NOT_RUN:
+        assert any(f"{command} ".startswith(start) for command in found), start
+
+
+def anchors(page):
+    """GitHub's anchors of a page's headings."""
+    text = SNIPPET.sub("", page.read_text())
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(SNIPPET.sub("", page.read_text())):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        # Pictures come with the figures of a published run.
+        if target.suffix != ".svg" or figures.HEADLINE.exists():
+            assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_command_is_described():
+    text = "".join(page.read_text() for page in PAGES)
+    table = typer.main.get_command(cli.app).commands
+    names = [
+        f"{name} {sub}".strip() for name, command in table.items() for sub in getattr(command, "commands", {"": None})
+    ]
+    assert [n for n in names if f"`{n}`" not in text and f"steerable {n}" not in text] == []
+
+
+def test_every_setting_is_described():
+    text = (ROOT / "docs/pipeline.md").read_text()
+    assert [f.name for f in fields(Config) if f"`--{f.name.replace('_', '-')}`" not in text] == []
+
+
+def test_every_key_of_the_report_is_described(small_run):
+    text = (ROOT / "docs/report.md").read_text()
+    report = json.loads((small_run / "report.json").read_text())
+    keys = {
+        *report,
+        *report["model"],
+        *report["coverage"],
+        *report["cells"][0],
+        *(k for e in report["examples"][:1] for k in e),
+    }
+    assert [key for key in sorted(keys) if f"`{key}`" not in text and f"`{key}:" not in text] == []
+
+
+@pytest.mark.parametrize("page", figures.documents(), ids=lambda p: p.name)
+def test_figures_are_those_of_the_sources(page):
+    text = page.read_text()
+    assert figures.fill(text, figures.sources()) == text, "run: python docs/fill_figures.py"
+
+
+def test_pictures_are_of_the_same_run_as_the_figures():
+    if not figures.HEADLINE.exists():
+        pytest.skip(
+            "no run is published: python docs/fill_figures.py runs/pocket; python docs/make_images.py runs/pocket"
+        )
+    made_from = json.loads(figures.HEADLINE.read_text())["report_sha256"]
+    for name in ("effect", "layers"):
+        assert made_from in (ROOT / f"docs/images/{name}.svg").read_text(), (
+            "run: python docs/make_images.py runs/pocket"
+        )
+
+
+def test_figures_of_a_run(small_run):
+    run = json.loads(json.dumps(figures.headline(small_run)))
+    given = {**figures.sources(), "run": run}
+    filled = {name: make(given) for name, make in figures.FIGURES.items()}
+    assert filled["effects"].count("\n| ") == filled["settings"].count("\n| ") == 6  # head, rule, four behaviours
+    assert filled["costs"].count("\n| ") == 2 + 1 + 2 * 4
+    assert "40 chains" in filled["about"] and "×" in filled["up"]
+    nothing = {name: make({"run": {}}) for name, make in figures.FIGURES.items() if name not in ("options", "speed")}
+    assert {text.strip().strip("_") for text in nothing.values()} == {"not measured"}
+    with pytest.raises(SystemExit, match="there is no figure 'nonsense'"):
+        figures.fill("<!-- figures: nonsense --><!-- /figures -->", given)
+
+
+def test_pictures_of_a_run(small_run, tmp_path, monkeypatch):
+    images = script("make_images")
+    monkeypatch.setattr(images, "IMAGES", tmp_path)
+    images.main(small_run)
+    for name in ("effect", "layers"):
+        root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        titles = {node.text for node in root.iter() if node.get("class") == "name"}
+        assert titles == {"adding knowledge", "example testing", "uncertainty", "backtracking"}
+
+
+def test_annotator_of_the_page_covers_the_bundled_model(small_run):
+    """The page's example is a plain function of a chain; here it is held against the exact annotator."""
+    from steerable.chains.records import read_jsonl
+    from steerable.pocket.language import annotate
+
+    code = next(code for _, code in snippets(ROOT / "docs/annotators.md", "python"))
+    namespace = {}
+    exec(code, namespace)
+    chains = read_jsonl(small_run / "chains.jsonl", "chain")
+    exact = {(i, s["start"]): s["label"] for i, chain in enumerate(chains) for s in annotate(chain)}
+    found = {(i, s["start"]): s["label"] for i, chain in enumerate(chains) for s in namespace["annotate"](chain)}
+    shared = exact.keys() & found.keys()
+    assert len(shared) > 0.8 * len(exact)
+    assert sum(exact[key] == found[key] for key in shared) > 0.7 * len(shared)
