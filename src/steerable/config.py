@@ -60,7 +60,7 @@ class Config:
     controls: int = _option(5, "Directions in each control: random ones, and ones from shuffled labels.")
     attributed: int = _option(50, "Chains for attribution by gradients.")
     patched: int = _option(8, "Chains, of those, for exact patching and Fisher information.")
-    compared: int = _option(16, "Chains of each cell for its KL divergence.")
+    compared: int = _option(8, "Chains of each cell for its KL divergence.")
     block: int = _option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
     rows: int = _option(100, "Sequences computed together.")
 

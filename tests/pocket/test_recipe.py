@@ -1,6 +1,7 @@
 """The recipe: data, loss, schedule, resuming, and the folder that comes out."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -56,14 +57,27 @@ def test_training_needs_a_step(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_learning_rate_rises_stays_and_falls():
-    rates = [recipe.learning_rate(step, 1000) for step in range(1000)]
+def test_the_learning_rate_follows_the_schedule():
     peak = recipe.PEAK_LR
-    assert rates[0] == pytest.approx(peak / recipe.WARMUP)
-    assert rates[recipe.WARMUP - 1 : 600] == pytest.approx([peak] * (601 - recipe.WARMUP))
-    assert all(a < b for a, b in zip(rates[:99], rates[1:100], strict=True))
-    assert all(a > b for a, b in zip(rates[600:], rates[601:], strict=False))
-    assert rates[-1] == pytest.approx(peak / 400)
+    assert recipe.SCHEDULE[-1] == (recipe.STEPS, 0.0)
+    rates = [recipe.learning_rate(step) for step in range(recipe.STEPS)]
+    assert all(0 < rate <= peak for i, rate in enumerate(rates) if i != recipe.WIDE_STEPS)
+    assert rates[99:1381] == pytest.approx([peak] * 1282)
+    assert all(a < b for a, b in zip(rates[:98], rates[1:99], strict=True))
+    for start, end in ((1380, 1900), (1900, 2600), (2630, 3500)):
+        assert all(a > b for a, b in zip(rates[start : end - 1], rates[start + 1 : end], strict=True))
+    assert rates[1640] == pytest.approx(peak * (1 + 0.4348) / 2)
+    assert recipe.learning_rate(recipe.STEPS) == 0.0
+
+
+def test_the_second_part_of_the_curriculum_keeps_to_small_sums():
+    def sums(first):
+        chains = (recipe.training_chain(first + i)["thinking"] for i in range(200))
+        said = [text for chain in chains for text in re.findall(r"(?:remember that|example,) (\d+) \+ (\d+)", chain)]
+        return [int(a) + int(b) for a, b in said]
+
+    assert max(sums(0)) > 50
+    assert max(sums(recipe.WIDE_STEPS * recipe.BATCH)) <= 20
 
 
 def test_batches_hold_every_chain_of_the_bucket_once(small, pocket_tokenizer):

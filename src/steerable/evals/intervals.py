@@ -9,6 +9,7 @@ Percentile bootstrap: Efron & Tibshirani 1993, "An Introduction to the Bootstrap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -71,12 +72,16 @@ def _columns(values: list[ByTask], tasks: list[str]) -> np.ndarray:
 
 def _resampled(columns: np.ndarray, seed: int) -> np.ndarray:
     """Means [RESAMPLES, columns] of resampled rows; the draw depends on the seed and their number alone."""
-    rows = len(columns)
+    return _counts(len(columns), seed) @ columns / len(columns)
+
+
+@lru_cache(maxsize=8)
+def _counts(rows: int, seed: int) -> np.ndarray:
+    """How often each resample drew each row: one matrix product then gives every mean without copying the data."""
     draw = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
-    # how often each row was drawn: one matrix product then gives every mean without copying the data
     counts = np.zeros((RESAMPLES, rows))
     np.add.at(counts, (np.arange(RESAMPLES)[:, None], draw), 1)
-    return counts @ columns / rows
+    return counts
 
 
 def _interval(estimate: float, drawn: np.ndarray, level: float) -> Interval:

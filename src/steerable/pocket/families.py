@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "min_terms": 2,
         "max_terms": 2,
         "min_value": 1,
-        "max_value": 12,
+        "max_value": 10,
         "operators_weights": [0.5, 0.5, 0.0],
     },
     "gcd": {"min_value": 2, "max_value": 60},

@@ -7,6 +7,7 @@ state, and a stopped training goes on where its last checkpoint stands.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,22 +39,29 @@ MIXTURE = ("countdown", "simple_equations", "gcd", "countdown", "prime_factoriza
 BATCH = 32  # chains a step
 BUCKET = 8  # steps whose chains are sorted by length together
 PEAK_LR = 4e-3
-WARMUP = 100
+#: Curriculum: chains with wide arithmetic first, which teaches the tables, then chains that keep to what is sure.
+WIDE_STEPS = 2600
+STEPS = 3500
+#: (step, share of the peak rate), linear in between: two descents in the first part, one in the second.
+SCHEDULE = ((0, 0.01), (99, 1.0), (1380, 1.0), (1900, 0.4348), (1900, 0.6731), (2600, 0.0), (2630, 0.5), (3500, 0.0))
 
 
 @lru_cache
-def _dataset(family: str, seed: int) -> Any:
-    return reasoning_gym.create_dataset(family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **FAMILIES[family])
+def _dataset(family: str, seed: int, wide: bool) -> Any:
+    sizes = {"max_value": 12} if wide and family == "simple_equations" else {}
+    return reasoning_gym.create_dataset(
+        family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **{**FAMILIES[family], **sizes}
+    )
 
 
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
     """The training chain of that number: ``{"question", "thinking", "answer", "labels", "family"}``."""
-    family = MIXTURE[index % len(MIXTURE)]
+    family, wide = MIXTURE[index % len(MIXTURE)], index < WIDE_STEPS * BATCH
     for attempt in range(64):  # a held-out or unsolvable task makes room for the next
-        entry = _dataset(family, seed)[index * 64 + attempt]
+        entry = _dataset(family, seed, wide)[index * 64 + attempt]
         if held_out(entry["question"]):
             continue
-        chain = solver.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt)
+        chain = solver.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt, wide=wide)
         if chain:
             return {"question": entry["question"], "family": family, **chain}
     raise AssertionError(f"no usable {family} task in 64 draws")
@@ -149,15 +157,18 @@ def optimisers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, level, and a linear way down over the last 40 % of the steps."""
-    return PEAK_LR * min((step + 1) / WARMUP, 1.0, (steps - step) / (0.4 * steps))
+def learning_rate(step: int) -> float:
+    """The rate of a step by ``SCHEDULE``; zero behind its end."""
+    for (start, low), (end, high) in itertools.pairwise(SCHEDULE):
+        if start <= step < end:
+            return PEAK_LR * (low + (high - low) * (step - start) / (end - start))
+    return 0.0
 
 
 def train(
     out: Path,
     *,
-    steps: int = 3000,
+    steps: int = STEPS,
     seed: int = 0,
     device: str = "cpu",
     checkpoint_every: int = 100,
@@ -167,7 +178,7 @@ def train(
 
     Args:
         out: the folder to make; its ``training`` subfolder keeps the checkpoint and ``log.jsonl``.
-        steps: optimiser steps of ``BATCH`` chains (about 5,500 tokens) each.
+        steps: optimiser steps of ``BATCH`` chains (about 6,000 tokens) each; fewer than all stop early.
         seed: of the weights and of the training stream.
         device: ``"cpu"`` (two hours on two cores) or ``"cuda"`` (minutes).
         checkpoint_every: steps between checkpoints; a stopped training goes on from the last one.
@@ -175,8 +186,8 @@ def train(
     Returns:
         ``out``.
     """
-    if steps < 1:
-        raise UsageError(f"--steps is {steps}, but training needs at least one step.")
+    if not 1 <= steps <= STEPS:
+        raise UsageError(f"--steps is {steps}: expected 1 to {STEPS}, where the recipe's schedule ends")
     state_dir = out / "training"
     state_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(seed)
@@ -200,7 +211,7 @@ def train(
             if not pending:
                 pending = batches(tokenizer, step // BUCKET, seed)[step % BUCKET :]
             ids, target = (tensor.to(device) for tensor in pending.pop(0))
-            rate = learning_rate(step, steps)
+            rate = learning_rate(step)
             for worker in workers:
                 worker.param_groups[0]["lr"] = rate
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
