@@ -172,7 +172,7 @@ def chat(
 @pocket_app.command("train")
 def pocket_train(
     out: Annotated[Path, typer.Option(help="The model folder to make.")] = Path("pocket-model"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 32 chains.")] = 3500,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of 32 chains.")] = 3800,
     seed: Annotated[int, typer.Option(help="Seed of weights and training stream.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads; 0: as many as there are cores.")] = 0,

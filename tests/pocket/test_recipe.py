@@ -61,10 +61,10 @@ def test_the_learning_rate_follows_the_schedule():
     peak = recipe.PEAK_LR
     assert recipe.SCHEDULE[-1] == (recipe.STEPS, 0.0)
     rates = [recipe.learning_rate(step) for step in range(recipe.STEPS)]
-    assert all(0 < rate <= peak for i, rate in enumerate(rates) if i != recipe.WIDE_STEPS)
+    assert all(0 < rate <= peak for i, rate in enumerate(rates) if i not in recipe.PARTS)
     assert rates[99:1381] == pytest.approx([peak] * 1282)
     assert all(a < b for a, b in zip(rates[:98], rates[1:99], strict=True))
-    for start, end in ((1380, 1900), (1900, 2600), (2630, 3500)):
+    for start, end in ((1380, 1900), (1900, 2600), (2630, 3500), (3515, 3800)):
         assert all(a > b for a, b in zip(rates[start : end - 1], rates[start + 1 : end], strict=True))
     assert rates[1640] == pytest.approx(peak * (1 + 0.4348) / 2)
     assert recipe.learning_rate(recipe.STEPS) == 0.0
@@ -77,7 +77,7 @@ def test_the_second_part_of_the_curriculum_keeps_to_small_sums():
         return [int(a) + int(b) for a, b in said]
 
     assert max(sums(0)) > 50
-    assert max(sums(recipe.WIDE_STEPS * recipe.BATCH)) <= 20
+    assert max(sums(recipe.PARTS[0] * recipe.BATCH)) <= 20
 
 
 def test_batches_hold_every_chain_of_the_bucket_once(small, pocket_tokenizer):

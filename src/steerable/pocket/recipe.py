@@ -40,15 +40,19 @@ BATCH = 32  # chains a step
 BUCKET = 8  # steps whose chains are sorted by length together
 PEAK_LR = 4e-3
 #: Curriculum: chains with wide arithmetic first, which teaches the tables, then chains that keep to what is sure.
-WIDE_STEPS = 2600
-STEPS = 3500
-#: (step, share of the peak rate), linear in between: two descents in the first part, one in the second.
-SCHEDULE = ((0, 0.01), (99, 1.0), (1380, 1.0), (1900, 0.4348), (1900, 0.6731), (2600, 0.0), (2630, 0.5), (3500, 0.0))
+PARTS = (2600, 3500)  # steps at which the next part begins
+STEPS = 3800
+#: (step, share of the peak rate), linear in between: two descents in the first part, one in each other.
+SCHEDULE = (
+    *((0, 0.01), (99, 1.0), (1380, 1.0), (1900, 0.4348), (1900, 0.6731), (2600, 0.0)),
+    *((2630, 0.5), (3500, 0.0)),
+    *((3515, 0.4), (3800, 0.0)),
+)
 
 
 @lru_cache
-def _dataset(family: str, seed: int, wide: bool) -> Any:
-    sizes = {"max_value": 12} if wide and family == "simple_equations" else {}
+def _dataset(family: str, seed: int, part: int) -> Any:
+    sizes = {"max_value": 12} if part == 0 and family == "simple_equations" else {}
     return reasoning_gym.create_dataset(
         family, size=10**8, seed=TRAIN_SEED + seed * 10**8, **{**FAMILIES[family], **sizes}
     )
@@ -56,12 +60,12 @@ def _dataset(family: str, seed: int, wide: bool) -> Any:
 
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
     """The training chain of that number: ``{"question", "thinking", "answer", "labels", "family"}``."""
-    family, wide = MIXTURE[index % len(MIXTURE)], index < WIDE_STEPS * BATCH
+    family, part = MIXTURE[index % len(MIXTURE)], sum(index >= begin * BATCH for begin in PARTS)
     for attempt in range(64):  # a held-out or unsolvable task makes room for the next
-        entry = _dataset(family, seed, wide)[index * 64 + attempt]
+        entry = _dataset(family, seed, part)[index * 64 + attempt]
         if held_out(entry["question"]):
             continue
-        chain = solver.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt, wide=wide)
+        chain = solver.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt, part=part)
         if chain:
             return {"question": entry["question"], "family": family, **chain}
     raise AssertionError(f"no usable {family} task in 64 draws")

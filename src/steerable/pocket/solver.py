@@ -28,8 +28,8 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 class Writer:
     """One chain in the making: the sentences so far, the mood and the traits."""
 
-    def __init__(self, rng: random.Random, numbers: list[int], wide: bool = False):
-        self.rng, self.wide = rng, wide
+    def __init__(self, rng: random.Random, numbers: list[int], part: int = 2):
+        self.rng, self.wide = rng, part == 0
         self.numbers = [n for n in dict.fromkeys(numbers) if 0 < n <= LARGEST_NUMBER]
         self.sentences: list[tuple[str, str]] = []
         self.breaks: set[int] = set()
@@ -100,17 +100,18 @@ class Writer:
         return "".join(parts)
 
 
-def write_chain(family: str, entry: dict[str, Any], seed: int, wide: bool = False) -> dict[str, Any] | None:
+def write_chain(family: str, entry: dict[str, Any], seed: int, part: int = 2) -> dict[str, Any] | None:
     """Write one chain for a reasoning-gym entry.
 
-    wide: with facts and steps of any size, which teach the times table and sums up to 100; else those that the
-    writer can be sure of. See the curriculum in ``recipe.py``.
+    part: of the curriculum in ``recipe.py``. 0: facts and steps of any size, which teach the times table and sums up to
+    100; 1: sums up to 20, steps up to 60, no idle division; 2: also steps up to 50, and only the largest is subtracted
+    from.
 
     Returns:
         ``{"thinking", "answer", "labels"}``, or None for an entry that the solver's arithmetic (whole positive
         numbers) cannot solve.
     """
-    return _SOLVERS[family](entry["metadata"], random.Random(seed), wide)
+    return _SOLVERS[family](entry["metadata"], random.Random(seed), part)
 
 
 def _finish(writer: Writer, answer: str, gave_up: bool) -> dict[str, Any]:
@@ -181,11 +182,18 @@ def _moves(pool: list[Term]) -> list[tuple[Term, str, Term, Term, list[Term]]]:
     return moves
 
 
-def _countdown(facts: dict[str, Any], rng: random.Random, wide: bool) -> dict[str, Any] | None:
+def _is_easy(move: tuple[Term, str, Term, Term, list[Term]], part: int) -> bool:
+    left, operator, right, made, rest = move
+    if part == 1:
+        return made[0] <= 60
+    return made[0] <= 50 and (operator != "-" or left[0] >= max(right[0], *(t[0] for t in rest), 0))
+
+
+def _countdown(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str, Any] | None:
     numbers, target = facts["numbers"], facts["target"]
     if not _reachable(tuple(sorted(numbers)), target):
         return None
-    writer = Writer(rng, [*numbers, target], wide)
+    writer = Writer(rng, [*numbers, target], part)
     listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
     _introduce(writer, "countdown", numbers=listed, target=target)
     tried: set[str] = set()
@@ -198,11 +206,11 @@ def _countdown(facts: dict[str, Any], rng: random.Random, wide: bool) -> dict[st
         while len(pool) > 1:
             moves = _moves(pool)
             fresh = [m for m in moves if m[3][1] not in tried] or moves
-            if not wide:  # numbers that one keeps in one's head, and no division that leads nowhere
-                fresh = [m for m in fresh if m[1] != "/" and m[3][0] <= 60] or fresh
+            if part > 0:
+                fresh = [m for m in fresh if m[1] != "/" and _is_easy(m, part)] or fresh
             good = [m for m in moves if _reachable(tuple(sorted([m[3][0], *(t[0] for t in m[4])])), target)]
-            if not wide:
-                good = [m for m in good if m[3][0] <= 60] or good
+            if part > 0:
+                good = [m for m in good if _is_easy(m, part)] or good
             sees = len(pool) == 2 or rng.random() < (0.3 if len(pool) == 3 else 0.4)
             left, operator, right, made, rest = rng.choice(good if good and sees else fresh)
             first = len(pool) == len(numbers)
@@ -251,7 +259,7 @@ def _parse_equation(facts: dict[str, Any]) -> tuple[int, int, int]:
     return m, b, int(right)
 
 
-def _simple_equations(facts: dict[str, Any], rng: random.Random, wide: bool) -> dict[str, Any] | None:
+def _simple_equations(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str, Any] | None:
     x = facts["variable"]
     m, b, c = _parse_equation(facts)
     if m == 0:
@@ -260,7 +268,7 @@ def _simple_equations(facts: dict[str, Any], rng: random.Random, wide: bool) -> 
     if d <= 0:
         return None
     solution, m_abs = d // abs(m), abs(m)
-    writer = Writer(rng, [abs(m), abs(b), abs(c), d], wide)
+    writer = Writer(rng, [abs(m), abs(b), abs(c), d], part)
     _introduce(writer, "simple_equations", equation=facts["equation"], x=x)
     # Bring it to |m| x = d with one true equation between positive numbers.
     if m > 0:
@@ -304,9 +312,9 @@ def _simple_equations(facts: dict[str, Any], rng: random.Random, wide: bool) -> 
 # greatest common divisor ---------------------------------------------------------------------------------------------
 
 
-def _gcd(facts: dict[str, Any], rng: random.Random, wide: bool) -> dict[str, Any] | None:
+def _gcd(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str, Any] | None:
     a, b = facts["numbers"]
-    writer = Writer(rng, [a, b], wide)
+    writer = Writer(rng, [a, b], part)
     _introduce(writer, "gcd", a=a, b=b)
     shared, tried = 1, set[int]()
     left: set[int] = set()  # abandoned half-way: taken up again only when nothing else is there
@@ -358,9 +366,9 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % p for p in range(2, int(n**0.5) + 1))
 
 
-def _prime_factorization(facts: dict[str, Any], rng: random.Random, wide: bool) -> dict[str, Any] | None:
+def _prime_factorization(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str, Any] | None:
     rest = facts["number"]
-    writer = Writer(rng, [rest], wide)
+    writer = Writer(rng, [rest], part)
     _introduce(writer, "prime_factorization", n=rest)
     factors: list[int] = []
     tried: set[int] = set()
@@ -405,7 +413,7 @@ def _prime_factorization(facts: dict[str, Any], rng: random.Random, wide: bool) 
     return _finish(writer, answer, gave_up and not _is_prime(rest))
 
 
-_SOLVERS: dict[str, Callable[[dict[str, Any], random.Random, bool], dict[str, Any] | None]] = {
+_SOLVERS: dict[str, Callable[[dict[str, Any], random.Random, int], dict[str, Any] | None]] = {
     "countdown": _countdown,
     "simple_equations": _simple_equations,
     "gcd": _gcd,
