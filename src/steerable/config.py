@@ -44,7 +44,7 @@ class Config:
     annotator: str = _option("pocket", "'pocket', or module:function of your own, chain -> spans.")
     seed: int = _option(0, "Seed of tasks, sampling and controls.")
     limit: int = _option(300, "Tasks to extract from.")
-    validation: int = _option(24, "Tasks kept apart to choose window and layer on.")
+    validation: int = _option(40, "Tasks kept apart to choose window and layer on.")
     evaluation: int = _option(50, "Unseen tasks to judge steering on.")
     samples: int = _option(4, "Chains a task in the main cells (one when --greedy).")
     side_samples: int = _option(1, "Chains a task in the other cells: sweep, several layers, thinking only.")
