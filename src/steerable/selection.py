@@ -3,7 +3,7 @@
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
 2. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest
-   log ratio of the behaviour's fraction at +1 to that at -1, among those whose loops stay under 10 % and whose -1 keeps
+   difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps
    accuracy within 10 points of the unsteered model; among all of them, where none does.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RULE = (
-    "candidates: largest exact effect away from the edges, for every window; choice: largest log(fraction at +1 / "
-    "fraction at -1) on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
+    "candidates: largest exact effect away from the edges, for every window; choice: largest fraction at +1 "
+    "minus fraction at -1 on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
 
@@ -50,10 +50,10 @@ def is_gentle(candidate: Mapping[str, Any], unsteered_accuracy: float | None) ->
 
 
 def separation(candidate: Mapping[str, Any]) -> float:
-    """log(up / down), each with half a percent added, so that a fraction of zero is not worth infinitely much.
+    """up - down: its error is the same for all candidates, where that of a ratio grows as `down` nears zero.
 
     Minus infinity where a sign left no chain that could be measured.
     """
     if candidate["fraction_up"] is None or candidate["fraction_down"] is None:
         return -math.inf
-    return math.log((candidate["fraction_up"] + 0.005) / (candidate["fraction_down"] + 0.005))
+    return float(candidate["fraction_up"] - candidate["fraction_down"])
