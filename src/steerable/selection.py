@@ -3,8 +3,8 @@
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
 2. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest
-   difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps
-   accuracy within 10 points of the unsteered model; among all of them, where none does.
+   difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1
+   keeps accuracy within 10 points of the unsteered model; among all of them, where none does.
 """
 
 from __future__ import annotations
