@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,10 @@ from transformers import (
 )
 
 VOCABULARY = 64
+
+# A shell that runs the tests in its background has them ignore Ctrl-C, and so every process that they start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def build(config_class, model_class, seed=0, **options):

@@ -65,10 +65,10 @@ def test_layer():
 
 
 def test_annotator_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_annotator.py").write_text("def spans(chain): return []\n")
+    (tmp_path / "my_own_annotator.py").write_text("def spans(chain): return []\n")
     (tmp_path / "my_broken_annotator.py").write_text("def spans(chain) return []\n")
     monkeypatch.chdir(tmp_path)
-    assert Config(annotator="my_annotator:spans").annotate({}) == []
+    assert Config(annotator="my_own_annotator:spans").annotate({}) == []
     with pytest.raises(UsageError, match="cannot be imported"):
         Config(annotator="my_broken_annotator:spans")
 

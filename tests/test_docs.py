@@ -77,9 +77,11 @@ def place(small_run, tmp_path, monkeypatch):
     shutil.copytree(small_run, tmp_path / "runs/pocket")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_annotator", raising=False)  # another test's module of that name
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     monkeypatch.setattr("steerable.chains.generation.default_workers", lambda model: 1)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_annotator", None)
 
 
 @pytest.fixture

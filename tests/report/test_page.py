@@ -25,7 +25,9 @@ class Sound(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith(("#", "data:"))]
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href") and not v.startswith(("#", "data:", "timings.json"))
+        ]
         assert tag != "script"
         if tag not in VOID:
             self.open.append(tag)
