@@ -131,12 +131,13 @@ class Config:
         """The same run in under a minute: fewer tasks and samples, no sweep; a look, not a result."""
         return replace(
             self,
-            limit=min(self.limit, 100),
-            validation=min(self.validation, 8),
-            evaluation=min(self.evaluation, 16),
+            limit=min(self.limit, 80),
+            validation=min(self.validation, 6),
+            evaluation=min(self.evaluation, 12),
             samples=1,
             side_samples=1,
             tried=1,
+            controls=min(self.controls, 2),
             sweep="",
             attributed=min(self.attributed, 12),
             patched=min(self.patched, 4),
