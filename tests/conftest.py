@@ -22,6 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+# Helpers beside this file (`from tiny_families import tiny`); last, so that nothing is hidden by a test folder's name.
+sys.path.append(str(Path(__file__).parent))
+
 VOCABULARY = 64
 
 # A shell that runs the tests in its background has them ignore Ctrl-C, and so every process that they start.
