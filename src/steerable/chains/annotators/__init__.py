@@ -1,0 +1,1 @@
+"""Annotators: from a chain of thought to labelled spans."""
