@@ -1,12 +1,13 @@
 """Reading activations: one forward pass over the text, every layer streamed into accumulators.
 
 `stream` is the machinery, an accumulator is any object with `add(index, h, batch)`; nothing the size of the
-data is kept. `capture` is the convenience for a few texts.
+data is kept. Texts longer than a chunk are read in pieces behind a key/value cache, so that memory grows with
+their length by that cache alone. `capture` is the convenience for a few texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,19 +16,45 @@ import torch
 from torch import Tensor, nn
 
 from . import models
+from .chunks import CHUNK, read
 from .errors import UsageError
 from .gates import Selector, SequenceState, parse_selector, resolve, selectors
 from .sites import Site, check_site, tap
+from .think import think_tags
 
 
 @dataclass
 class Batch:
     """ids [B, T]; mask [B, T] bool, False on padding (None: none); weights [G, B, T] float64, for
-    WeightedSums."""
+    WeightedSums; rows: a number for each of the B rows by which accumulators may tell them apart.
+
+    An accumulator sees a text that is longer than a chunk as several batches of one row.
+    """
 
     ids: Tensor
     mask: Tensor | None = None
     weights: Tensor | None = None
+    rows: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        on = [None if t is None else t.to(device) for t in (self.ids, self.mask, self.weights)]
+        return Batch(*on, rows=self.rows)  # type: ignore[arg-type]
+
+    def alone(self) -> Iterator[Batch]:
+        """Each row as a batch of its own, without padding."""
+        for row in range(len(self.ids)):
+            kept = slice(None) if self.mask is None or bool(self.mask[row].all()) else self.mask[row]
+            yield Batch(
+                self.ids[row : row + 1, kept],
+                None,
+                None if self.weights is None else self.weights[:, row : row + 1, kept],
+                None if self.rows is None else self.rows[row : row + 1],
+            )
+
+    def piece(self, start: int, stop: int) -> Batch:
+        """The columns start ... stop - 1."""
+        columns = [None if t is None else t[..., start:stop] for t in (self.ids, self.mask, self.weights)]
+        return Batch(*columns, rows=self.rows)  # type: ignore[arg-type]
 
 
 class Accumulator(Protocol):
@@ -64,27 +91,52 @@ def stream(
     *,
     kind: str = "resid_post",
     layers: Sequence[int] | None = None,
+    chunk: int = CHUNK,
 ) -> None:
     """One forward pass a batch; each accumulator sees every layer's activations at the sites of this kind.
 
-    layers: default all; an accumulator's index counts along them. The unembedding is not computed.
+    layers: default all; an accumulator's index counts along them. chunk: tokens of a row in one pass; longer
+    rows are read one by one, in pieces (see `chunks`). The unembedding is not computed.
     """
     chosen = range(models.n_layers(model)) if layers is None else layers
-    device = next(model.parameters()).device
-    current: list[Batch] = []
 
-    def at(index: int) -> Any:
-        def fn(h: Tensor) -> None:
+    def at(index: int) -> Reader:
+        def fn(h: Tensor, batch: Batch) -> None:
             for accumulator in accumulators:
-                accumulator.add(index, h, current[0])
+                accumulator.add(index, h, batch)
 
         return fn
 
-    with tap(model, {Site(kind, layer): at(index) for index, layer in enumerate(chosen)}):
+    _run(model, batches, {Site(kind, layer): at(index) for index, layer in enumerate(chosen)}, chunk)
+
+
+Reader = Callable[[Tensor, Batch], None]
+"""Takes in the activations [B, T, width] at one site, and the batch that they are of."""
+
+
+def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Reader], chunk: int) -> None:
+    if chunk < 1:
+        raise UsageError(f"chunk must be at least 1 token, not {chunk}")
+    device = next(model.parameters()).device
+    current: list[Batch] = []
+
+    def at(reader: Reader) -> Any:
+        return lambda h: reader(h, current[0])
+
+    with tap(model, {site: at(reader) for site, reader in readers.items()}):
         for batch in batches:
-            on = [None if t is None else t.to(device) for t in (batch.ids, batch.mask, batch.weights)]
-            current[:] = [Batch(*on)]  # type: ignore[arg-type]
-            models.base(model)(input_ids=on[0], attention_mask=on[1], use_cache=False)
+            batch = batch.to(device)
+            if batch.ids.shape[1] <= chunk:
+                current[:] = [batch]
+                models.base(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                continue
+            # One by one: a row that ends before the others do would attend to nothing in the later pieces.
+            for row in batch.alone():
+
+                def enter(start: int, stop: int, row: Batch = row) -> None:
+                    current[:] = [row.piece(start, stop)]
+
+                read(model, row.ids, chunk=chunk, before=enter)
 
 
 class WeightedSums:
@@ -103,8 +155,10 @@ class WeightedSums:
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         if batch is not self._batch:
             self._take(batch)
+        if self._rows.device != h.device:  # the layers of one model may be on several devices
+            self._rows, self._columns = self._rows.to(h.device), self._columns.to(h.device)
         picked = h.reshape(-1, h.shape[-1])[self._rows].double()
-        self.sums[index] += self._columns @ picked
+        self.sums[index] += (self._columns @ picked).to(self.sums.device)
 
     def _take(self, batch: Batch) -> None:
         """Once a batch: only positions that some group weighs are worth converting to float64."""
@@ -113,7 +167,7 @@ class WeightedSums:
         flat = batch.weights.reshape(batch.weights.shape[0], -1).double()
         self._rows = flat.any(0).nonzero()[:, 0]
         self._columns = flat[:, self._rows]
-        self.totals += flat.sum(1)
+        self.totals += flat.sum(1).to(self.totals.device)
         self._batch = batch
 
     def means(self) -> Tensor:
@@ -136,9 +190,9 @@ class NormSums:
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
         if batch.mask is not None:
-            norms = norms * batch.mask
-        self.sums[index] += norms.sum(dtype=torch.float64)
-        self.counts[index] += norms.numel() if batch.mask is None else batch.mask.sum()
+            norms = norms * batch.mask.to(norms.device)
+        self.sums[index] += norms.sum(dtype=torch.float64).to(self.sums.device)
+        self.counts[index] += norms.numel() if batch.mask is None else batch.mask.sum().to(self.counts.device)
 
     def means(self) -> Tensor:
         """[L] float64."""
@@ -160,13 +214,14 @@ def capture(
     where: str | Selector = selectors.all,
     reduce: Literal["mean", "last", "none"] = "mean",
     max_tokens: int = 8192,
+    chunk: int = CHUNK,
 ) -> dict[Site, Tensor]:
     """Activations of the selected tokens of each text, in the texts' order.
 
     reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
-    them,
-    text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch.
-    Raises UsageError for no texts, a text without a selected token, and sites that the model does not have.
+    them, text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch.
+    chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a text
+    without a selected token, and sites that the model does not have.
     """
     found = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})
     for site in found:
@@ -176,33 +231,57 @@ def capture(
     if not texts or not found:
         raise UsageError("capture needs one text and one site at least")
     selector = resolve(parse_selector(where), tokenizer)
-    tags = models.think_tags(tokenizer) if selector.uses("thinking", "answer") else None
+    tags = think_tags(tokenizer) if selector.uses("thinking", "answer") else None
     rows = [tokenizer(text)["input_ids"] for text in texts]
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise UsageError(f"text {empty[0]} has no tokens")
-    parts: dict[Site, dict[int, Tensor]] = {site: {} for site in found}
-    for indices in length_batches([len(row) for row in rows], max_tokens):
-        batch = pad([rows[i] for i in indices], next(model.parameters()).device)
-        state = SequenceState(tags)
-        state.start(len(indices), batch.ids.device)
-        mask = selector(state.advance(batch.ids, batch.mask))
-        if not mask.any(1).all():
-            missing = indices[int((~mask.any(1)).nonzero()[0, 0])]
-            raise UsageError(f"text {missing} has no token where {selector}")
+    kept = {site: _Texts(len(texts), reduce) for site in found}
 
-        def at(site: Site, mask: Tensor = mask, indices: list[int] = indices) -> Any:
-            def fn(h: Tensor) -> None:
-                for row, i in enumerate(indices):
-                    parts[site][i] = _reduced(h[row, mask[row]], reduce)
+    def batches() -> Iterator[Batch]:
+        for indices in length_batches([len(row) for row in rows], max_tokens):
+            batch = pad([rows[i] for i in indices])
+            state = SequenceState(tags)
+            state.start(len(indices))
+            mask = selector(state.advance(batch.ids, batch.mask))
+            if not mask.any(1).all():
+                missing = indices[int((~mask.any(1)).nonzero()[0, 0])]
+                raise UsageError(f"text {missing} has no token where {selector}")
+            yield Batch(batch.ids, batch.mask, mask[None], tuple(indices))
 
-            return fn
-
-        with tap(model, {site: at(site) for site in found}):
-            models.base(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    return {site: torch.cat([by_text[i] for i in range(len(texts))]) for site, by_text in parts.items()}
+    _run(model, batches(), {site: texts.add for site, texts in kept.items()}, chunk)
+    return {site: texts.result() for site, texts in kept.items()}
 
 
-def _reduced(h: Tensor, reduce: str) -> Tensor:
-    if reduce == "mean":
-        h = h.double().mean(0, keepdim=True)
-    return (h[-1:] if reduce == "last" else h).float().cpu()
+class _Texts:
+    """What `capture` keeps of one site: a sum in float64, the last token, or all of them, of each text.
+
+    A batch's `rows` are the texts' numbers, its weights [1, B, T] bool the selected tokens.
+    """
+
+    def __init__(self, texts: int, reduce: str) -> None:
+        self.reduce = reduce
+        self.parts: list[list[Tensor]] = [[] for _ in range(texts)]
+        self.counts = [0] * texts
+
+    def add(self, h: Tensor, batch: Batch) -> None:
+        assert batch.rows is not None and batch.weights is not None
+        mask = batch.weights[0].to(h.device)
+        for row, text in enumerate(batch.rows):
+            picked = h[row, mask[row]]
+            if not len(picked):
+                continue
+            parts = self.parts[text]
+            self.counts[text] += len(picked)
+            if self.reduce == "mean":
+                picked = picked.double().sum(0, keepdim=True)
+                parts[:] = [parts[0] + picked if parts else picked]
+            elif self.reduce == "last":
+                parts[:] = [picked[-1:].float().cpu()]
+            else:
+                parts.append(picked.float().cpu())
+
+    def result(self) -> Tensor:
+        if self.reduce == "mean":
+            sums = [parts[0].cpu() / count for parts, count in zip(self.parts, self.counts, strict=True)]
+            return torch.cat(sums).float()
+        return torch.cat([part for parts in self.parts for part in parts])

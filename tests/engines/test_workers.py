@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from steerable.engines.workers import default_threads, map_blocks
+from steerable.engines.workers import default_threads, loader, map_blocks
 from steerable.errors import SteerableError, UsageError
 
 
@@ -60,13 +60,51 @@ def test_nothing_to_do():
     [
         ("usage", UsageError, "^the block is wrong$"),
         ("bug", SteerableError, r"ValueError: two lines \(test_workers.py, line \d+\)"),
-        ("die", SteerableError, "killed by signal 9"),
+        ("die", SteerableError, r"killed by signal 9 before its work was done \(3 times in the same place\); if memory"),
     ],
 )
 def test_failures_are_one_sentence(block, kind, text):
     with pytest.raises(kind, match=text):
         map_blocks(misbehave, [block, "sleep"], setup=setup, workers=2)
     assert not children()
+
+
+def die_once(pid, block, report):
+    folder, number = block
+    report(number)
+    mark = folder / f"{number}.died"
+    if number in (0, 2) and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number, pid
+
+
+def test_a_block_whose_worker_died_is_done_again(tmp_path):
+    found, seen = {}, []
+    results = map_blocks(
+        die_once,
+        [(tmp_path, number) for number in range(5)],
+        setup=setup,
+        workers=2,
+        report=seen.append,
+        finished=lambda index, result: found.setdefault(index, result),
+        collect=False,
+    )
+    assert [found[number][0] for number in range(5)] == [0, 1, 4, 9, 16]
+    assert results == []  # they were not to be collected
+    assert sorted(seen) == [0, 0, 1, 2, 2, 3, 4] and len({pid for _, pid in found.values()}) >= 2
+    assert not children()
+
+
+def test_no_retries():
+    with pytest.raises(SteerableError, match="killed by signal 9 before its work was done; if memory"):
+        map_blocks(misbehave, ["die", "usual"], setup=setup, workers=2, retries=0)
+    assert not children()
+
+
+def test_the_loader_needs_a_name(tiny_llama):
+    with pytest.raises(UsageError, match="loaded by name or folder"):
+        loader(tiny_llama)
 
 
 def test_interrupt_leaves_no_process():

@@ -2,7 +2,7 @@
 
 Small models on a CPU are fastest with one thread a process and a process a core: their matrices are too small
 to be shared. A block is computed whole in one process and with the same number of threads whatever the number
-of workers, so the bytes of its result stay the same.
+of workers, so the bytes of its result stay the same. `cluster.py` does the same on several machines.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
+from steerable import models
 from steerable.errors import SteerableError, UsageError
 
 SMALL = 1_000_000_000
 """Models with fewer parameters run best with one thread a process on a CPU."""
 
+RETRIES = 2
+"""How often a block is given to another worker after the one that computed it died."""
+
 Report = Callable[[Any], None]
 """Takes something picklable to the caller of `map_blocks` while a block is being computed."""
+
+MapBlocks = Callable[..., list[Any]]
+"""`map_blocks`, or `cluster.map_blocks`, or a `functools.partial` of one: where a function sends its blocks."""
 
 
 def cores() -> int:
@@ -49,6 +57,23 @@ def _is_small(model: Any) -> bool:
     return bool(sum(p.numel() for p in model.parameters()) < SMALL)
 
 
+def loader(model: Any) -> Callable[..., Any]:
+    """A `setup` for `map_blocks` that loads the same model again, as `models.load` returns it.
+
+    Raises UsageError for a model that was not loaded by name or folder.
+    """
+    name = model.config._name_or_path
+    if not name:
+        raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
+    return partial(
+        models.load,
+        name,
+        dtype=model.dtype,
+        device=str(model.device),
+        revision=models.model_revision(model) or None,  # the same commit, not the newest
+    )
+
+
 def map_blocks(
     work: Callable[[Any, Any, Report], Any],
     blocks: Sequence[Any],
@@ -59,33 +84,44 @@ def map_blocks(
     report: Report | None = None,
     finished: Callable[[int, Any], None] | None = None,
     context: Any = None,
+    collect: bool = True,
+    retries: int = RETRIES,
 ) -> list[Any]:
     """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
 
     work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
     load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and
     results must be picklable. context: what `setup` would return, if the caller has it already; used where everything
-    runs in this process (one worker). Errors of the library raised in a worker are raised here; any other, and a
-    worker that dies, become a SteerableError. Whatever happens, no process is left behind.
+    runs in this process (one worker). collect: False returns an empty list, for results that `finished` took.
+
+    A worker that dies is replaced and its block done again (what it had reported is reported again), `retries` times
+    for each block. Errors of the library raised in a worker are raised here; any other, and a block whose workers
+    keep dying, become a SteerableError. Whatever happens, no process is left behind.
     """
-    if workers < 1 or threads < 1:
-        raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1")
+    check_counts(workers, threads, retries)
     report = report or (lambda message: None)
-    finished = finished or (lambda index, result: None)
+    results: list[Any] = [None] * len(blocks) if collect else []
+
+    def store(index: int, result: Any) -> None:
+        if collect:
+            results[index] = result
+        if finished is not None:
+            finished(index, result)
+
     workers = min(workers, len(blocks))
     if workers <= 1:
         with torch_threads(threads):
             ready = setup() if context is None and blocks else context
-            results = []
             for index, block in enumerate(blocks):
-                results.append(work(ready, block, report))
-                finished(index, results[-1])
+                store(index, work(ready, block, report))
             return results
     pool: list[_Worker] = []
+    start = partial(_start, work, setup, threads)
     try:
         for _ in range(workers):
-            pool.append(_start(work, setup, threads))
-        return _distribute(pool, blocks, report, finished)
+            pool.append(start())
+        _distribute(pool, start, blocks, report, store, retries)
+        return results
     except BaseException:
         for worker in pool:
             worker.process.terminate()
@@ -97,6 +133,11 @@ def map_blocks(
             worker.process.join(10)
             worker.process.kill()
             worker.process.join()
+
+
+def check_counts(workers: int, threads: int, retries: int) -> None:
+    if workers < 1 or threads < 1 or retries < 0:
+        raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1, retries ({retries}) 0")
 
 
 @contextmanager
@@ -148,44 +189,76 @@ def _without_interrupts() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+@dataclass
+class Queue:
+    """Which blocks still have to be given out, and how often the worker of each has died."""
+
+    blocks: int
+    retries: int
+    deaths: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(range(self.blocks))[::-1]
+
+    def next(self) -> int:
+        """The next block's number, -1 when none is left."""
+        return self.waiting.pop() if self.waiting else -1
+
+    def died(self, block: int, obituary: str) -> None:
+        """Its worker died: the block is next. Raises SteerableError when that has happened too often."""
+        self.deaths[block] = count = self.deaths.get(block, 0) + 1
+        if count > self.retries:
+            times = "" if count == 1 else f" ({count} times in the same place)"
+            raise SteerableError(f"{obituary}{times}; if memory ran out, use fewer workers")
+        self.waiting.append(block)
+
+
 def _distribute(
-    pool: list[_Worker], blocks: Sequence[Any], report: Report, finished: Callable[[int, Any], None]
-) -> list[Any]:
-    results: list[Any] = [None] * len(blocks)
-    waiting = iter(range(len(blocks)))
+    pool: list[_Worker],
+    start: Callable[[], _Worker],
+    blocks: Sequence[Any],
+    report: Report,
+    store: Callable[[int, Any], None],
+    retries: int,
+) -> None:
+    queue = Queue(len(blocks), retries)
 
     def give(worker: _Worker) -> None:
-        worker.block = next(waiting, -1)
+        worker.block = queue.next()
         if worker.block >= 0:
             with suppress(BrokenPipeError):  # then its death is noticed below
                 worker.pipe.send_bytes(pickle.dumps(blocks[worker.block]))
 
     for worker in pool:
         give(worker)
-    while busy := {worker.pipe: worker for worker in pool if worker.block >= 0}:
+    while busy := {worker.pipe: place for place, worker in enumerate(pool) if worker.block >= 0}:
         for pipe in wait(list(busy)):
-            worker = busy[pipe]  # type: ignore[index]
+            place = busy[pipe]  # type: ignore[index]
+            worker = pool[place]
             try:
                 kind, value = pickle.loads(worker.pipe.recv_bytes())
             except (EOFError, ConnectionError):
-                raise SteerableError(_obituary(worker)) from None
+                queue.died(worker.block, _obituary(worker))
+                worker.pipe.close()
+                worker.process.kill()
+                pool[place] = start()
+                give(pool[place])
+                continue
             if kind == "report":
                 report(value)
             elif kind == "error":
                 raise value
             else:
-                results[worker.block] = value
                 done = worker.block
                 give(worker)  # the worker goes on while its result is dealt with
-                finished(done, value)
-    return results
+                store(done, value)
 
 
 def _obituary(worker: _Worker) -> str:
     worker.process.join(5)
     code = worker.process.exitcode
     how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
-    return f"a worker process {how} before its work was done; if memory ran out, use fewer workers"
+    return f"a worker process {how} before its work was done"
 
 
 def _serve(pipe: Connection, task: bytes) -> None:
@@ -206,12 +279,12 @@ def _serve(pipe: Connection, task: bytes) -> None:
     except SteerableError as error:
         failure = error
     except Exception as error:
-        failure = SteerableError(f"a worker process failed: {_last_line(error)}")
+        failure = SteerableError(f"a worker process failed: {last_line(error)}")
     with suppress(ConnectionError):
         send("error", failure)
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}, line {frame.lineno})"
