@@ -11,6 +11,7 @@ from steerable.directions import Direction
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.sites import Site
+from steerable.think import think_tags
 
 PROMPT = "Calculate 12 + 30."
 
@@ -42,7 +43,7 @@ def test_greedy_is_what_generate_says(pocket):
         0, ids.shape[1] :
     ]
     completion = Completion(new.tolist(), int(new[-1]) == model.generation_config.eos_token_id)
-    wanted = split_chain(tokenizer, models.think_tags(tokenizer), completion)
+    wanted = split_chain(tokenizer, think_tags(tokenizer), completion)
     said = chat(PROMPT, greedy=True, max_new_tokens=300, quiet=True)["unsteered"]
     assert said["thinking"] == wanted["thinking"] and said["answer"] == wanted["answer"].strip()
     assert (said["closed"], said["tokens"]) == (wanted["closed"], wanted["tokens"])

@@ -7,10 +7,10 @@ import torch
 
 from steerable.errors import UsageError
 from steerable.gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
-from steerable.models import ThinkTags
+from steerable.think import ThinkTags
 
 OPEN, CLOSE = 1, 2
-TAGS = ThinkTags(OPEN, CLOSE)
+TAGS = ThinkTags((OPEN,), (CLOSE,))
 FIELDS = ("valid", "prompt", "last_prompt", "thinking", "answer")
 
 

@@ -63,21 +63,6 @@ def test_unknown_family_by_its_names(tiny_llama):
         models.family(nn.Linear(1, 1))
 
 
-def test_think_tags(tokenizer):
-    assert models.think_tags(tokenizer) == models.ThinkTags(1, 2, opened_by_template=True)
-
-
-def test_no_think_block(tokenizer):
-    class Without:
-        name_or_path = "plain"
-
-        def get_vocab(self):
-            return {"<think>": 0}
-
-    with pytest.raises(UsageError, match="'plain' has no think block"):
-        models.think_tags(Without())
-
-
 def test_missing_pocket_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_POCKET", tmp_path)
     with pytest.raises(UsageError, match="weights are missing"):

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "models",
     "Loaded": "models",
-    "think_tags": "models",
+    "think_tags": "think",
     "Site": "sites",
     "tap": "sites",
     "selectors": "gates",
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from .interventions import Intervention as Intervention
     from .models import Loaded as Loaded
     from .models import load as load
-    from .models import think_tags as think_tags
     from .sites import Site as Site
     from .sites import tap as tap
+    from .think import think_tags as think_tags
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from steerable.engines.hooks import steer as steering
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.pocket import language
+from steerable.think import think_tags
 
 # Colours that are told apart on dark and light terminals.
 COLOURS = {
@@ -70,7 +71,7 @@ def chat(
     direction = None if steer is None else Direction.load(steer)
     wanted = _layers(layers)
     loaded = models.load(model)
-    models.think_tags(loaded.tokenizer)
+    think_tags(loaded.tokenizer)
     task = None
     if prompt is None:
         if model != "pocket":
@@ -122,7 +123,7 @@ def _stream(
     from transformers.generation.streamers import BaseStreamer
 
     model, tokenizer = loaded
-    tags = models.think_tags(tokenizer)
+    tags = think_tags(tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

@@ -2,6 +2,10 @@
 
 A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when
 that is fed to predict the second.
+
+"thinking" is what stands after the token that completes the opening tag, up to the one that completes the closing
+tag, neither included, whatever came before: the last tag counts. A tag of several tokens (see `think`) is known by
+its last one only, so its first tokens still belong to what it ends.
 """
 
 from __future__ import annotations
@@ -15,9 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .models import ThinkTags
-
-_BEFORE, _THINKING, _ANSWER = 0, 1, 2
+from .think import ANSWER, BEFORE, THINKING, ThinkTags
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Tokens:
     position: Tensor  # int: 0-based index among the row's own tokens
     prompt: Tensor  # bool
     last_prompt: Tensor  # bool
-    thinking: Tensor  # bool: strictly between <think> and </think>
-    answer: Tensor  # bool: after </think>
+    thinking: Tensor  # bool: strictly between the tags that open and close the think block
+    answer: Tensor  # bool: after the tag that closes it (or that begins the answer)
 
 
 class SequenceState:
@@ -42,6 +44,7 @@ class SequenceState:
 
     def __init__(self, tags: ThinkTags | None = None):
         self.tags = tags
+        self._single = tags.single if tags is not None else None
         self.start(0)
 
     def start(self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None) -> None:
@@ -50,20 +53,34 @@ class SequenceState:
         prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds all of it.
         """
         self.seen = torch.zeros(rows, dtype=torch.long, device=device)
-        self.phase = torch.zeros(rows, dtype=torch.long, device=device)
+        self.phase = torch.full((rows,), BEFORE, dtype=torch.long, device=device)
+        self.tag = torch.zeros(rows, dtype=torch.long, device=device)  # how much of a tag has been fed
         self.prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device)
         self._fresh = True
 
     def select(self, index: Tensor) -> None:
         """Keep, reorder or duplicate rows: row i goes on as the former row index[i]."""
-        self.seen, self.phase = self.seen[index], self.phase[index]
+        self.seen, self.phase, self.tag = self.seen[index], self.phase[index], self.tag[index]
         if self.prompt_lengths is not None:
             self.prompt_lengths = self.prompt_lengths[index]
 
     def reset_rows(self, index: Tensor) -> None:
         """New sequences begin in these rows (the caller then says in `advance` which tokens are prompt)."""
         self.seen[index] = 0
-        self.phase[index] = _BEFORE
+        self.phase[index] = BEFORE
+        self.tag[index] = 0
+
+    def join(self, other: SequenceState) -> SequenceState:
+        """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths
+        in both or neither."""
+        joined = SequenceState(self.tags)
+        joined.seen, joined.phase, joined.tag = (
+            torch.cat(pair)
+            for pair in ((self.seen, other.seen), (self.phase, other.phase), (self.tag, other.tag))
+        )
+        if self.prompt_lengths is not None and other.prompt_lengths is not None:
+            joined.prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+        return joined
 
     def advance(self, ids: Tensor, valid: Tensor | None = None, prompt: bool | Tensor | None = None) -> Tokens:
         """Feed ids [B, T] and return what they are.
@@ -96,16 +113,20 @@ class SequenceState:
         if self.tags is None:
             nothing = torch.zeros_like(valid)
             return nothing, nothing
-        opens, closes = (ids == self.tags.open_id) & valid, (ids == self.tags.close_id) & valid
-        # the phase that each tag starts; the tags themselves belong to none
-        starts = opens * _THINKING + closes * _ANSWER
+        # what each tag begins stands at its last token, which belongs to neither side
+        if self._single is not None:
+            opens, closes = ids == self._single[0], ids == self._single[1]
+            starts = (opens * THINKING + closes * ANSWER) * valid
+        else:
+            starts, self.tag = self.tags.matcher.advance(self.tag, ids, valid)
+        tags = starts > 0
         if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
             column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-            starts = torch.where(starts > 0, column * 4 + starts, starts).cummax(1).values & 3
+            starts = torch.where(tags, column * 4 + starts, 0).cummax(1).values & 3
         phase = torch.where(starts > 0, starts, self.phase[:, None])
         self.phase = phase[:, -1]
-        inside = valid & ~opens & ~closes
-        return inside & (phase == _THINKING), inside & (phase == _ANSWER)
+        inside = valid & ~tags
+        return inside & (phase == THINKING), inside & (phase == ANSWER)
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -49,16 +49,6 @@ class Loaded(NamedTuple):
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True)
-class ThinkTags:
-    """Token ids of `<think>` and `</think>`; `opened_by_template`: the generation prompt already holds
-    `<think>`."""
-
-    open_id: int
-    close_id: int
-    opened_by_template: bool = False
-
-
 def pocket_path() -> Path:
     """Folder of the bundled model. Raises UsageError where this installation holds no weights."""
     if not all((_POCKET / name).is_file() for name in ("config.json", "model.safetensors")):
@@ -225,23 +215,3 @@ def width(model: nn.Module) -> int:
     """d, the width of the residual stream."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
-
-
-def think_tags(tokenizer: Any) -> ThinkTags:
-    """Ids of the think block's tags. Raises UsageError where they are not single tokens."""
-    vocabulary = tokenizer.get_vocab()
-    if "<think>" not in vocabulary or "</think>" not in vocabulary:
-        raise UsageError(
-            f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> "
-            "to be single tokens of its vocabulary; choose a reasoning model"
-        )
-    open_id, close_id = vocabulary["<think>"], vocabulary["</think>"]
-    return ThinkTags(open_id, close_id, _opened_by_template(tokenizer, open_id, close_id))
-
-
-def _opened_by_template(tokenizer: Any, open_id: int, close_id: int) -> bool:
-    if not getattr(tokenizer, "chat_template", None):
-        return False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
-    tags = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i in (open_id, close_id)]
-    return bool(tags) and tags[-1] == open_id

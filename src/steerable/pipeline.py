@@ -40,6 +40,7 @@ class Run:
     def loaded(self) -> Any:
         from steerable import models
         from steerable.chains.generation import prompt_text
+        from steerable.think import think_tags
 
         loaded = models.load(
             self.config.model,
@@ -48,7 +49,7 @@ class Run:
             revision=self.config.revision,
         )
         # A model that cannot be used is refused before anything is done.
-        models.think_tags(loaded.tokenizer)
+        think_tags(loaded.tokenizer)
         prompt_text(loaded.tokenizer, "?")
         layers = models.n_layers(loaded.model)
         if (layer := self.config.chosen_layer) is not None and layer >= layers:

@@ -18,8 +18,9 @@ from steerable.chains.generation import (
 )
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
-from steerable.models import Loaded, ThinkTags
+from steerable.models import Loaded
 from steerable.sites import Site
+from steerable.think import ThinkTags
 
 TASKS = [{"id": f"t-{i}", "prompt": f"w{i} w{i + 1} w3"} for i in range(9)]
 
@@ -119,7 +120,7 @@ def test_prompt_is_the_chat_template(tokenizer):
     ],
 )
 def test_split(tokenizer, ids, finished, opened, expected):
-    tags = ThinkTags(1, 2, opened)
+    tags = ThinkTags((1,), (2,), opened)
     record = split_chain(tokenizer, tags, Completion(ids, finished))
     thinking, closed, answer = expected
     start = 1 if ids[0] == 1 else 0

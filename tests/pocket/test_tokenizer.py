@@ -5,9 +5,9 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from steerable import models
 from steerable.pocket import recipe
 from steerable.pocket.families import LARGEST_NUMBER
+from steerable.think import think_tags
 
 TEXTS = [
     "",
@@ -55,10 +55,10 @@ def test_numbers_and_words_of_the_language_are_single_tokens(pocket_tokenizer):
 
 
 def test_the_tags_and_turns_are_single_tokens(pocket_tokenizer):
-    tags = models.think_tags(pocket_tokenizer)
+    tags = think_tags(pocket_tokenizer)
     assert tags.opened_by_template
-    assert ids(pocket_tokenizer, "<think></think>") == [tags.open_id, tags.close_id]
-    assert pocket_tokenizer.decode([tags.open_id], skip_special_tokens=True) == "<think>"
+    assert ids(pocket_tokenizer, "<think></think>") == [*tags.open, *tags.close]
+    assert pocket_tokenizer.decode(tags.open, skip_special_tokens=True) == "<think>"
     assert ids(pocket_tokenizer, "<|end|>") == [pocket_tokenizer.eos_token_id]
 
 

@@ -17,7 +17,8 @@ from steerable.engines.hooks import steer
 from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import Report, default_threads, default_workers, map_blocks
 from steerable.errors import UsageError
-from steerable.models import Loaded, ThinkTags
+from steerable.models import Loaded
+from steerable.think import ThinkTags, think_tags
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was done since the last call."""
@@ -180,7 +181,7 @@ def _block(jobs: Sequence[Job], part: Sequence[tuple[int, Mapping[str, Any], int
 def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
     steering, items, settings = block
     model, tokenizer = loaded
-    tags = models.think_tags(tokenizer)
+    tags = think_tags(tokenizer)
     requests = [
         Request(prompt_ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength)
         for task, sample, strength in items
@@ -246,22 +247,15 @@ def request_seed(seed: int, task_id: str, sample: int) -> int:
 def split_chain(tokenizer: Any, tags: ThinkTags, completion: Completion) -> Record:
     """`thinking`, `answer`, `closed`, `tokens` (new ones, the stop token included) and `thinking_tokens`.
 
-    The tags are found as tokens, and `thinking` is the text between them untouched, so that character offsets
-    stay valid. Without a think block everything is the answer.
+    `thinking` is the text between the tags untouched, so that character offsets stay valid. Without a think
+    block everything is the answer. See `ThinkTags.split`.
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
-    opened = tags.opened_by_template or tags.open_id in ids
-    start = ids.index(tags.open_id) + 1 if tags.open_id in ids else 0
-    if not opened:
-        thinking, rest, closed = [], ids, False
-    else:
-        closed = tags.close_id in ids[start:]
-        stop = ids.index(tags.close_id, start) if closed else len(ids)
-        thinking, rest = ids[start:stop], ids[stop + 1 :]
+    found = tags.split(tokenizer, ids)
     return {
-        "thinking": tokenizer.decode(thinking, clean_up_tokenization_spaces=False),
-        "answer": tokenizer.decode(rest, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        "closed": closed,
+        "thinking": found.thinking,
+        "answer": found.answer,
+        "closed": found.closed,
         "tokens": len(completion.ids),
-        "thinking_tokens": len(thinking),
+        "thinking_tokens": found.thinking_tokens,
     }

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UsageError
+from ..think import ThinkTags, think_tags
 
 WINDOWS = ("published", "span", "onset")
 
@@ -84,21 +85,24 @@ def align(
 
 
 def align_chain(
-    tokenizer: Any, prompt_text: str, chain: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]
+    tokenizer: Any,
+    prompt_text: str,
+    chain: Mapping[str, Any],
+    spans: Sequence[Mapping[str, Any]],
+    tags: ThinkTags | None = None,
 ) -> AlignedChain:
     """Encode a chain record and align its span records.
 
     `prompt_text` is the task after the chat template, generation prompt included. Where the template leaves
-    the think block closed, the model opened it itself, so `<think>` is put back. Raises UsageError for a
-    tokenizer without offsets.
+    the think block closed, the model opened it itself, so the opening tag is put back. `tags` default to
+    `think_tags(tokenizer)`. Raises UsageError for a tokenizer without offsets or without a think block.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             "aligning spans needs a fast tokenizer, because it reports character offsets; "
             f"{type(tokenizer).__name__} is not one: load it with use_fast=True"
         )
-    opened = prompt_text.rfind("<think>") > prompt_text.rfind("</think>")
-    head = prompt_text if opened else prompt_text + "<think>"
+    head = (tags or think_tags(tokenizer)).before_thinking(prompt_text)
     # The template has already written the special tokens.
     encoded = tokenizer(head + chain["thinking"], add_special_tokens=False, return_offsets_mapping=True)
     found = align(spans, encoded["offset_mapping"], len(head))

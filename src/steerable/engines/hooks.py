@@ -30,6 +30,7 @@ from ..errors import SteerableError, SteerableWarning, UsageError
 from ..gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
 from ..interventions import Intervention, shift
 from ..sites import Site, check_site, tap, width_at
+from ..think import think_tags
 from .meter import Count, Meter
 
 Strength = float | Tensor
@@ -128,7 +129,7 @@ class Handle:
             raise UsageError(f"where={name!r} needs the tokenizer: pass tokenizer= to steer")
         if tokenizer is not None:
             used = [resolve(s, tokenizer) for s in used]
-        self.tags = models.think_tags(tokenizer) if thinks else None
+        self.tags = think_tags(tokenizer) if thinks else None
         self.needs_tokens = any(s != selectors.all for s in used)
         self.tokens: Tokens | None = None
         self._state = SequenceState(self.tags)

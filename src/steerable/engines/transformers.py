@@ -285,7 +285,7 @@ class _Batch:
             plan.prefill = False
         if self.steering:
             fresh.select(index)
-            self.state = _join(self.state, fresh) if start else fresh
+            self.state = self.state.join(fresh) if start else fresh
 
     # A run: steps of one token a row, until enough rows have finished to make room for others.
 
@@ -364,11 +364,3 @@ class _Batch:
 def _signed(seed: int) -> int:
     """The 64 low bits of a seed as int64."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _join(one: SequenceState, other: SequenceState) -> SequenceState:
-    joined = SequenceState(one.tags)
-    joined.start(0)
-    for name in ("seen", "phase", "prompt_lengths"):
-        setattr(joined, name, torch.cat([getattr(one, name), getattr(other, name)]))
-    return joined
