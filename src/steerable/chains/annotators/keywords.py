@@ -157,7 +157,8 @@ _EXAMPLE_OPENS = re.compile(r"(?:check(?:ing)?|test(?:ing)?|verify(?:ing)?|verif
 _KNOWLEDGE = re.compile(
     r"\b(?:recall(?:ing)?|i (?:also |think i )?(?:remember|know|learned|learnt|read)|we know"
     r"|(?:well[- ])?known (?:fact|that|as)|(?:is|are|it's|well) (?:well[- ])?known|by definition"
-    r"|definition of|refers to|(?:is|are) (?:defined|called|referred to)|(?:formula|equation|expression) (?:for|is|says|states)"
+    r"|definition of|refers to|(?:is|are) (?:defined|called|referred to)"
+    r"|(?:formula|equation|expression) (?:for|is|says|states)"
     r"|theorem|lemma|axiom|laws? of|principle of|propert(?:y|ies) of"
     r"|according to|in general|generally|typically|usually|as a rule|fact that|from (?:school|physics|chemistry|"
     r"biology|geometry|algebra|calculus|history)|in (?:physics|chemistry|biology|mathematics|geometry|probability|"
