@@ -75,8 +75,7 @@ class SequenceState:
         in both or neither."""
         joined = SequenceState(self.tags)
         joined.seen, joined.phase, joined.tag = (
-            torch.cat(pair)
-            for pair in ((self.seen, other.seen), (self.phase, other.phase), (self.tag, other.tag))
+            torch.cat(pair) for pair in ((self.seen, other.seen), (self.phase, other.phase), (self.tag, other.tag))
         )
         if self.prompt_lengths is not None and other.prompt_lengths is not None:
             joined.prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])

@@ -295,7 +295,7 @@ def _detect(tokenizer: Any, vocabulary: Mapping[str, int]) -> Texts:
             return texts
     raise UsageError(
         f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> or other "
-        "known tags in its vocabulary or its chat template; choose a reasoning model, or name the tags as \"think\" "
+        'known tags in its vocabulary or its chat template; choose a reasoning model, or name the tags as "think" '
         "in its tokenizer_config.json"
     )
 

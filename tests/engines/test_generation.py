@@ -105,14 +105,6 @@ def test_greedy_equals_generate_on_a_real_llama(stories):
     assert [c.ids for c in found] == [reference(stories, p, 60) for p in texts]
 
 
-def test_a_family_outside_the_table_keeps_its_own_attention(model, monkeypatch):
-    texts = prompts(9)
-    expected = [reference(model, p, 20) for p in texts]
-    monkeypatch.setattr("steerable.engines.transformers._PLAIN", set())
-    found = generate(model, None, [Request(p) for p in texts], max_new_tokens=20, rows=4, greedy=True)
-    assert [c.ids for c in found] == expected
-
-
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.6, 0, 0.95), Decoding(1.3, 20), Decoding(1.0, 30, 0.8)])
 def test_sampling_does_not_depend_on_the_batch(model, decoding):
     requests = [Request(p, seed=i) for i, p in enumerate(prompts(30))]
@@ -177,8 +169,6 @@ def test_bad_requests(model):
         generate(model, None, [Request([])])
     with pytest.raises(UsageError, match="steering="):
         generate(model, None, [Request([30], strength=1.0)])
-    with pytest.raises(UsageError, match="window of 16"):
-        generate(build(MistralConfig, MistralForCausalLM, sliding_window=16), None, [Request([30])])
     assert generate(model, None, []) == []
 
 
@@ -195,9 +185,54 @@ def test_decoding_follows_the_generation_config():
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
     assert decoding_of(model) == Decoding(0.6, 0, 0.95)
     assert decoding_of(model, greedy=True).greedy
-    model.generation_config.repetition_penalty = 1.1
-    with pytest.raises(UsageError, match="repetition_penalty"):
-        decoding_of(model)
+    model.generation_config.update(min_p=0.1, repetition_penalty=1.1)
+    assert decoding_of(model) == Decoding(0.6, 0, 0.95, 0.1, 1.1)
+    assert decoding_of(model, greedy=True) == Decoding(0.0, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sampling"),
+    [
+        ("no_repeat_ngram_size", 3, False),
+        ("suppress_tokens", [4], False),
+        ("num_beams", 4, False),
+        ("guidance_scale", 1.5, False),
+        ("typical_p", 0.9, True),
+        ("top_h", 0.4, True),
+    ],
+)
+def test_settings_that_are_not_provided_are_refused(name, value, sampling):
+    model = build()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(UsageError, match=f"sets {name} = .* generation_config.json"):
+        decoding_of(model, greedy=False)
+    if sampling:  # has no effect on greedy decoding
+        assert decoding_of(model, greedy=True).greedy
+    else:
+        with pytest.raises(UsageError, match=name):
+            decoding_of(model, greedy=True)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_is_that_of_generate(model, penalty):
+    texts = prompts(12)
+    expected = []
+    for prompt in texts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    found = generate(
+        model,
+        None,
+        [Request(p) for p in texts],
+        max_new_tokens=30,
+        rows=5,
+        decoding=Decoding(0.0, repetition_penalty=penalty),
+    )
+    assert [c.ids for c in found] == expected
+    assert expected != [reference(model, prompt, 30) for prompt in texts]
 
 
 def test_uniform_numbers():
@@ -214,20 +249,45 @@ def test_uniform_numbers():
     assert zero.tolist() == [(x >> 11) * 2.0**-53 for x in expected]
 
 
-@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.7, 5), Decoding(1.5, 0, 0.7), Decoding(1.0, 12, 0.9)])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(),
+        Decoding(0.7, 5),
+        Decoding(1.5, 0, 0.7),
+        Decoding(1.0, 12, 0.9),
+        Decoding(1.2, 0, 1.0, 0.1),
+        Decoding(1.0, 0, 0.95, 0.15),
+        Decoding(1.0, 9, 0.97, 0.1),
+        Decoding(0.9, 0, 1.0, 0.0, 1.5),
+    ],
+)
 @pytest.mark.parametrize("head", [1024, 8])
 def test_draws_have_the_distribution_of_transformers(decoding, head, monkeypatch):
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     monkeypatch.setattr(sampling, "_HEAD", head)
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)) * 2
-    warped = TemperatureLogitsWarper(decoding.temperature)(None, logits)
+    said = torch.tensor([[3, 7, 7, 20]])
+    warped = logits
+    if decoding.repetition_penalty != 1:
+        warped = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)(said, warped)
+    warped = TemperatureLogitsWarper(decoding.temperature)(None, warped)
     if decoding.top_k:
         warped = TopKLogitsWarper(decoding.top_k)(None, warped)
     if decoding.top_p < 1:
         warped = TopPLogitsWarper(decoding.top_p)(None, warped)
+    if decoding.min_p:
+        warped = MinPLogitsWarper(decoding.min_p)(None, warped)
     rows = 40000
-    draws = choose(logits.expand(rows, -1), decoding, torch.zeros(rows, dtype=torch.long), torch.arange(rows))
+    held = sampling.mark(torch.zeros(rows, 30, dtype=torch.bool), said.expand(rows, -1))
+    draws = choose(logits.expand(rows, -1), decoding, torch.zeros(rows, dtype=torch.long), torch.arange(rows), held)
     found = torch.bincount(draws, minlength=30) / rows
     assert (found - warped.softmax(-1)[0]).abs().max() < 0.012
     assert (found > 0).sum() <= (warped > -torch.inf).sum()

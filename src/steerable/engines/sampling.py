@@ -7,6 +7,7 @@ workers and the order of the queue change nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,28 +18,44 @@ from steerable.errors import UsageError
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _HEAD = 1024  # likeliest tokens that are tried before the whole vocabulary is sorted
+# Settings of a `generation_config` that are refused unless they have no effect, by their neutral values.
 _UNSUPPORTED = {
     "num_beams": 1,
-    "repetition_penalty": 1.0,
+    "num_return_sequences": 1,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
     "penalty_alpha": 0.0,
     "min_length": 0,
     "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "max_time": None,
+    "stop_strings": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "dola_layers": None,
 }
+_UNSUPPORTED_SAMPLING = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary."""
+    """How a token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 keep the whole
+    vocabulary. `repetition_penalty` divides the positive logits of tokens that the row holds already, its prompt
+    included, and multiplies the negative ones (Keskar et al. 2019, arXiv 1909.05858); 1 is none."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @property
     def greedy(self) -> bool:
@@ -52,18 +69,45 @@ def decoding_of(model: PreTrainedModel, *, greedy: bool | None = None) -> Decodi
     provided here.
     """
     config = model.generation_config or GenerationConfig()
-    for name, neutral in _UNSUPPORTED.items():
-        if (value := getattr(config, name, None)) not in (None, neutral):
+    is_greedy = greedy is True or (greedy is None and not config.do_sample)
+    for name, neutral in (_UNSUPPORTED if is_greedy else _UNSUPPORTED | _UNSUPPORTED_SAMPLING).items():
+        if (value := getattr(config, name, None)) not in (None, neutral, []):
             raise UsageError(
                 f"the model's generation_config sets {name} = {value}, which this engine does not provide: "
-                f"set model.generation_config.{name} = None to decode without it"
+                f"set model.generation_config.{name} = None, or take it out of generation_config.json, to decode "
+                "without it"
             )
-    if greedy is True or (greedy is None and not config.do_sample):
-        return Decoding(temperature=0.0)
     # The fallbacks are those that `model.generate` takes where the file is silent.
-    value = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    value = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     value |= {name: found for name in value if (found := getattr(config, name, None)) is not None}
-    return Decoding(float(value["temperature"]), int(value["top_k"]), float(value["top_p"]))
+    penalty = float(value["repetition_penalty"])
+    if not penalty > 0:
+        raise UsageError(f"the model's generation_config sets repetition_penalty = {penalty}: expected more than 0")
+    if is_greedy:
+        return Decoding(temperature=0.0, repetition_penalty=penalty)
+    return Decoding(
+        float(value["temperature"]), int(value["top_k"]), float(value["top_p"]), float(value["min_p"]), penalty
+    )
+
+
+def stop_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens at which the model's `generation_config` stops."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def signed(seed: int) -> int:
+    """The 64 low bits of a seed as int64."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def mark(said: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Marks in `said` (bool [rows, vocabulary], changed and returned) the tokens that each row of `ids` holds."""
+    if valid is None:
+        return said.scatter_(1, ids, True)
+    # The padding marks what its row's last valid token marks too.
+    last = ids.gather(1, (valid * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True))
+    return said.scatter_(1, torch.where(valid, ids, last), valid.any(1, keepdim=True).expand_as(ids))
 
 
 def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
@@ -80,12 +124,16 @@ def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
     return shifted(z ^ shifted(z, 31), 11).double() * 2.0**-53
 
 
-def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor) -> Tensor:
+def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor, said: Tensor | None = None) -> Tensor:
     """One token a row, int64 `[rows]`, from logits `[rows, vocabulary]`; `index` is each row's token count so
-    far.
+    far, `said` (bool, as the logits) the tokens that it holds, for the repetition penalty.
 
-    Temperature, then top-k, then top-p, as in transformers; a tie at the border is kept for top-k.
+    The penalty, temperature, then top-k, top-p and min-p, as in transformers; a tie at the border is kept for top-k.
     """
+    if said is not None and decoding.repetition_penalty != 1.0:
+        logits = logits.float()
+        penalty = decoding.repetition_penalty
+        logits = torch.where(said, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if decoding.greedy:
         return logits.argmax(-1)
     logits = logits.float()
@@ -97,6 +145,8 @@ def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor) -> 
     if 0 < decoding.top_k < logits.shape[-1]:
         border = logits.topk(decoding.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < border, -torch.inf)
+    if decoding.min_p > 0.0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(decoding.min_p), -torch.inf)
     return _invert(logits.softmax(-1), u).squeeze(-1)
 
 
@@ -124,4 +174,6 @@ def _choose_nucleus(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
             ordered = (top - total).exp()
     before = ordered.cumsum(-1) - ordered
     kept = ordered.masked_fill(before >= decoding.top_p, 0.0)
+    if decoding.min_p > 0.0:
+        kept = kept.masked_fill(ordered < decoding.min_p * ordered[:, :1], 0.0)
     return tokens.gather(-1, _invert(kept, u)).squeeze(-1)

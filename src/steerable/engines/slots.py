@@ -34,15 +34,45 @@ class Plan:
     start: int = 0  # prefill: the first slot that is filled
     rows: int = 0
     repeat: Tensor | None = None  # prefill: [rows] which prompt of the pass fills each slot
-    write: Tensor | None = None  # decode: [rows * heads] where in the flattened buffer the new token goes
+    position: Tensor | None = None  # decode: [rows] where each row's new token goes
     width: int = 0  # decode: positions that are read, the longest row
     pages: list[int] = field(default_factory=list)  # decode: how many rows have reached each page
     scores: Tensor | None = None  # decode: room for the attention scores of one layer
     prefill: bool = False
+    _cells: dict[Any, Tensor] = field(default_factory=dict)  # what `cells` has found for this position
+    _origins: dict[Any, Tensor] = field(default_factory=dict)  # the part of it that all positions share
+
+    def begin(self, rows: int) -> None:
+        """Decoding starts with this many rows."""
+        self.rows, self.prefill = rows, False
+        self._origins = {}
+
+    def put(self, position: Tensor) -> None:
+        """Where the next token of each row goes, [rows]."""
+        self.position = position
+        self._cells = {}
+
+    def cells(self, buffer: Tensor) -> Tensor:
+        """[rows * heads] where in a flattened buffer [pages, slots, heads, page, dim] the new token goes."""
+        slots, heads, page = buffer.shape[1:4]
+        key = (heads, buffer.device)
+        if (found := self._cells.get(key)) is not None:
+            return found
+        assert self.position is not None
+        position = self.position.to(buffer.device)
+        if (origin := self._origins.get(key)) is None:
+            slot = torch.arange(self.rows, device=buffer.device)
+            head = slot[:, None] * heads + torch.arange(heads, device=buffer.device)
+            origin = self._origins[key] = head * page
+        number = position.div(page, rounding_mode="floor")
+        stride = (slots * heads - 1) * page
+        found = self._cells[key] = (origin + (position + number * stride)[:, None]).view(-1)
+        return found
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, `[pages, slots, kv_heads, page, head_dim]`.
+    """Keys and values of one decoder layer, `[pages, slots, kv_heads, page, head_dim]`, or whatever a family
+    stores in their place: the two may differ in heads and width (latent attention does).
 
     Allocated at the first write. With a single page, `[slots, kv_heads, capacity, head_dim]` is what any
     attention can read.
@@ -53,9 +83,10 @@ class SlotLayer(CacheLayerMixin):
         self.plan, self.slots, self.page, self.pages = plan, slots, page, -(-capacity // page)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self.pages, self.slots, key_states.shape[1], self.page)
-        self.keys = _zeros(shape + key_states.shape[3:], key_states)
-        self.values = _zeros(shape + value_states.shape[3:], value_states)
+        shape = (self.pages, self.slots)
+        self.keys, self.values = (
+            _zeros((*shape, new.shape[1], self.page, new.shape[3]), new) for new in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -65,10 +96,10 @@ class SlotLayer(CacheLayerMixin):
         plan = self.plan
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if not plan.prefill:
-                assert plan.write is not None
-                buffer.view(-1, buffer.shape[4]).index_copy_(0, plan.write, new.reshape(-1, new.shape[3]))
+                buffer.view(-1, buffer.shape[4]).index_copy_(0, plan.cells(buffer), new.reshape(-1, new.shape[3]))
                 continue
-            new, slots = new[plan.repeat], slice(plan.start, plan.start + plan.rows)
+            assert plan.repeat is not None
+            new, slots = new[plan.repeat.to(new.device)], slice(plan.start, plan.start + plan.rows)
             for page, part in enumerate(new.split(self.page, dim=2)):
                 buffer[page, slots, :, : part.shape[2]] = part
         if plan.prefill:
@@ -82,7 +113,7 @@ class SlotLayer(CacheLayerMixin):
         if self.is_initialized:
             pages = -(-width // self.page)
             for buffer in (self.keys[:pages], self.values[:pages]):
-                buffer[:, target] = buffer[:, source]
+                buffer[:, target.to(buffer.device)] = buffer[:, source.to(buffer.device)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.plan.prefill else self.plan.width), 0

@@ -1,4 +1,5 @@
-"""Generation with a plain Hugging Face model and continuous batching, steered or not.
+"""Generation with a Hugging Face model, steered or not: continuous batching for the families that it fits
+(`routes.py` says which), `model.generate` for the others (`batches.py`), with the same requests and draws.
 
 Finished rows leave at once and waiting prompts take their place; the cache is written in place (`slots.py`);
 each row's randomness is its own (`sampling.py`). A prompt is run but for its last token, which then is the
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerable.engines.batches import in_batches
 from steerable.engines.hooks import Handle
-from steerable.engines.sampling import Decoding, choose, decoding_of
+from steerable.engines.routes import Route, check_length, layer_kinds, route, window
+from steerable.engines.sampling import Decoding, choose, decoding_of, mark, signed, stop_ids
 from steerable.engines.slots import ATTENTION, PAGE, Reach, SlotCache, arrange
 from steerable.errors import SteerableError, UsageError
 from steerable.gates import SequenceState
 from steerable.models import base
 
-_PLAIN = {"llama", "mistral", "qwen2", "qwen3"}  # families whose attention is plain softmax attention
 _SORTED = 8  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
@@ -68,9 +70,10 @@ def generate(
     """Continue every request; results in the order of `requests`.
 
     rows: sequences that are computed together. greedy: None follows the model's `generation_config` (so does
-    `decoding`, unless given). Stops at the `eos_token_id`s of `generation_config`. Greedy tokens equal those
-    of `model.generate`; sampled ones depend on the request's seed and not on the other rows, up to the rounding
-    of differently shaped matrix products, which now and then tips a draw that lies on a boundary.
+    `decoding`, unless given). Stops at the `eos_token_id`s of `generation_config`. `routes.route` says how this
+    model is computed. Greedy tokens equal those of `model.generate`; sampled ones depend on the request's seed and
+    not on the other rows, up to the rounding of differently shaped matrix products, which now and then tips a draw
+    that lies on a boundary.
     steering: the handle of `steer(model, ...)`, inside whose context this is called.
     Raises UsageError for settings this engine lacks, SteerableError when the model's logits are not finite.
     """
@@ -81,47 +84,61 @@ def generate(
     if any(len(request.prompt) == 0 for request in requests):
         raise UsageError("a prompt is empty: every request needs at least one token")
     longest = max(len(request.prompt) for request in requests) + max_new_tokens
-    _check_window(model, longest)
-    batch = _Batch(
-        model,
-        requests,
-        max_new_tokens,
-        min(rows, len(requests)),
-        longest + _SLACK,
-        decoding or decoding_of(model, greedy=greedy),
-        steering,
-        getattr(tokenizer, "pad_token_id", None) or 0,
-    )
-    with _attention(model), batch.own_strengths():
-        while batch.refill():
-            finished, tokens = batch.run()
-            if progress:
-                progress(finished, tokens)
+    check_length(model, longest)
+    way = route(model, longest)
+    decoding = decoding or decoding_of(model, greedy=greedy)
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    with own_strengths(steering, requests) as default:
+        if not way.slots:
+            new = in_batches(
+                model,
+                requests,
+                limit=max_new_tokens,
+                rows=1 if way.name == "one by one" else rows,
+                equal=way.name == "equal lengths",
+                decoding=decoding,
+                steering=steering,
+                default=default,
+                pad=pad,
+                device=model_device(model),
+                progress=progress,
+            )
+            stops = stop_ids(model)
+            return [Completion(ids, ids[-1] in stops) for ids in new]
+        size = min(rows, len(requests))
+        batch = _Batch(model, requests, max_new_tokens, size, longest, way, decoding, steering, default, pad)
+        with _attention(model, way):
+            while batch.refill():
+                finished, tokens = batch.run()
+                if progress:
+                    progress(finished, tokens)
     return batch.results()
 
 
-def _check_window(model: Any, longest: int) -> None:
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
-    if window and sliding and longest > window:
-        raise UsageError(
-            f"the model attends to a sliding window of {window} tokens, but prompt and continuation may "
-            f"reach {longest}: lower max_new_tokens"
-        )
-
-
-def _is_plain(config: Any) -> bool:
-    return config.model_type in _PLAIN and config._attn_implementation in ("sdpa", "eager")
+@contextmanager
+def own_strengths(steering: Handle | None, requests: Sequence[Request]) -> Iterator[float]:
+    """The strength of requests that have none of their own; where some have, the handle gets its one number back
+    afterwards."""
+    if all(request.strength is None for request in requests):
+        yield 0.0
+        return
+    if steering is None:
+        raise UsageError("a request has a strength, but nothing is steered: pass steering=")
+    default = steering.strength
+    if isinstance(default, Tensor):
+        raise UsageError("strengths by row belong in the requests: give steer one number")
+    try:
+        yield default
+    finally:
+        steering.set_strength(default)
 
 
 @contextmanager
-def _attention(model: Any) -> Iterator[None]:
+def _attention(model: Any, way: Route) -> Iterator[None]:
     """Exchanges plain attention for ours; families with their own attention keep it."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if _is_plain(config):
+    if way.name == "slots":
         config._attn_implementation = ATTENTION
     try:
         yield
@@ -138,31 +155,35 @@ class _Batch:
         requests: Sequence[Request],
         limit: int,
         rows: int,
-        capacity: int,
+        longest: int,
+        way: Route,
         decoding: Decoding,
         steering: Handle | None,
+        default: float,
         pad: int,
     ) -> None:
         self.model, self.requests, self.limit, self.rows = model, requests, limit, rows
         self.decoding, self.steering, self.pad = decoding, steering, pad
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model_device(model), model.dtype
         text = model.config.get_text_config()
-        self.heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.plain = _is_plain(text)
+        self.plain = way.name == "slots"
         # On an accelerator the launch of a kernel costs more than the positions that pages save.
-        self.paged = self.plain and self.device.type == "cpu"
+        self.paged = self.plain and {p.device.type for p in model.parameters()} == {"cpu"}
+        capacity = longest + _SLACK
         self.page = PAGE if self.paged else capacity
         self.capacity = -(-capacity // self.page) * self.page
         self.cache = SlotCache(text.num_hidden_layers, rows, self.capacity, self.page)
-        self.mask = torch.full((rows, self.capacity), -torch.inf, dtype=self.dtype, device=self.device)
-        eos = model.generation_config.eos_token_id
-        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        # A window that no text outgrows is none.
+        kinds, near = layer_kinds(text), window(text)
+        self.near = near if near is not None and near < longest and "sliding_attention" in kinds else None
+        names = sorted(kinds) if self.near else ["full_attention"]
+        shape = (rows, self.capacity)
+        self.masks = {name: torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device) for name in names}
+        self.eos = stop_ids(model)
         self.state = SequenceState(steering.tags if steering else None)
         # A strength for each row only where requests ask for it: one number for all is the faster path.
         self.per_row = any(request.strength is not None for request in requests)
-        self.default: Any = 0.0
-        if self.per_row and steering is None:
-            raise UsageError("a request has a strength, but nothing is steered: pass steering=")
+        self.default = default
 
         self.queued = 0  # requests that have been taken from the queue
         self.request: list[int] = []  # which request each row computes
@@ -172,6 +193,10 @@ class _Batch:
         empty = torch.zeros(0, dtype=torch.long, device=self.device)
         self.token, self.position, self.made, self.seed = empty, empty, empty, empty
         self.strength = torch.zeros(0, device=self.device)
+        # Tokens that each row holds, for the repetition penalty.
+        penalised = decoding.repetition_penalty != 1.0
+        said = torch.zeros(0, text.vocab_size, dtype=torch.bool, device=self.device)
+        self.said = said if penalised else None
 
     def results(self) -> list[Completion]:
         return [completion for completion in self.done if completion is not None]
@@ -198,7 +223,10 @@ class _Batch:
         self.token, self.position, self.made, self.seed, self.strength = (
             x[index] for x in (self.token, self.position, self.made, self.seed, self.strength)
         )
-        self.mask[: len(source)] = self.mask[index]
+        for mask in self.masks.values():
+            mask[: len(source)] = mask[index]
+        if self.said is not None:
+            self.said = self.said[index]
         self.request = [self.request[old] for old in source]
         self.length = [self.length[old] for old in source]
         if self.steering and source:
@@ -226,27 +254,28 @@ class _Batch:
         self.token = torch.cat([self.token, column([r.prompt[-1] for r in chosen])])
         self.position = torch.cat([self.position, column(lengths)])
         self.made = torch.cat([self.made, column([0] * len(chosen))])
-        self.seed = torch.cat([self.seed, column([_signed(r.seed) for r in chosen])])
+        self.seed = torch.cat([self.seed, column([signed(r.seed) for r in chosen])])
         self.strength = torch.cat([self.strength, torch.tensor(strengths, device=self.device)])
-        columns = torch.arange(self.capacity, device=self.device)
-        rows = self.mask[start : start + len(chosen)]
-        rows.fill_(-torch.inf).masked_fill_(columns < column(lengths)[:, None], 0.0)
+        columns, filled = torch.arange(self.capacity, device=self.device), column(lengths)[:, None]
+        for kind, mask in self.masks.items():
+            seen = columns < filled
+            if self._is_near(kind):
+                seen &= columns >= filled - (self.near or 0)
+            mask[start : start + len(chosen)].fill_(-torch.inf).masked_fill_(seen, 0.0)
+        if self.said is not None:
+            fresh = torch.zeros(len(chosen), self.said.shape[1], dtype=torch.bool)
+            for row, request in zip(fresh, chosen, strict=True):
+                row[torch.tensor(list(request.prompt))] = True
+            self.said = torch.cat([self.said, fresh.to(self.device)])
         self.request += taken
         self.length += lengths
 
-    @contextmanager
-    def own_strengths(self) -> Iterator[None]:
-        """Where requests have strengths of their own, gives the handle its one number back afterwards."""
-        if self.steering is None or not self.per_row:
-            yield
-            return
-        self.default = self.steering.strength
-        if isinstance(self.default, Tensor):
-            raise UsageError("strengths by row belong in the requests: give steer one number")
-        try:
-            yield
-        finally:
-            self.steering.set_strength(self.default)
+    def _is_near(self, kind: str) -> bool:
+        return self.near is not None and kind == "sliding_attention"
+
+    def _given(self, masks: dict[str, Tensor]) -> Any:
+        """The masks as the model takes them: one for all layers, or one for each kind."""
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _prefill(self, start: int, prompts: list[list[int]], lengths: list[int], strengths: list[float]) -> None:
         # Samples of one task come one after another: the same prompt is run once and copied.
@@ -274,11 +303,16 @@ class _Batch:
             plan = self.cache.plan
             plan.prefill, plan.start, plan.rows, plan.repeat = True, start, len(prompts), index
             # Right padding and a causal mask: no token sees the padding behind it.
-            causal = torch.full((width, width), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
+            causal = {}
+            for name in self.masks:
+                mask = torch.full((width, width), -torch.inf, dtype=self.dtype, device=self.device).triu_(1)
+                if self._is_near(name):
+                    mask += torch.full_like(mask, -torch.inf).tril_(-(self.near or 0))
+                causal[name] = mask[None, None].expand(len(first), 1, -1, -1)
             base(self.model)(
                 input_ids=ids,
                 position_ids=torch.arange(width, device=self.device).expand(len(first), -1),
-                attention_mask=causal[None, None].expand(len(first), 1, -1, -1),
+                attention_mask=self._given(causal),
                 past_key_values=self.cache,
                 use_cache=True,
             )
@@ -296,13 +330,9 @@ class _Batch:
         if steering and self.per_row:
             steering.set_strength(self.strength)
         plan = self.cache.plan
-        plan.rows, plan.prefill = rows, False
-        slot = torch.arange(rows, device=self.device)
-        cell = slot * self.capacity + self.position  # of the mask, flattened
-        # Where a head's new key goes in the cache, flattened, once the position and its page are added.
-        head = slot[:, None] * self.heads + torch.arange(self.heads, device=self.device)
-        origin, stride = head * self.page, (self.rows * self.heads - 1) * self.page
-        flat_mask = self.mask.view(-1)
+        plan.begin(rows)
+        cell = torch.arange(rows, device=self.device) * self.capacity + self.position  # of a mask, flattened
+        flat = [(mask.view(-1), self._is_near(name)) for name, mask in self.masks.items()]
         reach = Reach([length + 1 for length in self.length])
         widest = max(self.length) + 1
         extra = {"plan": plan} if self.plain else {}
@@ -314,21 +344,26 @@ class _Batch:
             step = len(history)
             plan.width = widest + step
             plan.pages = reach.pages(step, self.page) if self.paged else []
-            page = self.position.div(self.page, rounding_mode="floor")
-            plan.write = (origin + (self.position + page * stride)[:, None]).view(-1)
+            plan.put(self.position)
             seen = len(plan.pages) * self.page if self.paged else plan.width
-            flat_mask.index_fill_(0, cell, 0.0)
+            for mask, near in flat:
+                mask.index_fill_(0, cell, 0.0)
+                if near and self.near:
+                    # the token that leaves the window; for a row that has not filled it, one that is yet to come
+                    mask.index_fill_(0, torch.where(self.position >= self.near, cell - self.near, cell + 1), -torch.inf)
             if steering and steering.needs_tokens:
                 steering.feed(self.state.advance(self.token[:, None], ~dead[:, None]))
             logits = self.model(
                 input_ids=self.token[:, None],
                 position_ids=self.position[:, None],
-                attention_mask=self.mask[:rows, None, None, :seen],
+                attention_mask=self._given({name: mask[:rows, None, None, :seen] for name, mask in self.masks.items()}),
                 past_key_values=self.cache,
                 use_cache=True,
                 **extra,
             ).logits[:, -1]
-            self.token = choose(logits, self.decoding, self.seed, self.made)
+            self.token = choose(logits, self.decoding, self.seed, self.made, self.said)
+            if self.said is not None:
+                mark(self.said, self.token[:, None])
             history.append(self.token)
             dead |= self.made >= limit
             for stop in self.eos:
@@ -361,6 +396,7 @@ class _Batch:
         return finished, made
 
 
-def _signed(seed: int) -> int:
-    """The 64 low bits of a seed as int64."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+def model_device(model: Any) -> torch.device:
+    """Where token ids go: the device of the embedding; the CPU where accelerate keeps that elsewhere."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
