@@ -28,16 +28,24 @@ class Lens:
 def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = False) -> Lens:
     """Scores W_U v of every token, the k highest and the k lowest; v = `vector` [d] of the residual stream.
 
-    `norm` sends the vector through the final norm first. That fixes its length and applies the norm's
-    weights, which is what the model does with a whole activation; without it scores are the logits that the
-    vector itself adds, up to the norm. Raises UsageError for a vector that is not [d] or holds NaN.
+    `norm` sends the vector through the final norm first, and the scores through the soft-cap where the model has one
+    (Gemma). That fixes its length and applies the norm's weights, which is what the model does with a whole
+    activation: from the last block's output these are the model's logits. Without it scores are the logits that the
+    vector itself adds, up to the norm; a cap would only squeeze them, in the same order. W_U is the unembedding as it
+    is: where it is tied to an embedding that the model scales (Gemma), it is not scaled.
+
+    Raises UsageError for a vector that is not [d] or holds NaN.
     """
     width = models.width(model)
     if vector.shape != (width,) or not torch.isfinite(vector).all():
         raise UsageError(f"the lens needs a finite vector of width {width}, got shape {tuple(vector.shape)}")
     head: Any = models.unembed(model)
-    v = vector.to(head.weight.device, head.weight.dtype)
-    scores = head(models.final_norm(model)(v) if norm else v).float()
+    v = vector.to(models.device(head), model.dtype)
+    if norm:
+        final = models.final_norm(model)
+        v = final(v.to(models.device(final))).to(v.device)
+    scores = head(v).float()
+    scores = models.soft_cap(model, scores) if norm else scores
     k = min(k, len(scores))
     return Lens(*(_tokens(tokenizer, scores, k, largest) for largest in (True, False)))
 

@@ -5,39 +5,91 @@ Every other module asks here for blocks, norms and projections, so a new family 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UsageError
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths of the parts of a pre-norm decoder: `blocks` and `final_norm` from the base model (the
-    model without its unembedding), the others from a block."""
+    """Where the parts of a decoder are. The defaults are Llama's.
+
+    `blocks` and `final_norm` are attribute paths from the base model (the model without its unembedding), the others
+    from a block; None: this model has no such part, or none is known. A path may exist in some blocks only, as
+    `mlp.down_proj` in a mixture of experts.
+    """
 
     blocks: str = "layers"
-    final_norm: str = "norm"
-    norm_in: str = "input_layernorm"
-    attention: str = "self_attn"
-    attention_out: str = "self_attn.o_proj"
-    norm_mid: str = "post_attention_layernorm"
-    mlp: str = "mlp"
-    mlp_out: str = "mlp.down_proj"
+    final_norm: str | None = "norm"
+    #: The first module that reads the block's input x: a norm, or with post-norms the attention itself.
+    entry: str | None = "input_layernorm"
+    #: The attention's last projection: its input is `head_in`, the heads' outputs side by side.
+    attention_out: str | None = "self_attn.o_proj"
+    #: The module whose output is added to the stream: behind the post-norm where there is one.
+    attention_added: str | None = "self_attn.o_proj"
+    #: The MLP's last projection: its input is `mlp_act`, the neurons. Experts are fused tensors: they have none.
+    mlp_out: str | None = "mlp.down_proj"
+    mlp_added: str | None = "mlp"
+    #: "pre": x + f(norm(x)); "post": x + norm(f(x)); "both": x + norm(f(norm(x))).
+    norms: str = "pre"
+    #: The config's switch for x + attention(x) + mlp(x), where no `resid_mid` exists; "always" without a switch.
+    parallel: str | None = None
+    #: What opens and closes the think block.
+    think: tuple[str, str] = ("<think>", "</think>")
+    #: The attention kernel that computes the family's own attention, where transformers' default does not.
+    attention: str | None = None
 
 
+_LLAMA = Family()
+_SANDWICH = Family(attention_added="post_attention_layernorm", mlp_added="post_feedforward_layernorm", norms="both")
+
+#: By `model_type` of the config.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    # The fused kernels leave out Gemma-2's soft-cap of the attention scores.
+    "gemma2": replace(_SANDWICH, attention="eager"),
+    "gemma3_text": _SANDWICH,
+    "gemma3": replace(_SANDWICH, blocks="language_model.layers", final_norm="language_model.norm"),
+    "phi3": Family(attention_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
+    "olmo2": Family(
+        entry="self_attn",
+        attention_added="post_attention_layernorm",
+        mlp_added="post_feedforward_layernorm",
+        norms="post",
+    ),
+    "gpt2": Family(
+        blocks="h",
+        final_norm="ln_f",
+        entry="ln_1",
+        attention_out="attn.c_proj",
+        attention_added="attn.resid_dropout",
+        mlp_out="mlp.c_proj",
+    ),
+    "gpt_neox": Family(
+        final_norm="final_layer_norm",
+        attention_out="attention.dense",
+        attention_added="post_attention_dropout",
+        mlp_out="mlp.dense_4h_to_h",
+        mlp_added="post_mlp_dropout",
+        parallel="use_parallel_residual",
+    ),
+    "deepseek_v2": _LLAMA,
+    "deepseek_v3": _LLAMA,
+    "gpt_oss": Family(think=("<|channel|>analysis<|message|>", "<|end|>")),
 }
 
 
@@ -64,6 +116,9 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -71,31 +126,68 @@ def load(
 
     name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
     dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
-    device: default the first CUDA device if there is one, else the CPU.
-    Raises UsageError when there is no such model or device.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    device: default the first CUDA device if there is one, else the CPU. device_map: instead of a device, "auto"
+    (accelerate spreads the layers over what there is) or a mapping of module names to devices.
+    attn_implementation: "sdpa", "eager", ...; None: what the family needs, else what transformers chooses.
+    quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
+    revision: a branch, tag or commit of the hub. trust_remote_code: run the code that comes with the model.
 
+    Raises UsageError when there is no such model, device or quantisation library.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if device is not None and device_map is not None:
+        raise UsageError("give a device or a device_map, not both")
     name = str(name_or_path)
     source = str(pocket_path()) if name == "pocket" else name
     kind = _dtype(dtype)
+    quantized = _quantization(quantization, kind)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not Path(source).exists():
         options["local_files_only"] = not _on_hub(source, revision)
+    placed: dict[str, Any] = {}
+    if quantized is not None:
+        placed["quantization_config"] = quantized
+    if device_map is not None or quantized is not None:  # quantised weights cannot be moved afterwards
+        placed["device_map"] = device_map if device_map is not None else {"": device}
     try:
         with _no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+            known = FAMILIES.get(config.model_type)
+            kernel = attn_implementation or (known.attention if known else None)
+            if kernel is not None:
+                placed["attn_implementation"] = kernel
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
     except Exception as error:  # foreign files: the libraries that read them raise what they like
-        known = "is not a loadable model folder"
-        what = known if Path(source).exists() else "is neither a folder nor a known model"
+        known_as = "is not a loadable model folder"
+        what = known_as if Path(source).exists() else "is neither a folder nor a known model"
         raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'") from error
+    if not placed.get("device_map"):
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'"
+            ) from error
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
+    """The quantization config of transformers for load's option, or None."""
+    if wanted is None or not isinstance(wanted, str):
+        return wanted
+    if wanted not in ("8bit", "4bit"):
+        raise UsageError(f"unknown quantization {wanted!r}: expected '8bit', '4bit' or a config of transformers")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"quantization={wanted!r} needs the library bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if wanted == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _reason(error: Exception) -> str:
@@ -173,20 +265,14 @@ def _has(root: nn.Module, path: str) -> bool:
 
 
 def family(model: nn.Module) -> Family:
-    """Where the parts are: by `model_type`, else the Llama names if it has them all, else UsageError."""
+    """Where the parts are: by `model_type`; for an unknown type by the structure, with a SteerableWarning (once a
+    model) that says what was found, or a UsageError where that fails."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    found, root = Family(), base(model)
-    if _has(root, found.blocks) and _has(root, found.final_norm):
-        block = attrgetter(found.blocks)(root)[0]
-        paths = [getattr(found, f.name) for f in fields(found) if f.name not in ("blocks", "final_norm")]
-        if all(_has(block, path) for path in paths):
-            return found
-    raise UsageError(
-        f"models of type {model_type or type(model).__name__!r} are not known: "
-        f"expected one of {', '.join(sorted(FAMILIES))} or a model with the same module names"
-    )
+    from .structure import guess
+
+    return guess(model, model_type or type(model).__name__)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -194,17 +280,49 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return attrgetter(family(model).blocks)(base(model))
 
 
+def part(model: nn.Module, layer: int, path: str | None) -> nn.Module | None:
+    """The module at one of the family's paths in a block; None where this block has none."""
+    block = blocks(model)[layer]
+    return attrgetter(path)(block) if path is not None and _has(block, path) else None
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether attention and MLP read the same input, so that nothing lies between them."""
+    switch = family(model).parallel
+    return switch == "always" or bool(switch and getattr(model.config, switch))
+
+
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last block and the unembedding."""
-    return attrgetter(family(model).final_norm)(base(model))
+    path = family(model).final_norm
+    if path is None:
+        raise UsageError(f"the final norm of {type(model).__name__} is not known: do without it (norm=False)")
+    return attrgetter(path)(base(model))
 
 
 def unembed(model: nn.Module) -> nn.Module:
-    """The linear map from the normed last state to logits."""
+    """The linear map from the normed last state to logits (before a soft-cap)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise UsageError(f"{type(model).__name__} has no unembedding: load it as a causal language model")
     return head
+
+
+def soft_cap(model: nn.Module, logits: Tensor) -> Tensor:
+    """What the model does to the unembedding's output: c tanh(logits / c) in Gemma, nothing in most others."""
+    cap = getattr(_text_config(model), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def device(module: nn.Module) -> torch.device:
+    """Where a module wants its input. Weights that accelerate keeps elsewhere are on "meta" until they are used;
+    it also moves what such a module is given, so that the CPU is right for them."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
 
 
 def n_layers(model: nn.Module) -> int:
@@ -213,5 +331,9 @@ def n_layers(model: nn.Module) -> int:
 
 def width(model: nn.Module) -> int:
     """d, the width of the residual stream."""
-    config: Any = model.config
-    return int(config.get_text_config().hidden_size)
+    return int(_text_config(model).hidden_size)
+
+
+def n_heads(model: nn.Module) -> int:
+    """Number of attention heads; `head_in` is that many equal parts."""
+    return int(_text_config(model).num_attention_heads)

@@ -1,11 +1,15 @@
 """Sites: the places in a block where activations are read and changed.
 
-With `x` the input of block `l` (pre-norm decoder):
+With `x` the input of block `l`:
 
-    resid_pre  x                        attn_out  output of the attention's last projection
-    head_in    that projection's input, the heads' outputs side by side
+    resid_pre  x                        attn_out  what the attention adds to the stream
+    head_in    input of the attention's last projection, the heads' outputs side by side
     resid_mid  x + attn_out             mlp_act   input of the MLP's last projection, its neurons
-    mlp_out    output of the MLP        resid_post  resid_mid + mlp_out, the block's output
+    mlp_out    what the MLP adds        resid_post  resid_mid + mlp_out, the block's output
+
+In a pre-norm decoder `attn_out` and `mlp_out` are the outputs of the two sublayers; where a norm follows them
+(Gemma-2 and -3, OLMo-2) they are that norm's output. With parallel sublayers (GPT-NeoX) resid_post is
+x + attn_out + mlp_out and there is no resid_mid. A mixture of experts has no mlp_act.
 
 Layers are 0-based block indices. `resid_post` is taken from the block, never from `hidden_states`, whose last
 entry is after the final norm.
@@ -17,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import total_ordering
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -61,21 +64,55 @@ class Site:
         return (self.layer, KINDS.index(self.kind)) < (other.layer, KINDS.index(other.kind))
 
 
-def width_at(model: nn.Module, kind: str) -> int:
-    """Width of the activations at sites of this kind."""
-    where, block = models.family(model), models.blocks(model)[0]
-    if kind == "head_in":
-        return int(attrgetter(where.attention_out)(block).in_features)
-    if kind == "mlp_act":
-        return int(attrgetter(where.mlp_out)(block).in_features)
-    return models.width(model)
+def width_at(model: nn.Module, kind: str, layer: int | None = None) -> int:
+    """Width of the activations at sites of this kind: at this layer, else at the first layer that has the site.
+
+    Raises UsageError where no layer has it.
+    """
+    if kind not in ("head_in", "mlp_act"):
+        return models.width(model)
+    layers = range(models.n_layers(model)) if layer is None else [layer]
+    found = next((i for i in layers if missing(model, Site(kind, i)) is None), layers[0])
+    check_site(model, Site(kind, found))
+    where = models.family(model)
+    module: Any = models.part(model, found, where.attention_out if kind == "head_in" else where.mlp_out)
+    # transformers' Conv1D keeps its weight as [in, out]
+    return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])
+
+
+def missing(model: nn.Module, site: Site) -> str | None:
+    """Why the model does not have the site; None where it does."""
+    layers = models.n_layers(model)
+    if site.layer >= layers:
+        return f"layer {site.layer} is out of range: the model has layers 0 to {layers - 1}"
+    where = models.family(model)
+    if site.kind == "resid_mid" and models.is_parallel(model):
+        return (
+            f"there is no {site}: attention and MLP of this model run in parallel on the same input, and nothing lies "
+            "between them; choose resid_pre or resid_post"
+        )
+    needed = {
+        "head_in": [where.attention_out],
+        "attn_out": [where.attention_added],
+        "resid_mid": [where.attention_added, where.entry],
+        "mlp_act": [where.mlp_out],
+        "mlp_out": [where.mlp_added],
+    }.get(site.kind, [])
+    if all(models.part(model, site.layer, path) is not None for path in needed):
+        return None
+    if site.kind == "mlp_act" and models.part(model, site.layer, where.mlp_added) is not None:
+        return (
+            f"there is no {site}: the MLP of this layer has no single last projection (a mixture of experts keeps its "
+            "neurons in fused tensors, a few experts a token); choose mlp_out, or a layer with a plain MLP"
+        )
+    paths = ", ".join(str(path) for path in needed if path is not None) or "a module"
+    return f"there is no {site}: expected {paths} in this layer, but the model has none there; choose resid_post"
 
 
 def check_site(model: nn.Module, site: Site) -> None:
-    """Raises UsageError when the model has no such layer."""
-    layers = models.n_layers(model)
-    if site.layer >= layers:
-        raise UsageError(f"layer {site.layer} is out of range: the model has layers 0 to {layers - 1}")
+    """Raises UsageError when the model has no such layer, or the layer no such site."""
+    if (reason := missing(model, site)) is not None:
+        raise UsageError(reason)
 
 
 def first(output: Any) -> Tensor:
@@ -95,10 +132,12 @@ def tap(model: nn.Module, taps: Mapping[Site, Tap]) -> Iterator[None]:
     context.
 
     Where `fn` returns a tensor, it takes the activation's place; None leaves it as it is. The hooks are
-    removed at the end, also after an exception. Raises UsageError for a layer that the model does not have.
+    removed at the end, also after an exception. Raises UsageError for a site that the model does not have. Compiled
+    models are heard too: the hooks run outside the compiled parts.
     """
     for site in taps:
         check_site(model, site)
+    heed_hooks()
     handles: list[Any] = []
     try:
         for site in sorted(taps):  # in order of computation, so that an edit is seen by the sites after it
@@ -111,7 +150,14 @@ def tap(model: nn.Module, taps: Mapping[Site, Tap]) -> Iterator[None]:
 
 def _register(model: nn.Module, site: Site, fn: Tap) -> list[Any]:
     where, block = models.family(model), models.blocks(model)[site.layer]
-    attention_out, mlp_out = attrgetter(where.attention_out)(block), attrgetter(where.mlp_out)(block)
+    path = {
+        "head_in": where.attention_out,
+        "attn_out": where.attention_added,
+        "resid_mid": where.attention_added,
+        "mlp_act": where.mlp_out,
+        "mlp_out": where.mlp_added,
+    }.get(site.kind)
+    module: Any = block if path is None else models.part(model, site.layer, path)
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
         return _replaced(output, fn(first(output)))
@@ -124,29 +170,22 @@ def _register(model: nn.Module, site: Site, fn: Tap) -> list[Any]:
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
     match site.kind:
-        case "resid_pre":
-            return [block.register_forward_pre_hook(on_input, with_kwargs=True)]
-        case "head_in":
-            return [attention_out.register_forward_pre_hook(on_input, with_kwargs=True)]
-        case "attn_out":
-            return [attention_out.register_forward_hook(on_output)]
+        case "resid_pre" | "head_in" | "mlp_act":
+            return [module.register_forward_pre_hook(uncompiled(on_input), with_kwargs=True)]
         case "resid_mid":
-            return _register_mid(attrgetter(where.norm_in)(block), attention_out, fn)
-        case "mlp_act":
-            return [mlp_out.register_forward_pre_hook(on_input, with_kwargs=True)]
-        case "mlp_out":
-            return [attrgetter(where.mlp)(block).register_forward_hook(on_output)]
+            entry: Any = models.part(model, site.layer, where.entry)
+            return _register_mid(entry, module, fn)
         case _:
-            return [block.register_forward_hook(on_output)]
+            return [module.register_forward_hook(uncompiled(on_output))]
 
 
-def _register_mid(norm_in: nn.Module, attention_out: nn.Module, fn: Tap) -> list[Any]:
+def _register_mid(entry: nn.Module, attention: nn.Module, fn: Tap) -> list[Any]:
     # No module returns the sum x + attn_out, so it is formed here and a change to it is added to attn_out.
-    # x is read at the first norm, where it is final whatever hooks the block has.
+    # x is read where the block first uses it: there it is final whatever hooks the block has.
     stream: list[Tensor] = []
 
-    def keep_input(module: nn.Module, args: Any) -> None:
-        stream[:] = [args[0]]
+    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        stream[:] = [args[0] if args else kwargs["hidden_states"]]
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
         out = first(output)
@@ -155,4 +194,22 @@ def _register_mid(norm_in: nn.Module, attention_out: nn.Module, fn: Tap) -> list
         # the difference is exactly 0 where fn changed nothing, so those positions stay bit-identical
         return None if new is None else _replaced(output, out + (new - mid))
 
-    return [norm_in.register_forward_pre_hook(keep_input), attention_out.register_forward_hook(on_output)]
+    return [
+        entry.register_forward_pre_hook(uncompiled(keep_input), with_kwargs=True),
+        attention.register_forward_hook(uncompiled(on_output)),
+    ]
+
+
+def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile leaves as it is: the hooks keep state between calls, which a compiled frame would freeze."""
+    return torch.compiler.disable(hook)
+
+
+def heed_hooks() -> None:
+    """Make torch.compile notice hooks that come and go. As it is shipped it does not: a model that was compiled before
+    steering would run on unsteered, and one compiled while steered would stay so."""
+    import torch._dynamo as dynamo
+
+    if dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()  # frames compiled until now lack the guard

@@ -29,7 +29,7 @@ from ..directions import Direction
 from ..errors import SteerableError, SteerableWarning, UsageError
 from ..gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
 from ..interventions import Intervention, shift
-from ..sites import Site, check_site, tap, width_at
+from ..sites import Site, check_site, heed_hooks, tap, uncompiled, width_at
 from ..think import think_tags
 from .meter import Count, Meter
 
@@ -73,7 +73,8 @@ def steer(
     for item in items:
         interventions += _interventions(model, item, strength, wanted, selector, rescale)
     handle = Handle(model, interventions, tokenizer, track)
-    before = models.base(model).register_forward_pre_hook(handle._before_forward, with_kwargs=True)
+    heed_hooks()
+    before = models.base(model).register_forward_pre_hook(uncompiled(handle._before_forward), with_kwargs=True)
     try:
         with tap(model, {site: steered.change for site, steered in handle._sites.items()}):
             yield handle
@@ -106,7 +107,7 @@ def _interventions(
     for intervention in found:
         site, d = intervention.site, len(intervention.basis)
         check_site(model, site)
-        if d != (expected := width_at(model, site.kind)):
+        if d != (expected := width_at(model, site.kind, site.layer)):
             raise UsageError(
                 f"the vector at {site} has width {d}, but the model's width there is {expected}: "
                 "use a direction made on this model"
@@ -143,15 +144,15 @@ class Handle:
         self._rows: Tensor | None = None
         self._selectors: list[Selector] = []
         self._masks: list[Tensor | None] = []
+        self._moved: dict[tuple[int, torch.device], Tensor] = {}  # of this forward pass, on other devices
         self._counts: list[int | Tensor] = []
         self._valid: Tensor | None = None
-        self._device = next(model.parameters()).device
         self._sites: dict[Site, _SteeredSite] = {}
         blocks = models.blocks(model)
         for site in sorted({i.site for i in interventions}):
             here = [(i, self._index(s)) for i, s in zip(interventions, used, strict=True) if i.site == site]
             union = self._index(_union([self._selectors[index] for _, index in here]))
-            device = next(blocks[site.layer].parameters()).device
+            device = models.device(blocks[site.layer])
             self._sites[site] = _SteeredSite(self, site, here, union, device, track)
         self._bind(None)
 
@@ -187,7 +188,7 @@ class Handle:
         self._strengths = lengths.pop() if lengths else None
         rows = reduce(or_, [o.cpu() for o in on])
         self._active = bool(rows.any())
-        self._rows = None if bool(rows.all()) or not self._active else rows[:, None].to(self._device)
+        self._rows = None if bool(rows.all()) or not self._active else rows[:, None]
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> None:
         """Where each row's prompt ends (in tokens, padding not counted) in the sequences that start next; for
@@ -227,7 +228,7 @@ class Handle:
             return  # the model itself will complain
         valid = _valid(kwargs.get("attention_mask"), past, fed.shape[0], fed.shape[1])
         if not self.needs_tokens:
-            self._set_all(fed.shape[0], fed.shape[1], valid)
+            self._set_all(fed.shape[0], fed.shape[1], valid, fed.device)
         elif ids is None:
             raise UsageError("a selector other than 'all' needs input_ids, but only inputs_embeds were given")
         else:
@@ -261,11 +262,12 @@ class Handle:
         old = self._whole
         return old is not None and ids[:, :-1].shape == old.shape and torch.equal(ids[:, :-1], old)
 
-    def _set_all(self, rows: int, length: int, valid: Tensor | None) -> None:
+    def _set_all(self, rows: int, length: int, valid: Tensor | None, device: torch.device) -> None:
         self._check_rows(rows)
         if valid is None and self._rows is not None:
-            valid = torch.ones(rows, length, dtype=torch.bool, device=self._device)
+            valid = torch.ones(rows, length, dtype=torch.bool, device=device)
         self._valid = valid
+        self._moved.clear()
         self._masks = [None] * len(self._selectors)
         count = rows * length if valid is None else self._and_rows(valid).sum()
         self._counts = [count] * len(self._selectors)
@@ -275,6 +277,7 @@ class Handle:
     def _set_tokens(self, tokens: Tokens) -> None:
         self._check_rows(len(tokens.ids))
         self.tokens, self._valid = tokens, tokens.valid
+        self._moved.clear()
         # "all" needs no mask: what happens on padding reaches no token
         self._masks = [None if s == selectors.all else s(tokens) for s in self._selectors]
         touched = [tokens.valid if mask is None else mask for mask in self._masks]
@@ -282,7 +285,18 @@ class Handle:
         if self._active:
             self._fed.add(tokens.valid.sum())
 
+    def _mask(self, index: int, device: torch.device) -> Tensor | None:
+        """A selector's mask where a layer wants it: the layers may be spread over devices."""
+        mask = self._masks[index]
+        if mask is None or mask.device == device:
+            return mask
+        if (index, device) not in self._moved:
+            self._moved[index, device] = mask.to(device)
+        return self._moved[index, device]
+
     def _and_rows(self, mask: Tensor) -> Tensor:
+        if self._rows is not None and self._rows.device != mask.device:
+            self._rows = self._rows.to(mask.device)
         return mask if self._rows is None else mask & self._rows
 
     def _check_rows(self, rows: int) -> None:
@@ -316,11 +330,13 @@ class _SteeredSite:
     ):
         self.handle, self.site, self.here, self.union, self.device = handle, site, here, union, device
         self.touched = Count()
+        self.strength: Strength | None = None
         self.was_on = False  # at any time
         self.meter = Meter() if track else None
         self.runs: list[tuple[Callable[[Tensor, Tensor | None], Tensor], int]] = []
 
     def bind(self, strength: Strength | None) -> None:
+        self.strength = strength
         bound = [(i, i.strength if strength is None else strength, index) for i, index in self.here]
         self.runs = [
             (i.bind(s, self.device), index)
@@ -335,9 +351,12 @@ class _SteeredSite:
             return None
         if not handle._masks:
             raise SteerableError(f"{self.site} ran outside the model's forward pass: call the model, not its blocks")
+        if h.device != self.device:  # offloaded weights, or a model that was moved since
+            self.device = h.device
+            self.bind(self.strength)
         new = h
         for run, index in self.runs:
-            mask = handle._masks[index]
+            mask = handle._mask(index, h.device)
             if mask is not None and mask.shape != h.shape[:2]:
                 raise SteerableError(
                     f"steering was told of {tuple(mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
@@ -347,7 +366,7 @@ class _SteeredSite:
         if self.meter is not None:
             mask = handle._masks[self.union]
             weights = handle._valid if mask is None else mask
-            self.meter.add(h, new, None if weights is None else handle._and_rows(weights))
+            self.meter.add(h, new, None if weights is None else handle._and_rows(weights).to(h.device))
         return new
 
     def report(self) -> dict[str, Any]:
@@ -369,7 +388,7 @@ def _union(parts: list[Selector]) -> Selector:
 def _valid(mask: Any, past: int, rows: int, length: int) -> Tensor | None:
     """Which of the tokens being fed are not padding, [B, T] bool, from the attention mask; None: all."""
     if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
         return None
     if mask.dim() == 2:
