@@ -103,7 +103,7 @@ model, tokenizer = st.load("{model}")
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "How many primes are below 30?"}}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
+).to(model.device)
 with st.steer(model, direction, strength={direction.strength:g}, tokenizer=tokenizer):
     print(tokenizer.decode(model.generate(**prompt, max_new_tokens=500)[0]))
 ```
