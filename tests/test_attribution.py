@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -178,6 +179,51 @@ def test_attribute_averages_over_the_chosen_onsets(model, ids):
             torch.testing.assert_close(effects["exact"][0], exact(queries, SITES, index, pairs).mean(0))
             assert effects["exact"][1].isnan().all() and not effects["published"].isnan().any()
             assert effects["exact"].shape == (2, LAYERS)
+
+
+def test_few_queries_to_a_pass_and_small_pieces_change_nothing(model, ids):
+    chains = [chain(ids), chain(ids[::-1], "u")]
+    whole, pieced = (attribute(model, chains, directions(), max_queries=n, chunk=c) for n, c in ((512, 4096), (1, 3)))
+    for behaviour in "ab":
+        for metric in METRICS:
+            torch.testing.assert_close(pieced.effects[behaviour][metric], whole.effects[behaviour][metric])
+
+
+def test_costly_metrics_on_some_of_the_onsets(model, ids):
+    given = directions()
+    result = attribute(model, [chain(ids)], given, onsets="all", costly_onsets=1)
+    queries = Queries(model, ids, [1, 4, 11])
+    u = torch.stack([given["a"].vectors[s] for s in SITES]).double()[None]
+    middle = torch.tensor([1])
+    torch.testing.assert_close(result.effects["a"]["exact"][0], exact(queries, SITES, middle, u)[0])
+    torch.testing.assert_close(result.effects["a"]["fisher"][0], fisher(queries, SITES, middle, u)[0])
+    every = attribute(model, [chain(ids)], given, onsets="all", costly_onsets=3)
+    torch.testing.assert_close(every.mean("a", "published"), result.mean("a", "published"))
+    with pytest.raises(UsageError, match="costly_onsets"):
+        attribute(model, [chain(ids)], given, costly_onsets=0)
+
+
+def test_chains_are_blocks_of_work(model, ids):
+    """Whoever computes them, in whatever order, as long as the result is told with the chain's number."""
+    chains, seen, told = [chain(ids), chain(ids[::-1], "u"), chain(ids[5:] + ids[:5], "v")], [], []
+
+    def out_of_order(work, blocks, *, finished, context, workers, **others):
+        seen.append(workers)
+        for index in (2, 0, 1):
+            # what is sent to another process
+            block, result = pickle.loads(pickle.dumps(blocks[index])), work(context, blocks[index], None)
+            assert block == blocks[index]
+            finished(index, pickle.loads(pickle.dumps(result)))
+
+    model.config._name_or_path = "somewhere"
+    here = attribute(model, chains, directions(), sample=2)
+    there = attribute(
+        model, chains, directions(), sample=2, workers=9, spread=out_of_order, progress=lambda *at: told.append(at)
+    )
+    model.config._name_or_path = ""
+    assert seen == [3] and told == [(1, 3), (2, 3), (3, 3)]
+    for metric in METRICS:
+        assert torch.equal(here.effects["a"][metric].nan_to_num(), there.effects["a"][metric].nan_to_num())
 
 
 def test_eager_attention_gives_the_same(ids):

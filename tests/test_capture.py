@@ -2,10 +2,12 @@ import random
 
 import pytest
 import torch
+from tiny_families import FAMILY_NAMES, tiny
 
 import steerable as st
 from steerable import models
 from steerable.capture import Batch, NormSums, WeightedSums, length_batches, pad, stream
+from steerable.chunks import pieces
 from steerable.errors import UsageError
 from steerable.sites import KINDS, Site, tap, width_at
 
@@ -69,6 +71,46 @@ def test_batches_and_merging_change_nothing(tiny_llama):
     torch.testing.assert_close((part_norms[0] + part_norms[1]).means(), norms.means(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_long_texts_in_pieces_equal_one_pass(name, chunk):
+    """Windows of 4 and 5 tokens, latent attention, learned positions: 23 tokens in pieces of chunk."""
+    model = tiny(name)
+    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    rows = [[rng.randrange(4, 60) for _ in range(n)] for n in (23, 3, 11, 4)]
+    weights = [torch.rand(2, len(row), generator=generator, dtype=torch.float64) for row in rows]
+    layers, width = models.n_layers(model), models.width(model)
+    sums, norms = WeightedSums(layers, 2, width), NormSums(layers)
+    stream(model, batches(rows, weights, 40), [sums, norms], chunk=chunk)
+    states = [alone(model, row) for row in rows]
+    expected = sum(torch.einsum("gt,ltd->lgd", w, h.double()) for w, h in zip(weights, states, strict=True))
+    torch.testing.assert_close(sums.sums, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sums.totals, sum(w.sum(1) for w in weights))
+    torch.testing.assert_close(norms.means(), torch.cat(states, 1).norm(dim=-1).double().mean(1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_pieces_in_both_kinds_of_attention_and_half_precision(name, attention):
+    model = tiny(name, attention=attention).bfloat16()
+    ids = [random.Random(2).randrange(4, 60) for _ in range(23)]
+    whole, pieced = NormSums(4), NormSums(4)
+    stream(model, [pad([ids])], [whole])
+    stream(model, [pad([ids])], [pieced], chunk=6)
+    torch.testing.assert_close(pieced.means(), whole.means(), rtol=1e-2, atol=1e-2)
+
+
+def test_no_piece_has_a_large_mask(tiny_llama):
+    found = list(pieces(tiny_llama, 32_000))
+    assert [start for start, _ in found[1:]] == [stop for _, stop in found[:-1]]
+    assert found[0][0] == 0 and found[-1][1] == 32_000
+    assert all(0 < stop - start <= 4096 and (stop - start) * stop <= 2**24 for start, stop in found)
+    assert all((stop - start + 1) * (stop + 1) > 2**24 for start, stop in found[1:-1])  # and none is needlessly small
+    eager = list(pieces(tiny("llama", attention="eager", num_attention_heads=16), 32_000))
+    assert all((stop - start) * stop * 16 <= 2**27 for start, stop in eager)
+    assert list(pieces(tiny_llama, 10, 4)) == [(0, 4), (4, 8), (8, 10)] and list(pieces(tiny_llama, 0)) == []
+
+
 def test_some_layers(tiny_llama):
     rows, weights = rows_and_weights()
     every, two = WeightedSums(4, 3, 32), WeightedSums(2, 3, 32)
@@ -103,9 +145,12 @@ def test_length_batches(seed):
 
 @pytest.mark.parametrize("where", ["all", "thinking", "thinking & ~boundary", "positions(0, 2)"])
 @pytest.mark.parametrize("reduce", ["mean", "last", "none"])
-def test_capture(tiny_qwen2, tokenizer, where, reduce):
+@pytest.mark.parametrize("chunk", [4096, 2])
+def test_capture(tiny_qwen2, tokenizer, where, reduce, chunk):
     sites = [Site(kind, layer) for kind in KINDS for layer in (0, 3)]
-    found = st.capture(tiny_qwen2, tokenizer, TEXTS, sites=sites, where=where, reduce=reduce, max_tokens=12)
+    found = st.capture(
+        tiny_qwen2, tokenizer, TEXTS, sites=sites, where=where, reduce=reduce, max_tokens=12, chunk=chunk
+    )
     columns = {
         "all": [range(9), range(3), range(7)],
         "thinking": [[3, 4, 5, 6], [1, 2], [2, 3, 4]],
@@ -140,6 +185,7 @@ def test_capture_inside_steer(tiny_llama, tokenizer):
         ({"sites": ["residual"]}, "not a site"),
         ({"sites": []}, "one site"),
         ({"reduce": "sum"}, "unknown reduce"),
+        ({"chunk": 0}, "at least 1 token"),
     ],
 )
 def test_capture_errors(tiny_llama, tokenizer, change, message):

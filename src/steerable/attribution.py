@@ -19,12 +19,14 @@ Cost. The loss is read at the very position whose activation is differentiated, 
 positions. One pass without gradients stores the keys and values of a chain; then all its onsets are
 single-token *queries* in one row, each masked to its own past and itself. One backward over them serves all
 layers and behaviours of both published metrics; `fisher` and `exact` take one such query for every (onset,
-behaviour, layer), many to a pass.
+behaviour, layer), many to a pass. Long chains are read in pieces, and the longer the past, the fewer queries
+share a pass: memory grows with a chain's length by its key/value cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .chains.windows import AlignedChain
-from .errors import UsageError
+from .chunks import CHUNK
+from .engines.workers import MapBlocks, Report, default_threads, loader, map_blocks
+from .errors import SteerableError, UsageError
 from .queries import Queries
 from .sites import Site, tap, width_at
 
@@ -122,7 +126,11 @@ def attribute(
     limit: int = 50,
     sample: int = 16,
     strength: float = 1.0,
+    costly_onsets: int | None = None,
     max_queries: int = 512,
+    chunk: int = CHUNK,
+    workers: int = 1,
+    spread: MapBlocks = map_blocks,
     progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
     """Effect of each direction at each of its layers on the next-token distribution at span onsets.
@@ -130,9 +138,12 @@ def attribute(
     `directions` maps behaviour to Direction; all must hold one vector [d] at the same sites. The first
     `limit` chains that have spans are used, and of those the first `sample` for `fisher` and `exact`, which
     cost a query for every layer and behaviour. `onsets`: for each behaviour, the spans with another label
-    (`other`, as published), with its `own` label, or `all`. `strength` s scales the vector in `fisher` and
-    `exact`. At most `max_queries` single tokens share a forward pass. Errors: UsageError for unknown metrics
-    or onsets, no usable chain, or directions that do not match the model or each other.
+    (`other`, as published), with its `own` label, or `all`; of each chain at most `costly_onsets` of them, evenly
+    spread, for `fisher` and `exact`. `strength` s scales the vector in `fisher` and `exact`. At most `max_queries`
+    single tokens share a forward pass, and at most `chunk` tokens of a chain are read in one. Chains are measured one
+    by one, on `workers` processes or wherever `spread` puts them, as in `span_means`; the result does not depend on
+    that. Errors: UsageError for unknown metrics or onsets, no usable chain, or directions that do not match the model
+    or each other.
     """
     unknown = [m for m in metrics if m not in METRICS]
     if unknown or onsets not in ONSETS:
@@ -145,88 +156,127 @@ def attribute(
     used = [chain for chain in chains if chain.spans][:limit]
     if not used:
         raise UsageError("attribution needs at least one chain with annotated spans, got none")
-    sites, vectors = _stack(directions, model)
+    if max_queries < 1 or (costly_onsets is not None and costly_onsets < 1):
+        raise UsageError(f"max_queries ({max_queries}) and costly_onsets ({costly_onsets}) must be at least 1")
+    sites, _ = _stack(directions, model)
     shape = (len(used), len(sites))
     effects = {b: {m: torch.full(shape, torch.nan, dtype=torch.float64) for m in metrics} for b in directions}
+    done = 0
 
-    for c, chain in enumerate(used):
-        positions = [span.start - 1 for span in chain.spans]
-        picked = {b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions}
-        measured = _measure(
-            Queries(model, chain.ids, positions),
-            sites,
-            vectors,
-            picked,
-            metrics,
-            c < sample,
-            strength,
-            max_queries,
-        )
+    def store(c: int, measured: list[tuple[str, str, Tensor]]) -> None:
+        nonlocal done
         for behaviour, metric, values in measured:
             effects[behaviour][metric][c] = values
+        done += 1
         if progress is not None:
-            progress(c + 1, len(used))
+            progress(done, len(used))
+
+    workers = min(workers, len(used))
+    spread(
+        partial(
+            _measure_chain,
+            directions=dict(directions),
+            metrics=tuple(metrics),
+            onsets=onsets,
+            strength=strength,
+            costly_onsets=costly_onsets,
+            max_queries=max_queries,
+            chunk=chunk,
+        ),
+        [(chain, c < sample) for c, chain in enumerate(used)],
+        setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
+        workers=workers,
+        threads=default_threads(model, workers),
+        finished=store,
+        context=(model, None),
+        collect=False,
+    )
     return Attribution(sites, effects)
 
 
-def _measure(
-    queries: Queries,
-    sites: Sequence[Site],
-    vectors: Mapping[str, Tensor],
-    picked: Mapping[str, list[int]],
+def _measure_chain(
+    loaded: Any,
+    block: tuple[AlignedChain, bool],
+    report: Report,
+    *,
+    directions: Mapping[str, Direction],
     metrics: Sequence[str],
-    costly: bool,
+    onsets: str,
     strength: float,
+    costly_onsets: int | None,
     max_queries: int,
-) -> Iterator[tuple[str, str, Tensor]]:
+    chunk: int,
+) -> list[tuple[str, str, Tensor]]:
     """(behaviour, metric, mean effect over the chain's picked onsets [L]) of one chain."""
-    published = [m for m in metrics if m.startswith("published")]
-    if published:
-        gradients = published_gradients(queries, sites)
-        for behaviour, onsets in picked.items():
-            if onsets:
-                raw = (
-                    torch.einsum("lqd,ld->ql", gradients[:, onsets], vectors[behaviour].to(gradients))
-                    .abs()
-                    .double()
-                    .mean(0)
-                )
-                unit = raw / vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).to(raw)
-                for metric in published:
-                    yield behaviour, metric, (unit if metric == "published" else raw).cpu()
+    (chain, costly), model = block, loaded[0]
+    sites, vectors = _stack(directions, model)
+    picked = {b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions}
+    queries = Queries(model, chain.ids, [span.start - 1 for span in chain.spans], chunk=chunk)
+    cheap = [m for m in metrics if m.startswith("published")]
+    measured = list(_measure_published(queries, sites, vectors, picked, cheap, max_queries)) if cheap else []
     for metric, measure in (("fisher", fisher), ("exact", exact)):
-        if metric in metrics and costly:
-            plan = [(i, b) for b, onsets in picked.items() for i in onsets]
-            if not plan:
-                continue
+        plan = [(i, b) for b, found in picked.items() for i in _spread(found, costly_onsets)]
+        if metric in metrics and costly and plan:
             index = torch.tensor([i for i, _ in plan])
             added = torch.stack([strength * vectors[b] for _, b in plan])  # [pairs, L, d]
             values = measure(queries, sites, index, added, max_queries).double().cpu()
             for behaviour in picked:
                 rows = [r for r, (_, b) in enumerate(plan) if b == behaviour]
                 if rows:
-                    yield behaviour, metric, values[rows].mean(0)
+                    measured.append((behaviour, metric, values[rows].mean(0)))
+    return measured
 
 
-def published_gradients(queries: Queries, sites: Sequence[Site]) -> Tensor:
-    """Gradient of 1/2 mean_v (log p_v)^2 of each query with respect to its own activation at each site: [L,
-    Q, d]."""
+def _spread(found: list[int], most: int | None) -> list[int]:
+    """At most so many of them, evenly spread."""
+    if most is None or len(found) <= most:
+        return found
+    return [found[(2 * k + 1) * len(found) // (2 * most)] for k in range(most)]
+
+
+def _measure_published(
+    queries: Queries,
+    sites: Sequence[Site],
+    vectors: Mapping[str, Tensor],
+    picked: Mapping[str, list[int]],
+    metrics: Sequence[str],
+    max_queries: int,
+) -> Iterator[tuple[str, str, Tensor]]:
+    stacked = torch.stack(list(vectors.values()))  # [behaviours, L, d]
+    parts = []
+    # Every query once; only the products with the vectors are kept.
+    for index in torch.arange(len(queries)).split(queries.per_pass(max_queries)):
+        gradients = published_gradients(queries, sites, index)
+        parts.append(torch.einsum("lqd,bld->bql", gradients, stacked.to(gradients)).abs().double())
+    products = torch.cat(parts, 1)
+    for (behaviour, onsets), product in zip(picked.items(), products, strict=True):
+        if onsets:
+            raw = product[onsets].mean(0)
+            unit = raw / vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).to(raw)
+            for metric in metrics:
+                yield behaviour, metric, (unit if metric == "published" else raw).cpu()
+
+
+def published_gradients(queries: Queries, sites: Sequence[Site], index: Tensor | None = None) -> Tensor:
+    """Gradient of 1/2 mean_v (log p_v)^2 of each query (default: all) with respect to its own activation at each
+    site: [L, Q, d], in one pass."""
     seen: dict[Site, Tensor] = {}
 
     def hold(site: Site) -> Callable[[Tensor], Tensor]:
         def fn(h: Tensor) -> Tensor:
             # The lowest site becomes the leaf: nothing below it is differentiated. Above, a view is a node of
             # its own that everything later reads, also at sites (resid_mid) whose value no module passes on.
-            seen[site] = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
-            return seen[site]
+            new = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
+            seen.setdefault(site, new)  # a block may be run a second time, for its backward pass
+            return new
 
         return fn
 
-    with torch.enable_grad(), tap(queries.model, {site: hold(site) for site in sites}):
+    with torch.enable_grad(), queries.lean(), tap(queries.model, {site: hold(site) for site in sites}):
         # Queries do not see each other, so the gradient of the sum is each query's own gradient.
-        loss = _log_probs(queries.logits()).square().mean(-1).sum() / 2
+        loss = _log_probs(queries.logits(index)).square().mean(-1).sum() / 2
         gradients = torch.autograd.grad(loss, [seen[site] for site in sites])
-    return torch.stack([g[0] for g in gradients])
+    return torch.stack([g[0].to(queries.device) for g in gradients])
 
 
 def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
@@ -242,9 +292,15 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
         return forward_ad.make_dual(primal, tangent)
 
     def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        # Of the fused attention kernels, only the plain one has a forward-mode derivative.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            logits, tangent = forward_ad.unpack_dual(run())
+        # Of the fused kernels for attention and experts, only the plain ones have a forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _plain_experts(queries.model):
+            try:
+                logits, tangent = forward_ad.unpack_dual(run())
+            except NotImplementedError as error:
+                reason = " ".join(str(error).split()).split(". ")[0]
+                raise SteerableError(
+                    f"this model has no forward-mode derivative, leave 'fisher' out ({reason})"
+                ) from error
             p = _log_probs(logits).exp()
             change = tangent.to(p)
             return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
@@ -252,21 +308,42 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
     return _sweep(queries, sites, index, added, max_queries, inject, measure)
 
 
+@contextmanager
+def _plain_experts(model: Any) -> Iterator[None]:
+    """Mixtures of experts expert by expert instead of by a grouped matrix product."""
+    config = model.config.get_text_config()
+    before = getattr(config, "_experts_implementation", None)
+    if before is not None:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
+
+
 def exact(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
     """KL(p || p_patched) for every row and site, [N, L]; arguments as for `fisher`."""
-    with torch.no_grad():
-        base = _log_probs(queries.logits())
 
     def inject(h: Tensor, rows: Tensor, u: Tensor) -> Tensor:
         h = h.clone()
-        h[0, rows] = (h[0, rows] + u).to(h.dtype)  # u is float32 or wider, and so is the sum
+        h[0, rows] = (h[0, rows] + u.to(h.device)).to(h.dtype)  # u is float32 or wider, and so is the sum
         return h
 
-    def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        before = base[chunk.to(base.device)]
-        return (before.exp() * (before - _log_probs(run()))).sum(-1)
+    results = []
+    size = queries.per_pass(max_queries)
+    for begin in range(0, len(index), size):  # so that the unpatched distributions of so many queries are held
+        part = slice(begin, begin + size)
+        chosen = index[part].unique()  # sorted
+        with torch.no_grad():
+            base = _log_probs(queries.logits(chosen))
 
-    return _sweep(queries, sites, index, added, max_queries, inject, measure)
+        def measure(asked: Tensor, run: Callable[[], Tensor], base: Tensor = base, chosen: Tensor = chosen) -> Tensor:
+            before = base[torch.searchsorted(chosen, asked).to(base.device)]
+            return (before.exp() * (before - _log_probs(run()))).sum(-1)
+
+        results.append(_sweep(queries, sites, index[part], added[part], max_queries, inject, measure))
+    return torch.cat(results)
 
 
 def _sweep(
@@ -278,7 +355,7 @@ def _sweep(
     inject: Callable[..., Tensor],
     measure: Callable[[Tensor, Callable[[], Tensor]], Tensor],
 ) -> Tensor:
-    """Every row of `index` at every site, `max_queries` to a forward pass: [N, L] float64.
+    """Every row of `index` at every site, at most `max_queries` to a forward pass: [N, L] float64.
 
     `inject(h, rows, u)` puts `u` into the given tokens of `h` at a site; `measure(queries of the pass, run)`
     runs the pass and gives a number for each of its tokens.
@@ -287,8 +364,9 @@ def _sweep(
     row = torch.arange(len(index)).repeat(len(sites))
     layer = torch.arange(len(sites)).repeat_interleave(len(index))
     result = torch.empty(len(row), dtype=torch.float64)
-    for begin in range(0, len(row), max_queries):
-        part = slice(begin, begin + max_queries)
+    size = queries.per_pass(max_queries)
+    for begin in range(0, len(row), size):
+        part = slice(begin, begin + size)
         edits: dict[Site, Callable[[Tensor], Tensor]] = {}
         for at in layer[part].unique().tolist():
             tokens = (layer[part] == at).nonzero()[:, 0]

@@ -37,8 +37,8 @@ class Batch:
     rows: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        on = [None if t is None else t.to(device) for t in (self.ids, self.mask, self.weights)]
-        return Batch(*on, rows=self.rows)  # type: ignore[arg-type]
+        mask, weights = (None if t is None else t.to(device) for t in (self.mask, self.weights))
+        return Batch(self.ids.to(device), mask, weights, self.rows)
 
     def alone(self) -> Iterator[Batch]:
         """Each row as a batch of its own, without padding."""
@@ -53,8 +53,8 @@ class Batch:
 
     def piece(self, start: int, stop: int) -> Batch:
         """The columns start ... stop - 1."""
-        columns = [None if t is None else t[..., start:stop] for t in (self.ids, self.mask, self.weights)]
-        return Batch(*columns, rows=self.rows)  # type: ignore[arg-type]
+        mask, weights = (None if t is None else t[..., start:stop] for t in (self.mask, self.weights))
+        return Batch(self.ids[:, start:stop], mask, weights, self.rows)
 
 
 class Accumulator(Protocol):

@@ -1,6 +1,7 @@
 """Blocks on a real Ray cluster of this machine: order, a worker that is killed in mid-run, errors, nothing left."""
 
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -120,16 +121,16 @@ def test_no_more_workers_than_fit():
 
 def test_a_worker_with_gpus_is_told_the_device():
     """No GPU here: the worker's own half, in this process."""
-    import pickle
 
-    def answer(options):
-        task = pickle.dumps((square, partial(dict, device="cuda:3", dtype="auto"), 1, options))
-        actor = cluster._Actor(task)
+    def answer(gpus):
+        setup = partial(dict, device="cuda:3", device_map=None, dtype="auto")
+        actor = cluster._Actor(pickle.dumps((square, setup, 1, cluster._placement(gpus))))
         kind, _, reports = pickle.loads(actor.run(pickle.dumps(4)))
         assert kind == "result" and reports == [4]
         return actor.ready[0]
 
     threads = torch.get_num_threads()
-    assert answer({}) == {"device": "cuda:3", "dtype": "auto"}
-    assert answer({"device": "auto"}) == {"device": "auto", "dtype": "auto"}
+    assert answer(0) == {"device": "cuda:3", "device_map": None, "dtype": "auto"}
+    assert answer(0.5) == answer(1) == {"device": "cuda", "device_map": None, "dtype": "auto"}
+    assert answer(4) == {"device": None, "device_map": "auto", "dtype": "auto"}
     torch.set_num_threads(threads)

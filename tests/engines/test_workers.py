@@ -60,7 +60,11 @@ def test_nothing_to_do():
     [
         ("usage", UsageError, "^the block is wrong$"),
         ("bug", SteerableError, r"ValueError: two lines \(test_workers.py, line \d+\)"),
-        ("die", SteerableError, r"killed by signal 9 before its work was done \(3 times in the same place\); if memory"),
+        (
+            "die",
+            SteerableError,
+            r"killed by signal 9 before its work was done \(3 times in the same place\); if memory",
+        ),
     ],
 )
 def test_failures_are_one_sentence(block, kind, text):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerable.chains.windows import AlignedChain, Group, TokenSpan, shuffle_labels
 from steerable.errors import UsageError
 from steerable.estimators.span_means import BASELINES, span_means
+from steerable.models import load
 from steerable.sites import Site
 
 LABELS, LAYERS, WIDTH = ("a", "b", "c"), 3, 16
@@ -123,6 +126,51 @@ def test_the_batches_change_nothing_and_the_bytes_repeat(model, chains, means):
     torch.testing.assert_close(other.direction("b").at(1), means.direction("b").at(1), rtol=1e-5, atol=1e-5)
     again = span_means(model, chains, LABELS, shuffles=2, seed=5, max_tokens=60)
     assert again.direction("b").to_bytes() == means.direction("b").to_bytes()
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_long_chains_in_pieces(model, chains, means, chunk):
+    pieced = span_means(model, chains, LABELS, shuffles=2, seed=5, max_tokens=60, chunk=chunk)
+    assert torch.equal(pieced.counts, means.counts)
+    torch.testing.assert_close(pieced.means, means.means, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(pieced.norms, means.norms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def named(model, tmp_path):
+    """The same model, from a folder, so that a worker can load it too."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(WordLevel({"w": 0}, unk_token="w")).to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return load(tmp_path, device="cpu").model
+
+
+def test_workers_change_no_bit_and_many_blocks_next_to_nothing(named, chains, means, monkeypatch):
+    monkeypatch.setattr("steerable.estimators.span_means._BLOCK", 40)
+    options = {"shuffles": 2, "seed": 5, "max_tokens": 60}
+    here = span_means(named, chains, LABELS, **options)
+    torch.testing.assert_close(here.means, means.means, rtol=1e-10, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(here.norms, means.norms, rtol=1e-10, atol=0)
+    assert torch.equal(here.counts, means.counts)
+    late = []
+
+    def out_of_order(work, blocks, *, finished, context, **others):
+        for index in reversed(range(len(blocks))):
+            late.append(index)
+            finished(index, work(context, blocks[index], None))
+
+    shuffled = span_means(named, chains, LABELS, **options, spread=out_of_order)
+    assert len(late) >= 3 and here.means.nan_to_num().equal(shuffled.means.nan_to_num())
+    two = span_means(named, chains, LABELS, **options, workers=2)
+    for name in ("means", "counts", "norms"):
+        assert torch.equal(getattr(here, name).nan_to_num(), getattr(two, name).nan_to_num())
+    assert two.direction("b").to_bytes() == here.direction("b").to_bytes()
+
+
+def test_workers_need_a_named_model(model, chains, monkeypatch):
+    monkeypatch.setattr("steerable.estimators.span_means._BLOCK", 40)
+    with pytest.raises(UsageError, match="loaded by name or folder"):
+        span_means(model, chains, LABELS, workers=2, max_tokens=60)
 
 
 @pytest.mark.parametrize("kind", ["resid_pre", "attn_out", "mlp_act"])

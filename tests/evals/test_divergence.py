@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_families import tiny
 
 from steerable import Direction, Site, steer
 from steerable.errors import UsageError
@@ -37,9 +40,12 @@ def run(model, tokenizer, direction, **options):
     return divergence(model, tokenizer, PROMPTS, CHAINS, direction, **{"strength": 0.7, **options})
 
 
-@pytest.mark.parametrize("where", ["all", "thinking", "generated"])
-def test_equals_the_plain_computation_row_by_row(tiny_llama, tokenizer, direction, where):
-    values = run(tiny_llama, tokenizer, direction, where=where)
+@pytest.mark.parametrize("where", ["all", "thinking", "generated", "last_prompt"])
+@pytest.mark.parametrize("pieces", [None, 3])
+def test_equals_the_plain_computation_row_by_row(tiny_llama, tokenizer, direction, where, pieces):
+    """At once, and in pieces of 3 tokens."""
+    options = {} if pieces is None else {"max_logits": pieces * tiny_llama.config.vocab_size}
+    values = run(tiny_llama, tokenizer, direction, where=where, **options)
     for got, record in zip(values, CHAINS, strict=True):
         prompt = PROMPTS[record["task_id"]]
         text = prompt + record["thinking"] + ("</think>" + record["answer"] if record["closed"] else "")
@@ -61,6 +67,23 @@ def test_strength_zero_is_exactly_zero_and_batching_changes_nothing(tiny_llama, 
     assert run(tiny_llama, tokenizer, direction, strength=0.0) == [0.0, 0.0, 0.0, None]
     together, alone = (run(tiny_llama, tokenizer, direction, max_logits=n) for n in (2**25, 1))
     assert together[:3] == pytest.approx(alone[:3], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "deepseek_v3", "gpt2", "gpt_oss"])
+def test_pieces_equal_the_whole_in_every_kind_of_attention(name, tokenizer):
+    model = tiny(name)
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    given = Direction({Site("resid_post", 1): vector}, model_id="", behaviour="b", method="m")
+    whole, pieced = (run(model, tokenizer, given, where="thinking", max_logits=n) for n in (2**25, 4 * 64))
+    assert pieced[:3] == pytest.approx(whole[:3], rel=1e-3) and min(whole[:3]) > 0
+
+
+def test_directions_may_have_strengths_of_their_own(tiny_llama, tokenizer, direction):
+    other = replace(direction, vectors={Site("resid_post", 2): direction.vectors[Site("resid_post", 1)]}, strength=0.5)
+    one = replace(direction, strength=0.7)
+    values = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, [one, other])
+    both = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, [one, replace(other, strength=0.0)])
+    assert values[0] != both[0] and both[0] == pytest.approx(run(tiny_llama, tokenizer, direction)[0])
 
 
 def test_grows_with_the_strength(tiny_llama, tokenizer, direction):

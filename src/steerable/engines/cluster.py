@@ -43,9 +43,11 @@ def map_blocks(
     As `workers.map_blocks`, but `context` is not used, since no block is computed in this process. address: of the
     cluster; default the environment's RAY_ADDRESS, else Ray is started on this machine for the time of the call (a
     Ray that this process has already started or joined is used as it is). cpus, gpus: what each worker reserves; with
-    gpus, `setup` is called with `device="cuda"`, or `device="auto"` where a worker has several. The model must be
-    found under the same name or path on every machine. Raises UsageError when not even one worker fits in the cluster
-    (SteerableWarning when fewer do than were asked for), SteerableError as `workers.map_blocks` does.
+    gpus, `setup` is called with `device="cuda"`, or with `device_map="auto"` where a worker has several; see
+    `workers.loader`. The model must be found under the same name or path on every machine.
+
+    Raises UsageError when not even one worker fits in the cluster (SteerableWarning when fewer do than were asked
+    for), SteerableError as `workers.map_blocks` does.
     """
     check_counts(workers, threads, retries)
     results: list[Any] = [None] * len(blocks) if collect else []
@@ -59,7 +61,7 @@ def map_blocks(
     if not blocks:
         return results
     # Pickled here: Ray would share tensors and arrays through its store, which makes them read-only.
-    task = pickle.dumps((work, setup, threads, {} if not gpus else {"device": "auto" if gpus > 1 else "cuda"}))
+    task = pickle.dumps((work, setup, threads, _placement(gpus)))
     with _connected(address, workers * cpus) as ray:
         count = min(_fitting(ray, workers, cpus, gpus), len(blocks))
         actor = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=2, max_restarts=0)
@@ -71,6 +73,13 @@ def map_blocks(
             for worker in pool:
                 ray.kill(worker)
     return results
+
+
+def _placement(gpus: float) -> dict[str, Any]:
+    """Options of `models.load`: Ray shows a worker nothing but its own GPUs, numbered from 0."""
+    if not gpus:
+        return {}
+    return {"device": None, "device_map": "auto"} if gpus > 1 else {"device": "cuda", "device_map": None}
 
 
 @contextmanager
@@ -99,7 +108,9 @@ def _connected(address: str | None, cpus: float) -> Iterator[Any]:
     try:
         ray.init(**options)
     except Exception as error:  # whatever the network and Ray's processes make of it
-        raise SteerableError(f"cannot reach a Ray cluster at {address or 'this machine'} ({last_line(error)})") from error
+        raise SteerableError(
+            f"cannot reach a Ray cluster at {address or 'this machine'} ({last_line(error)})"
+        ) from error
     try:
         yield ray
     finally:
@@ -113,7 +124,9 @@ def _fitting(ray: Any, workers: int, cpus: float, gpus: float) -> int:
     )
     has_text = f"the cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
     if fits < 1:
-        raise UsageError(f"a worker needs {cpus:g} CPUs and {gpus:g} GPUs, but {has_text}: ask for less or add machines")
+        raise UsageError(
+            f"a worker needs {cpus:g} CPUs and {gpus:g} GPUs, but {has_text}: ask for less or add machines"
+        )
     if fits < workers:
         warnings.warn(f"{has_text}: {fits} of {workers} workers are started", SteerableWarning, stacklevel=4)
     return fits

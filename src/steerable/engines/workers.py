@@ -65,11 +65,16 @@ def loader(model: Any) -> Callable[..., Any]:
     name = model.config._name_or_path
     if not name:
         raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    small = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     return partial(
         models.load,
         name,
         dtype=model.dtype,
-        device=str(model.device),
+        device=None if spread else str(model.device),
+        device_map="auto" if spread else None,
+        attn_implementation=model.config.get_text_config()._attn_implementation,
+        quantization=model.config.quantization_config if small else None,
         revision=models.model_revision(model) or None,  # the same commit, not the newest
     )
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,16 @@ from torch import Tensor
 
 from .. import models
 from ..capture import Batch, WeightedSums, length_batches, pad, stream
-from ..chains.windows import OVERALL, WINDOWS, AlignedChain, Group, groups, shuffle_labels, weights
+from ..chains.windows import OVERALL, WINDOWS, AlignedChain, Group, TokenSpan, groups, shuffle_labels, weights
+from ..chunks import CHUNK
 from ..directions import Direction
+from ..engines.workers import MapBlocks, Report, default_threads, loader, map_blocks
 from ..errors import UsageError
 from ..sites import Site, width_at
 
 BASELINES = ("overall", "pooled")
+
+_BLOCK = 32768  # tokens, at least, that are summed by one worker in one piece; part of the result's last bits
 
 
 @dataclass(frozen=True)
@@ -140,60 +145,143 @@ def span_means(
     seed: int = 0,
     kind: str = "resid_post",
     max_tokens: int = 4096,
+    chunk: int = CHUNK,
+    workers: int = 1,
+    spread: MapBlocks = map_blocks,
 ) -> SpanMeans:
     """One forward pass over the chains (sorted by length, `max_tokens` to a batch), all layers at sites of
     `kind`.
 
     Chains without spans are skipped. `shuffles` label shuffles (seeds `seed`, `seed + 1`, ...) are taken in
-    the same pass. Memory does not depend on the number of chains. Raises UsageError for no usable chain or an
-    unknown label.
+    the same pass. Memory does not depend on the number of chains, and on the length of one only by its key/value
+    cache: chains longer than `chunk` tokens are read in pieces. Raises UsageError for no usable chain or an unknown
+    label.
+
+    workers: more than one need a model that was loaded by name or folder. spread: where they run, here or
+    (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster. The chains are cut into blocks and the blocks' float64
+    sums added up in order, whatever the number of workers: what they compute being equal, so is the result, bit by
+    bit. Small models are computed on one thread here too.
     """
     used = [chain for chain in chains if chain.spans]
     if not used:
         raise UsageError("extraction needs at least one chain with annotated spans, got none")
+    for chain in used:
+        for span in chain.spans:
+            if span.label not in labels:
+                raise UsageError(f"unknown label {span.label!r}: expected one of {', '.join(labels)}")
     relabelled = [shuffle_labels(used, seed + k) for k in range(shuffles)]
-    device = next(model.parameters()).device
-    sites = tuple(Site(kind, layer) for layer in range(models.n_layers(model)))
-    sums = WeightedSums(len(sites), len(groups(labels, windows, shuffles)), width_at(model, kind), device)
-    norms = _StretchNorms(len(sites), device)
-
-    def batches() -> Iterator[Batch]:
-        for rows in length_batches([len(chain.ids) for chain in used], max_tokens):
-            batch = pad([used[i].ids for i in rows])
-            length = batch.ids.shape[1]
-            matrix = [weights(used[i].spans, length, labels, windows, [names[i] for names in relabelled]) for i in rows]
-            batch.weights = torch.from_numpy(np.stack(matrix, axis=1))
-            yield batch
-
-    stream(model, batches(), [sums, norms], kind=kind)
+    items = [_Item(chain.ids, chain.spans, [names[i] for names in relabelled]) for i, chain in enumerate(used)]
+    blocks: list[list[list[_Item]]] = [[]]
+    filled = 0
+    for rows in length_batches([len(chain.ids) for chain in used], max_tokens):
+        if filled >= _BLOCK:
+            blocks.append([])
+            filled = 0
+        blocks[-1].append([items[i] for i in rows])
+        filled += sum(len(used[i].ids) for i in rows)
+    total = _InOrder()
+    workers = min(workers, len(blocks))
+    spread(
+        partial(_sums, labels=tuple(labels), windows=tuple(windows), shuffles=shuffles, kind=kind, chunk=chunk),
+        blocks,
+        setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
+        workers=workers,
+        threads=default_threads(model, workers),
+        finished=total.add,
+        context=(model, None),
+        collect=False,
+    )
+    found = total.sums
+    counts = found.weights.round()  # a span's weight is spread over its tokens, and the parts add up to nearly 1
     return SpanMeans(
-        sites=sites,
+        sites=tuple(Site(kind, layer) for layer in range(models.n_layers(model))),
         labels=tuple(labels),
         windows=tuple(windows),
         shuffles=shuffles,
-        means=sums.means().cpu(),
-        counts=sums.totals.cpu(),
-        norms=norms.means().cpu(),
+        means=found.sums / counts[:, None],
+        counts=counts,
+        norms=found.norms / counts[0],
         model_id=models.model_id(model),
         model_revision=str(getattr(model.config, "_commit_hash", None) or ""),
     )
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A chain as a worker needs it; `names[k]` are its spans' labels in shuffle k."""
+
+    ids: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+    names: list[list[str]]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """A block's part of the result, float64: weighted sums [L, G, d], their weights [G], and the sum of the norms
+    weighted as `overall` [L]."""
+
+    sums: Tensor
+    weights: Tensor
+    norms: Tensor
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.sums + other.sums, self.weights + other.weights, self.norms + other.norms)
+
+
+class _InOrder:
+    """Adds blocks up in their order, as far as they are there, since adding floating-point numbers is not
+    associative."""
+
+    def __init__(self) -> None:
+        self.early: dict[int, _Sums] = {}
+        self.due = 0
+
+    def add(self, index: int, sums: _Sums) -> None:
+        self.early[index] = sums
+        while self.due in self.early:
+            part = self.early.pop(self.due)
+            self.sums: _Sums = self.sums + part if self.due else part
+            self.due += 1
+
+
+def _sums(
+    loaded: Any,
+    block: Sequence[Sequence[_Item]],
+    report: Report,
+    *,
+    labels: Sequence[str],
+    windows: Sequence[str],
+    shuffles: int,
+    kind: str,
+    chunk: int,
+) -> _Sums:
+    """One block, each of whose parts is a batch."""
+    model = loaded[0]
+    device = next(model.parameters()).device
+    sums = WeightedSums(models.n_layers(model), len(groups(labels, windows, shuffles)), width_at(model, kind), device)
+    norms = _StretchNorms(models.n_layers(model), device)
+
+    def batches() -> Iterator[Batch]:
+        for items in block:
+            batch = pad([item.ids for item in items])
+            matrix = np.empty((sums.sums.shape[1], *batch.ids.shape))
+            for row, item in enumerate(items):
+                matrix[:, row] = weights(item.spans, matrix.shape[2], labels, windows, item.names)
+            batch.weights = torch.from_numpy(matrix)
+            yield batch
+
+    stream(model, batches(), [sums, norms], kind=kind, chunk=chunk)
+    return _Sums(sums.sums.cpu(), sums.totals.cpu(), norms.sums.cpu())
+
+
 class _StretchNorms:
-    """Mean ||h|| of each layer with the weights of group `overall`: the prompt, and with it the first token's
-    huge
-    activation, stays out, and the result compares with the norm of the mean."""
+    """Sums of ||h|| of each layer with the weights of group `overall`: the prompt, and with it the first token's
+    huge activation, stays out, and the result compares with the norm of the mean."""
 
     def __init__(self, layers: int, device: torch.device | str) -> None:
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         assert batch.weights is not None
         norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
-        self.sums[index] += (batch.weights[0] * norms).sum()
-        if index == 0:
-            self.total += batch.weights[0].sum()
-
-    def means(self) -> Tensor:
-        return self.sums / self.total
+        self.sums[index] += (batch.weights[0].to(h.device) * norms).sum().to(self.sums.device)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steerable.capture import length_batches
+from steerable.chunks import new_cache, pieces
 from steerable.engines.hooks import Handle, steer
 from steerable.errors import UsageError
+from steerable.gates import SequenceState, Tokens
 
 
 def divergence(
@@ -33,8 +34,8 @@ def divergence(
     contexts. On chains of the steered model the mean estimates its divergence from the unsteered one over
     whole answers. `prompts` gives each task's text after the chat template (generation prompt included);
     `direction`, `strength`, `layers`, `where` and `rescale` are those of `steerable.steer`. At most
-    `max_logits` numbers of logits are held at a time for each model (one chain is never split). None for a
-    chain without a generated token.
+    `max_logits` numbers of logits are held at a time for each of the two; a chain that has more is read in pieces.
+    None for a chain without a generated token.
     """
     texts = [_text(prompts, chain) for chain in chains]
     if not texts:
@@ -51,15 +52,16 @@ def divergence(
     ]
     layers = layers if layers is None or isinstance(layers, int) else list(layers)
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    most = max(1, max_logits // vocabulary)
     result: list[float | None] = [None] * len(chains)
-    for rows in length_batches([len(row) for row in ids], max(1, max_logits // vocabulary)):
-        steering = steer(
-            model, direction, strength=strength, layers=layers, where=where, rescale=rescale,
-            tokenizer=tokenizer, track=False,
-        )  # fmt: skip
-        batch_starts = [starts[row] for row in rows]
-        for row, value in zip(rows, _batch(model, [ids[row] for row in rows], batch_starts, steering), strict=True):
-            result[row] = value
+    with steer(
+        model, direction, strength=strength, layers=layers, where=where, rescale=rescale,
+        tokenizer=tokenizer, track=False,
+    ) as handle:  # fmt: skip
+        for rows in length_batches([len(row) for row in ids], most):
+            values = _batch(model, [ids[row] for row in rows], [starts[row] for row in rows], handle, strength, most)
+            for row, value in zip(rows, values, strict=True):
+                result[row] = value
     return result
 
 
@@ -75,29 +77,51 @@ def _text(prompts: Mapping[str, str], chain: Mapping[str, Any]) -> tuple[str, st
 
 @torch.no_grad()
 def _batch(
-    model: nn.Module, ids: list[list[int]], starts: list[int], steering: AbstractContextManager[Handle]
+    model: nn.Module, ids: list[list[int]], starts: list[int], handle: Handle, strength: float | None, most: int
 ) -> list[float | None]:
-    """The mean divergence of each row over the predictions of its tokens from `starts` on."""
+    """The mean divergence of each row over the predictions of its tokens from `starts` on.
+
+    Both models go through the text side by side, so that neither's logits have to be kept: the unsteered one is the
+    steered one at strength 0, which is bit-exact. More than `most` tokens (only ever one row) are read in pieces.
+    """
     device = next(model.parameters()).device
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
     lengths = torch.tensor([len(row) for row in ids], device=device)
     columns = torch.arange(longest, device=device)
-    mask = (columns < lengths[:, None]).long()
+    valid = columns < lengths[:, None]
     # the token at position t is predicted at t - 1
     firsts = torch.tensor(starts, device=device).clamp(min=1)
     read = (columns >= firsts[:, None] - 1) & (columns < lengths[:, None] - 1)
+    state = SequenceState(handle.tags)
+    state.start(len(ids), device, torch.tensor(starts))
+    whole = longest <= most or len(ids) > 1
+    caches = [None, None] if whole else [new_cache(model), new_cache(model)]
+    totals = torch.zeros(len(ids), dtype=torch.float64, device=device)
+    for start, stop in [(0, longest)] if whole else pieces(model, longest, most):
+        part = slice(start, stop)
+        here = state.advance(tokens[:, part], valid[:, part])
+        wanted = read[:, part]
 
-    def log_probabilities() -> Tensor:
-        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        return logits[read].float().log_softmax(-1)
+        def log_probabilities(
+            scale: float | None,
+            cache: Any,
+            part: slice = part,
+            here: Tokens = here,
+            wanted: Tensor = wanted,
+        ) -> Tensor:
+            handle.set_strength(scale)  # type: ignore[arg-type]  # None: what each direction says
+            handle.feed(here)
+            mask = valid[:, part].long() if whole else None
+            logits: Tensor = model(
+                input_ids=tokens[:, part], attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+            ).logits
+            return logits[wanted].float().log_softmax(-1)
 
-    plain = log_probabilities()
-    with steering as handle:
-        handle.prompt_lengths(starts)
-        steered = log_probabilities()
-    kl = torch.zeros(read.shape, dtype=torch.float64, device=device)
-    kl[read] = (steered.exp() * (steered - plain)).sum(-1).double().clamp(min=0)
+        plain = log_probabilities(0.0, caches[0])
+        steered = log_probabilities(strength, caches[1])
+        kl = torch.zeros(wanted.shape, dtype=torch.float64, device=device)
+        kl[wanted] = (steered.exp() * (steered - plain)).sum(-1).double().clamp(min=0)
+        totals += kl.sum(1)
     counts = read.sum(1)
-    totals = kl.sum(1)
     return [total / n if n else None for total, n in zip(totals.tolist(), counts.tolist(), strict=True)]
