@@ -3,11 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import steerable as st
-from steerable import models
-from steerable.errors import UsageError
+from steerable import models, think
+from steerable.errors import SteerableWarning, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +52,20 @@ def test_parts(model):
     assert models.blocks(models.base(model)) is models.blocks(model)  # also without the unembedding
 
 
-def test_unknown_family_by_its_names(tiny_llama):
+def test_unknown_family_by_its_structure(tiny_llama):
     model = copy.deepcopy(tiny_llama)
     model.config.model_type = "cousin"
-    assert models.family(model) == models.Family()
-    with pytest.raises(UsageError, match="'gpt2' are not known"):
-        models.family(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
+    with pytest.warns(SteerableWarning, match="'cousin' are not known; guessed from the structure: blocks layers"):
+        found = models.family(model)
+    assert models.family(model) is found
+    assert (found.blocks, found.final_norm, found.attention_out) == ("layers", "norm", "self_attn.o_proj")
     with pytest.raises(UsageError, match="'Linear' are not known"):
         models.family(nn.Linear(1, 1))
+
+
+def test_think_texts_are_known():
+    for family in models.FAMILIES.values():
+        assert any(family.think == known[:2] for known in think.KNOWN)
 
 
 def test_missing_pocket_weights(tmp_path, monkeypatch):
