@@ -175,6 +175,20 @@ def test_capture_inside_steer(tiny_llama, tokenizer):
     torch.testing.assert_close(steered - plain, (2 * v).expand(3, -1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("where", ["prompt", "last_prompt", "thinking", "all"])
+def test_capture_in_pieces_inside_steer(tiny_llama, tokenizer, where):
+    """A text counts as prompt to its end, also for steering, which sees each piece as a call of its own."""
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    options = {"sites": ["resid_post.3"], "reduce": "none"}
+    with st.steer(tiny_llama, st.Direction({Site("resid_post", 1): v}), where=where, tokenizer=tokenizer) as handle:
+        whole = st.capture(tiny_llama, tokenizer, TEXTS, **options)
+        before = handle.report()["resid_post.1"]["tokens"]
+        pieced = st.capture(tiny_llama, tokenizer, TEXTS, chunk=2, **options)
+        assert handle.report()["resid_post.1"]["tokens"] == 2 * before > 0
+    for site, states in whole.items():
+        torch.testing.assert_close(pieced[site], states, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

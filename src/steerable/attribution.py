@@ -305,7 +305,8 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
             change = tangent.to(p)
             return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
 
-    return _sweep(queries, sites, index, added, max_queries, inject, measure)
+    # Plain attention holds scores, weights and the tangents of both.
+    return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 8), inject, measure)
 
 
 @contextmanager
@@ -342,7 +343,7 @@ def exact(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor,
             before = base[torch.searchsorted(chosen, asked).to(base.device)]
             return (before.exp() * (before - _log_probs(run()))).sum(-1)
 
-        results.append(_sweep(queries, sites, index[part], added[part], max_queries, inject, measure))
+        results.append(_sweep(queries, sites, index[part], added[part], size, inject, measure))
     return torch.cat(results)
 
 
@@ -351,11 +352,11 @@ def _sweep(
     sites: Sequence[Site],
     index: Tensor,
     added: Tensor,
-    max_queries: int,
+    size: int,
     inject: Callable[..., Tensor],
     measure: Callable[[Tensor, Callable[[], Tensor]], Tensor],
 ) -> Tensor:
-    """Every row of `index` at every site, at most `max_queries` to a forward pass: [N, L] float64.
+    """Every row of `index` at every site, `size` to a forward pass: [N, L] float64.
 
     `inject(h, rows, u)` puts `u` into the given tokens of `h` at a site; `measure(queries of the pass, run)`
     runs the pass and gives a number for each of its tokens.
@@ -364,7 +365,6 @@ def _sweep(
     row = torch.arange(len(index)).repeat(len(sites))
     layer = torch.arange(len(sites)).repeat_interleave(len(index))
     result = torch.empty(len(row), dtype=torch.float64)
-    size = queries.per_pass(max_queries)
     for begin in range(0, len(row), size):
         part = slice(begin, begin + size)
         edits: dict[Site, Callable[[Tensor], Tensor]] = {}

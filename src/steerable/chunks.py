@@ -59,6 +59,7 @@ def read(
     cache, with the keys and values of the whole text.
     """
     cache = new_cache(model) if cache is None else cache
+    cache.prompt_lengths = torch.tensor([ids.shape[1]])  # for steering, to which the later pieces would be generated
     for start, stop in pieces(model, ids.shape[1], chunk):
         if before is not None:
             before(start, stop)

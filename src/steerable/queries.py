@@ -53,11 +53,11 @@ class Queries:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def per_pass(self, most: int) -> int:
-        """How many queries one pass should take, `most` at most, fewer behind a long prefix or before a large
-        vocabulary."""
+    def per_pass(self, most: int, copies: int = 1) -> int:
+        """How many queries one pass should take, `most` at most, fewer behind a long prefix, all the more where it
+        holds several copies of the attention scores, or before a large vocabulary."""
         config = self.model.config.get_text_config()
-        scores = config.num_attention_heads * self.prefix
+        scores = config.num_attention_heads * self.prefix * copies
         return max(1, min(most, _SCORES // scores, _LOGITS // int(config.vocab_size)))
 
     def logits(self, index: Tensor | None = None) -> Tensor:

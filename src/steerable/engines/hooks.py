@@ -232,6 +232,8 @@ class Handle:
         elif ids is None:
             raise UsageError("a selector other than 'all' needs input_ids, but only inputs_embeds were given")
         else:
+            if past == 0 and self._next_lengths is None:  # a text that is read in pieces, see `chunks`
+                self._next_lengths = getattr(cache, "prompt_lengths", None)
             self._set_tokens(self._follow(ids, valid, past, cache is None))
 
     def _follow(self, ids: Tensor, valid: Tensor | None, past: int, no_cache: bool) -> Tokens:
