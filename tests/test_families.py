@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,7 +407,6 @@ def test_parallel_blocks_have_no_middle(built):
 def renamed(name):
     family, own = VARIANTS[name]
     model = tiny(family, **own)
-    type(model.config)  # the class keeps its type, the instance gets another
     model.config.model_type = "cousin"
     return model
 
@@ -463,3 +463,26 @@ def test_guess_in_other_families():
     t5 = t.T5ForConditionalGeneration(t.T5Config(vocab_size=64, d_model=32, d_ff=40, num_layers=2, num_heads=4, d_kv=8))
     with pytest.raises(UsageError, match="encoder-decoder"):
         models.family(t5)
+
+
+# --- the page about them ---
+
+
+def test_documented(built):
+    """Each family's row in the table says its norms and the sites that its tiny model has."""
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    rows = {row[0].strip("`"): row for line in page.splitlines() if len(row := line.strip("| ").split(" | ")) >= 4}
+    assert set(FAMILY_NAMES) == set(models.FAMILIES)
+    for name, family in models.FAMILIES.items():
+        _, _, norms, sites, *_ = rows[name]
+        assert norms == family.norms, name
+        model = built(name)
+        absent = {s.kind for s in (Site(k, i) for k in KINDS for i in range(4)) if missing(model, s) is not None}
+        present = {s.kind for s in sites_of(model)}
+        said = {
+            "all": (set(), set(KINDS)),
+            "all, `mlp_act` in dense layers": ({"mlp_act"}, set(KINDS)),
+            "all but `mlp_act`": ({"mlp_act"}, set(KINDS) - {"mlp_act"}),
+            "all, `resid_mid` where sequential": ({"resid_mid"}, set(KINDS) - {"resid_mid"}),
+        }
+        assert said[sites] == (absent, present), name
