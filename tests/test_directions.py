@@ -226,3 +226,25 @@ def test_derived_directions_share_nothing():
     copy.stats["new"] = 1
     copy.norms[A] = 0.0
     assert "new" not in direction.stats and direction.norms[A] == 1 / 3
+
+
+def test_the_residual_stream_has_one_width(tmp_path):
+    with pytest.raises(UsageError, match="one width.*6 and 7"):
+        Direction({A: torch.ones(6), B: torch.ones(7)})
+    Direction({A: torch.ones(6), Site("mlp_act", 2): torch.ones(24)})  # neurons are others in number
+    with pytest.raises(SteerableError, match="one width"):
+        Direction.load(write(tmp_path / "a", {"resid_post.2": torch.ones(6), "mlp_out.3": torch.ones(7)}))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"strength": "1" + "0" * 400}, {"norms": '{"resid_post.2": 1' + "0" * 400 + "}"}, {"stats": '{"a": "\\ud800"}'}],
+)
+def test_numbers_and_texts_that_cannot_be_written_again(tmp_path, meta):
+    with pytest.raises(SteerableError, match="sound"):
+        Direction.load(write(tmp_path / "a", **meta))
+
+
+def test_texts_must_be_unicode():
+    with pytest.raises(UsageError, match="Unicode"):
+        make(behaviour="\ud800").to_bytes()

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from steerable.directions import Direction
 from steerable.errors import SteerableError, UsageError
 from steerable.hub import from_pretrained, load_all, model_card, save_pretrained
+from steerable.runfolder import sha256
 from steerable.sites import Site
 
 
@@ -113,7 +114,8 @@ def test_the_card_shows_controls_beside_every_claim(tmp_path):
     for report in (REPORT, tmp_path, tmp_path / "report.json"):
         text = model_card(make(), report=report)
         rows = [line for line in text.splitlines() if re.match(r"\| (none|this one|random|shuffled) ", line)]
-        assert [row.split(" | ")[2] for row in rows] == [
+        assert [row.split(" | ")[2] for row in rows] == ["50 x 4"] * 4
+        assert [row.split(" | ")[3] for row in rows] == [
             "0.053 (0.043 to 0.063)",
             "0.206 (0.196 to 0.216)",
             "0.057 (0.047 to 0.067)",
@@ -122,6 +124,9 @@ def test_the_card_shows_controls_beside_every_claim(tmp_path):
         assert all("0.62 (0.57 to 0.67)" in row and "not measured" in row for row in rows)
         assert "0.199" not in text  # another vector: more layers than this direction has
         assert "0.9 (" not in text  # another behaviour
+        assert "does not show whether with these very files" in text
+    hashes = {"vectors/backtracking.safetensors": sha256(make().save(tmp_path / "a.safetensors"))}
+    assert "`org/Model-1.5B` with these very files, on tasks" in model_card(make(), report=REPORT | {"hashes": hashes})
 
 
 def test_the_snippet_runs(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,10 +121,20 @@ def _evaluation(named: Mapping[str, Direction], report: Mapping[str, Any]) -> st
     source = report.get("config", {}) if isinstance(report.get("config"), Mapping) else {}
     about = f"on `{source['model']}`" if source.get("model") else "on the run's model"
     return (
-        f"## Evaluation\n\nMeasured {about}, on tasks that the vectors were not made from. Means with 95 % intervals; "
-        "`random`: a random direction of equal norm, `shuffled`: a vector from shuffled labels. A change counts only "
-        "where the vector's interval lies beyond those of its controls.\n\n" + "\n".join(tables)
+        f"## Evaluation\n\nMeasured {about}{_same_files(named, report)}. Means with 95 % intervals, chains as tasks x "
+        "samples; `random`: a random direction of equal norm, `shuffled`: a vector from shuffled labels. A change "
+        "counts only where the vector's interval lies beyond those of its controls.\n\n" + "\n".join(tables)
     )
+
+
+def _same_files(named: Mapping[str, Direction], report: Mapping[str, Any]) -> str:
+    """Whether the run steered with these very files, by the hashes in its report."""
+    hashes = report.get("hashes")
+    known = set(hashes.values()) if isinstance(hashes, Mapping) else set()
+    # as runfolder.sha256 hashes a file: its relative name, which is ".", and its bytes
+    if all(hashlib.sha256(b".\0" + d.to_bytes()).hexdigest() in known for d in named.values()):
+        return " with these very files, on tasks that they were not made from"
+    return " (the report does not show whether with these very files)"
 
 
 def _table(d: Direction, cells: list[Cell]) -> str:
@@ -140,8 +151,10 @@ def _table(d: Direction, cells: list[Cell]) -> str:
         lines = [
             f"**{d.behaviour}**, layers {layers_text(setting.layers)}, tokens `{setting.where}`",
             "",
-            f"| vector | strength | share of {_cell(d.behaviour)} | " + " | ".join(t for _, t in _METRICS) + " |",
-            "|---|---|---|" + "---|" * len(_METRICS),
+            f"| vector | strength | chains | share of {_cell(d.behaviour)} | "
+            + " | ".join(title for _, title in _METRICS)
+            + " |",
+            "|---|---|---|---|" + "---|" * len(_METRICS),
         ]
         if zero := unsteered(cells, d.behaviour):
             lines.append(_row("none", 0.0, zero, d.behaviour))
@@ -155,7 +168,12 @@ def _table(d: Direction, cells: list[Cell]) -> str:
 
 def _row(what: str, strength: float, cells: list[Cell], behaviour: str) -> str:
     values = [measured(cells, f"fractions.{behaviour}"), *(measured(cells, metric) for metric, _ in _METRICS)]
-    return f"| {what} | {strength:+g} | " + " | ".join(_interval(v) for v in values) + " |"
+    chains = " + ".join(" x ".join(_count(c.get(key)) for key in ("tasks", "samples")) for c in cells)
+    return f"| {what} | {strength:+g} | {chains} | " + " | ".join(_interval(v) for v in values) + " |"
+
+
+def _count(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else "?"
 
 
 def _interval(value: Interval | None) -> str:
