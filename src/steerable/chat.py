@@ -23,6 +23,8 @@ from steerable.chains.tasks import correct, make_tasks
 from steerable.directions import Direction
 from steerable.engines.hooks import Handle
 from steerable.engines.hooks import steer as steering
+from steerable.engines.routes import check_length
+from steerable.engines.sampling import stop_ids
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.pocket import language
@@ -125,8 +127,8 @@ def _stream(
     model, tokenizer = loaded
     tags = think_tags(tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = stop_ids(model)
+    check_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
     ids: list[int] = []
 
     def said() -> Record:

@@ -2,9 +2,9 @@
 
 A tag is a text. Three kinds are followed exactly:
 
-- one token of the vocabulary (`<think>` of Qwen3 and the R1 distills);
-- several tokens between special ones (`<|channel|>analysis<|message|>` of gpt-oss): that sequence of ids;
-- ordinary text, where the vocabulary has no such token: the characters, however they are cut into tokens, so
+- one added token of the vocabulary (`<think>` of Qwen3 and the R1 distills), which every tokenizer cuts out first;
+- several tokens, the outer ones added (`<|channel|>analysis<|message|>` of gpt-oss): that sequence of ids;
+- ordinary text, where the vocabulary has no such tokens: the characters, however they are cut into tokens, so
   also where the last of them brings what follows the tag (`>` and a paragraph break in one) or the first
   brings what precedes it.
 
@@ -265,7 +265,7 @@ def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
     """The tags of the model's think block.
 
     texts: None takes what `set_think_tags` or the tokenizer's config says ("think"), else the first of `KNOWN`
-    whose tags the vocabulary holds as special tokens, else the first that the chat template writes out.
+    whose tags the vocabulary holds, else the first of which the chat template writes one.
     Raises UsageError where there is none.
     """
     own = getattr(tokenizer, "init_kwargs", {}).get("think")
@@ -291,7 +291,7 @@ def _detect(tokenizer: Any, vocabulary: Mapping[str, int]) -> Texts:
             return texts
     template = str(getattr(tokenizer, "chat_template", None) or "")
     for texts in KNOWN[1:]:
-        if all(text in template for text in texts):
+        if texts[0] in template or texts[1] in template:  # one that opens the block need not close it
             return texts
     raise UsageError(
         f"{tokenizer.name_or_path or 'this model'!r} has no think block: expected <think> and </think> or other "
@@ -318,12 +318,12 @@ def _encode(tokenizer: Any, vocabulary: Mapping[str, int], texts: Texts) -> Thin
     added = _added(tokenizer)
 
     def ids(text: str) -> tuple[int, ...]:
-        if text in vocabulary:
-            return (vocabulary[text],)
+        if text in added:
+            return (added[text],)
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     found = [ids(text) for text in texts]
-    exact = all(text in vocabulary or _special(tokenizer, text, added) for text in texts)
+    exact = all(text in added or _special(tokenizer, text, added) for text in texts)
     pieces = None if exact else _pieces(tokenizer, vocabulary, found, added)
     opening, closing, *answer = found
     tags = ThinkTags(opening, closing, False, answer[0] if answer else (), texts, pieces)
@@ -356,5 +356,25 @@ def _pieces(
 def _opened_by_template(tokenizer: Any, tags: ThinkTags) -> bool:
     if not getattr(tokenizer, "chat_template", None):
         return False
-    messages = [{"role": "user", "content": "?"}]
-    return tags.opened(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return tags.opened(render(tokenizer, "?"))
+
+
+def render(tokenizer: Any, prompt: str, thinking: bool = True) -> str:
+    """A user's message in the chat template, up to where the model begins to speak. No system message is sent,
+    since some templates refuse one. thinking: what templates with a switch for it (`enable_thinking`, `thinking`) are
+    told; the others take no notice.
+
+    Raises UsageError for a tokenizer without a chat template, and for a template that does not take the message.
+    """
+    from jinja2 import TemplateError
+
+    name = tokenizer.name_or_path or "this model"
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError(f"{name!r} has no chat template: choose a reasoning model with one")
+    messages = [{"role": "user", "content": prompt}]
+    switches = {"enable_thinking": thinking, "thinking": thinking}
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+    except TemplateError as error:
+        raise UsageError(f"the chat template of {name!r} refuses a user's message ({error}): mend it") from error
+    return str(text)

@@ -18,7 +18,7 @@ from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import Report, default_threads, default_workers, map_blocks
 from steerable.errors import UsageError
 from steerable.models import Loaded
-from steerable.think import ThinkTags, think_tags
+from steerable.think import ThinkTags, render, think_tags
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was done since the last call."""
@@ -219,23 +219,21 @@ def _steered(loaded: Loaded, steering: Steering | None) -> Any:
     )
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a user's message in the model's chat template, up to where the model begins to speak."""
-    return list(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+def prompt_ids(tokenizer: Any, prompt: str, thinking: bool = True) -> list[int]:
+    """Token ids of a user's message in the model's chat template, up to where the model begins to speak.
+
+    Special tokens are those that the template writes, so that none (the first one above all) comes twice.
+    """
+    text = prompt_text(tokenizer, prompt, thinking)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def prompt_text(tokenizer: Any, prompt: str) -> str:
-    """A user's message in the model's chat template, up to where the model begins to speak.
+def prompt_text(tokenizer: Any, prompt: str, thinking: bool = True) -> str:
+    """A user's message in the model's chat template, up to where the model begins to speak; see `think.render`.
 
     Raises UsageError for a tokenizer without a chat template.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            f"{tokenizer.name_or_path or 'this model'!r} has no chat template: choose a reasoning model with one"
-        )
-    return str(
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    )
+    return render(tokenizer, prompt, thinking)
 
 
 def request_seed(seed: int, task_id: str, sample: int) -> int:
