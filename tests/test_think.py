@@ -193,6 +193,26 @@ def test_split_harmony(harmony, finished):
     assert (ended["thinking"], ended["answer"], ended["closed"]) == ("wait", "", True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "chain", "text"),
+    [
+        ("spelled", ("so", "15", True), "so</think>15"),
+        ("spelled", ("so", "", False), "so"),
+        ("harmony", ("so", "15", True), f"{HARMONY[0]}so<|end|><|start|>assistant{HARMONY[2]}15"),
+        ("harmony", ("so", "", True), f"{HARMONY[0]}so<|end|>"),
+        ("harmony", ("so", "", False), f"{HARMONY[0]}so"),
+        ("harmony", ("", "15", False), "15"),
+    ],
+)
+def test_what_was_written(kind, chain, text, request):
+    tokenizer = request.getfixturevalue(kind)
+    tags = think_tags(tokenizer)
+    record = dict(zip(("thinking", "answer", "closed"), chain, strict=True))
+    assert tags.written(prompt_text(tokenizer, "what"), record) == text
+    said = split_chain(tokenizer, tags, Completion(tokenizer(text)["input_ids"], False))
+    assert {key: said[key] for key in record} == record
+
+
 @pytest.mark.parametrize("template", [OPENS, SPLITS])
 @pytest.mark.parametrize("seed", range(12))
 def test_split_equals_the_text_between_the_tags(template, seed):

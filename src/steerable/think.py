@@ -104,6 +104,17 @@ class ThinkTags:
         opens it itself, so the opening tag is put back."""
         return prompt if self.opened(prompt) else prompt + self.texts[0]
 
+    def written(self, prompt: str, chain: Mapping[str, Any]) -> str:
+        """What the model wrote after a prompt, from a chain's record: its tags are put back."""
+        thinking, answer, closed = chain["thinking"], chain["answer"], chain["closed"]
+        opened = self.opened(prompt)
+        if not (opened or closed or thinking):
+            return str(answer)  # no block at all
+        # harmony alone has a third tag, and begins another message for it
+        third = "".join(f"<|start|>assistant{text}" for text in self.texts[2:] if answer)
+        end = f"{self.texts[1]}{third}{answer}" if closed else ""
+        return f"{'' if opened else self.texts[0]}{thinking}{end}"
+
     def find(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Where tags are completed in a sequence of ids, and what each begins."""
         if not ids:

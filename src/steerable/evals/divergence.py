@@ -13,6 +13,7 @@ from steerable.chunks import new_cache, pieces
 from steerable.engines.hooks import Handle, steer
 from steerable.errors import UsageError
 from steerable.gates import SequenceState, Tokens
+from steerable.think import ThinkTags, think_tags
 
 
 def divergence(
@@ -37,9 +38,10 @@ def divergence(
     `max_logits` numbers of logits are held at a time for each of the two; a chain that has more is read in pieces.
     None for a chain without a generated token.
     """
-    texts = [_text(prompts, chain) for chain in chains]
-    if not texts:
+    if not chains:
         return []
+    tags = think_tags(tokenizer)
+    texts = [_text(prompts, chain, tags) for chain in chains]
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"divergence needs a fast tokenizer, which {type(tokenizer).__name__} is not")
     encoded = tokenizer(
@@ -65,14 +67,12 @@ def divergence(
     return result
 
 
-def _text(prompts: Mapping[str, str], chain: Mapping[str, Any]) -> tuple[str, str]:
+def _text(prompts: Mapping[str, str], chain: Mapping[str, Any], tags: ThinkTags) -> tuple[str, str]:
     """A chain's prompt and what the model wrote after it, which may begin with opening the think block."""
     prompt = prompts.get(chain["task_id"])
     if prompt is None:
         raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}")
-    opened = prompt.rfind("<think>") > prompt.rfind("</think>")
-    end = f"</think>{chain['answer']}" if chain["closed"] else ""
-    return prompt, f"{'' if opened else '<think>'}{chain['thinking']}{end}"
+    return prompt, tags.written(prompt, chain)
 
 
 @torch.no_grad()
