@@ -34,6 +34,12 @@ def test_import(tmp_path):
         assert torch.equal(found.at(3), a) and found.model_id == "org/model"
 
 
+def test_an_adapter_of_a_post_norm_model_is_warned_of(tmp_path):
+    folder = adapter(tmp_path / "a", {name(3): vectors(0)[0]}, base_model_name_or_path="google/gemma-2-9b-it")
+    with pytest.warns(SteerableWarning, match="gemma2"):
+        import_file(folder)
+
+
 def test_unsound_adapters(tmp_path):
     a = vectors(0)[0]
     for tensors, config, reason in (
@@ -58,19 +64,21 @@ def test_unsound_adapters(tmp_path):
 
 def test_export(tmp_path):
     table = vectors(1, 3, width=32)
-    with pytest.warns(SteerableWarning, match="no norm stands behind"):
+    with pytest.warns(SteerableWarning, match="no norm stands behind the MLP"):
         export_file(direction_of(table), tmp_path / "a", "peft-beft")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_file(direction_of(table, model_id="org/m"), tmp_path / "a", "peft-beft", model_type="llama")
-        export_file(direction_of(table, "mlp_out"), tmp_path / "b", "peft-beft")
+        export_file(direction_of(table, "mlp_out"), tmp_path / "b", "peft-beft", model_type="qwen3")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert set(tensors) == {name(1), name(3)} and tensors[name(3)].shape == (1, 32)
     found = import_file(tmp_path / "a")
     assert list(found.vectors) == [Site("mlp_out", 1), Site("mlp_out", 3)] and found.model_id == "org/m"
     assert torch.equal(found.at(1), table[1])
-    with pytest.raises(UsageError, match="gemma3"):
-        export_file(direction_of(table), tmp_path / "c", "peft-beft", model_type="gemma3_text")
+    for kind in ("mlp_out", "resid_post"):
+        for model_type, reason in (("gemma3_text", "norm stands"), ("olmo2", "norm stands"), ("gpt2", "no down_proj")):
+            with pytest.raises(UsageError, match=reason):
+                export_file(direction_of(table, kind), tmp_path / "c", "peft-beft", model_type=model_type)
     with pytest.raises(UsageError, match="fold-strength"):
         export_file(direction_of(table, strength=0.5), tmp_path / "c", "peft-beft", model_type="llama")
     export_file(direction_of(table, strength=0.5), tmp_path / "c", "peft-beft", model_type="llama", fold_strength=True)

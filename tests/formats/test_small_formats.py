@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save, save_file
 from vector_files import direction_of, steering_lite_bytes, torch_bytes, vectors
 
-from steerable.errors import UsageError
+from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import NeedsChoice, export_file, import_file
 from steerable.sites import Site
 
@@ -112,7 +112,8 @@ def entry(v, **change):
 
 def test_lm_eval(write):
     a, b = vectors(0, 1).values()
-    found = import_file(write(torch_bytes({"layers.3": entry(a[None]), "model.layers.4.mlp": entry(b)})))
+    with pytest.warns(SteerableWarning, match="no norm follows"):
+        found = import_file(write(torch_bytes({"layers.3": entry(a[None]), "model.layers.4.mlp": entry(b)})))
     assert list(found.vectors) == [Site("resid_post", 3), Site("mlp_out", 4)] and found.strength == 2.0
     different = {"layers.3": entry(a), "layers.4": entry(b, steering_coefficient=-1.0)}
     found = import_file(write(torch_bytes(different)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..sites import Site
-from .foreign import Found, kind_of, number, same_width, vector
+from .foreign import Found, kind_of, number, same_width, vector, warn
 
 #: First line of the CSV form.
 CSV = "loader,action,sparse_model,hookpoint,feature_index,steering_coefficient"
@@ -56,6 +56,8 @@ def read(found: Any) -> Found:
         vectors[site] = vector(entry["steering_vector"], f"the vector of {where}")
         coefficients[site] = number(entry.get("steering_coefficient", 1.0), f"the coefficient of {where}")
     same_width(vectors)
+    if any(site.kind != "resid_post" for site in vectors):
+        warn("a vector for an attention or an MLP adds to what it adds to the stream only where no norm follows it")
     strength = next(iter(coefficients.values()))
     if len(set(coefficients.values())) > 1:
         strength = 1.0

@@ -1,9 +1,9 @@
 """PEFT BEFT adapters: a trained bias on linear layers, as `PeftModel.save_pretrained` lays it out.
 
 A folder with adapter_config.json ("peft_type": "BEFT") and adapter_model.safetensors, tensors
-`base_model.model.<module>.beft_bias` [1, d]. A bias on `down_proj` adds to the MLP's output at every token, which in
-a pre-norm block is the same as adding to the block's output; after a norm behind the MLP (Gemma 2 and 3, OLMo 2) it
-is not. Source of the method: arXiv 2509.15974.
+`base_model.model.<module>.beft_bias` [1, d]. A bias on `down_proj` adds to what the MLP adds to the stream, at every
+token, which is the same as adding to the block's output; where a norm stands behind the MLP (Gemma 2 and 3, OLMo 2) it
+is neither. Source of the method: arXiv 2509.15974.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
+from ..models import FAMILIES
 from ..sites import Site
-from .foreign import MAX_BYTES, Found, plain, same_width, vector
+from .foreign import MAX_BYTES, Found, plain, same_width, vector, warn
 from .safetensors_files import load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: model_type of families with a norm behind the MLP
-POST_NORM = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4")
+#: Families with a norm behind the MLP that `models` has no entry for.
+_POST_NORM = ("olmo3", "glm4")
 _SITES = {"mlp_out": r"mlp\.(?:down_proj|c_proj)", "attn_out": r"(?:self_attn\.o_proj|attn\.c_proj)"}
 
 
@@ -47,10 +48,15 @@ def read(folder: Path) -> Found:
         raise UsageError(f"its {WEIGHTS} is empty")
     same_width(vectors)
     base = config.get("base_model_name_or_path")
+    if isinstance(base, str) and (named := _post_norm_in(base)):
+        warn(
+            f"in {named} models a norm stands behind the MLP and the attention: there a bias of an adapter is not what "
+            "they add to the stream, and the imported vectors will act otherwise than the adapter"
+        )
     return Found(
         format="peft-beft",
         vectors=vectors,
-        convention="its modules name blocks; a bias on down_proj is at the MLP's output",
+        convention="its modules name blocks; a bias on down_proj adds to the MLP's output (no norm behind it)",
         method="BEFT",
         model_id=base if isinstance(base, str) else "",
         about={"peft_version": plain(config.get("peft_version")), "revision": plain(config.get("revision"))},
@@ -62,6 +68,18 @@ def _site(name: str) -> Site:
         if match := re.fullmatch(rf"(?:\w+\.)*(?:layers|h)\.([0-9]{{1,4}})\.{pattern}\.beft_bias", name):
             return Site(kind, int(match[1]))
     raise UsageError(f"it holds a tensor {name[:90]!r}: expected BEFT biases of down_proj or o_proj")
+
+
+def has_post_norm(model_type: str) -> bool:
+    """Whether blocks of this `config.model_type` have a norm behind the MLP."""
+    known = FAMILIES.get(model_type)
+    return model_type in _POST_NORM or (known is not None and known.norms != "pre")
+
+
+def _post_norm_in(name: str) -> str | None:
+    """The family with a norm behind the MLP that a model's name speaks of ("google/gemma-2-9b"), if any."""
+    plain_name = re.sub(r"[^a-z0-9]", "", name.lower())
+    return next((t for t in sorted({*FAMILIES, *_POST_NORM}) if has_post_norm(t) and t in plain_name), None)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..directions import Direction
 from ..errors import SteerableWarning, UsageError
 from ..files import write_atomic
+from ..models import FAMILIES
 from ..sites import Site
 from . import gguf, lm_eval, peft, safetensors_files, svec, torch_files
 from .foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
@@ -133,24 +134,27 @@ def _bytes(
 
 
 def _beft(direction: Direction, fold_strength: bool, model_type: str) -> tuple[dict[int, Tensor], list[str]]:
-    """Biases of down_proj: `mlp_out` as it is, block outputs where no norm stands between. Raises UsageError."""
+    """Biases of down_proj: what the MLP adds (`mlp_out`) and, the same, block outputs. Raises UsageError."""
     said = about_gate(direction, "peft-beft")
     if direction.strength != 1.0 and not fold_strength:
         raise UsageError(
             f"an adapter has no strength to set, the direction's is {direction.strength:g}: give --fold-strength"
         )
+    if peft.has_post_norm(model_type):
+        raise UsageError(
+            f"in {model_type} a norm stands behind the MLP, so no bias on down_proj adds a vector to the stream"
+        )
+    known = FAMILIES.get(model_type)
+    if known is not None and known.mlp_out != "mlp.down_proj":
+        raise UsageError(f"the MLPs of {model_type} have no down_proj, on which the adapter's biases stand")
+    if not model_type:
+        said.append(
+            "a bias on down_proj is the same only where no norm stands behind the MLP (not Gemma 2 and 3, OLMo 2): "
+            "give --model-type to have that checked"
+        )
     inside = {s.layer: single(v, s, "peft-beft") for s, v in direction.vectors.items() if s.kind == "mlp_out"}
     rest: dict[Site, Tensor] = {s: v for s, v in direction.vectors.items() if s.kind != "mlp_out"}
     if rest:
-        if model_type in peft.POST_NORM:
-            raise UsageError(
-                f"in {model_type} a norm stands behind the MLP, so no bias on down_proj adds to the block's output"
-            )
-        if not model_type:
-            said.append(
-                "a bias on down_proj adds to the block's output only where no norm stands behind the MLP (not Gemma 2 "
-                "and 3, OLMo 2): give --model-type to have that checked"
-            )
         outputs, _ = block_outputs(direction._with(rest), "peft-beft", False)
         if twice := sorted(set(outputs) & set(inside)):
             raise UsageError(
