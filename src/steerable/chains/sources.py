@@ -1,0 +1,190 @@
+"""Records as dictionaries from files, folders and the Hugging Face hub, whatever they hold (see `chains.tables`)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.records import read_jsonl
+from steerable.errors import SteerableError, UsageError
+
+Row = Mapping[str, Any]
+
+#: Short names of data sets on the hub: (id, configuration, split).
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default", "train"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
+}
+_SPLITS = ("test", "train", "validation", "valid", "dev", "eval")
+_HUB = re.compile(r"hf:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<first>[^:\[\]]+))?(?::(?P<second>[^:\[\]]+))?")
+
+
+def read_rows(place: str, options: Mapping[str, str]) -> tuple[Iterable[Row], str]:
+    """The records of a source, and a short name for ids. `options` may give `config`, `split` and `revision`.
+
+    UsageError for a source that is unknown, missing or not readable; SteerableError where the hub is not reached.
+    """
+    name, _, split = place.partition(":")
+    if name in HUB and not Path(place).exists():
+        identity, config, usual = HUB[name]
+        return _from_hub(identity, {"split": split or usual, **({"config": config} if config else {}), **options}), name
+    if place.startswith("hf:"):
+        if not (found := _HUB.fullmatch(place)):
+            raise UsageError(f"{place!r} is no data set of the hub: expected hf:<id>[:<config>][:<split>]")
+        first, second = found["first"], found["second"]
+        given = {"config": first, "split": second} if second else {"split" if first in _SPLITS else "config": first}
+        chosen = {key: value for key, value in given.items() if value} | dict(options)
+        return _from_hub(found["id"], chosen), found["id"].rpartition("/")[2]
+    path = Path(place)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _from_folder(path, options), path.name
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".jsonl": read_jsonl,
+        ".ndjson": read_jsonl,
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
+    if suffix not in readers:
+        raise UsageError(
+            f"unknown task source {place!r}: expected pocket, reasoning-gym, reasoning-gym:<family>,..., llm, "
+            f"{', '.join(HUB)}, hf:<data set>, a folder, or a path ending in {', '.join(readers)}"
+        )
+    if not path.exists():
+        raise UsageError(f"there is no file {place}: expected one with a task in each record")
+    return readers[suffix](path), path.stem
+
+
+# --- files ---
+
+
+def _json(path: Path) -> list[Row]:
+    """A JSON array of objects, an object that holds one (`{"data": [...]}`), or JSON lines in spite of the name."""
+    try:
+        found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError):
+        return list(read_jsonl(path))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        found = lists[0] if len(lists) == 1 else [found]
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UsageError(f"{path} holds no list of objects: expected one JSON object a task")
+    return found
+
+
+def _csv(path: Path) -> list[Row]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            rows: list[Row] = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UsageError(
+                        f"{path}, line {reader.line_num}: the number of fields is not that of the head line, "
+                        f"which has {len(reader.fieldnames or ())}"
+                    )
+                rows.append(row)
+            return rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no CSV file in UTF-8 ({error}): expected a head line with column names") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+# --- the datasets library ---
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"reading {what} needs the datasets library: pip install 'steerable[data]', or give a .jsonl, .json or .csv"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _parquet(path: Path) -> Iterable[Row]:
+    # Streamed, so that no copy is made in the cache of the library, which would outlive a change of the file.
+    return _rows(path, lambda d: d.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+
+
+def _arrow(path: Path) -> Iterable[Row]:
+    return _rows(path, lambda d: d.Dataset.from_file(str(path)))
+
+
+def _from_folder(folder: Path, options: Mapping[str, str]) -> Iterable[Row]:
+    """A folder written by `save_to_disk`, or a copy of a data set's repository, or one with data files."""
+    saved = folder / "dataset_dict.json", folder / "dataset_info.json"
+    if any(file.exists() for file in saved):
+        return _rows(folder, lambda d: _choose(d.load_from_disk(str(folder)), options, str(folder)))
+    if not any(folder.iterdir()):
+        raise UsageError(f"the folder {folder} is empty: expected a data set")
+    config = options.get("config")
+    return _rows(
+        folder, lambda d: _choose(d.load_dataset(str(folder), config, streaming=True), options, str(folder)), config
+    )
+
+
+def _from_hub(identity: str, options: Mapping[str, str]) -> Iterable[Row]:
+    datasets = _datasets(f"the data set {identity}")
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports every try of a server that is not there
+    try:
+        found = datasets.load_dataset(identity, options.get("config"), revision=options.get("revision"))
+        return _choose(found, options, identity)
+    except UsageError:
+        raise
+    except ConnectionError as error:  # the library's own, for offline mode too
+        raise SteerableError(
+            f"the data set {identity} is not in the cache and the Hugging Face hub was not reached: connect once, or "
+            "give the path of a local copy (a folder, .parquet or .jsonl file)"
+        ) from error
+    except Exception as error:
+        raise UsageError(f"cannot load the data set {identity}: {_line(error)}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _choose(found: Any, options: Mapping[str, str], name: str) -> Iterable[Row]:
+    """The split that was asked for, or the only one, or `test`."""
+    wanted = options.get("split")
+    if not isinstance(found, dict):  # one table
+        if wanted:
+            raise UsageError(f"{name} is a single table, without splits: leave out the split {wanted!r}")
+        return found  # type: ignore[no-any-return]
+    if wanted is None:
+        wanted = next(iter(found)) if len(found) == 1 else "test"
+    if wanted not in found:
+        raise UsageError(f"{name} has no split {wanted!r}: name one of {', '.join(found)} (?split=...)")
+    return found[wanted]  # type: ignore[no-any-return]
+
+
+def _rows(path: Path, load: Any, config: str | None = None) -> list[Row]:
+    datasets = _datasets(str(path))
+    try:
+        return [dict(row) for row in load(datasets)]
+    except UsageError:
+        raise
+    except Exception as error:  # pyarrow's, fsspec's, the builders': they raise what they like
+        hint = " (?config=... names a configuration)" if config is None and "onfig" in str(error) else ""
+        raise UsageError(f"cannot read {path} as a data set: {_line(error)}{hint}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

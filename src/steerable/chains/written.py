@@ -1,0 +1,180 @@
+"""Tasks that a language model writes: so many for each of the ten categories, as in the paper, none like another.
+
+Source: Venhoff et al. 2025 (arXiv 2506.18167), section 3.1: 10 categories x 50 tasks. Its prompt is not published; the
+wording here is our own. Unlike the published list, training and evaluation share no task, nor two that differ in
+numbers or wording alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerable.chains.duplicates import shingles, similarity, task_key
+from steerable.chains.gym import slug
+from steerable.chains.listed import listed_tasks
+from steerable.chains.records import Record, content_hash
+from steerable.errors import SteerableError, UsageError
+
+if TYPE_CHECKING:
+    from steerable.chains.endpoint import Endpoint, Progress
+
+#: What each category is about, as the model is told.
+ABOUT: dict[str, str] = {
+    "Mathematical Logic": "deriving a result by arithmetic, algebra, counting or formal logic in several steps",
+    "Spatial Reasoning": "picturing positions, rotations, folds, routes or cross-sections in the mind",
+    "Verbal Logic": "what follows from statements: syllogisms, orderings, truth-tellers and liars, family relations",
+    "Pattern Recognition": "finding the rule behind a sequence, a table, a code or a set of examples, and applying it",
+    "Lateral Thinking": "a strange but explainable situation whose solution needs an assumption to be given up",
+    "Causal Reasoning": "what caused what, what would have happened otherwise, how to tell cause from coincidence",
+    "Probabilistic Thinking": "chances, expectations, updating on evidence, decisions under uncertainty",
+    "Systems Thinking": "parts that act on each other: feedback, delays, bottlenecks, consequences of consequences",
+    "Creative Problem Solving": "inventing a workable plan from limited means under stated constraints",
+    "Scientific Reasoning": "hypotheses, experiments and their controls, explanations of observations by known laws",
+}
+
+ROUNDS = 8
+_BATCH = 10  # tasks in one reply: more of them resemble each other
+_ALIKE = 0.6
+_SHOWN = 40  # earlier tasks that a later request names, to be avoided
+_WORDS = range(6, 401)
+
+
+def write_tasks(
+    source: str,
+    n: int,
+    seed: int,
+    excluded: Collection[str] = (),
+    *,
+    endpoint: Endpoint | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """`n` tasks written by a model, in equal shares of the ten categories, which alternate.
+
+    source: `llm:MODEL` or `llm:MODEL@URL`, or `llm` where `endpoint` says which. excluded: hashes (`content_hash`) of
+    tasks that are not wanted. cache: a folder for the replies; with it, the same call gives the same tasks, and a
+    killed one goes on where it was. A task is left out that says the same as an earlier one in another spelling, or
+    shares 60 % of its words and word pairs with it (numbers aside). Asks again until there are enough, at most `ROUNDS`
+    times.
+
+    The tasks have no reference answer: like the paper's, they are not judged. SteerableError where the model does not
+    write enough.
+    """
+    endpoint = endpoint or _endpoint(source)
+    quotas = {c: n // len(ABOUT) + (i < n % len(ABOUT)) for i, c in enumerate(ABOUT)}
+    kept: dict[str, list[Record]] = {category: [] for category in ABOUT}
+    keys: set[str] = set()
+    looks: list[frozenset[str]] = []
+    failures: list[str] = []
+    for round_ in range(ROUNDS):
+        asked = _requests(quotas, kept, round_)
+        if not asked:
+            break
+        replies = endpoint.complete(
+            [[{"role": "user", "content": prompt}] for _, prompt in asked],
+            cache=cache,
+            temperature=1.0,
+            max_tokens=6000,
+            seed=[_number(seed, round_, index) for index in range(len(asked))],
+            progress=progress,
+        )
+        failures += [reply.error for reply in replies if reply.error]
+        for (category, _), reply in zip(asked, replies, strict=True):
+            for prompt in listed_tasks(reply.text):
+                if len(kept[category]) == quotas[category]:
+                    break
+                look = shingles(prompt)
+                if len(prompt.split()) not in _WORDS or task_key(prompt) in keys:
+                    continue
+                if content_hash({"prompt": prompt}) in excluded or any(similarity(look, o) >= _ALIKE for o in looks):
+                    continue
+                keys.add(task_key(prompt))
+                looks.append(look)
+                kept[category].append(
+                    {
+                        "id": f"llm-{slug(category)}-{len(kept[category])}",
+                        "prompt": prompt,
+                        "category": category,
+                        "source": f"llm:{endpoint.model}",
+                    }
+                )
+    found = sum(map(len, kept.values()))
+    if found < n:
+        short = [f"{category} ({len(kept[category])} of {quota})" for category, quota in quotas.items()]
+        short = [text for text, category in zip(short, quotas, strict=True) if len(kept[category]) < quotas[category]]
+        why = f"; the last failure: {failures[-1]}" if failures else ""
+        raise SteerableError(
+            f"{endpoint.model} wrote only {found} different tasks of {n} in {ROUNDS} rounds, too few of "
+            f"{', '.join(short)}: ask for fewer, or another model{why}"
+        )
+    for category, tasks in kept.items():
+        random.Random(f"{seed}/{category}").shuffle(tasks)  # later rounds must not all fall into one split
+    longest = max(quotas.values())
+    return [tasks[i] for i in range(longest) for tasks in kept.values() if i < len(tasks)]
+
+
+def _endpoint(source: str) -> Endpoint:
+    from steerable.chains.endpoint import Endpoint
+
+    rest = source.partition(":")[2]
+    model, at, address = rest.rpartition("@http")
+    if not at:
+        model, address = rest, ""
+    if not model:
+        raise UsageError(f"{source!r} names no model: expected llm:MODEL or llm:MODEL@http://localhost:8000/v1")
+    return Endpoint(model, f"http{address}" if at else None)
+
+
+def _requests(quotas: dict[str, int], kept: dict[str, list[Record]], round_: int) -> list[tuple[str, str]]:
+    """What to ask for now, as (category, prompt)."""
+    asked = []
+    for category, quota in quotas.items():
+        missing = quota - len(kept[category])
+        # Some will be duplicates; each round asks for the more, the more has been refused.
+        wanted = missing + min(_BATCH, 1 + missing // 5 + round_) if missing else 0
+        for start in range(0, wanted, _BATCH):
+            earlier = [task["prompt"] for task in kept[category]]
+            asked.append((category, _prompt(category, min(_BATCH, wanted - start), start // _BATCH, earlier)))
+    return asked
+
+
+#: Settings to draw the scenes from, so that requests of the same round do not all get the model's favourite tasks.
+_SCENES = (
+    "everyday life at home",
+    "a workshop, a factory or a building site",
+    "nature, farms and animals",
+    "towns, traffic and travel",
+    "games, sports and puzzles",
+    "a hospital, a laboratory or a school",
+    "business, markets and money",
+    "history, imagined countries or space",
+)
+
+
+def _prompt(category: str, n: int, part: int, earlier: list[str]) -> str:
+    lines = [
+        f"Write {n} different tasks that make a person think step by step. Kind of thinking: {category}, that is, "
+        f"{ABOUT[category]}.",
+        "",
+        "Each task must",
+        "- be complete in itself: all that is needed stands in it, without pictures, links or tables to look up;",
+        "- be answerable by thinking in a few minutes, but not at a glance;",
+        "- take one to four sentences and end with what is asked;",
+        "- contain neither its answer nor a hint to the method;",
+        "- differ from the others in situation and in idea, not in names and numbers alone.",
+        "",
+        f"Let the scenes come from {_SCENES[part % len(_SCENES)]}, as far as that is natural.",
+    ]
+    if earlier:
+        lines += ["", "These exist already; write nothing that resembles one of them:"]
+        lines += [f"- {' '.join(prompt.split())[:160]}" for prompt in earlier[-_SHOWN:]]
+    lines += ["", f"Answer with a JSON array of {n} strings, one a task, and nothing else."]
+    return "\n".join(lines)
+
+
+def _number(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
