@@ -16,6 +16,7 @@ from steerable.engines.transformers import Request, generate
 from steerable.errors import UsageError
 from steerable.interventions import shift
 from steerable.sites import Site
+from steerable.think import ThinkTags
 
 OPEN, CLOSE = 1, 2
 STOPS = [7, 8]
@@ -60,15 +61,17 @@ def added(layer, vector, thinking):
     return layer.register_forward_hook(hook)
 
 
-def loop(model, prompt, layer, vector):
+def loop(model, prompt, layer, vector, opening=(OPEN,), closing=(CLOSE,)):
     """Greedy decoding of the whole text at every step, the block's output shifted at the tokens being thought."""
     ids = list(prompt)
 
     def thinking():
         inside, result = False, []
-        for token in ids:
-            inside = token == OPEN or (inside and token != CLOSE)
-            result.append(float(inside and token != OPEN))
+        for end in range(1, len(ids) + 1):
+            opens = tuple(ids[:end][-len(opening) :]) == tuple(opening)
+            closes = tuple(ids[:end][-len(closing) :]) == tuple(closing)
+            inside = opens or (inside and not closes)
+            result.append(float(inside and not opens))
         return result
 
     hook = added(models.blocks(model)[layer], vector, thinking)
@@ -207,8 +210,41 @@ def test_steering_through_generate(foreign, tokenizer):
     assert counts == inside
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "foreign"])
+def test_tags_of_several_tokens_while_rows_come_and_go(attention, foreign, tokenizer):
+    model = build("qwen3")
+    model.config._attn_implementation = attention
+    opening, vector = (1, 4), 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    prompts = [[*text, *opening, *text[:2]] for text in texts(9, 8)]
+    item = shift(Site("resid_post", 1), vector)
+
+    def steered(closing):
+        with st.steer(model, item, strength=1.0, where="thinking", tokenizer=tokenizer) as handle:
+            handle.tags = ThinkTags(opening, closing)
+            return continued(model, prompts, rows=3, steering=handle)
+
+    never = steered((63, 63))
+    closing = next(tuple(ids[2:4]) for ids in never if len(ids) > 8 and ids[2] != ids[3])  # which the model writes
+    found = steered(closing)
+    assert found == [loop(model, prompt, 1, vector, opening, closing) for prompt in prompts]
+    assert found != never
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_oss"])
+def test_compiled_and_offloaded(name):
+    accelerate = pytest.importorskip("accelerate")
+    prompts, few = texts(5, 2), {"max_new_tokens": 4, "rows": 2}
+    expected = continued(build(name), prompts)
+    if name == "gpt_oss":  # compiling takes its time
+        compiled = torch.compile(build(name), backend="eager")
+        assert continued(compiled, prompts[:2], **few) == continued(build(name), prompts[:2], **few)
+    offloaded = accelerate.cpu_offload(build(name), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).device.type == "meta"
+    assert continued(offloaded, prompts) == expected
+
+
 def test_logits_that_are_not_finite_are_an_error_there_too(foreign):
-    model = build("llama", attention=None)
+    model = build("llama")
     model.config._attn_implementation = foreign
     item = shift(Site("resid_post", 1), torch.full((32,), 1e38))
     with pytest.raises(st.SteerableError, match="not finite"), st.steer(model, item, strength=10.0) as handle:
