@@ -323,10 +323,11 @@ def tables(found: Agreement) -> list[Any]:
     labels = Table(
         "label", "precision", "recall", "F1", "share in A", "share in B", title="Labels (A is the reference)"
     )
-    confusion = Table("A \\ B", *found.labels, UNLABELLED, title="Characters of A's label (row) with B's, %")
+    numbers = [str(i) for i in range(1, len(found.labels) + 2)]  # narrow columns, for narrow terminals
+    confusion = Table("A \\ B", *numbers, title="Characters of A's label (row) with B's (column), %")
     for i, name in enumerate((*found.labels, UNLABELLED)):
         total = found.confusion[i].sum()
-        confusion.add_row(name, *(f"{100 * n / total:.1f}" if total else "-" for n in found.confusion[i]))
+        confusion.add_row(f"{i + 1} {name}", *(f"{100 * n / total:.1f}" if total else "-" for n in found.confusion[i]))
         if name != UNLABELLED:
             row = found.by_label[name]
             values = [_text(row[k]) for k in ("precision", "recall", "f1")] + [_percent(row[k]) for k in ("a", "b")]

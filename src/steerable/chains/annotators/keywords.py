@@ -166,8 +166,8 @@ _KNOWLEDGE = re.compile(
     r"|(?:is|are) an? (?:type|kind|form|measure|branch|process|technique|phenomenon|concept))\b"
 )
 _INTRODUCES = re.compile(
-    r"(?:ok(?:ay)?|al?l ?right|so|first(?:ly)?|to (?:start|begin)|let'?s|let me (?:start|begin|think|see|break)|given|"
-    r"here)(?!\w)"
+    r"(?:ok(?:ay)?|al?l ?right|first(?:ly)?|to (?:start|begin)|let'?s|given|"
+    r"let me (?:start|begin|think|see|break))(?!\w)"
 )
 
 
