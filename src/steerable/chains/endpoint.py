@@ -96,8 +96,13 @@ class Endpoint:
             if limit is not None and limit <= 0:
                 raise UsageError(f"a limit per minute must be positive, got {limit}")
         self.base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https"):
             raise UsageError(f"{self.host!r} is no server address: expected something like http://localhost:8000/v1")
+        if "@" in url.netloc or url.query:  # the HTTP library logs addresses
+            raise UsageError(
+                f"the address of {self.host} must hold no user, password or query: set STEERABLE_API_KEY instead"
+            )
         self._gate = _Gate(self.requests_per_minute, self.tokens_per_minute)
         self._refused: dict[str, str] = {}  # settings that the model does not take -> what is sent instead, or ""
         self._notes: dict[str, None] = {}  # warnings that wait for the caller's thread

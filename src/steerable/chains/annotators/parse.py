@@ -29,6 +29,7 @@ _QUOTED_BRACKET = re.compile(r"\[\s*[\"'‘’“”]|[\"'‘’“”]\s*\]")
 _NAME = re.compile(r"[^\W\d_][\w,/&+-]*")
 _WRAP = re.compile(r"(?:\*{1,3}|_{1,3}|`{1,3}|[\"'])$")
 _CLOSER = re.compile(r"/.*|end|end-?of-?(?:section|label|text)|end-?(?:section|label)s?|(?:section|label)-?end")
+_ENDINGS = ("end-section", "/section", "end")
 _WORDS = re.compile(r"(?:\d{1,2}\s*[.):]\s*)?[^\W\d_][\w '’-]{2,40}:?")
 _STRAY = ""  # the kind of what stands outside of all labels
 
@@ -169,14 +170,15 @@ def _read_mark(bracket: re.Match[str], text: str, names: dict[str, str]) -> tupl
     if _CLOSER.fullmatch(plain):
         return "", True
     # Two labels at once, a remark beside one, or a slip of the pen: not for us to guess.
-    if any(re.search(rf"\b{re.escape(name)}\b", plain) for name in names) or get_close_matches(plain, names, 1, 0.75):
+    if any(re.search(rf"\b{re.escape(name)}\b", plain) for name in names) or get_close_matches(
+        plain, [*names, *_ENDINGS], 1, 0.75
+    ):
         return plain, True
     if _is_quoted(content):
-        return (plain, True) if _NAME.fullmatch(plain) else None
+        both = content[0] in _QUOTES and content[-1] in _QUOTES
+        return (plain, both) if _NAME.fullmatch(plain) else None
     before, after = text[bracket.start() - 1 : bracket.start()], text[bracket.end() : bracket.end() + 1]
-    maths = (
-        bracket.group().startswith("\\") or before.isalnum() or before in {"_", "^", "}"} or after in {"(", "{", "_"}
-    )
+    maths = bracket.group().startswith("\\") or before in {"_", "^", "}"} or after in {"(", "{", "_"}
     # A bare word in brackets, in the middle of a sentence, may be no mark after all.
     return (plain, False) if _WORDS.fullmatch(content) and not maths else None
 
@@ -202,7 +204,7 @@ def _is_quoted(content: str) -> bool:
 
 def _begins_mark(content: str, names: dict[str, str]) -> bool:
     plain = _plain(content)
-    return _is_quoted(content) or any(plain and name.startswith(plain) for name in [*names, "end-section", "/section"])
+    return _is_quoted(content) or any(plain and name.startswith(plain) for name in [*names, *_ENDINGS])
 
 
 def _unwrapped(reply: str, thinking: str) -> str:
