@@ -202,6 +202,33 @@ def _ratio(jobs: Mapping[str, Any], name: str) -> float | None:
     return jobs.get(name, {}).get("ratio")
 
 
+def peers(given: Sources) -> str:
+    """One row a tool and extraction, at its best and at its default batch size; the same extractions together."""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in given.get("peers", {}).get("rows", []):
+        if not row["job"].startswith("plain"):
+            kinds = [kind for kind in ("best", "default") if row[kind]]
+            found.setdefault((row["job"], row["tool"]), {}).update(dict.fromkeys(kinds, row))
+    rows = []
+    for (job, tool), of in sorted(found.items(), key=lambda item: (item[0][0], item[1]["best"]["ratio"])):
+        best, default = of["best"], of["default"]
+        spread = f"×{best['ratio']:.2f} ({best['lowest']:.2f}–{best['highest']:.2f})"
+        memory = " / ".join(
+            words.MISSING if r["mebibytes"] is None else f"{r['mebibytes']:.0f}" for r in (best, default)
+        )
+        batches = f"{best['setting']} / {default['setting']}"
+        rows.append([job, tool.replace("_", "-"), batches, spread, f"×{default['ratio']:.2f}", memory])
+    head = [
+        "extraction, texts",
+        "tool",
+        "batch, best / default",
+        "best batch",
+        "default batch",
+        "peak MiB, best / default",
+    ]
+    return _table(head, rows)
+
+
 def pocket(given: Sources) -> str:
     """The bundled model: pass@k by family, then everything else."""
     found = given.get("pocket")
@@ -272,6 +299,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "published-onset": partial(cosine, "windows", "published~onset"),
     "between": between,
     "speed": speed,
+    "peers": peers,
     "pocket": pocket,
     "options": options,
 }
