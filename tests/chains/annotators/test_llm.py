@@ -242,7 +242,7 @@ def served():
         server.wait(60)
 
 
-def test_a_really_served_model(served, tmp_path):
+def test_a_really_served_model(served, tmp_path, monkeypatch):
     """The bundled model cannot annotate, but it answers: usage is counted, cut replies are seen, all chains fail."""
     endpoint = Endpoint("pocket", served, timeout=120)
     messages = [[{"role": "user", "content": f"Compute {k} + 1."}] for k in range(5)]
@@ -252,14 +252,16 @@ def test_a_really_served_model(served, tmp_path):
     assert endpoint.complete(messages, cache=tmp_path / "a", temperature=0.0, max_tokens=4) == replies
     assert endpoint.account.sent == sent == 5
     chains = [make_chain(k, 1) for k in range(3)]
-    try:
-        found = annotate(chains, endpoint, cache=tmp_path / "b", max_tokens=50)
-    except SteerableError as error:  # the prompt has more tokens than its context
-        assert "context" in str(error)
-    else:
+    with pytest.raises(SteerableError, match="no chain could be annotated: 400: .*context"):
+        annotate([make_chain(1, 100)], endpoint, cache=None, max_tokens=50)
+    monkeypatch.setattr("steerable.chains.annotators.llm.PROMPT", "Label this.")  # the true one fills its context
+    for longest in (20, 500):
+        found = annotate(chains, endpoint, cache=tmp_path / "b", max_tokens=longest)
         assert found.spans == [None, None, None]
-        assert found.account["failed"] == 3
-        assert found.account["usage"]["truncated"] == found.account["usage"]["requests"] > 0
+        assert (found.account["failed"], found.account["errors"]) == (3, {})
+        usage = found.account["usage"]
+        assert usage["requests"] == 9 and usage["prompt_tokens"] > 0
+        assert usage["truncated"] == 9 if longest == 20 else usage["truncated"] < 9
     with pytest.raises(SteerableError, match="knows no model 'other'"):
         Endpoint("other", served).complete(messages[:1])
     long = endpoint.complete([*messages[:1], [{"role": "user", "content": "1 + " * 2000}]], max_tokens=4)
