@@ -47,6 +47,7 @@ def test_traps_of_symbolic_equivalence(wanted, text, theirs, ours):
     [
         ("12", r"\boxed{11} or \boxed{12}", "several-boxes"),
         ("12", "$\\boxed{12}$, $\\boxed{13}$", "several-boxes"),
+        ("1,200", r"\boxed{1} and \boxed{200}", "several-boxes"),
         ("12", r"\boxed{12}. **Final answer**" + "\n" + r"\boxed{12.0}", "right"),
         ("12", r"\boxed{11, 12}", "wrong"),
         ("12", r"\boxed{\{11, 12\}}", "wrong"),

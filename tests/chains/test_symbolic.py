@@ -1,4 +1,4 @@
-"""The process that math-verify runs in: it is killed in time, it serves any thread and process, it dies with its parent."""
+"""The process of math-verify: it is killed in time, serves any thread and process, and dies with its parent."""
 
 import multiprocessing
 import os

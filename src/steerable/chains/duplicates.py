@@ -15,7 +15,7 @@ _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-
 _DOUBLE = re.compile("[\"\u201c\u201d\u201e\u201f\u00ab\u00bb]|''")
 _QUOTED = re.compile(r"(?<!\w)'([^'\n]*)'(?!\w)")
 _NUMBERING = re.compile(r"\A\s*(?:(?:task|question|problem|puzzle|exercise|q)\s*#?)?\s*\(?\d{1,3}\s*[.):]\s+", re.I)
-_ENDS = re.compile(r"[.,;:?\u2026]+(?=\s|$)|(?<=[^\W\d_]{2})!+(?=\s|$)")
+_ENDS = re.compile(r"[.,;:?\u2026][.,;:?!\u2026]*(?=\s|$)|(?<=[^\W\d_]{2})!+(?=\s|$)")
 _WORD = re.compile(r"[^\W_]+")
 #: Words that say little about what a task asks.
 _COMMON = (

@@ -121,7 +121,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\\[!,]", "", text).replace(r"\%", "%").replace(r"\$", "$").replace(r"\{", "\\lbrace ")
     text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
-    text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
+    text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
     return " ".join(text.split())
 
 
@@ -195,6 +195,11 @@ def split(text: str) -> tuple[str, list[str]]:
     elif len(parts) == 1:  # parentheses around one thing
         return "", [inner.strip()] if kind == "()" else [text]
     return kind, parts or [inner]
+
+
+def is_list(text: str) -> bool:
+    """Whether a cleaned answer has several parts; the comma of `1,200` parts nothing."""
+    return read_number(_right_side(text)) is None and len(split(text)[1]) > 1
 
 
 def _both_signs(part: str) -> list[str]:

@@ -132,6 +132,8 @@ def _create(family: str, **kwargs: Any) -> Any:
 def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
     """reasoning-gym's own score of an answer in [0, 1]; None for an answer that its scorer cannot read."""
     family = entry["metadata"]["source_dataset"]
+    if family in _PAYS_ANYTHING:
+        return float(given.strip(" .").casefold() == str(entry["answer"]).casefold())
     is_harmless = _HARMLESS.get(family)
     if is_harmless and not is_harmless(given):
         return None
@@ -141,6 +143,10 @@ def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
         raise
     except Exception:  # scorers parse free text and raise what they like
         return None
+
+
+# Scorers of reasoning-gym 0.1.25 that give full marks to any text (this one compares `bool(answer)`, true for "False").
+_PAYS_ANYTHING = ("game_of_life_halting",)
 
 
 @functools.cache
@@ -153,7 +159,7 @@ def _scorer(family: str) -> Callable[..., float]:
 # must neither run as a program nor ask for a number of 10^9 digits, so it has to be a plain formula or
 # literal first.
 _FORMULA = re.compile(r"(?:\d{1,12}|\b(?:[A-Za-z]|exp|log|sqrt|a?sin|a?cos|a?tan|sinh|cosh|tanh|pi)\b|[-+*/^().,\s])*")
-_POWER = re.compile(r"(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
+_POWER = re.compile(r"(\)?)\s*(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
 # A tower such as 9**9**9 nests to the right, so the product of its exponents says nothing about its size.
 _TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")
 
@@ -161,8 +167,12 @@ _TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")
 def _is_formula(answer: str) -> bool:
     if len(answer) > 500 or not _FORMULA.fullmatch(answer) or _TOWER.search(answer):
         return False
-    exponents = [plain or bracketed for plain, bracketed in _POWER.findall(answer)]
-    return all(exponents) and math.prod(max(1, int(exponent)) for exponent in exponents) <= 10_000
+    powers = [(nests, plain or bracketed) for nests, plain, bracketed in _POWER.findall(answer)]
+    if not all(exponent for _, exponent in powers):
+        return False
+    # Only the power of a parenthesis multiplies with those inside it.
+    outer = math.prod(max(1, int(exponent)) for nests, exponent in powers if nests)
+    return outer * max((int(exponent) for nests, exponent in powers if not nests), default=1) <= 10_000
 
 
 def _is_literal(answer: str) -> bool:

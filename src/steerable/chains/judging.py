@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steerable.chains.equality import clean, compare, split
+from steerable.chains.equality import clean, compare, is_list
 from steerable.chains.gym import gym_score
 
 Reason = Literal["right", "wrong", "no-answer", "several-boxes", "parse-error", "timeout", "unjudged"]
@@ -38,8 +38,7 @@ def judge(task: Mapping[str, Any], text: str | None) -> Verdict:
         return Verdict(None, "unjudged")
     text = _after_thinking(text or "")
     several = _several(text)
-    takes_several = entry is None and len(split(clean(str(wanted)))[1]) > 1
-    if several and not takes_several:
+    if several and (entry is not None or not is_list(clean(str(wanted)))):
         return Verdict(0.0, "several-boxes")
     given = ", ".join(several) if several else extract_answer(text)
     if not given or (given == text.strip() and _OPENED.search(text)):

@@ -85,14 +85,17 @@ def _numbered(text: str) -> list[str]:
         number = int(found[2] or found[3])
         if not starts or (found[1] == starts[0][1] and number == int(starts[-1][2] or starts[-1][3]) + 1):
             starts.append(found)
-    ends = [later.start() for later in starts[1:]] + [len(text)]
-    return _without_closing([text[s.end() : e] for s, e in zip(starts, ends, strict=True)])
+    return _items(text, starts)
 
 
 def _bullets(text: str) -> list[str]:
     starts = list(_BULLET.finditer(text))
-    ends = [later.start() for later in starts[1:]] + [len(text)]
-    return _without_closing([text[s.end() : e] for s, e in zip(starts, ends, strict=True)])
+    return _items(text, starts)
+
+
+def _items(text: str, starts: list[re.Match[str]]) -> list[str]:
+    ends = [*(later.start() for later in starts[1:]), len(text)]
+    return _without_closing([text[s.end() : e] for s, e in zip(starts, ends, strict=False)])
 
 
 def _without_closing(items: list[str]) -> list[str]:

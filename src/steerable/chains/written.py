@@ -37,6 +37,7 @@ ABOUT: dict[str, str] = {
 }
 
 ROUNDS = 8
+_BARREN = 3  # rounds without a new task after which the model is given up
 _BATCH = 10  # tasks in one reply: more of them resemble each other
 _ALIKE = 0.6
 _SHOWN = 40  # earlier tasks that a later request names, to be avoided
@@ -59,7 +60,7 @@ def write_tasks(
     tasks that are not wanted. cache: a folder for the replies; with it, the same call gives the same tasks, and a
     killed one goes on where it was. A task is left out that says the same as an earlier one in another spelling, or
     shares 60 % of its words and word pairs with it (numbers aside). Asks again until there are enough, at most `ROUNDS`
-    times.
+    times, and not when three rounds in a row brought nothing new.
 
     The tasks have no reference answer: like the paper's, they are not judged. SteerableError where the model does not
     write enough.
@@ -70,16 +71,15 @@ def write_tasks(
     keys: set[str] = set()
     looks: list[frozenset[str]] = []
     failures: list[str] = []
-    for round_ in range(ROUNDS):
-        asked = _requests(quotas, kept, round_)
-        if not asked:
-            break
+    barren = rounds = 0
+    while rounds < ROUNDS and barren < _BARREN and (asked := _requests(quotas, kept, rounds)):
+        before = len(keys)
         replies = endpoint.complete(
             [[{"role": "user", "content": prompt}] for _, prompt in asked],
             cache=cache,
             temperature=1.0,
             max_tokens=6000,
-            seed=[_number(seed, round_, index) for index in range(len(asked))],
+            seed=[_number(seed, rounds, index) for index in range(len(asked))],
             progress=progress,
         )
         failures += [reply.error for reply in replies if reply.error]
@@ -102,13 +102,15 @@ def write_tasks(
                         "source": f"llm:{endpoint.model}",
                     }
                 )
+        rounds += 1
+        barren = barren + 1 if len(keys) == before else 0
     found = sum(map(len, kept.values()))
     if found < n:
         short = [f"{category} ({len(kept[category])} of {quota})" for category, quota in quotas.items()]
         short = [text for text, category in zip(short, quotas, strict=True) if len(kept[category]) < quotas[category]]
         why = f"; the last failure: {failures[-1]}" if failures else ""
         raise SteerableError(
-            f"{endpoint.model} wrote only {found} different tasks of {n} in {ROUNDS} rounds, too few of "
+            f"{endpoint.model} wrote only {found} different tasks of {n} in {rounds} rounds, too few of "
             f"{', '.join(short)}: ask for fewer, or another model{why}"
         )
     for category, tasks in kept.items():
