@@ -28,6 +28,7 @@ from steerable.engines.sampling import stop_ids
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.pocket import language
+from steerable.sites import parse_layers
 from steerable.think import think_tags
 
 # Colours that are told apart on dark and light terminals.
@@ -71,7 +72,7 @@ def chat(
     if strength is not None and not math.isfinite(strength):
         raise UsageError(f"--strength is {strength}: expected a finite number")
     direction = None if steer is None else Direction.load(steer)
-    wanted = _layers(layers)
+    wanted = parse_layers(layers)
     loaded = models.load(model)
     think_tags(loaded.tokenizer)
     task = None
@@ -107,15 +108,6 @@ def chat(
                 report = handle.report()
         screen.close(plain, steered)
     return {"model": model, "prompt": prompt, "unsteered": plain, "steered": steered, "steering": report}
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--layers is {text!r}: expected layers separated by commas, e.g. 2,3") from None
 
 
 def _stream(

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from steerable.config import Config
+from steerable.config import PAPER, Config
 from steerable.errors import SteerableError, SteerableWarning, UsageError
 
 # click's UsageError, wherever typer keeps it.
@@ -55,6 +55,17 @@ Workers = Annotated[
     int | None,
     typer.Option(help="Processes that generate; default: one a core for small models. Changes no result."),
 ]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="The published setting as defaults: 500 tasks and their annotation by a language model, greedy, 1000 tokens.",
+    ),
+]
+Cluster = Annotated[
+    float | None,
+    typer.Option(help="Workers are actors of a Ray cluster (RAY_ADDRESS, else here) with this many GPUs each."),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer tasks and samples: a look in under a minute.")]
 
 
@@ -88,14 +99,24 @@ def _shown(default: Any) -> str | bool:
 
 @app.command()
 @_with_settings
-def run(out: Out = _OUT, quick: Quick = False, workers: Workers = None, as_json: Json = False, **settings: Any) -> None:
+def run(
+    out: Out = _OUT,
+    quick: Quick = False,
+    paper: Paper = False,
+    workers: Workers = None,
+    ray: Cluster = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
     """All stages of the main job, from tasks to the report. A stopped run goes on where it was."""
-    _go(out, None, settings, quick, workers, as_json)
+    _go(out, None, (PAPER if paper else {}) | _given(settings), as_json, quick=quick, workers=workers, ray=ray)
 
 
 def _stage_command(name: str, text: str) -> None:
-    def command(out: Out = _OUT, workers: Workers = None, as_json: Json = False, **settings: Any) -> None:
-        _go(out, name, settings, False, workers, as_json)
+    def command(
+        out: Out = _OUT, workers: Workers = None, ray: Cluster = None, as_json: Json = False, **settings: Any
+    ) -> None:
+        _go(out, name, _given(settings), as_json, workers=workers, ray=ray)
 
     command.__doc__ = f"{text}\n\nSettings that are not given are taken from the run folder's config.json."
     app.command(name)(_with_settings(command))
@@ -104,7 +125,6 @@ def _stage_command(name: str, text: str) -> None:
 for _name, _text in (
     ("tasks", "Stage 1: tasks for extraction, validation and evaluation."),
     ("generate", "Stage 2: one chain of thought for every extraction task."),
-    ("annotate", "Stage 3: the chains in labelled spans."),
     ("extract", "Stage 4: candidate vectors of every layer, behaviour, window and baseline."),
     ("attribute", "Stage 5: where each vector matters."),
     ("select", "Stage 6: window and layer of each behaviour."),
@@ -115,18 +135,154 @@ for _name, _text in (
     _stage_command(_name, _text)
 
 
-def _go(
-    out: Path, stage: str | None, settings: dict[str, Any], quick: bool, workers: int | None, as_json: bool
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@app.command()
+@_with_settings
+def annotate(
+    out: Out = _OUT,
+    agreement: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Do not annotate: compare two files of spans of the same chains.")
+    ] = None,
+    chains: Annotated[Path | None, typer.Option(help="With --agreement: the file of the chains themselves.")] = None,
+    workers: Workers = None,
+    ray: Cluster = None,
+    as_json: Json = False,
+    **settings: Any,
 ) -> None:
+    """Stage 3: the chains in labelled spans; or how far two annotations agree.
+
+    Settings that are not given are taken from the run folder's config.json.
+    """
+    if agreement is None:
+        if chains is not None:
+            raise UsageError("--chains goes with --agreement; the stage annotates the chains of --out")
+        _go(out, "annotate", _given(settings), as_json, workers=workers, ray=ray)
+        return
+    from steerable.chains.annotators.agreement import agreement_of_files, tables
+
+    found = agreement_of_files(*agreement, chains)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_tables(tables(found))
+
+
+@app.command()
+def probe(
+    to: Annotated[Path, typer.Option(help="The probe file to write (safetensors).")],
+    out: Out = _OUT,
+    layer: Annotated[int | None, typer.Option(help="Layer whose states are read; default: cross-validated.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation, grouped by task.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Train a probe on the annotated chains of a run: an annotator that costs one forward pass a chain.
+
+    Use it with --annotator probe:FILE, on this or another run of the same model.
+    """
+    from steerable import annotation
+    from steerable.display import Display
+
+    with Display(quiet=as_json) as display:
+        trained = annotation.train_probe(out, layer=layer, folds=folds, display=display)
+    trained.save(to)
+    if as_json:
+        _print_json({"out": str(to), "layers": list(trained.layers), **trained.scores})
+        return
+    scores, layers = trained.scores, ", ".join(map(str, trained.layers))
+    print(
+        f"{to}: layer {layers}, {scores['sentences']} sentences of {scores['tasks']} tasks; on held-out tasks accuracy "
+        f"{scores['accuracy']:.3f} (the most frequent label alone: {scores['majority']:.3f}), macro-F1 "
+        f"{scores['macro_f1']:.3f}, kappa {scores['kappa']:.3f}, calibration error {scores['ece']:.3f}"
+    )
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A vector file or folder of another tool.")],
+    out: Annotated[Path, typer.Option(help="The direction file to write.")],
+    format_: Annotated[str | None, typer.Option("--format", help="Default: told by the content.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of a file with one vector, else the one to keep.")] = None,
+    layers_from: Annotated[int | None, typer.Option(help="The number that stands for block 0, 0 or 1.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Rows of a bare table: blocks or hidden_states.")] = None,
+    label: Annotated[str | None, typer.Option(help="Which of several vectors.")] = None,
+    site: Annotated[str | None, typer.Option(help="Site of a bare tensor; default resid_post.")] = None,
+    model_id: Annotated[str, typer.Option(help="The model that the vector belongs to.")] = "",
+    behaviour: Annotated[str, typer.Option(help="What the vector does.")] = "",
+    licence: Annotated[str, typer.Option(help="The file's licence.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Another tool's vectors as a direction file. Nothing is unpickled; where a file is ambiguous you must choose."""
+    from steerable.formats import import_to
+
+    done = import_to(
+        file, out, format=format_, layer=layer, layers_from=layers_from, layout=layout, label=label, site=site,
+        model_id=model_id, behaviour=behaviour, licence=licence,
+    )  # fmt: skip
+    _tell(done, f"{out}: {done['format']}, layers {done['layers_text']}, width {done['width']}", as_json)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A direction file.")],
+    to: Annotated[str, typer.Option(help="Format; a wrong name lists them all.")],
+    out: Annotated[Path, typer.Option(help="The file (or folder) to write.")],
+    layers: Annotated[str | None, typer.Option(help="Layers to write, e.g. 2,3; default: all.")] = None,
+    fold_strength: Annotated[bool, typer.Option("--fold-strength", help="Multiply by the file's strength.")] = False,
+    model_type: Annotated[str, typer.Option(help="The model's config.model_type, e.g. qwen2.")] = "",
+    n_layers: Annotated[int | None, typer.Option(help="Blocks of the model, for tables with a row each.")] = None,
+    blocks: Annotated[str, typer.Option(help="lm-eval: where the model's blocks are, e.g. h for GPT-2.")] = "layers",
+    as_json: Json = False,
+) -> None:
+    """A direction file for another tool. What that tool cannot hold is refused, or said."""
+    from steerable.directions import Direction
+    from steerable.formats import export_file
+    from steerable.sites import parse_layers
+
+    done = export_file(
+        Direction.load(file), out, to, layers=parse_layers(layers), fold_strength=fold_strength,
+        model_type=model_type, n_layers=n_layers, blocks=blocks,
+    )  # fmt: skip
+    _tell(done, f"{out}: {done['format']}, layers {done['layers_text']}, width {done['width']}", as_json)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="A vector file of any tool, a folder of them, or a .jsonl file.")],
+    as_json: Json = False,
+) -> None:
+    """Is this file sound, and what is in it? Exit code 0 if it is, else one sentence and 2 or 1."""
+    from steerable.formats import validate_file
+
+    found = validate_file(file)
+    about = ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("file", "sound") and value)
+    _tell(found, f"{file} is sound: {about}", as_json)
+
+
+def _tell(content: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(content)
+    else:
+        print(text)
+
+
+def _print_tables(tables: list[Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, **how: Any) -> None:
     from steerable import pipeline
     from steerable.display import Display
     from steerable.runfolder import read_json
 
-    given = {name: value for name, value in settings.items() if value is not None}
     with Display(quiet=as_json) as display:
-        folder = pipeline.run(
-            out, stage=stage, fresh=stage is None, quick=quick, workers=workers, display=display, **given
-        )
+        folder = pipeline.run(out, stage=stage, fresh=stage is None, display=display, **how, **settings)
     if as_json:
         _print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
     elif stage in (None, "report"):

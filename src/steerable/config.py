@@ -8,19 +8,35 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from steerable.chains.windows import WINDOWS
 from steerable.errors import UsageError
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
-ANNOTATORS = {"pocket": "steerable.pocket.language:annotate"}
+ANNOTATORS = {
+    "pocket": "steerable.pocket.language:annotate",
+    "keywords": "steerable.chains.annotators.keywords:keywords",
+}
+"""Annotators that are plain functions; `llm` and `probe:FILE` are not."""
 ENGINES = ("transformers",)
 BASELINES = ("pooled", "overall")
+PAPER: dict[str, Any] = {
+    "tasks": "llm",
+    "annotator": "llm",
+    "limit": 500,
+    "evaluation": 50,
+    "greedy": True,
+    "max_new_tokens": 1000,
+    "window": "published",
+    "attributed": 50,
+}
+"""The published setting (Venhoff et al. 2025, arXiv 2506.18167), as defaults of a run."""
 
 
-_TYPES = {"int": (int,), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
-_NAMES = {"int": "a whole number", "bool": "true or false", "str": "text", "str | None": "text"}
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "str | None": "text"}
 
 
 def _flag(name: str) -> str:
@@ -38,10 +54,33 @@ class Config:
     model: str = _option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
     revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
     dtype: str | None = _option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
-    device: str | None = _option(None, "Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
-    tasks: str = _option("pocket", "'pocket', reasoning-gym:<family>,..., or a .jsonl file of task records.")
+    device: str | None = _option(
+        None, "Device, e.g. cpu or cuda:0, or auto to spread a big model; default: a GPU where there is one."
+    )
+    quantization: str | None = _option(None, "8bit or 4bit weights; default: as the checkpoint is.")
+    attention: str | None = _option(None, "Attention kernel: sdpa, eager, ...; default: what transformers chooses.")
+    trust_remote_code: bool = _option(False, "Run code that the model's repository brings along.")
+    tasks: str = _option(
+        "auto",
+        "pocket, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a .jsonl, .json or .csv "
+        "file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
+    )
     engine: str = _option("transformers", "What generates: transformers.")
-    annotator: str = _option("pocket", "'pocket', or module:function of your own, chain -> spans.")
+    annotator: str = _option(
+        "auto",
+        "pocket, keywords, llm, probe:<file>, or module:function of your own, chain -> spans; auto: pocket for the "
+        "bundled model, else keywords.",
+    )
+    stability: float = _option(
+        0.0, "Keep a span only if this share of re-sampled continuations begins with its label; 0: keep all."
+    )
+    llm_model: str = _option("gpt-4.1", "Language model that annotates or writes tasks.")
+    llm_url: str | None = _option(
+        None, "Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
+    )
+    llm_concurrency: int = _option(8, "Requests in flight at once.")
+    llm_rpm: int = _option(0, "Most requests a minute; 0: no limit of ours.")
+    llm_tpm: int = _option(0, "Most tokens a minute; 0: no limit of ours.")
     seed: int = _option(0, "Seed of tasks, sampling and controls.")
     limit: int = _option(300, "Tasks to extract from.")
     validation: int = _option(40, "Tasks kept apart to choose window and layer on.")
@@ -65,6 +104,9 @@ class Config:
     rows: int = _option(100, "Sequences computed together.")
 
     def __post_init__(self) -> None:
+        for name, other in (("tasks", "reasoning-gym"), ("annotator", "keywords")):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, "pocket" if self.model == "pocket" else other)
         if self.baseline == "auto":  # the published window comes with the published baseline
             object.__setattr__(self, "baseline", "overall" if self.window == "published" else "pooled")
         for f in fields(self):
@@ -73,10 +115,20 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
         for name in ("limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried",
-                     "controls", "attributed", "patched", "compared", "block", "rows"):  # fmt: skip
+                     "controls", "attributed", "patched", "compared", "block", "rows", "llm_concurrency"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{_flag(name)} is {getattr(self, name)}: expected 1 or more")
-        for name, allowed in (("engine", ENGINES), ("baseline", BASELINES), ("window", (*WINDOWS, None))):
+        for name in ("llm_rpm", "llm_tpm"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: expected 0 or more")
+        if not 0 <= self.stability <= 1:
+            raise UsageError(f"--stability is {self.stability}: expected a share from 0 to 1")
+        for name, allowed in (
+            ("engine", ENGINES),
+            ("baseline", BASELINES),
+            ("window", (*WINDOWS, None)),
+            ("quantization", ("8bit", "4bit", None)),
+        ):
             if getattr(self, name) not in allowed:
                 names = ", ".join(a for a in allowed if a)
                 raise UsageError(f"--{name} is {getattr(self, name)!r}: expected one of {names}")
@@ -104,8 +156,21 @@ class Config:
         return int(self.layers)
 
     @property
-    def annotate(self) -> Annotator:
-        """The annotator as a function `chain -> spans`; a module of one's own may lie in the working folder."""
+    def probe(self) -> Path | None:
+        """The file of the probe that annotates, if one does."""
+        kind, _, path = self.annotator.partition(":")
+        return Path(path) if kind == "probe" else None
+
+    @property
+    def annotate(self) -> Annotator | None:
+        """The annotator as a function `chain -> spans`, None where it is none; a module of one's own may lie in the
+        working folder."""
+        if self.annotator == "llm":
+            return None
+        if (file := self.probe) is not None:
+            if not file.is_file():
+                raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
+            return None
         module, _, name = ANNOTATORS.get(self.annotator, self.annotator).partition(":")
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)
@@ -114,7 +179,7 @@ class Config:
         except Exception as error:  # somebody else's module: importing it may raise anything
             raise UsageError(
                 f"--annotator is {self.annotator!r}, which cannot be imported ({error}): "
-                f"expected {', '.join(ANNOTATORS)} or module:function"
+                f"expected {', '.join(ANNOTATORS)}, llm, probe:<file> or module:function"
             ) from None
         if not callable(function):
             raise UsageError(f"--annotator is {self.annotator!r}, which is no function: expected chain -> spans")

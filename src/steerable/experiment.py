@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerable.chains.records import LABELS, Record, read_jsonl, write_jsonl
-from steerable.config import Config
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.directions import Direction
-from steerable.errors import SteerableError
 from steerable.plan import Cell, Part
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def generate_cells(run: Run, cells: Sequence[Cell], split: str, files: Mapping[s
             max_new_tokens=c.max_new_tokens,
             rows=c.rows,
             block=c.block,
-            workers=run.workers,
+            **run.spread,
             keep=kept / "blocks",
             progress=run.display.advance,
         )
@@ -52,35 +50,25 @@ def generate_cells(run: Run, cells: Sequence[Cell], split: str, files: Mapping[s
         write_jsonl(files[cell.name], chains)
 
 
-def annotated(config: Config, chain: Record) -> list[Record]:
-    """A chain's spans, with the annotator's promises checked. Raises SteerableError for a broken one."""
-    try:
-        spans = list(config.annotate(chain))
-        sound = [s["label"] in LABELS and 0 <= s["start"] < s["end"] <= len(chain["thinking"]) for s in spans]
-    except Exception as error:  # somebody else's function
-        raise SteerableError(
-            f"the annotator {config.annotator!r} failed on task {chain['task_id']!r} "
-            f"({type(error).__name__}: {error}): expected spans with label, start and end"
-        ) from error
-    if not all(sound):
-        raise SteerableError(
-            f"the annotator {config.annotator!r} gave an unsound span {spans[sound.index(False)]} for task "
-            f"{chain['task_id']!r}: expected one of the labels {', '.join(LABELS)} and offsets inside the thinking text"
-        )
-    return [{"task_id": chain["task_id"], "sample": chain["sample"], **span} for span in spans]
+def measure(run: Run, path: Path, split: str, spans_to: Path | None = None) -> dict[str, Any]:
+    """The measured half of a cell from its file of chains; each part is measured by itself, then pooled by task.
 
-
-def measure(run: Run, path: Path, split: str) -> dict[str, Any]:
-    """The measured half of a cell from its file of chains; each part is measured by itself, then pooled by task."""
+    spans_to: where the chains' spans are kept.
+    """
+    from steerable.annotation import annotate
     from steerable.evals.cells import measure_cell
     from steerable.evals.metrics import measure as measure_chains
 
     chains, tasks = read_jsonl(path, "chain"), run.tasks(split)
+    found = annotate(run, chains, split).spans
+    if spans_to is not None:
+        parts = zip(chains, found, strict=True)
+        write_jsonl(spans_to, ({**span, "part": c["part"]} for c, spans in parts for span in spans or ()))
     measured = []
     for part in dict.fromkeys(chain["part"] for chain in chains):  # two parts may hold the same sample of a task
-        group = [chain for chain in chains if chain["part"] == part]
-        spans = [span for chain in group for span in annotated(run.config, chain)]
-        measured += measure_chains(tasks, group, spans, run.loaded.tokenizer)
+        group = [(c, spans) for c, spans in zip(chains, found, strict=True) if c["part"] == part]
+        spans = [span for _, spans in group for span in spans or ()]
+        measured += measure_chains(tasks, [c for c, _ in group], spans, run.loaded.tokenizer)
     return measure_cell(measured, run.config.seed)
 
 

@@ -10,15 +10,15 @@ Vectors" (arXiv 2506.18167), with the choices that `config.py` names.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from steerable import experiment, plan
+from steerable import annotation, experiment, plan
 from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
 from steerable.config import Config, from_dict
 from steerable.display import Display
@@ -34,6 +34,7 @@ class Run:
     folder: RunFolder
     config: Config
     workers: int | None = None
+    ray: float | None = None
     display: Display = field(default_factory=lambda: Display(quiet=True))
 
     @cached_property
@@ -42,11 +43,16 @@ class Run:
         from steerable.chains.generation import prompt_text
         from steerable.think import think_tags
 
+        c = self.config
+        where = {"device_map": "auto"} if c.device == "auto" else {"device": c.device}
         loaded = models.load(
-            self.config.model,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            revision=self.config.revision,
+            c.model,
+            dtype=c.dtype,
+            attn_implementation=c.attention,
+            quantization=c.quantization,
+            revision=c.revision,
+            trust_remote_code=c.trust_remote_code,
+            **where,
         )
         # A model that cannot be used is refused before anything is done.
         think_tags(loaded.tokenizer)
@@ -55,6 +61,16 @@ class Run:
         if (layer := self.config.chosen_layer) is not None and layer >= layers:
             raise UsageError(f"--layers is {layer}, but {self.config.model} has layers 0 to {layers - 1}")
         return loaded
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """On what a stage's blocks of work are computed: `workers` and `spread` of the functions that do it."""
+        from steerable.engines import cluster, workers
+
+        count = self.workers or workers.default_workers(self.loaded.model)
+        if self.ray is None:
+            return {"workers": count, "spread": workers.map_blocks}
+        return {"workers": count, "spread": partial(cluster.map_blocks, gpus=self.ray)}
 
     @cached_property
     def weights(self) -> str:
@@ -73,8 +89,10 @@ class Run:
         found = self.config.subset(stage.settings) | {"weights": self.weights}
         if "tasks" in found and Path(self.config.tasks).is_file():
             found["tasks_sha256"] = sha256(Path(self.config.tasks))
-        if "annotator" in found and (source := inspect.getsourcefile(inspect.unwrap(self.config.annotate))):
-            found["annotator_sha256"] = sha256(Path(source))
+        if "annotator" in found:
+            found["annotator_sha256"] = [sha256(source) for source in annotation.sources(self.config)]
+        if "llm" not in (found.get("annotator"), found.get("tasks")):
+            found.pop("llm_model", None)
         return found
 
     def tasks(self, split: str) -> list[Record]:
@@ -112,7 +130,8 @@ class Stage:
     outputs: tuple[str, ...]
 
 
-_MODEL = "model revision dtype device engine"
+_MODEL = "model revision dtype device quantization attention engine"
+_ANNOTATOR = "annotator llm_model"
 _DECODING = "seed greedy max_new_tokens rows block"
 
 
@@ -122,7 +141,10 @@ def make_tasks(run: Run, partial: Path) -> None:
 
     c = run.config
     sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
-    write_jsonl(run.folder / "tasks.jsonl", make_splits(c.tasks, sizes, c.seed))
+    written: dict[str, Any] = {}
+    if c.tasks.partition(":")[0] == "llm":
+        written = {"endpoint": annotation.endpoint(c) if c.tasks == "llm" else None, "cache": run.folder / "replies"}
+    write_jsonl(run.folder / "tasks.jsonl", make_splits(c.tasks, sizes, c.seed, **written))
 
 
 def generate(run: Run, partial: Path) -> None:
@@ -134,15 +156,11 @@ def generate(run: Run, partial: Path) -> None:
 def annotate(run: Run, partial: Path) -> None:
     """The thinking part of every chain in labelled spans, and how much of it was understood."""
     chains = read_jsonl(run.folder / "chains.jsonl", "chain")
-    spans = []
-    counts = dict.fromkeys(LABELS, 0)
-    annotated = 0
-    for chain in chains:
-        found = experiment.annotated(run.config, chain)
-        spans += found
-        annotated += bool(found)
-        for span in found:
-            counts[span["label"]] += 1
+    found, account = annotation.annotate(run, chains, "extraction")
+    kept = annotation.stable(run, chains, found, partial) if run.config.stability else found
+    spans = [span for some in kept for span in some or ()]
+    counts = Counter(span["label"] for span in spans)
+    annotated = sum(map(bool, found))
     if not spans:
         raise SteerableError(
             f"the annotator {run.config.annotator!r} found no span in {len(chains)} chains: it does not know this "
@@ -160,7 +178,9 @@ def annotate(run: Run, partial: Path) -> None:
             "annotated": annotated,
             "dropped": len(chains) - annotated,
             "coverage": spoken / text if text else None,
-            "spans": counts,
+            "unstable": sum(len(some or ()) for some in found) - len(spans),
+            "spans": {label: counts[label] for label in LABELS},
+            "annotator": account,
         },
     )
 
@@ -181,7 +201,9 @@ def extract(run: Run, partial: Path) -> None:
     from steerable.estimators.span_means import span_means
 
     chains = run.aligned()
-    means = span_means(run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed)
+    means = span_means(
+        run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed, **run.spread
+    )
     data = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
     missing = [label for label in STEERABLE if not means.count(label)]
@@ -238,7 +260,7 @@ def attribute(run: Run, partial: Path) -> None:
     result = {}
     for window in _windows(c):
         directions = {b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE}
-        measured = measure(run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched)
+        measured = measure(run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread)
         result[window] = measured.to_dict()
     write_json(run.folder / "attribution.json", result)
 
@@ -324,11 +346,13 @@ def steer(run: Run, partial: Path) -> None:
 
 
 def evaluate(run: Run, partial: Path) -> None:
-    """Every cell's fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
+    """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
     cells = []
+    spans = partial / "steered_spans"
     for cell in plan.evaluation_cells(run.config, read_json(run.folder / "selection.json")):
         path = run.folder / f"steered/{cell.name}.jsonl"
-        measured = experiment.measure(run, path, "evaluation") | {"kl": experiment.divergence(run, cell, path)}
+        measured = experiment.measure(run, path, "evaluation", spans / path.name)
+        measured["kl"] = experiment.divergence(run, cell, path)
         head = {
             "control": cell.control,
             "strength": cell.strength,
@@ -338,6 +362,8 @@ def evaluate(run: Run, partial: Path) -> None:
         # One entry a behaviour, so that a reader finds a behaviour's controls under its own name.
         for b in cell.behaviours:
             cells.append({"name": cell.name, "behaviour": b, **head, **measured})
+    shutil.rmtree(run.folder / "steered_spans", ignore_errors=True)
+    spans.rename(run.folder / "steered_spans")
     write_json(run.folder / "cells.json", cells)
 
 
@@ -351,10 +377,32 @@ def report(run: Run, partial: Path) -> None:
     write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages
 
 
+def _kept_settings(folder: RunFolder) -> dict[str, Any]:
+    """What the folder's config.json says; nothing where there is none."""
+    kept = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not isinstance(kept, dict):
+        raise UsageError(f"{folder / 'config.json'} holds no settings: delete it and run the same command again")
+    return kept
+
+
+def open_run(out: str | Path, display: Display | None = None) -> Run:
+    """The run in a folder, to read it. Raises UsageError where there is none."""
+    folder = RunFolder(out)
+    if not (folder / "config.json").exists():
+        raise UsageError(f"{folder.root} is no run folder: expected one that `steerable run` has made")
+    return Run(folder, from_dict(_kept_settings(folder)), display=display or Display(quiet=True))
+
+
 STAGES = (
-    Stage("tasks", make_tasks, (), "tasks seed limit validation evaluation", ("tasks.jsonl",)),
+    Stage("tasks", make_tasks, (), "tasks llm_model seed limit validation evaluation", ("tasks.jsonl",)),
     Stage("generate", generate, ("tasks.jsonl",), f"{_MODEL} {_DECODING}", ("chains.jsonl",)),
-    Stage("annotate", annotate, ("chains.jsonl",), "annotator", ("spans.jsonl", "coverage.json")),
+    Stage(
+        "annotate",
+        annotate,
+        ("tasks.jsonl", "chains.jsonl"),
+        f"{_ANNOTATOR} seed stability",
+        ("spans.jsonl", "coverage.json"),
+    ),
     Stage(
         "extract",
         extract,
@@ -373,7 +421,7 @@ STAGES = (
         "select",
         select,
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
-        f"{_MODEL} {_DECODING} window baseline layers tried controls annotator",
+        f"{_MODEL} {_DECODING} window baseline layers tried controls {_ANNOTATOR}",
         ("selection.json", "vectors/random", *(plan.selected_path(b) for b in STEERABLE)),
     ),
     Stage(
@@ -387,14 +435,14 @@ STAGES = (
         "evaluate",
         evaluate,
         ("tasks.jsonl", "selection.json", "steered"),
-        f"{_MODEL} seed greedy samples side_samples sweep controls annotator compared",
-        ("cells.json",),
+        f"{_MODEL} {_ANNOTATOR} seed greedy samples side_samples sweep controls compared",
+        ("cells.json", "steered_spans"),
     ),
     Stage(
         "report",
         report,
         ("config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "coverage.json", "cosines.json", "norms.json",
-         "attribution.json", "selection.json", "vectors", "cells.json", "steered"),
+         "attribution.json", "selection.json", "vectors", "cells.json", "steered", "steered_spans"),
         "model annotator",
         ("report.json", "report.html"),
     ),
@@ -408,13 +456,15 @@ def run(
     fresh: bool = True,
     quick: bool = False,
     workers: int | None = None,
+    ray: float | None = None,
     display: Display | None = None,
     **settings: Any,
 ) -> Path:
     """Go through all stages, or do one, in the run folder `out`; what is finished already is not done again.
 
     stage: one of `STAGES` by name. fresh: settings that are not given have their defaults; else those of the folder's
-    config.json. quick: fewer tasks and samples. settings: those of `Config`.
+    config.json. quick: fewer tasks and samples. workers: processes; None: one a core for a small model on a CPU.
+    ray: the workers are actors of a Ray cluster, each with this many GPUs. settings: those of `Config`.
 
     Returns the folder. Raises UsageError for a wrong setting or input, before anything is written.
     """
@@ -424,14 +474,13 @@ def run(
         raise UsageError(f"unknown stage {stage!r}: expected one of {', '.join(s.name for s in STAGES)}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}: expected 1 or more")
+    if ray is not None and ray < 0:
+        raise UsageError(f"--ray is {ray}: expected the number of GPUs of each worker, 0 or more")
     folder = RunFolder(out)
     steps = [step for step in STAGES if stage in (None, step.name)]
-    kept = read_json(folder / "config.json") if not fresh and (folder / "config.json").exists() else {}
-    if not isinstance(kept, dict):
-        raise UsageError(f"{folder / 'config.json'} holds no settings: delete it and run the same command again")
-    config = from_dict({**kept, **settings})
+    config = from_dict({**({} if fresh else _kept_settings(folder)), **settings})
     config = config.quick() if quick else config
-    current = Run(folder, config, workers, display or Display(quiet=True))
+    current = Run(folder, config, workers, ray, display or Display(quiet=True))
     # Wrong settings, an unusable model and missing inputs are refused before anything is written.
     folder.key(steps[0].name, steps[0].inputs, current.settings(steps[0]))
     # As many threads as a worker has: a run's bytes then do not depend on the number of cores or workers.

@@ -64,6 +64,16 @@ class Site:
         return (self.layer, KINDS.index(self.kind)) < (other.layer, KINDS.index(other.kind))
 
 
+def parse_layers(text: str | None) -> list[int] | None:
+    """Layers as a command line names them, "2,3"; None stays None. Raises UsageError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"--layers is {text!r}: expected layers separated by commas, e.g. 2,3")
+    return [int(part) for part in parts]
+
+
 def width_at(model: nn.Module, kind: str, layer: int | None = None) -> int:
     """Width of the activations at sites of this kind: at this layer, else at the first layer that has the site.
 

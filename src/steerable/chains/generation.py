@@ -15,7 +15,7 @@ from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
 from steerable.engines.transformers import Completion, Request, generate
-from steerable.engines.workers import Report, default_threads, default_workers, map_blocks
+from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
 from steerable.models import Loaded
 from steerable.think import ThinkTags, render, think_tags
@@ -99,6 +99,7 @@ def generate_jobs(
     rows: int = 64,
     block: int = 512,
     workers: int | None = None,
+    spread: MapBlocks = map_blocks,
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> list[list[Record]]:
@@ -135,19 +136,10 @@ def generate_jobs(
             write_jsonl(file, part)
 
     workers = min(workers or default_workers(model), max(1, len(missing)))
-    name = model.config._name_or_path
-    if workers > 1 and not name:
-        raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
-    map_blocks(
+    spread(
         _run_block,
         [blocks[i] for i in missing],
-        setup=partial(
-            models.load,
-            name,
-            dtype=model.dtype,
-            device=str(model.device),
-            revision=models.model_revision(model) or None,  # the same commit, not the newest
-        ),
+        setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
         threads=default_threads(model, workers),
         report=(lambda done: progress(*done)) if progress else None,

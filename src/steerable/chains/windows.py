@@ -13,12 +13,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
-from ..think import ThinkTags, think_tags
+
+if TYPE_CHECKING:
+    from ..think import ThinkTags
 
 WINDOWS = ("published", "span", "onset")
 
@@ -102,6 +104,8 @@ def align_chain(
             "aligning spans needs a fast tokenizer, because it reports character offsets; "
             f"{type(tokenizer).__name__} is not one: load it with use_fast=True"
         )
+    from ..think import think_tags  # here: torch takes seconds, and the command line reads this module's names
+
     head = (tags or think_tags(tokenizer)).before_thinking(prompt_text)
     # The template has already written the special tokens.
     encoded = tokenizer(head + chain["thinking"], add_special_tokens=False, return_offsets_mapping=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from steerable import experiment, models, plan
+from steerable import models, plan
 from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.chains.tasks import correct
 from steerable.directions import Direction
@@ -16,7 +17,16 @@ from steerable.runfolder import read_json, sha256
 if TYPE_CHECKING:
     from steerable.pipeline import Run
 
-_HASHED = ("tasks.jsonl", "chains.jsonl", "spans.jsonl", "vectors/candidates", "vectors/shuffled", "steered")
+Key = tuple[str, int]
+_HASHED = (
+    "tasks.jsonl",
+    "chains.jsonl",
+    "spans.jsonl",
+    "vectors/candidates",
+    "vectors/shuffled",
+    "steered",
+    "steered_spans",
+)
 _PACKAGES = ("steerable", "torch", "transformers", "reasoning-gym", "numpy", "safetensors")
 
 
@@ -90,17 +100,12 @@ def _lens(run: Run, behaviour: str) -> dict[str, Any]:
 def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
     """One task unsteered, up and down: the one whose three chains show the behaviour nearest to the cells' means."""
     tasks = {task["id"]: task for task in run.tasks("evaluation")}
+    files = {"unsteered": "unsteered", "plus": f"{behaviour}.+1", "minus": f"{behaviour}.-1"}
     chains = {
         name: {(c["task_id"], c["sample"]): c for c in read_jsonl(run.folder / f"steered/{file}.jsonl", "chain")}
-        for name, file in (
-            ("unsteered", "unsteered"),
-            ("plus", f"{behaviour}.+1"),
-            ("minus", f"{behaviour}.-1"),
-        )
+        for name, file in files.items()
     }
-    spans = {
-        name: {key: experiment.annotated(run.config, c) for key, c in found.items()} for name, found in chains.items()
-    }
+    spans = {name: _spans(run, file, chains[name]) for name, file in files.items()}
     shares = {name: {key: _share(s, behaviour) for key, s in found.items()} for name, found in spans.items()}
     means = {name: sum(found.values()) / max(1, len(found)) for name, found in shares.items()}
     keys = [
@@ -112,6 +117,14 @@ def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
     task = tasks[key[0]]
     said = {name: _said(task, chains[name][key], spans[name][key]) for name in chains}
     return {"behaviour": behaviour, "task_id": key[0], "sample": key[1], "prompt": task["prompt"], **said}
+
+
+def _spans(run: Run, file: str, chains: Mapping[Key, Record]) -> dict[Key, list[Record]]:
+    """A cell's spans by chain; these cells have one part, so task and sample tell a chain."""
+    found: dict[Key, list[Record]] = {key: [] for key in chains}
+    for span in read_jsonl(run.folder / f"steered_spans/{file}.jsonl", "span"):
+        found[span["task_id"], span["sample"]].append(span)
+    return found
 
 
 def _share(spans: list[Record], label: str) -> float:
