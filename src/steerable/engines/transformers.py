@@ -339,9 +339,11 @@ class _Batch:
         dead = torch.zeros(rows, dtype=torch.bool, device=self.device)
         limit = self.limit - 1
         enough = max(1, rows // _ENOUGH)
-        history: list[Tensor] = []
+        # One buffer: a small tensor kept of every step would pin the heap between the scores, which grow, and over a
+        # long chain that comes to more memory than the cache.
+        history = self.token.new_empty(rows, self.capacity - widest + 1)
+        step = 0
         while True:
-            step = len(history)
             plan.width = widest + step
             plan.pages = reach.pages(step, self.page) if self.paged else []
             plan.put(self.position)
@@ -364,7 +366,8 @@ class _Batch:
             self.token = choose(logits, self.decoding, self.seed, self.made, self.said)
             if self.said is not None:
                 mark(self.said, self.token[:, None])
-            history.append(self.token)
+            history[:, step] = self.token
+            step += 1
             dead |= self.made >= limit
             for stop in self.eos:
                 dead |= self.token == stop
@@ -376,7 +379,7 @@ class _Batch:
         # Asked at the end of a run only: a row never becomes finite again.
         if not bool(logits.amax(-1).isfinite().all()):
             raise SteerableError("the model's logits are not finite: lower the strength or use a wider dtype")
-        return self._harvest(torch.stack(history, 1))
+        return self._harvest(history[:, :step])
 
     def _harvest(self, tokens: Tensor) -> tuple[int, int]:
         """Hands the new tokens `[rows, steps]` to their requests."""
