@@ -48,7 +48,7 @@ def main() -> None:
             rows[phase] = json.loads(said.splitlines()[-1])
             rows[phase]["ratio"] = round(rows[phase]["peak_mib"] / rows["generation"]["peak_mib"], 3)
             print(f"{phase:40} {rows[phase]['peak_mib']:9.1f} MiB {rows[phase]['ratio']:7.3f} x", end=" ")
-            print(f"{rows[phase]['seconds']:9.1f} s")
+            print(f"{rows[phase]['seconds']:9.1f} s", flush=True)
     about: dict[str, Any] = {key: getattr(options, key) for key in ("model", "tokens", "every", "onsets", "threads")}
     RESULTS.mkdir(exist_ok=True)
     content = {"baseline": "generation", "phases": rows, **about, "machine": platform.machine()}
