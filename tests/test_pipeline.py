@@ -252,7 +252,7 @@ def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):
         ("[]", "found no span in 24 chains"),
         ("[{'label': 'joy', 'start': 0, 'end': 1}]", "gave an unsound span"),
         ("[{'label': 'deduction', 'start': 0, 'end': 10**6}]", "gave an unsound span"),
-        ("[{'start': 0}]", r"failed on task .* \(KeyError: 'label'\)"),
+        ("[{'start': 0}]", "gave an unsound span"),
         ("1 / 0", r"failed on task .* \(ZeroDivisionError"),
     ],
 )

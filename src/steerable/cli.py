@@ -59,7 +59,7 @@ Paper = Annotated[
     bool,
     typer.Option(
         "--paper",
-        help="The published setting as defaults: 500 tasks and their annotation by a language model, greedy, 1000 tokens.",
+        help="The published setting: 500 tasks, written and annotated by a language model; greedy, 1000 tokens.",
     ),
 ]
 Cluster = Annotated[
@@ -112,34 +112,6 @@ def run(
     _go(out, None, (PAPER if paper else {}) | _given(settings), as_json, quick=quick, workers=workers, ray=ray)
 
 
-def _stage_command(name: str, text: str) -> None:
-    def command(
-        out: Out = _OUT, workers: Workers = None, ray: Cluster = None, as_json: Json = False, **settings: Any
-    ) -> None:
-        _go(out, name, _given(settings), as_json, workers=workers, ray=ray)
-
-    command.__doc__ = f"{text}\n\nSettings that are not given are taken from the run folder's config.json."
-    app.command(name)(_with_settings(command))
-
-
-for _name, _text in (
-    ("tasks", "Stage 1: tasks for extraction, validation and evaluation."),
-    ("generate", "Stage 2: one chain of thought for every extraction task."),
-    ("extract", "Stage 4: candidate vectors of every layer, behaviour, window and baseline."),
-    ("attribute", "Stage 5: where each vector matters."),
-    ("select", "Stage 6: window and layer of each behaviour."),
-    ("steer", "Stage 7: the evaluation tasks, steered up and down, and the controls."),
-    ("evaluate", "Stage 8: what steering did, with intervals."),
-    ("report", "Stage 9: report.json and report.html."),
-):
-    _stage_command(_name, _text)
-
-
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-@app.command()
 @_with_settings
 def annotate(
     out: Out = _OUT,
@@ -168,6 +140,98 @@ def annotate(
         _print_json(found.to_dict())
     else:
         _print_tables(tables(found))
+
+
+def _stage_command(name: str, text: str) -> Callable[..., None]:
+    def command(
+        out: Out = _OUT, workers: Workers = None, ray: Cluster = None, as_json: Json = False, **settings: Any
+    ) -> None:
+        _go(out, name, _given(settings), as_json, workers=workers, ray=ray)
+
+    command.__doc__ = f"{text}\n\nSettings that are not given are taken from the run folder's config.json."
+    return _with_settings(command)
+
+
+for _name, _text in (
+    ("tasks", "Stage 1: tasks for extraction, validation and evaluation."),
+    ("generate", "Stage 2: one chain of thought for every extraction task."),
+    ("annotate", ""),
+    ("extract", "Stage 4: candidate vectors of every layer, behaviour, window and baseline."),
+    ("attribute", "Stage 5: where each vector matters."),
+    ("select", "Stage 6: window and layer of each behaviour."),
+    ("steer", "Stage 7: the evaluation tasks, steered up and down, and the controls."),
+    ("evaluate", "Stage 8: what steering did, with intervals."),
+    ("report", "Stage 9: report.json and report.html."),
+):
+    app.command(_name)(annotate if _name == "annotate" else _stage_command(_name, _text))
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _tell(content: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(content)
+    else:
+        print(text)
+
+
+def _print_tables(tables: list[Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, **how: Any) -> None:
+    from steerable import pipeline
+    from steerable.display import Display
+    from steerable.runfolder import read_json
+
+    with Display(quiet=as_json) as display:
+        folder = pipeline.run(out, stage=stage, fresh=stage is None, display=display, **how, **settings)
+    if as_json:
+        _print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
+    elif stage in (None, "report"):
+        print(f"The report is {(folder / 'report.html').resolve()}")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be answered for
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="The question; default: a task of the model's own kind.")] = None,
+    model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub name.")] = "pocket",
+    steer: Annotated[Path | None, typer.Option(help="A direction file; without it the answer is unsteered.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Default: what the file says.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of the file to use, e.g. 2,3; default: all in it.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Tokens to steer, e.g. thinking; default: what the file says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the task.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy decoding.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, thinking included.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Also write the answers to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One prompt, unsteered and steered side by side, streamed, with the spans coloured by behaviour."""
+    from steerable.chat import chat as talk
+
+    answers = talk(
+        prompt, model=model, steer=steer, strength=strength, layers=layers, where=where, seed=seed, greedy=greedy,
+        max_new_tokens=max_new_tokens, quiet=as_json,
+    )  # fmt: skip
+    if out is not None:
+        from steerable.runfolder import write_json
+
+        write_json(out, answers)
+    if as_json:
+        _print_json(answers)
 
 
 @app.command()
@@ -259,70 +323,6 @@ def validate(
     found = validate_file(file)
     about = ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("file", "sound") and value)
     _tell(found, f"{file} is sound: {about}", as_json)
-
-
-def _tell(content: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        _print_json(content)
-    else:
-        print(text)
-
-
-def _print_tables(tables: list[Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        console.print(table)
-
-
-def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, **how: Any) -> None:
-    from steerable import pipeline
-    from steerable.display import Display
-    from steerable.runfolder import read_json
-
-    with Display(quiet=as_json) as display:
-        folder = pipeline.run(out, stage=stage, fresh=stage is None, display=display, **how, **settings)
-    if as_json:
-        _print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
-    elif stage in (None, "report"):
-        print(f"The report is {(folder / 'report.html').resolve()}")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be answered for
-
-
-@app.command()
-def chat(
-    prompt: Annotated[str | None, typer.Argument(help="The question; default: a task of the model's own kind.")] = None,
-    model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub name.")] = "pocket",
-    steer: Annotated[Path | None, typer.Option(help="A direction file; without it the answer is unsteered.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Default: what the file says.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of the file to use, e.g. 2,3; default: all in it.")] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Tokens to steer, e.g. thinking; default: what the file says.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the task.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy decoding.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, thinking included.")] = 500,
-    out: Annotated[Path | None, typer.Option(help="Also write the answers to this JSON file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """One prompt, unsteered and steered side by side, streamed, with the spans coloured by behaviour."""
-    from steerable.chat import chat as talk
-
-    answers = talk(
-        prompt, model=model, steer=steer, strength=strength, layers=layers, where=where, seed=seed, greedy=greedy,
-        max_new_tokens=max_new_tokens, quiet=as_json,
-    )  # fmt: skip
-    if out is not None:
-        from steerable.runfolder import write_json
-
-        write_json(out, answers)
-    if as_json:
-        _print_json(answers)
 
 
 @pocket_app.command("train")

@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steerable import models
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
