@@ -31,6 +31,9 @@ NOT_RUN = {
     "steerable run --quick": "takes a minute",
     "steerable run --model pocket --out runs/pocket": "takes minutes",
     "steerable run --model deepseek-ai/": "needs a model of the hub",
+    "steerable run --model Qwen/": "needs a model of the hub",
+    "steerable run --paper": "needs a model of the hub and a key",
+    "export OPENAI_API_KEY": "is a key",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
 }
