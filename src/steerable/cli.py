@@ -253,7 +253,7 @@ def probe(
         trained = annotation.train_probe(out, layer=layer, folds=folds, display=display)
     trained.save(to)
     if as_json:
-        _print_json({"out": str(to), "layers": list(trained.layers), **trained.scores})
+        _print_json({"out": str(to), "layers": list(trained.layers), "scores": trained.scores})
         return
     scores, layers = trained.scores, ", ".join(map(str, trained.layers))
     print(

@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]
 """Called as `progress(replies, completion_tokens)` with what was done since the last call."""
 
 OPENAI_URL = "https://api.openai.com/v1"
+_FIRST_TRIES = 3  # to reach a server that has never answered
 _LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 _SLOWEST_BACKOFF = 60.0
 
@@ -217,8 +218,8 @@ class Endpoint:
 
         answered = self._gate.answered
         reason = ""
-        failures = 0
-        while failures < self.tries:
+        failures, tries = 0, self.tries
+        while failures < tries:
             sent = self._accepted(request)
             expected = _expected_tokens(sent)
             await self._gate.wait(expected)
@@ -233,7 +234,10 @@ class Endpoint:
             except (openai.APITimeoutError, TimeoutError):
                 reason = f"it did not answer within {self.timeout:g} s"
             except openai.APIConnectionError as error:
-                reason = f"the connection failed ({type(error.__cause__ or error).__name__})"
+                cause = type(error.__cause__ or error).__name__
+                reason = f"the connection failed ({cause})"
+                if cause == "ConnectError" and not self._gate.answered:  # most likely there is no server there
+                    tries = min(tries, _FIRST_TRIES)
             except openai.APIStatusError as error:
                 reason = answers.reason(error, key)
                 if self._refuses(error, reason, sent):
@@ -262,16 +266,16 @@ class Endpoint:
                 return reply, {k: v for k, v in sent.items() if k != "messages"}
             self._gate.correct(expected, 0)
             failures += 1
-            if failures < self.tries:
+            if failures < tries:
                 await asyncio.sleep(wait)
         # If others were answered meanwhile, the fault lies with this request; if none was, with the server.
         if self._gate.answered == answered:
             raise SteerableError(
-                f"{self.host} failed {self.tries} times in a row, the last time because {reason}: "
+                f"{self.host} failed {failures} times in a row, the last time because {reason}: "
                 "run the same command again; what was answered is kept"
             ) from None
         self.account.failed += 1
-        return Reply("", "error", error=f"{self.tries} tries failed, the last one because {reason}"), {}
+        return Reply("", "error", error=f"{failures} tries failed, the last one because {reason}"), {}
 
     def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
         named = {self._refused.get(key, key): value for key, value in request.items()}
