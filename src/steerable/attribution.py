@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import models
 from .chains.windows import AlignedChain
 from .chunks import CHUNK
 from .engines.workers import MapBlocks, Report, default_threads, loader, map_blocks
@@ -414,11 +415,11 @@ def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site,
         if any(v.ndim != 1 for v in stacked):
             raise UsageError(f"attribution needs one vector a site, but {behaviour!r} holds a subspace")
         for site, v in zip(sites, stacked, strict=True):
-            if len(v) != (width := width_at(model, site.kind)):
+            if len(v) != (width := width_at(model, site.kind, site.layer)):
                 raise UsageError(
                     f"the {behaviour!r} vector at {site} has width {len(v)}, but the model has {width} there"
                 )
-        vectors[behaviour] = torch.stack(stacked).to(model.get_input_embeddings().weight.device)
+        vectors[behaviour] = torch.stack(stacked).to(models.device(model.get_input_embeddings()))
     return sites, vectors
 
 

@@ -64,15 +64,26 @@ class Accumulator(Protocol):
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of the texts, sorted by length and cut into batches of at most max_tokens tokens, padding
-    included (a longer text is a batch by itself). Equal lengths keep their order."""
+    included (a longer text is a batch by itself), of which padding is at most a sixteenth or 32 tokens, whichever is
+    more. Equal lengths keep their order."""
     batches: list[list[int]] = []
+    real = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         # sorted, so this one is the longest so far
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
+        real += lengths[i]
+        size = (len(batches[-1]) + 1) * lengths[i] if batches else 0
+        if batches and size <= max_tokens and size - real <= max(32, size // 16):
             batches[-1].append(i)
         else:
             batches.append([i])
+            real = lengths[i]
     return batches
+
+
+def batch_tokens(model: nn.Module) -> int:
+    """Tokens in a batch, where the caller does not say: a CPU is busy with few and loses time by padding more of
+    them, an accelerator needs many."""
+    return 1024 if models.device(model).type == "cpu" else 8192
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
@@ -117,7 +128,7 @@ Reader = Callable[[Tensor, Batch], None]
 def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Reader], chunk: int) -> None:
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
-    device = next(model.parameters()).device
+    device = models.device(model)
     current: list[Batch] = []
 
     def at(reader: Reader) -> Any:
@@ -213,13 +224,14 @@ def capture(
     sites: Sequence[Site | str],
     where: str | Selector = selectors.all,
     reduce: Literal["mean", "last", "none"] = "mean",
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
     chunk: int = CHUNK,
 ) -> dict[Site, Tensor]:
     """Activations of the selected tokens of each text, in the texts' order.
 
     reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
-    them, text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch.
+    them, text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch
+    (default: `batch_tokens`).
     chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a text
     without a selected token, and sites that the model does not have.
     """
@@ -238,7 +250,7 @@ def capture(
     kept = {site: _Texts(len(texts), reduce) for site in found}
 
     def batches() -> Iterator[Batch]:
-        for indices in length_batches([len(row) for row in rows], max_tokens):
+        for indices in length_batches([len(row) for row in rows], max_tokens or batch_tokens(model)):
             batch = pad([rows[i] for i in indices])
             state = SequenceState(tags)
             state.start(len(indices))
@@ -266,6 +278,12 @@ class _Texts:
     def add(self, h: Tensor, batch: Batch) -> None:
         assert batch.rows is not None and batch.weights is not None
         mask = batch.weights[0].to(h.device)
+        if self.reduce == "last":
+            rows = mask.any(1).nonzero()[:, 0]
+            columns = mask.shape[1] - 1 - mask[rows].flip(1).int().argmax(1)
+            for row, one in zip(rows.tolist(), h[rows, columns].float().cpu(), strict=True):
+                self.parts[batch.rows[row]] = [one[None]]
+            return
         for row, text in enumerate(batch.rows):
             picked = h[row, mask[row]]
             if not len(picked):
@@ -275,8 +293,6 @@ class _Texts:
             if self.reduce == "mean":
                 picked = picked.double().sum(0, keepdim=True)
                 parts[:] = [parts[0] + picked if parts else picked]
-            elif self.reduce == "last":
-                parts[:] = [picked[-1:].float().cpu()]
             else:
                 parts.append(picked.float().cpu())
 

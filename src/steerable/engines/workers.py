@@ -76,6 +76,7 @@ def loader(model: Any) -> Callable[..., Any]:
         attn_implementation=model.config.get_text_config()._attn_implementation,
         quantization=model.config.quantization_config if small else None,
         revision=models.model_revision(model) or None,  # the same commit, not the newest
+        trust_remote_code=type(model).__module__.startswith("transformers_modules."),  # it was trusted before
     )
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..capture import Batch, WeightedSums, length_batches, pad, stream
+from ..capture import Batch, WeightedSums, batch_tokens, length_batches, pad, stream
 from ..chains.windows import OVERALL, WINDOWS, AlignedChain, Group, TokenSpan, groups, shuffle_labels, weights
 from ..chunks import CHUNK
 from ..directions import Direction
@@ -144,13 +144,13 @@ def span_means(
     shuffles: int = 1,
     seed: int = 0,
     kind: str = "resid_post",
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
     chunk: int = CHUNK,
     workers: int = 1,
     spread: MapBlocks = map_blocks,
 ) -> SpanMeans:
-    """One forward pass over the chains (sorted by length, `max_tokens` to a batch), all layers at sites of
-    `kind`.
+    """One forward pass over the chains, sorted by length, `max_tokens` to a batch (default `capture.batch_tokens`), all
+    layers at sites of `kind`.
 
     Chains without spans are skipped. `shuffles` label shuffles (seeds `seed`, `seed + 1`, ...) are taken in
     the same pass. Memory does not depend on the number of chains, and on the length of one only by its key/value
@@ -173,7 +173,7 @@ def span_means(
     items = [_Item(chain.ids, chain.spans, [names[i] for names in relabelled]) for i, chain in enumerate(used)]
     blocks: list[list[list[_Item]]] = [[]]
     filled = 0
-    for rows in length_batches([len(chain.ids) for chain in used], max_tokens):
+    for rows in length_batches([len(chain.ids) for chain in used], max_tokens or batch_tokens(model)):
         if filled >= _BLOCK:
             blocks.append([])
             filled = 0
@@ -257,7 +257,7 @@ def _sums(
 ) -> _Sums:
     """One block, each of whose parts is a batch."""
     model = loaded[0]
-    device = next(model.parameters()).device
+    device = models.device(model)
     sums = WeightedSums(models.n_layers(model), len(groups(labels, windows, shuffles)), width_at(model, kind), device)
     norms = _StretchNorms(models.n_layers(model), device)
 

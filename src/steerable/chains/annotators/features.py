@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerable import models
-from steerable.capture import Batch, length_batches, pad, stream
+from steerable.capture import Batch, batch_tokens, length_batches, pad, stream
 from steerable.chains.generation import prompt_text
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.windows import AlignedChain, align_chain
@@ -45,13 +45,14 @@ def sentence_means(
     layers: Sequence[int],
     *,
     keep: Callable[[int, Segment], bool] | None = None,
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Sentence], Tensor]:
     """Every sentence of every chain, in order, and its mean `resid_post`, float32 [layers, sentences, d] on the CPU.
 
     The model reads prompt and thinking as they were generated. keep(chain, sentence): whether a sentence is wanted;
-    default all. A sentence without a token is left out. max_tokens: most tokens in a batch, padding included.
+    default all. A sentence without a token is left out. max_tokens: most tokens in a batch, padding included (default:
+    `capture.batch_tokens`).
     Raises UsageError for a chain without a prompt.
     """
     texts = prompt_texts(loaded.tokenizer, prompts)
@@ -72,7 +73,7 @@ def sentence_means(
     counts = torch.tensor([sentence.tokens for sentence in found], dtype=torch.float32)
     sums = _Sums(len(layers), len(found), models.width(loaded.model))
     if found:
-        stream(loaded.model, _batches(rows, max_tokens, progress), [sums], layers=layers)
+        stream(loaded.model, _batches(rows, max_tokens or batch_tokens(loaded.model), progress), [sums], layers=layers)
     return found, sums.sums.div_(counts[:, None])
 
 

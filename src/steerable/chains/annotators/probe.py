@@ -100,7 +100,7 @@ class Probe:
         prompts: Prompts,
         chains: Sequence[Mapping[str, Any]],
         *,
-        max_tokens: int = 8192,
+        max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[Record]:
         """A span for every sentence: its likeliest label, `probabilities` (label -> share, sum 1) and `tokens`.
@@ -163,7 +163,7 @@ def train_probe(
     layer: int | Sequence[int] | None = None,
     folds: int = 5,
     seed: int = 0,
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Probe:
     """Train a probe on annotated chains and measure it by cross-validation over tasks.
