@@ -37,11 +37,14 @@ def pieces(model: Any, length: int, chunk: int = CHUNK, start: int = 0) -> Itera
         start = stop
 
 
-def new_cache(model: Any) -> Any:
-    """An empty cache for one text; layers with a sliding window keep no more than the window."""
-    from transformers.cache_utils import DynamicCache
+def new_cache(model: Any, length: int) -> Any:
+    """An empty cache for one text of so many tokens; layers with a sliding window keep no more than the window."""
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-    return DynamicCache(config=model.config)
+    from .caches import RoomLayer
+
+    layers = DynamicCache(config=model.config).layers
+    return Cache(layers=[RoomLayer(length) if type(layer) is DynamicLayer else layer for layer in layers])
 
 
 @torch.no_grad()
@@ -58,7 +61,7 @@ def read(
     before(start, stop): called before the forward pass of each piece. cache: an empty one to be filled. Returns the
     cache, with the keys and values of the whole text.
     """
-    cache = new_cache(model) if cache is None else cache
+    cache = new_cache(model, ids.shape[1]) if cache is None else cache
     cache.prompt_lengths = torch.tensor([ids.shape[1]])  # for steering, to which the later pieces would be generated
     for start, stop in pieces(model, ids.shape[1], chunk):
         if before is not None:

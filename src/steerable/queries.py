@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from . import models
-from .chunks import CHUNK, new_cache, read
+from .caches import FrozenLayer, RoomLayer, View
+from .chunks import CHUNK, read
 from .errors import UsageError
 
 _SCORES = 2**25  # attention scores of one layer in one pass, over all heads (128 MiB in float32)
 _LOGITS = 2**26  # numbers of logits in one pass (256 MiB in float32)
+_SPARE = 512  # queries that a pass can take without a copy of the prefix
 _LONG = 4096  # tokens: behind longer prefixes, what backward needs of a block is computed again, not stored
 
 
@@ -46,9 +47,10 @@ class Queries:
         self.windows = _windows(model)
         self.prefix = max(1, max(positions))  # at least one token, so that the cache is never empty; it is masked
         # Layers with a window keep the whole past here too: each query has a window of its own.
-        cache = read(model, self.ids[None, : self.prefix], chunk=chunk, cache=DynamicCache())
-        self.view = _View(self.prefix)
-        self.cache = Cache(layers=[_Frozen(layer.keys, layer.values, self.view) for layer in cache.layers])
+        layers = [RoomLayer(self.prefix, spare=_SPARE) for _ in DynamicCache(config=model.config).layers]
+        read(model, self.ids[None, : self.prefix], chunk=chunk, cache=Cache(layers=layers))
+        self.view = View(self.prefix)
+        self.cache = Cache(layers=[FrozenLayer(layer, self.view) for layer in layers])
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -61,7 +63,10 @@ class Queries:
         return max(1, min(most, _SCORES // scores, _LOGITS // int(config.vocab_size)))
 
     def logits(self, index: Tensor | None = None) -> Tensor:
-        """Next-token logits [len(index), V] of the chosen queries (default: all, in order)."""
+        """Next-token logits [len(index), V] of the chosen queries (default: all, in order).
+
+        Gradients must be taken before the next call, which writes its keys where this one's are.
+        """
         at = self.positions if index is None else self.positions[index.to(self.device)]
         # What lies behind the last of these queries is left out.
         self.view.length = max(1, int(at.max()))
@@ -75,7 +80,7 @@ class Queries:
         return output.logits[0]
 
     def _mask(self, at: Tensor) -> Any:
-        """[1, 1, Q, past + Q]; where only some layers have a window, one for each kind of layer."""
+        """[1, 1, Q, Q + past]; where only some layers have a window, one for each kind of layer."""
         columns = torch.arange(self.view.length, device=self.device)
         itself = torch.eye(len(at), dtype=torch.bool, device=self.device)
         masks = {}
@@ -85,13 +90,13 @@ class Queries:
                 past &= columns > at[:, None] - window
             # Additive, because sdpa takes both kinds of mask, eager attention only this one.
             mask = torch.zeros(len(at), self.view.length + len(at), dtype=self.model.dtype, device=self.device)
-            masks[kind] = mask.masked_fill_(~torch.cat([past, itself], 1), torch.finfo(mask.dtype).min)[None, None]
+            masks[kind] = mask.masked_fill_(~torch.cat([itself, past], 1), torch.finfo(mask.dtype).min)[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
     def lean(self) -> Iterator[None]:
-        """Behind a long prefix, gradients inside the context store no more of a block than its input: every block
-        would store a copy of the prefix's keys and values for its backward pass."""
+        """Behind a long prefix, gradients inside the context store no more of a block than its input: where heads
+        share keys, every block would store copies of the prefix's for its backward pass."""
         with ExitStack() as stack:
             if self.prefix > _LONG:
                 for block in models.blocks(self.model):
@@ -117,29 +122,6 @@ def _checkpointed(block: nn.Module) -> Iterator[None]:
             del block.forward  # the class's shows again
 
 
-@dataclass
-class _View:
-    """How much of the prefix the next pass sees; shared by all layers."""
-
-    length: int
-
-
-class _Frozen(DynamicLayer):
-    """A cache layer that shows its stored past to every call and keeps nothing of the call."""
-
-    def __init__(self, keys: Tensor, values: Tensor, view: _View) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.view = keys, values, view
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        past = (self.keys[..., : self.view.length, :], self.values[..., : self.view.length, :])
-        return torch.cat([past[0], key_states], -2), torch.cat([past[1], value_states], -2)
-
-    def get_seq_length(self) -> int:
-        return self.view.length
-
-
 def _windows(model: Any) -> dict[str, int | None]:
     """The kinds of attention among the layers, as transformers names them, with their windows (None: the whole
     past)."""
@@ -151,7 +133,7 @@ def _windows(model: Any) -> dict[str, int | None]:
         )
     named = getattr(config, "layer_types", None) or []
     found: dict[str, int | None] = {}
-    for number, layer in enumerate(new_cache(model).layers):
+    for number, layer in enumerate(DynamicCache(config=model.config).layers):
         kind = named[number] if named else "sliding_attention" if layer.is_sliding else "full_attention"
         if kind not in ("full_attention", "sliding_attention"):
             raise UsageError(

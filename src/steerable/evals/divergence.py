@@ -96,7 +96,7 @@ def _batch(
     state = SequenceState(handle.tags)
     state.start(len(ids), device, torch.tensor(starts))
     whole = longest <= most or len(ids) > 1
-    caches = [None, None] if whole else [new_cache(model), new_cache(model)]
+    caches = [None, None] if whole else [new_cache(model, longest), new_cache(model, longest)]
     totals = torch.zeros(len(ids), dtype=torch.float64, device=device)
     for start, stop in [(0, longest)] if whole else pieces(model, longest, most):
         part = slice(start, stop)
