@@ -229,6 +229,16 @@ def peers(given: Sources) -> str:
     return _table(head, rows)
 
 
+def long_chain(given: Sources) -> str:
+    """One row a phase: what a long chain needs beside its generation."""
+    found = given.get("long_chain", {}).get("phases", {})
+    rows = [
+        [name, f"{phase['peak_mib']:,.0f}", f"×{phase['ratio']:.2f}", f"{phase['seconds']:,.0f}"]
+        for name, phase in found.items()
+    ]
+    return _table(["phase", "peak MiB", "beside generation", "seconds"], rows)
+
+
 def pocket(given: Sources) -> str:
     """The bundled model: pass@k by family, then everything else."""
     found = given.get("pocket")
@@ -300,6 +310,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "between": between,
     "speed": speed,
     "peers": peers,
+    "long_chain": long_chain,
     "pocket": pocket,
     "options": options,
 }

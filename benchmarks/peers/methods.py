@@ -70,7 +70,7 @@ def steerable(model: Any, tokenizer: Any, material: dict[str, Any]) -> dict[str,
             direction = estimate({s: h[:half] for s, h in found.items()}, {s: h[half:] for s, h in found.items()})
             return {str(site.layer): vector.numpy() for site, vector in direction.vectors.items()}
 
-        return name, 8192, TOKENS, run
+        return name, 1024, TOKENS, run
 
     def pca_of_differences(positive: Any, negative: Any) -> Any:
         return pca({site: positive[site] - negative[site] for site in sites})
@@ -82,7 +82,7 @@ def steerable(model: Any, tokenizer: Any, material: dict[str, Any]) -> dict[str,
     return {
         **{f"mean difference, {name}": of_pairs(name, difference_of_means) for name in material["sets"]},
         **{f"PCA of differences, {name}": of_pairs(name, pca_of_differences) for name in material["sets"]},
-        "span means, chains": ("chains", 4096, TOKENS, means),
+        "span means, chains": ("chains", 1024, TOKENS, means),
     }
 
 

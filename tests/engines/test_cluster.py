@@ -37,7 +37,7 @@ def local():
     )
     yield
     ray.shutdown()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while processes() - before and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not processes() - before
