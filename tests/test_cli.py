@@ -275,3 +275,36 @@ def test_real_processes_leave_standard_error_clean(finished, tmp_path):
     assert (said.returncode, said.stderr) == (0, "")
     assert json.loads(said.stdout) == {"out": str(tmp_path), "stage": "generate"}
     assert (tmp_path / "chains.jsonl").read_bytes() == (finished / "chains.jsonl").read_bytes()
+
+
+def test_vectors_go_out_and_come_back(steerable, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = finished / "vectors/candidates/onset.pooled/backtracking.safetensors"
+    said = steerable("export", file, "--to", "llama.cpp", "--layers", "1,3", "--out", "b.gguf", "--json")
+    assert json.loads(said.out)["layers"] == [1, 3]
+    said = steerable("import", "b.gguf", "--json")
+    assert json.loads(said.out)["out"] == "b.safetensors"
+    before, after = Direction.load(file).only([1, 3]), Direction.load("b.safetensors")
+    assert all(torch.equal(before.vectors[site], after.vectors[site]) for site in before.vectors)
+    assert_refused(steerable("import", "b.gguf"), 2, "is there already")
+    assert "is sound" in steerable("validate", "b.safetensors").out
+    (tmp_path / "b.safetensors").write_bytes(b"no")
+    assert_refused(steerable("validate", "b.safetensors"), 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("import nowhere.gguf", "there is no such file"),
+        ("export nowhere.safetensors --to repeng --out x.gguf", "there is no direction file"),
+        ("export {file} --to nothing --out x", "unknown format 'nothing': expected one of repeng"),
+        ("export {file} --to llama.cpp --out x", "block 0"),
+        ("export {file} --to repeng --layers one --out x", "expected layers separated by commas"),
+        ("validate nowhere", "there is no such file"),
+    ],
+)
+def test_vector_files_that_cannot_be(steerable, finished, tmp_path, monkeypatch, command, text):
+    monkeypatch.chdir(tmp_path)
+    file = finished / "vectors/candidates/onset.pooled/backtracking.safetensors"
+    assert_refused(steerable(*command.format(file=file).split()), 2, text)
+    assert not list(tmp_path.iterdir())

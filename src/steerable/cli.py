@@ -266,7 +266,9 @@ def probe(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A vector file or folder of another tool.")],
-    out: Annotated[Path, typer.Option(help="The direction file to write.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The direction file; default: FILE's name, .safetensors, here.")
+    ] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Default: told by the content.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of a file with one vector, else the one to keep.")] = None,
     layers_from: Annotated[int | None, typer.Option(help="The number that stands for block 0, 0 or 1.")] = None,
@@ -281,11 +283,14 @@ def import_(
     """Another tool's vectors as a direction file. Nothing is unpickled; where a file is ambiguous you must choose."""
     from steerable.formats import import_to
 
+    target = out or Path(file.with_suffix(".safetensors").name)
+    if out is None and target.exists():
+        raise UsageError(f"{target} is there already: name the file to write with --out")
     done = import_to(
-        file, out, format=format_, layer=layer, layers_from=layers_from, layout=layout, label=label, site=site,
+        file, target, format=format_, layer=layer, layers_from=layers_from, layout=layout, label=label, site=site,
         model_id=model_id, behaviour=behaviour, licence=licence,
     )  # fmt: skip
-    _tell(done, f"{out}: {done['format']}, layers {done['layers_text']}, width {done['width']}", as_json)
+    _tell(done, f"{target}: {done['format']}, layers {done['layers_text']}, width {done['width']}", as_json)
 
 
 @app.command()
@@ -321,8 +326,17 @@ def validate(
     from steerable.formats import validate_file
 
     found = validate_file(file)
-    about = ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("file", "sound") and value)
-    _tell(found, f"{file} is sound: {about}", as_json)
+    long = ("file", "sound", "layers", "sites", "vector_norms", "files", "warnings")
+    about = [f"{key.removesuffix('_text')} {value}" for key, value in found.items() if key not in long and value]
+    if norms := list(found.get("vector_norms", {}).values()):
+        about.append(f"vector norms {min(norms):.3g} to {max(norms):.3g}")
+    about += [
+        f"{Path(inner['file']).name}: {inner.get('behaviour') or inner['format']}" for inner in found.get("files", [])
+    ]
+    _tell(found, f"{file} is sound: {', '.join(about)}", as_json)
+    if not as_json:
+        for warning in found.get("warnings", []):
+            print(f"steerable: {warning}", file=sys.stderr)
 
 
 @pocket_app.command("train")
