@@ -306,8 +306,8 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
             change = tangent.to(p)
             return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
 
-    # Plain attention holds scores, weights and the tangents of both.
-    return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 8), inject, measure)
+    # Plain attention holds scores, weights, the tangents of both, and what leads from one to the other.
+    return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 24), inject, measure)
 
 
 @contextmanager

@@ -10,20 +10,17 @@ Vectors" (arXiv 2506.18167), with the choices that `config.py` names.
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from steerable import annotation, experiment, plan
-from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
+from steerable import annotation, plan, stages
+from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.config import Config, from_dict
 from steerable.display import Display
-from steerable.errors import SteerableError, UsageError
-from steerable.files import write_atomic
+from steerable.errors import UsageError
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
 
@@ -135,248 +132,6 @@ _ANNOTATOR = "annotator llm_model"
 _DECODING = "seed greedy max_new_tokens rows block"
 
 
-def make_tasks(run: Run, partial: Path) -> None:
-    """Tasks of the three splits, disjoint by content."""
-    from steerable.chains.tasks import make_splits
-
-    c = run.config
-    sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
-    written: dict[str, Any] = {}
-    if c.tasks.partition(":")[0] == "llm":
-        written = {"endpoint": annotation.endpoint(c) if c.tasks == "llm" else None, "cache": run.folder / "replies"}
-    write_jsonl(run.folder / "tasks.jsonl", make_splits(c.tasks, sizes, c.seed, **written))
-
-
-def generate(run: Run, partial: Path) -> None:
-    """One unsteered chain for every extraction task."""
-    cell = plan.Cell("chains", (), None, 0.0, (), "all", (plan.Part((0,)),))
-    experiment.generate_cells(run, [cell], "extraction", {"chains": run.folder / "chains.jsonl"}, partial)
-
-
-def annotate(run: Run, partial: Path) -> None:
-    """The thinking part of every chain in labelled spans, and how much of it was understood."""
-    chains = read_jsonl(run.folder / "chains.jsonl", "chain")
-    found, account = annotation.annotate(run, chains, "extraction")
-    kept = annotation.stable(run, chains, found, partial) if run.config.stability else found
-    spans = [span for some in kept for span in some or ()]
-    counts = Counter(span["label"] for span in spans)
-    annotated = sum(map(bool, found))
-    if not spans:
-        raise SteerableError(
-            f"the annotator {run.config.annotator!r} found no span in {len(chains)} chains: it does not know this "
-            "model's language; choose another --annotator"
-        )
-    # What stands between spans is white space; it belongs to nobody.
-    text = sum(len("".join(chain["thinking"].split())) for chain in chains)
-    spoken = sum(len("".join(_text(chain, span).split())) for chain, span in _pairs(chains, spans))
-    write_jsonl(run.folder / "spans.jsonl", spans)
-    write_json(
-        run.folder / "coverage.json",
-        {
-            "chains": len(chains),
-            "closed": sum(chain["closed"] for chain in chains),
-            "annotated": annotated,
-            "dropped": len(chains) - annotated,
-            "coverage": spoken / text if text else None,
-            "unstable": sum(len(some or ()) for some in found) - len(spans),
-            "spans": {label: counts[label] for label in LABELS},
-            "annotator": account,
-        },
-    )
-
-
-def _text(chain: Record, span: Record) -> str:
-    return chain["thinking"][span["start"] : span["end"]]
-
-
-def _pairs(chains: Iterable[Record], spans: Iterable[Record]) -> Iterable[tuple[Record, Record]]:
-    by_id = {(chain["task_id"], chain["sample"]): chain for chain in chains}
-    return ((by_id[span["task_id"], span["sample"]], span) for span in spans)
-
-
-def extract(run: Run, partial: Path) -> None:
-    """One pass over the chains: a direction for every label, window and baseline, and the label-shuffled ones."""
-    from steerable.chains.windows import WINDOWS
-    from steerable.config import BASELINES
-    from steerable.estimators.span_means import span_means
-
-    chains = run.aligned()
-    means = span_means(
-        run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed, **run.spread
-    )
-    data = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
-    cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
-    missing = [label for label in STEERABLE if not means.count(label)]
-    if missing:
-        raise SteerableError(
-            f"no span is labelled {missing[0]!r} in {len(chains)} chains: give more tasks with --limit"
-        )
-    for kind in ("candidates", "shuffled"):  # a run with other settings may have left more labels there
-        shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
-    for label in LABELS:
-        if not means.count(label):
-            continue
-        made = {}
-        for window in WINDOWS:
-            for baseline in BASELINES:
-                made[window, baseline] = direction = means.direction(label, window, baseline)
-                for name, value in data.items():
-                    setattr(direction, name, value)
-                direction.save(run.folder / plan.candidate_path(window, baseline, label))
-                for k in range(run.config.controls if label in STEERABLE else 0):
-                    control = means.shuffled(label, window, baseline, k + 1)
-                    control.save(run.folder / plan.shuffled_path(window, baseline, label, k))
-        cosines["overall_vs_pooled"][label] = {
-            window: _mean_cosine(made[window, "overall"], made[window, "pooled"]) for window in WINDOWS
-        }
-        cosines["windows"][label] = {
-            f"{a}~{b}": _mean_cosine(made[a, run.config.baseline], made[b, run.config.baseline])
-            for a, b in (("published", "onset"), ("published", "span"), ("span", "onset"))
-        }
-    write_json(run.folder / "cosines.json", cosines)
-    write_json(
-        run.folder / "norms.json",
-        {
-            str(site.layer): {"mean_norm": norm, "norm_of_mean": length}
-            for site, norm, length in zip(
-                means.sites, means.norms.tolist(), means.overall.norm(dim=1).tolist(), strict=True
-            )
-        },
-    )
-
-
-def _mean_cosine(a: Any, b: Any) -> float:
-    values = list(a.cosine(b).values())
-    return sum(values) / len(values)
-
-
-def attribute(run: Run, partial: Path) -> None:
-    """The effect of every layer, behaviour and window by all metrics."""
-    from steerable.attribution import attribute as measure
-    from steerable.directions import Direction
-
-    c = run.config
-    chains = run.aligned()
-    result = {}
-    for window in _windows(c):
-        directions = {b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE}
-        measured = measure(run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread)
-        result[window] = measured.to_dict()
-    write_json(run.folder / "attribution.json", result)
-
-
-def _windows(config: Config) -> list[str]:
-    from steerable.chains.windows import WINDOWS
-
-    return [config.window] if config.window else list(WINDOWS)
-
-
-def select(run: Run, partial: Path) -> None:
-    """Window and layer of every behaviour, by attribution and validation (`selection.py`), and its controls."""
-    from steerable import selection as rules
-    from steerable.directions import Direction
-
-    c = run.config
-    measured_windows = read_json(run.folder / "attribution.json")
-    effects = {window: effect for window, effect in measured_windows.items() if window in _windows(c)}
-    if not effects:
-        raise UsageError(
-            f"{run.folder / 'attribution.json'} lacks the window {c.window!r}: run `steerable attribute` with it"
-        )
-    layers = len(next(iter(effects.values()))[STEERABLE[0]]["exact"]["mean"])
-    candidates: dict[str, list[dict[str, Any]]] = {}
-    for b in STEERABLE:
-        for window, effect in effects.items():
-            curve = effect[b]["exact"]["mean"]
-            tried = rules.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
-            candidates.setdefault(b, []).extend(
-                {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]} for layer in tried
-            )
-        if not candidates[b]:
-            raise SteerableError(f"no effect of {b!r} was measured: give more chains with --patched, or a layer")
-    cells = plan.validation_cells(c, candidates)
-    files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
-    experiment.generate_cells(run, cells, "validation", files, partial)
-    measured = {name: experiment.measure(run, path, "validation") for name, path in files.items()}
-    base = measured["unsteered"]
-    chosen = {}
-    shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
-    for b, found in candidates.items():
-        for candidate in found:
-            name = f"{b}.{candidate['window']}.layer{candidate['layer']}"
-            down, up = measured[f"{name}.-1"], measured[f"{name}.+1"]
-            candidate |= {
-                "fraction_unsteered": _first(base["fractions"][b]),
-                "fraction_up": _first(up["fractions"][b]),
-                "fraction_down": _first(down["fractions"][b]),
-                "accuracy_up": _first(up["accuracy"]),
-                "accuracy_down": _first(down["accuracy"]),
-                "loops": max(up["loops"][0], down["loops"][0]),
-            }
-        best = rules.choose(found, _first(base["accuracy"]))
-        chosen[b] = {
-            "layer": best["layer"],
-            "layers": list(rules.interior(layers)),
-            "window": best["window"],
-            "baseline": best["baseline"],
-            "rule": rules.RULE if c.chosen_layer is None else f"layer {c.chosen_layer} was asked for",
-            "candidates": found,
-        }
-        direction = Direction.load(run.folder / plan.candidate_path(best["window"], best["baseline"], b))
-        selected = direction.only([best["layer"]])
-        selected.save(run.folder / plan.selected_path(b))
-        for k in range(c.controls):
-            seed = (c.seed * 1000 + best["layer"]) * 1000 + k
-            selected.random_like(seed).save(run.folder / plan.random_path(best["layer"], k))
-    write_json(run.folder / "selection.json", chosen)
-
-
-def _first(value: list[float] | None) -> float | None:
-    return value[0] if value else None
-
-
-def steer(run: Run, partial: Path) -> None:
-    """The evaluation tasks in every cell of the plan."""
-    cells = plan.evaluation_cells(run.config, read_json(run.folder / "selection.json"))
-    pieces = partial / "steered"
-    files = {c.name: pieces / f"{c.name}.jsonl" for c in cells}
-    experiment.generate_cells(run, cells, "evaluation", files, partial)
-    shutil.rmtree(run.folder / "steered", ignore_errors=True)
-    pieces.rename(run.folder / "steered")
-
-
-def evaluate(run: Run, partial: Path) -> None:
-    """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
-    cells = []
-    spans = partial / "steered_spans"
-    for cell in plan.evaluation_cells(run.config, read_json(run.folder / "selection.json")):
-        path = run.folder / f"steered/{cell.name}.jsonl"
-        measured = experiment.measure(run, path, "evaluation", spans / path.name)
-        measured["kl"] = experiment.divergence(run, cell, path)
-        head = {
-            "control": cell.control,
-            "strength": cell.strength,
-            "layers": list(cell.layers),
-            "where": cell.where,
-        }
-        # One entry a behaviour, so that a reader finds a behaviour's controls under its own name.
-        for b in cell.behaviours:
-            cells.append({"name": cell.name, "behaviour": b, **head, **measured})
-    shutil.rmtree(run.folder / "steered_spans", ignore_errors=True)
-    spans.rename(run.folder / "steered_spans")
-    write_json(run.folder / "cells.json", cells)
-
-
-def report(run: Run, partial: Path) -> None:
-    """report.json and report.html."""
-    from steerable.report.assemble import assemble
-    from steerable.report.page import render
-
-    content = assemble(run)
-    write_json(run.folder / "report.json", content)
-    write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages
-
-
 def _kept_settings(folder: RunFolder) -> dict[str, Any]:
     """What the folder's config.json says; nothing where there is none."""
     kept = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -394,53 +149,53 @@ def open_run(out: str | Path, display: Display | None = None) -> Run:
 
 
 STAGES = (
-    Stage("tasks", make_tasks, (), "tasks llm_model seed limit validation evaluation", ("tasks.jsonl",)),
-    Stage("generate", generate, ("tasks.jsonl",), f"{_MODEL} {_DECODING}", ("chains.jsonl",)),
+    Stage("tasks", stages.make_tasks, (), "tasks llm_model seed limit validation evaluation", ("tasks.jsonl",)),
+    Stage("generate", stages.generate, ("tasks.jsonl",), f"{_MODEL} {_DECODING}", ("chains.jsonl",)),
     Stage(
         "annotate",
-        annotate,
+        stages.annotate,
         ("tasks.jsonl", "chains.jsonl"),
         f"{_ANNOTATOR} seed stability",
         ("spans.jsonl", "coverage.json"),
     ),
     Stage(
         "extract",
-        extract,
+        stages.extract,
         ("tasks.jsonl", "chains.jsonl", "spans.jsonl"),
         f"{_MODEL} seed baseline controls",
         ("vectors/candidates", "vectors/shuffled", "cosines.json", "norms.json"),
     ),
     Stage(
         "attribute",
-        attribute,
+        stages.attribute,
         ("tasks.jsonl", "chains.jsonl", "spans.jsonl", "vectors/candidates"),
         f"{_MODEL} window baseline attributed patched",
         ("attribution.json",),
     ),
     Stage(
         "select",
-        select,
+        stages.select,
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
         f"{_MODEL} {_DECODING} window baseline layers tried controls {_ANNOTATOR}",
         ("selection.json", "vectors/random", *(plan.selected_path(b) for b in STEERABLE)),
     ),
     Stage(
         "steer",
-        steer,
+        stages.steer,
         ("tasks.jsonl", "selection.json", "vectors/candidates", "vectors/shuffled", "vectors/random"),
         f"{_MODEL} {_DECODING} samples side_samples sweep controls",
         ("steered",),
     ),
     Stage(
         "evaluate",
-        evaluate,
+        stages.evaluate,
         ("tasks.jsonl", "selection.json", "steered"),
         f"{_MODEL} {_ANNOTATOR} seed greedy samples side_samples sweep controls compared",
         ("cells.json", "steered_spans"),
     ),
     Stage(
         "report",
-        report,
+        stages.report,
         ("config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "coverage.json", "cosines.json", "norms.json",
          "attribution.json", "selection.json", "vectors", "cells.json", "steered", "steered_spans"),
         "model annotator",
