@@ -61,13 +61,22 @@ class Run:
 
     @property
     def spread(self) -> dict[str, Any]:
-        """On what a stage's blocks of work are computed: `workers` and `spread` of the functions that do it."""
-        from steerable.engines import cluster, workers
+        """On what chains are generated: `workers` and `spread` of the functions that do it."""
+        from steerable.engines.workers import default_workers
 
-        count = self.workers or workers.default_workers(self.loaded.model)
-        if self.ray is None:
-            return {"workers": count, "spread": workers.map_blocks}
-        return {"workers": count, "spread": partial(cluster.map_blocks, gpus=self.ray)}
+        return self._spread(self.workers or default_workers(self.loaded.model))
+
+    @property
+    def spread_reading(self) -> dict[str, Any]:
+        """On what chains are read. That is short: more processes than one take longer to start than they save, unless
+        the model or the chains are long enough for somebody to ask for them."""
+        return self._spread(self.workers or 1)
+
+    def _spread(self, workers: int) -> dict[str, Any]:
+        from steerable.engines.cluster import map_blocks as on_cluster
+        from steerable.engines.workers import map_blocks
+
+        return {"workers": workers, "spread": map_blocks if self.ray is None else partial(on_cluster, gpus=self.ray)}
 
     @cached_property
     def weights(self) -> str:

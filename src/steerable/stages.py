@@ -86,7 +86,7 @@ def extract(run: Run, partial: Path) -> None:
 
     chains = run.aligned()
     means = span_means(
-        run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed, **run.spread
+        run.loaded.model, chains, LABELS, shuffles=run.config.controls, seed=run.config.seed, **run.spread_reading
     )
     data = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
@@ -144,7 +144,9 @@ def attribute(run: Run, partial: Path) -> None:
     result = {}
     for window in _windows(c):
         directions = {b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE}
-        measured = measure(run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread)
+        measured = measure(
+            run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread_reading
+        )
         result[window] = measured.to_dict()
     write_json(run.folder / "attribution.json", result)
 
