@@ -65,11 +65,13 @@ def run(folder, stage, **settings):
 
 
 def test_a_language_model_labels_what_is_extracted_and_what_is_steered(copy, finished, judge):
-    llm = {"annotator": "llm", "llm_model": "judge", "llm_url": judge.url}
+    llm = {"annotator": "llm", "llm_model": "judge", "llm_url": judge.url, "llm_prices": "2,8"}
     run(copy, "annotate", **llm)
     assert kappa(copy, finished) > 0.99
     account = json.loads((copy / "coverage.json").read_text())["annotator"]
-    assert account["failed"] == 0 and account["usage"]["prompt_tokens"] > 0
+    usage = account["usage"]
+    assert account["failed"] == 0 and usage["prompt_tokens"] > 0
+    assert usage["cost"] == pytest.approx((2 * usage["prompt_tokens"] + 8 * usage["completion_tokens"]) / 1e6)
 
     asked = len(judge.asked)
     (copy / "spans.jsonl").unlink()  # the replies are still there

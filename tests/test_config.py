@@ -27,6 +27,8 @@ from steerable.errors import UsageError
         ("sweep", "0.5,x", "expected numbers separated by commas"),
         ("sweep", "nan", "expected numbers separated by commas"),
         ("sweep", "inf", "expected numbers separated by commas"),
+        ("llm_prices", "2", "expected two prices"),
+        ("llm_prices", "2,-8", "expected two prices"),
         ("annotator", "", "cannot be imported"),
         ("annotator", "nowhere:f", "cannot be imported"),
         ("annotator", "json:nothing", "cannot be imported"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import steerable as st
-from steerable import models, think
+from steerable import models
 from steerable.errors import SteerableWarning, UsageError
 
 
@@ -61,11 +61,6 @@ def test_unknown_family_by_its_structure(tiny_llama):
     assert (found.blocks, found.final_norm, found.attention_out) == ("layers", "norm", "self_attn.o_proj")
     with pytest.raises(UsageError, match="'Linear' are not known"):
         models.family(nn.Linear(1, 1))
-
-
-def test_think_texts_are_known():
-    for family in models.FAMILIES.values():
-        assert any(family.think == known[:2] for known in think.KNOWN)
 
 
 def test_missing_pocket_weights(tmp_path, monkeypatch):

@@ -96,7 +96,10 @@ def _by_language_model(run: Run, chains: Sequence[Record]) -> tuple[list[Spans |
 
     run.display.start("annotating", len(chains))
     # A cell may hold a sample twice, steered by different vectors; a chain's text is what its replies are kept by.
-    found = llm.annotate(chains, endpoint(run.config), cache=run.folder / "replies", progress=run.display.advance)
+    c = run.config
+    found = llm.annotate(
+        chains, endpoint(c), cache=run.folder / "replies", prices=c.prices, progress=run.display.advance
+    )
     run.display.done()
     return list(found.spans), found.account
 

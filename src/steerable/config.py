@@ -78,6 +78,9 @@ class Config:
     llm_url: str | None = _option(
         None, "Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
     )
+    llm_prices: str | None = _option(
+        None, "Its prices, for the account: of a million tokens read and of a million written, e.g. 2,8."
+    )
     llm_concurrency: int = _option(8, "Requests in flight at once.")
     llm_rpm: int = _option(0, "Most requests a minute; 0: no limit of ours.")
     llm_tpm: int = _option(0, "Most tokens a minute; 0: no limit of ours.")
@@ -132,7 +135,7 @@ class Config:
             if getattr(self, name) not in allowed:
                 names = ", ".join(a for a in allowed if a)
                 raise UsageError(f"--{name} is {getattr(self, name)!r}: expected one of {names}")
-        _ = self.strengths, self.chosen_layer, self.annotate
+        _ = self.strengths, self.prices, self.chosen_layer, self.annotate
 
     @property
     def strengths(self) -> list[float]:
@@ -145,6 +148,19 @@ class Config:
         if not all(map(math.isfinite, found)):
             raise UsageError(f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5")
         return sorted(found - {-1.0, 0.0, 1.0})
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """`llm_prices` as numbers."""
+        if self.llm_prices is None:
+            return None
+        try:
+            read, written = (float(part) for part in self.llm_prices.split(","))
+        except ValueError:
+            read = written = math.nan
+        if not (0 <= read < math.inf and 0 <= written < math.inf):
+            raise UsageError(f"--llm-prices is {self.llm_prices!r}: expected two prices, of a million tokens, e.g. 2,8")
+        return read, written
 
     @property
     def chosen_layer(self) -> int | None:

@@ -1,6 +1,7 @@
 """Loading models, and where the parts of each model family are: one table.
 
 Every other module asks here for blocks, norms and projections, so a new family is one line in `FAMILIES`.
+Think tags belong to the tokenizer, whatever the family: their table is `think.KNOWN`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ class Family:
     norms: str = "pre"
     #: The config's switch for x + attention(x) + mlp(x), where no `resid_mid` exists; "always" without a switch.
     parallel: str | None = None
-    #: What opens and closes the think block.
-    think: tuple[str, str] = ("<think>", "</think>")
     #: The attention kernel that computes the family's own attention, where transformers' default does not.
     attention: str | None = None
 
@@ -89,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
-    "gpt_oss": Family(think=("<|channel|>analysis<|message|>", "<|end|>")),
+    "gpt_oss": _LLAMA,
 }
 
 

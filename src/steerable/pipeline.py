@@ -98,7 +98,7 @@ class Run:
         if "annotator" in found:
             found["annotator_sha256"] = [sha256(source) for source in annotation.sources(self.config)]
         if "llm" not in (found.get("annotator"), found.get("tasks")):
-            found.pop("llm_model", None)
+            found = {name: value for name, value in found.items() if not name.startswith("llm_")}
         return found
 
     def tasks(self, split: str) -> list[Record]:
@@ -137,7 +137,7 @@ class Stage:
 
 
 _MODEL = "model revision dtype device quantization attention engine"
-_ANNOTATOR = "annotator llm_model"
+_ANNOTATOR = "annotator llm_model llm_prices"
 _DECODING = "seed greedy max_new_tokens rows block"
 
 
