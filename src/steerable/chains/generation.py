@@ -12,6 +12,7 @@ from typing import Any
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
+from steerable.engines.sampling import Decoding
 from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
@@ -53,6 +54,8 @@ class Settings:
     greedy: bool | None = None
     max_new_tokens: int = 500
     rows: int = 64
+    decoding: Decoding | None = None
+    ids: bool = False
 
 
 def generate_chains(
@@ -100,6 +103,8 @@ def generate_jobs(
     spread: MapBlocks = map_blocks,
     keep: Path | None = None,
     progress: Progress | None = None,
+    decoding: Decoding | None = None,
+    ids: bool = False,
 ) -> list[list[Record]]:
     """Chain records of every job, in order.
 
@@ -108,13 +113,14 @@ def generate_jobs(
     computed together. block: chains that one worker computes in one piece; part of the result's identity,
     where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
     model that `load` can find again by its name or folder. keep: a folder that takes every finished block at once and
-    gives back those of an earlier call with the same arguments, which a killed one left. Chains that do not close the
-    think block are kept, with `closed` false.
+    gives back those of an earlier call with the same arguments, which a killed one left. decoding: instead of `greedy` and
+    the model's own. ids: every chain also keeps its sampled token ids, which its text need not give back. Chains that
+    do not close the think block are kept, with `closed` false.
     """
     if block < 1 or any(not job.samples for job in jobs):
         raise UsageError("block must be at least 1, and every job needs a sample")
     model = loaded.model
-    settings = Settings(seed, greedy, max_new_tokens, rows)
+    settings = Settings(seed, greedy, max_new_tokens, rows, decoding, ids)
     # Jobs that differ in strength alone are computed together, each row with its own: fuller batches.
     groups: dict[Any, list[tuple[int, Mapping[str, Any], int]]] = {}
     for number, job in enumerate(jobs):
@@ -184,11 +190,14 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
             max_new_tokens=settings.max_new_tokens,
             rows=settings.rows,
             greedy=settings.greedy,
+            decoding=settings.decoding,
             steering=handle,
             progress=lambda chains, tokens: report((chains, tokens)),
         )
     return [
-        {"task_id": task["id"], "sample": sample} | split_chain(tokenizer, tags, completion)
+        {"task_id": task["id"], "sample": sample}
+        | split_chain(tokenizer, tags, completion)
+        | ({"ids": completion.ids} if settings.ids else {})
         for (task, sample, _), completion in zip(items, completions, strict=True)
     ]
 
