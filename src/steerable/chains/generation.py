@@ -113,9 +113,9 @@ def generate_jobs(
     computed together. block: chains that one worker computes in one piece; part of the result's identity,
     where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
     model that `load` can find again by its name or folder. keep: a folder that takes every finished block at once and
-    gives back those of an earlier call with the same arguments, which a killed one left. decoding: instead of `greedy` and
-    the model's own. ids: every chain also keeps its sampled token ids, which its text need not give back. Chains that
-    do not close the think block are kept, with `closed` false.
+    gives back those of an earlier call with the same arguments, which a killed one left. decoding: instead of `greedy`
+    and the model's own. ids: every chain also keeps its sampled token ids, which its text need not give back. Chains
+    that do not close the think block are kept, with `closed` false.
     """
     if block < 1 or any(not job.samples for job in jobs):
         raise UsageError("block must be at least 1, and every job needs a sample")
