@@ -34,7 +34,7 @@ def mean_interval(values: ByTask, seed: int = 0, level: float = 0.95) -> Interva
     if not values:
         return None
     column = _columns([values], sorted(values))
-    return _interval(column.mean(axis=0)[0], _resampled(column, seed)[:, 0], level)
+    return _interval(column.mean(axis=0)[0], resampled(column, seed)[:, 0], level)
 
 
 def difference_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:
@@ -43,7 +43,7 @@ def difference_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95
     if not tasks:
         return None
     columns = _columns([a, b], tasks)
-    means, drawn = columns.mean(axis=0), _resampled(columns, seed)
+    means, drawn = columns.mean(axis=0), resampled(columns, seed)
     return _interval(means[0] - means[1], drawn[:, 0] - drawn[:, 1], level)
 
 
@@ -56,7 +56,7 @@ def ratio_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> 
     if not tasks:
         return None
     columns = _columns([a, b], tasks)
-    means, drawn = columns.mean(axis=0), _resampled(columns, seed)
+    means, drawn = columns.mean(axis=0), resampled(columns, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = means[0] / means[1]
         ratios = np.where(drawn[:, 1] > 0, drawn[:, 0] / drawn[:, 1], np.inf)
@@ -70,8 +70,8 @@ def _columns(values: list[ByTask], tasks: list[str]) -> np.ndarray:
     return np.array([[column[task] for column in values] for task in tasks], dtype=np.float64)
 
 
-def _resampled(columns: np.ndarray, seed: int) -> np.ndarray:
-    """Means [RESAMPLES, columns] of resampled rows; the draw depends on the seed and their number alone."""
+def resampled(columns: np.ndarray, seed: int) -> np.ndarray:
+    """Means [RESAMPLES, columns] of resampled rows (tasks); the draw depends on the seed and their number alone."""
     return _counts(len(columns), seed) @ columns / len(columns)
 
 
