@@ -45,7 +45,10 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
         final = models.final_norm(model)
         v = final(v.to(models.device(final))).to(v.device)
     scores = head(v).float()
-    scores = models.soft_cap(model, scores) if norm else scores
+    if norm:
+        scores = models.soft_cap(model, scores)
+    elif getattr(head, "bias", None) is not None:
+        scores = scores - head.bias.float()  # which is no part of what the vector adds
     k = min(k, len(scores))
     return Lens(*(_tokens(tokenizer, scores, k, largest) for largest in (True, False)))
 
