@@ -370,9 +370,9 @@ def _opened_by_template(tokenizer: Any, tags: ThinkTags) -> bool:
     return tags.opened(render(tokenizer, "?"))
 
 
-def render(tokenizer: Any, prompt: str, thinking: bool = True) -> str:
-    """A user's message in the chat template, up to where the model begins to speak. No system message is sent,
-    since some templates refuse one. thinking: what templates with a switch for it (`enable_thinking`, `thinking`) are
+def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "") -> str:
+    """A user's message in the chat template, up to where the model begins to speak. No system message is sent unless
+    one is given, since some templates refuse it. thinking: what templates with a switch for it (`enable_thinking`, `thinking`) are
     told; the others take no notice.
 
     Raises UsageError for a tokenizer without a chat template, and for a template that does not take the message.
@@ -382,10 +382,12 @@ def render(tokenizer: Any, prompt: str, thinking: bool = True) -> str:
     name = tokenizer.name_or_path or "this model"
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(f"{name!r} has no chat template: choose a reasoning model with one")
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
     switches = {"enable_thinking": thinking, "thinking": thinking}
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
     except TemplateError as error:
-        raise UsageError(f"the chat template of {name!r} refuses a user's message ({error}): mend it") from error
+        what = "a system message" if system else "a user's message"
+        raise UsageError(f"the chat template of {name!r} refuses {what} ({error}): mend it") from error
     return str(text)

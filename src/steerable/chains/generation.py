@@ -35,6 +35,33 @@ class Steering:
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """How a task is put to a model, where that is not its chat template alone.
+
+    system: a system message. template: a text with `{prompt}` instead of the chat template, for models that have
+    none. prefix: token ids that the answer begins with, as if the model had chosen them.
+    """
+
+    system: str = ""
+    template: str = ""
+    prefix: tuple[int, ...] = ()
+
+    def text(self, tokenizer: Any, prompt: str) -> str:
+        """A task up to where the model begins to speak (without `prefix`). Raises UsageError for a template without
+        a place for the task."""
+        if not self.template:
+            return prompt_text(tokenizer, prompt, system=self.system)
+        if "{prompt}" not in self.template:
+            raise UsageError("the template has no {prompt}: expected a text with {prompt} where the task belongs")
+        return self.template.replace("{prompt}", prompt)
+
+    def ids(self, tokenizer: Any, prompt: str) -> list[int]:
+        """The same as token ids, `prefix` behind them."""
+        text = self.text(tokenizer, prompt)
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], *self.prefix]
+
+
+@dataclass(frozen=True)
 class Job:
     """Tasks to be answered in one setting: these samples of each, by number. `strength` and `control` are what
     the chains' records will say."""
@@ -44,6 +71,7 @@ class Job:
     steering: Steering | None = None
     strength: float = 0.0
     control: str | None = None
+    prompting: Prompting = Prompting()
 
 
 @dataclass(frozen=True)
@@ -124,7 +152,7 @@ def generate_jobs(
     # Jobs that differ in strength alone are computed together, each row with its own: fuller batches.
     groups: dict[Any, list[tuple[int, Mapping[str, Any], int]]] = {}
     for number, job in enumerate(jobs):
-        items = groups.setdefault(_kind(job.steering), [])
+        items = groups.setdefault((_kind(job.steering), job.prompting), [])
         items += [(number, task, sample) for task in job.tasks for sample in job.samples]
     parts = [items[i : i + block] for items in groups.values() for i in range(0, len(items), block)]
     blocks = [_block(jobs, part, settings) for part in parts]
@@ -169,17 +197,21 @@ def _kind(steering: Steering | None) -> Any:
 def _block(jobs: Sequence[Job], part: Sequence[tuple[int, Mapping[str, Any], int]], settings: Settings) -> Any:
     steerings = [jobs[number].steering for number, _, _ in part]
     strengths = [None if s is None else s.strength for s in steerings]
+    prompting = jobs[part[0][0]].prompting
     if len(set(strengths)) == 1:  # one number for all rows is the faster path
-        return steerings[0], [(task, sample, None) for _, task, sample in part], settings
-    return steerings[0], [(t, sample, s) for (_, t, sample), s in zip(part, strengths, strict=True)], settings
+        return steerings[0], prompting, [(task, sample, None) for _, task, sample in part], settings
+    items = [(t, sample, s) for (_, t, sample), s in zip(part, strengths, strict=True)]
+    return steerings[0], prompting, items, settings
 
 
 def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
-    steering, items, settings = block
+    steering, prompting, items, settings = block
     model, tokenizer = loaded
     tags = think_tags(tokenizer)
     requests = [
-        Request(prompt_ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength)
+        Request(
+            prompting.ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength
+        )
         for task, sample, strength in items
     ]
     with _steered(loaded, steering) as handle:
@@ -194,6 +226,8 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
             steering=handle,
             progress=lambda chains, tokens: report((chains, tokens)),
         )
+    if prompting.prefix:
+        completions = [Completion([*prompting.prefix, *c.ids], c.finished) for c in completions]
     return [
         {"task_id": task["id"], "sample": sample}
         | split_chain(tokenizer, tags, completion)
@@ -227,12 +261,12 @@ def prompt_ids(tokenizer: Any, prompt: str, thinking: bool = True) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def prompt_text(tokenizer: Any, prompt: str, thinking: bool = True) -> str:
+def prompt_text(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "") -> str:
     """A user's message in the model's chat template, up to where the model begins to speak; see `think.render`.
 
     Raises UsageError for a tokenizer without a chat template.
     """
-    return render(tokenizer, prompt, thinking)
+    return render(tokenizer, prompt, thinking, system)
 
 
 def request_seed(seed: int, task_id: str, sample: int) -> int:

@@ -1,0 +1,1 @@
+"""Vectors learned by gradient; `steerable train rl` is `rl.train_rl`. Needs the extra `steerable[train]`."""
