@@ -1,7 +1,7 @@
-"""What is compared with a base model: a direction that steers it, an adapter merged into it, or a checkpoint of its own.
+"""What is compared with a base model: a direction that steers it, an adapter merged into it, or a checkpoint.
 
-Every arm answers the base's own prompts (its tokenizer and chat template) by the base's decoding, in the base's dtype
-and on its device, so that nothing but the training differs.
+Every arm answers the base's own prompts (its tokenizer and chat template) by the base's decoding and stop tokens, in
+the base's dtype and on its device, so that nothing but the training differs.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _kind(name: str, path: Path) -> Literal["direction", "adapter", "model"]:
         return "direction" if _adapter_config(path).get("peft_type") == "BEFT" else "adapter"
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(
-            f"arm {name!r}: {path} holds neither config.json nor adapter_config.json: expected a direction file, a PEFT "
-            "adapter or a model folder"
+            f"arm {name!r}: {path} holds neither config.json nor adapter_config.json: expected a direction file, a "
+            "PEFT adapter or a model folder"
         )
     if not path.exists() and (path.suffix == ".safetensors" or len(path.parts) != 2):  # a hub name is owner/model
         raise UsageError(
@@ -102,6 +102,8 @@ def fingerprint(arm: Arm, model: Any = None) -> str:
     if model is not None and (commit := models.model_revision(model)):
         return commit
     path = models.pocket_path() if arm.source == "pocket" else Path(arm.source)
+    if not path.exists():
+        return arm.source
     digest = hashlib.sha256()
     for file in sorted([f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")] or [path]):
         if file.is_file():
@@ -144,12 +146,15 @@ def opener(arm: Arm, base: Loaded) -> Callable[[], Loaded]:
         return partial(_open_adapter, again, arm)
     if arm.kind == "model":
         options = {**again.keywords, "revision": None}
-        return partial(_open_model, partial(again.func, arm.source, **options), base.tokenizer)
+        load = partial(again.func, arm.source, **options)
+        return partial(_open_model, load, base.tokenizer, base.model.generation_config)
     return again
 
 
-def _open_model(load: Callable[[], Loaded], tokenizer: Any) -> Loaded:
-    return Loaded(load().model, tokenizer)
+def _open_model(load: Callable[[], Loaded], tokenizer: Any, generation_config: Any) -> Loaded:
+    model = load().model
+    model.generation_config = generation_config
+    return Loaded(model, tokenizer)
 
 
 def _check_model(arm: Arm, base: Any) -> None:
@@ -165,8 +170,8 @@ def _check_model(arm: Arm, base: Any) -> None:
     mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size
     if mine != theirs:
         raise UsageError(
-            f"arm {arm.name!r} has a vocabulary of {theirs} tokens, the base of {mine}: expected a model trained from the "
-            "base, because the base is to judge its tokens"
+            f"arm {arm.name!r} has a vocabulary of {theirs} tokens, the base of {mine}: expected a model trained from "
+            "the base, because the base is to judge its tokens"
         )
 
 
