@@ -2,8 +2,8 @@
 
 A folder with adapter_config.json ("peft_type": "BEFT") and adapter_model.safetensors, tensors
 `base_model.model.<module>.beft_bias` [1, d]. A bias on `down_proj` adds to what the MLP adds to the stream, at every
-token, which is the same as adding to the block's output; where a norm stands behind the MLP (Gemma 2 and 3, OLMo 2) it
-is neither. Source of the method: arXiv 2509.15974.
+token, which is the same as adding to the block's output, one on `o_proj` to what the attention adds; where a norm
+stands behind them (Gemma 2 and 3, OLMo 2) it is neither. Source of the method: arXiv 2509.15974.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..biases import Place
 from ..errors import UsageError
 from ..models import FAMILIES
 from ..sites import Site
@@ -25,6 +26,8 @@ from .safetensors_files import load
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Families with a norm behind the MLP that `models` has no entry for.
 _POST_NORM = ("olmo3", "glm4")
+#: Where `content` puts a bias.
+MODULES = {"mlp": "mlp.down_proj", "attention": "self_attn.o_proj"}
 _SITES = {"mlp_out": r"mlp\.(?:down_proj|c_proj)", "attn_out": r"(?:self_attn\.o_proj|attn\.c_proj)"}
 
 
@@ -94,11 +97,11 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def content(vectors: Mapping[int, Tensor], *, model_id: str, revision: str = "") -> dict[str, bytes]:
-    """{file name: bytes} of an adapter with a bias on each block's down_proj."""
+def content(vectors: Mapping[Place, Tensor], *, model_id: str, revision: str = "") -> dict[str, bytes]:
+    """{file name: bytes} of an adapter with biases on down_proj, or o_proj after the attention."""
     from safetensors.torch import save
 
-    names = {block: f"model.layers.{block}.mlp.down_proj" for block in sorted(vectors)}
+    names = {place: f"model.layers.{place.layer}.{MODULES[place.after]}" for place in sorted(vectors)}
     config = {
         "base_model_name_or_path": model_id or None,
         "inference_mode": True,
@@ -109,7 +112,7 @@ def content(vectors: Mapping[int, Tensor], *, model_id: str, revision: str = "")
         "target_modules": list(names.values()),
         "task_type": "CAUSAL_LM",
     }
-    tensors = {f"base_model.model.{names[b]}.beft_bias": vectors[b][None].contiguous() for b in names}
+    tensors = {f"base_model.model.{name}.beft_bias": vectors[p][None].contiguous() for p, name in names.items()}
     return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: save(tensors, {"format": "pt"}),

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..biases import Place
 from ..directions import Direction
 from ..errors import SteerableWarning, UsageError
 from ..files import write_atomic
-from ..models import FAMILIES
-from ..sites import Site
-from . import gguf, lm_eval, peft, safetensors_files, svec, torch_files
+from ..models import FAMILIES, Loaded, load
+from . import checkpoint, gguf, lm_eval, peft, safetensors_files, svec, torch_files
 from .foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
 
 #: Every name that `export_file(to=...)` takes -> what it writes.
@@ -32,7 +32,8 @@ EXPORTS = {
     "svec": "JSON of IBM's activation-steering and AISteer360",
     "steering-lite": "safetensors of steering-lite, the strength as coeff",
     "lm-eval": ".pt for lm-eval --model steered, the strength as coefficient",
-    "peft-beft": "a folder: a BEFT adapter, a bias on every down_proj",
+    "peft-beft": "a folder: a BEFT adapter, biases on down_proj or o_proj",
+    "checkpoint": "a folder: the whole model (--model) with the vectors as biases, of a stock transformers class",
 }
 _HOLDS_STRENGTH = ("steering-lite", "lm-eval")
 _HOW = {
@@ -52,12 +53,14 @@ def export_file(
     model_type: str = "",
     n_layers: int | None = None,
     blocks: str = "layers",
+    model: str | Path | Loaded | None = None,
 ) -> dict[str, Any]:
     """Write a direction for another tool, whole or not at all; equal directions give equal bytes.
 
     to: one of `EXPORTS`. layers: only these. fold_strength: multiply the vectors by the direction's strength.
     model_type: the model's `config.model_type`, for the formats that name it. n_layers: the model's number of blocks,
-    for tables with a row for each. blocks: path of the blocks in the base model (lm-eval; "h" for GPT-2).
+    for tables with a row for each. blocks: path of the blocks in the base model (lm-eval; "h" for GPT-2). model: what
+    the vectors are folded into (checkpoint): "pocket", a folder, a hub name, or what `models.load` gave.
 
     Returns what was done (JSON-able): out, format, layers, strength left to the tool, warnings, which are also given
     as SteerableWarning. Raises UsageError for what the format cannot hold, before anything is written.
@@ -67,31 +70,43 @@ def export_file(
     path = Path(path)
     if layers is not None:
         direction = direction.only(layers)
-    if to == "peft-beft":
-        vectors, said = _beft(direction, fold_strength, model_type)
-    else:
-        vectors, said = block_outputs(direction, to, fold_strength)
-        if to not in _HOLDS_STRENGTH:
-            said += about_strength(direction, to, fold_strength, _HOW.get(to, "give it where the file is used"))
+    if to == "checkpoint":
+        return _checkpoint(direction, path, fold_strength, model)
     strength = 1.0 if fold_strength else direction.strength
-    if not all(torch.isfinite(v).all() for v in vectors.values()):
-        raise UsageError(f"times its strength {direction.strength:g} the direction is beyond float32")
     if to == "peft-beft":
-        files = peft.content(vectors, model_id=direction.model_id, revision=direction.model_revision)
+        biases, said = _beft(direction, fold_strength, model_type)
+        _finite(direction, biases.values())
+        files = peft.content(biases, model_id=direction.model_id, revision=direction.model_revision)
         for name in sorted(files, reverse=True):  # the weights first: without its config it is no adapter
             write_atomic(path / name, files[name])
-    else:
-        data, more = _bytes(direction, vectors, to, strength, model_type, n_layers, blocks)
-        said += more
-        write_atomic(path, data)
+        return _done(path, to, (place.layer for place in biases), next(iter(biases.values())), strength, said)
+    vectors, said = block_outputs(direction, to, fold_strength)
+    if to not in _HOLDS_STRENGTH:
+        said += about_strength(direction, to, fold_strength, _HOW.get(to, "give it where the file is used"))
+    _finite(direction, vectors.values())
+    data, more = _bytes(direction, vectors, to, strength, model_type, n_layers, blocks)
+    write_atomic(path, data)
+    return _done(path, to, vectors, next(iter(vectors.values())), strength, said + more)
+
+
+def _finite(direction: Direction, vectors: Iterable[Tensor]) -> None:
+    if not all(torch.isfinite(v).all() for v in vectors):
+        raise UsageError(f"times its strength {direction.strength:g} the direction is beyond float32")
+
+
+def _done(
+    path: Path, to: str, layers: Iterable[int], vector: Tensor, strength: float, said: list[str]
+) -> dict[str, Any]:
+    """Gives the warnings; returns what was done."""
+    layers = sorted(set(layers))
     for message in said:
-        warnings.warn(message, SteerableWarning, stacklevel=2)
+        warnings.warn(message, SteerableWarning, stacklevel=3)
     return {
         "out": str(path),
         "format": to,
-        "layers": sorted(vectors),
-        "layers_text": layers_text(vectors),
-        "width": len(next(iter(vectors.values()))),
+        "layers": layers,
+        "layers_text": layers_text(layers),
+        "width": int(vector.shape[-1]),
         "strength": strength,
         "warnings": said,
     }
@@ -133,33 +148,54 @@ def _bytes(
     return data, []
 
 
-def _beft(direction: Direction, fold_strength: bool, model_type: str) -> tuple[dict[int, Tensor], list[str]]:
-    """Biases of down_proj: what the MLP adds (`mlp_out`) and, the same, block outputs. Raises UsageError."""
-    said = about_gate(direction, "peft-beft")
+def _checkpoint(
+    direction: Direction, path: Path, fold_strength: bool, model: str | Path | Loaded | None
+) -> dict[str, Any]:
+    if model is None:
+        raise UsageError("a checkpoint holds a whole model: give --model, the one that the direction was made on")
+    _no_strength(direction, "checkpoint", fold_strength)
+    loaded = model if isinstance(model, Loaded) else load(model, device="cpu")
+    checkpoint.as_checkpoint(loaded.model, loaded.tokenizer, direction, path)
+    vector = next(iter(direction.vectors.values()))
+    return _done(path, "checkpoint", direction.layers, vector, 1.0, [])
+
+
+def _no_strength(direction: Direction, to: str, fold_strength: bool) -> None:
     if direction.strength != 1.0 and not fold_strength:
         raise UsageError(
-            f"an adapter has no strength to set, the direction's is {direction.strength:g}: give --fold-strength"
+            f"a {to} has no strength to set, the direction's is {direction.strength:g}: give --fold-strength"
         )
+
+
+def _beft(direction: Direction, fold_strength: bool, model_type: str) -> tuple[dict[Place, Tensor], list[str]]:
+    """Biases of down_proj: what the MLP adds (`mlp_out`) and, the same, block outputs; of o_proj: `attn_out` and
+    `resid_mid`. Raises UsageError."""
+    said = about_gate(direction, "peft-beft")
+    _no_strength(direction, "peft-beft adapter", fold_strength)
     if peft.has_post_norm(model_type):
         raise UsageError(
             f"in {model_type} a norm stands behind the MLP, so no bias on down_proj adds a vector to the stream"
         )
+    found: dict[Place, Tensor] = {}
     known = FAMILIES.get(model_type)
-    if known is not None and known.mlp_out != "mlp.down_proj":
-        raise UsageError(f"the MLPs of {model_type} have no down_proj, on which the adapter's biases stand")
+    for site, v in direction.vectors.items():
+        if site.kind in ("mlp_out", "attn_out", "resid_mid"):
+            place = Place(site.layer, "mlp" if site.kind == "mlp_out" else "attention")
+            flat = single(v, site, "peft-beft")
+        else:
+            outputs, _ = block_outputs(direction._with({site: v}), "peft-beft", False)
+            block, flat = next(iter(outputs.items()))
+            place = Place(block, "mlp")
+        if place in found:
+            raise UsageError(f"two vectors of this direction are for the {place.after} of block {place.layer}")
+        module = peft.MODULES[place.after]
+        if known is not None and module != (known.mlp_out if place.after == "mlp" else known.attention_out):
+            name = module.rpartition(".")[2]
+            raise UsageError(f"the blocks of {model_type} have no {name}, on which the adapter's biases stand")
+        found[place] = flat * direction.strength if fold_strength else flat
     if not model_type:
         said.append(
             "a bias on down_proj is the same only where no norm stands behind the MLP (not Gemma 2 and 3, OLMo 2): "
             "give --model-type to have that checked"
         )
-    inside = {s.layer: single(v, s, "peft-beft") for s, v in direction.vectors.items() if s.kind == "mlp_out"}
-    rest: dict[Site, Tensor] = {s: v for s, v in direction.vectors.items() if s.kind != "mlp_out"}
-    if rest:
-        outputs, _ = block_outputs(direction._with(rest), "peft-beft", False)
-        if twice := sorted(set(outputs) & set(inside)):
-            raise UsageError(
-                f"block {twice[0]} has a vector at its MLP's output and one at its own: an adapter holds one"
-            )
-        inside |= outputs
-    factor = direction.strength if fold_strength else 1.0
-    return {block: v * factor for block, v in inside.items()}, said
+    return found, said

@@ -1,0 +1,218 @@
+"""Model folders: a direction as biases of a stock transformers class, for every tool that loads such classes.
+
+Which class holds a bias on the maps that write to the stream:
+
+- the model's own, where it has them (GPT-2, GPT-NeoX, Phi) or its config has a switch for them (`mlp_bias`,
+  `attention_bias`: Llama, SmolLM3); what else the switch adds is zero;
+- `LlamaForCausalLM` for Qwen2 and Mistral without a sliding window: the same arithmetic to the last bit, as Qwen2 is
+  Llama with biases on q, k and v (Sinii et al. 2025, arXiv 2505.18706, patched the classes instead);
+- none for the others (Qwen3 norms its queries and keys): there a hook or an adapter is the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..biases import Place, bias_names, linear, number_type, placed
+from ..directions import Direction
+from ..errors import SteerableError, UsageError
+
+_AS_LLAMA = ("qwen2", "mistral")
+# of configs that become Llama's: what it has no use for, once no window slides
+_NOT_LLAMAS = ("architectures", "layer_types", "max_window_layers", "model_type", "sliding_window")
+_NOT_LLAMAS += ("transformers_version", "use_sliding_window")
+_SWITCHES = {"mlp": "mlp_bias", "attention": "attention_bias"}
+
+
+def as_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    direction: Direction | None,
+    folder: str | Path,
+    *,
+    strength: float | None = None,
+    after: str | None = None,
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM`, vLLM and others load: the model with the direction in its biases.
+
+    direction None: with the biases that the model has now, zero where it has none. An engine must have loaded such a
+    folder before trained biases can be pushed to it. after: "mlp" or "attention", the maps that get a bias in every
+    layer; default those that the vectors need, without vectors "mlp". strength: default the direction's. tokenizer:
+    None writes none.
+
+    Weights keep their type, tied embeddings stay tied, nothing is copied in memory, the model is not changed. The
+    folder is there whole or not at all. Returns it. Raises UsageError where no stock class can hold the biases, for
+    quantised weights, for what no bias does (`biases.placed`) and for a folder that is not empty; SteerableError where
+    the tokenizer would be read back as another one, or where writing fails.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
+    vectors = {} if direction is None else placed(model, direction, strength)
+    if after is None and direction is None:
+        after = "mlp"
+    if after is not None:
+        for layer in range(models.n_layers(model)):
+            linear(model, Place(layer, after))  # raises where there is none
+    state = _state(model, vectors)
+    wanted = {p for p, name in bias_names(model).items() if p in vectors or p.after == after or name in state}
+    empty = _holder(model, wanted)
+    held = empty.state_dict()
+    if strange := sorted(state.keys() - held.keys()):
+        raise UsageError(
+            f"the model holds {strange[0]}, which {type(empty).__name__} does not know: give a stock model"
+        )
+    for name in held.keys() - state.keys():  # the other biases that come with the class
+        state[name] = torch.zeros(held[name].shape, dtype=state[name.removesuffix("bias") + "weight"].dtype)
+    empty.load_state_dict(state, assign=True)
+    empty.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        empty.generation_config = copy.deepcopy(model.generation_config)
+    with _whole(folder) as unfinished, models._no_progress_bar():
+        empty.save_pretrained(unfinished)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, unfinished)
+    return folder
+
+
+def _state(model: Any, vectors: dict[Place, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors, but for biases: those with what is added to them, in the type of their weights."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
+        raise UsageError(f"a {type(model).__name__} has no checkpoint folder: expected a model of transformers")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            "the weights are quantised, and a checkpoint must hold them plain: load the model without that"
+        )
+    state = dict(model.state_dict())
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UsageError("the weights are not all in memory: load the model on one device, e.g. device='cpu'")
+    for place, name in bias_names(model).items():
+        if name not in state and place not in vectors:
+            continue
+        module = linear(model, place)
+        added = vectors.get(place, torch.zeros(models.width(model))).double()
+        if name in state:
+            added = added + state[name].to("cpu", torch.float64)
+        state[name] = added.to(number_type(model, module))
+    return state
+
+
+def _holder(model: Any, wanted: set[Place]) -> Any:
+    """An empty model (its weights on "meta") of a stock class that has all the wanted biases. Raises UsageError."""
+    for kind, config in _candidates(model, {place.after for place in wanted}):
+        try:
+            with torch.device("meta"):
+                empty = kind(config)
+        except ValueError:  # Llama wants a width that its heads divide
+            continue
+        held = empty.state_dict()
+        more = held.keys() - model.state_dict().keys()
+        names = bias_names(empty)
+        if all(names.get(place) in held for place in wanted) and all(name.endswith(".bias") for name in more):
+            return empty
+    raise UsageError(f"{_why(model)}: steer with a hook, or export an adapter (--to peft-beft)")
+
+
+def _candidates(model: Any, after: set[str]) -> Iterator[tuple[Any, Any]]:
+    """Classes and configs in which the model could be written, the nearest first."""
+    if type(model).__module__.partition(".")[0] != "transformers":
+        return
+    config = copy.deepcopy(model.config)
+    yield type(model), config
+    switches = [_SWITCHES[a] for a in after if hasattr(config, _SWITCHES[a])]
+    if switches:
+        config = copy.deepcopy(config)
+        for switch in switches:
+            setattr(config, switch, True)
+        yield type(model), config
+    if (
+        model.config.model_type in _AS_LLAMA
+        and type(model).__name__.endswith("ForCausalLM")
+        and not _slides(model.config)
+    ):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        kept = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_LLAMAS}
+        projections = model.config.model_type == "qwen2" or "attention" in after
+        yield LlamaForCausalLM, LlamaConfig(**kept | {"mlp_bias": True, "attention_bias": projections})
+
+
+def _slides(config: Any) -> bool:
+    """Whether some layer sees only the last tokens, which Llama's do not."""
+    types = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None if types is None else set(types) != {"full_attention"}
+
+
+def _why(model: Any) -> str:
+    kind = model.config.model_type
+    if kind in _AS_LLAMA and _slides(model.config):
+        return (
+            f"this {kind} model has a sliding window, so Llama's class cannot stand in for its own, which has no bias"
+        )
+    return f"no stock class of transformers holds a {kind} model with a bias on these maps"
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write it so that AutoTokenizer reads the same one: which class that takes depends on the type of the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(folder)
+    if _same(AutoTokenizer.from_pretrained(folder), tokenizer):
+        return
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not _same(AutoTokenizer.from_pretrained(folder), tokenizer):
+        raise SteerableError(
+            f"AutoTokenizer would not read this {type(tokenizer).__name__} back from the folder as it is: give "
+            "tokenizer=None and copy the tokenizer's files by hand"
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tokenizers cut, number and frame texts alike."""
+    described = []
+    for tokenizer in (a, b):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+        # these two are set by the last call, not by the file
+        described.append({key: value for key, value in rules.items() if key not in ("truncation", "padding")})
+    told = ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side")
+    return (
+        described[0] == described[1]
+        and set(a.all_special_ids) == set(b.all_special_ids)
+        and all(getattr(a, key, None) == getattr(b, key, None) for key in told)
+    )
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder beside the target, flushed to the disk and renamed when the block ends well, else removed."""
+    from safetensors import SafetensorError
+
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise SteerableError(f"cannot write the checkpoint {folder}: {reason}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
