@@ -70,7 +70,7 @@ def _of_signs(core: str) -> str | None:
 def _is_foreign(letter: str) -> bool:
     """Whether a letter is of another script than Latin; Greek and mathematical letters are symbols here."""
     name = unicodedata.name(letter, "")
-    return bool(name) and not any(part in name for part in ("LATIN", "GREEK", "MATHEMATICAL", "MICRO SIGN"))
+    return bool(name) and not any(part in name for part in ("LATIN", "GREEK", "MATHEMATICAL", "SIGN", "ORDINAL"))
 
 
 def token_groups(texts: Iterable[str]) -> dict[str, list[int]]:
