@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,76 +35,94 @@ PAPER: dict[str, Any] = {
 """The published setting (Venhoff et al. 2025, arXiv 2506.18167), as defaults of a run."""
 
 
-_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
-_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "str | None": "text"}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """A setting as the option that it is."""
     return f"--{name.replace('_', '-')}"
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a table of settings: its default, and the help of its option."""
     return field(default=default, metadata={"help": text})
+
+
+def check_types(settings: Any) -> None:
+    """Raises UsageError for a value of another type than its field's ("int", "str | None", ...)."""
+    for f in fields(settings):
+        kind, _, optional = str(f.type).partition(" | ")
+        value = getattr(settings, f.name)
+        if type(value) not in _TYPES[kind] and not (optional and value is None):
+            raise UsageError(f"{flag(f.name)} is {value!r}: expected {_NAMES[kind]}")
+
+
+def check_positive(settings: Any, names: Sequence[str]) -> None:
+    """Raises UsageError for one of these settings below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UsageError(f"{flag(name)} is {getattr(settings, name)}: expected 1 or more")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run's result depends on. Raises UsageError for a value that makes no sense."""
 
-    model: str = _option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
-    revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
-    dtype: str | None = _option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
-    device: str | None = _option(
+    model: str = option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    dtype: str | None = option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
+    device: str | None = option(
         None, "Device, e.g. cpu or cuda:0, or auto to spread a big model; default: a GPU where there is one."
     )
-    quantization: str | None = _option(None, "8bit or 4bit weights; default: as the checkpoint is.")
-    attention: str | None = _option(None, "Attention kernel: sdpa, eager, ...; default: what transformers chooses.")
-    trust_remote_code: bool = _option(False, "Run code that the model's repository brings along.")
-    tasks: str = _option(
+    quantization: str | None = option(None, "8bit or 4bit weights; default: as the checkpoint is.")
+    attention: str | None = option(None, "Attention kernel: sdpa, eager, ...; default: what transformers chooses.")
+    trust_remote_code: bool = option(False, "Run code that the model's repository brings along.")
+    tasks: str = option(
         "auto",
         "pocket, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a .jsonl, .json or .csv "
         "file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
     )
-    engine: str = _option("transformers", "What generates: transformers.")
-    annotator: str = _option(
+    engine: str = option("transformers", "What generates: transformers.")
+    annotator: str = option(
         "auto",
         "pocket, keywords, llm, probe:<file>, or module:function of your own, chain -> spans; auto: pocket for the "
         "bundled model, else keywords.",
     )
-    stability: float = _option(
+    stability: float = option(
         0.0, "Keep a span only if this share of re-sampled continuations begins with its label; 0: keep all."
     )
-    llm_model: str = _option("gpt-4.1", "Language model that annotates or writes tasks.")
-    llm_url: str | None = _option(
+    llm_model: str = option("gpt-4.1", "Language model that annotates or writes tasks.")
+    llm_url: str | None = option(
         None, "Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
     )
-    llm_prices: str | None = _option(
+    llm_prices: str | None = option(
         None, "Its prices, for the account: of a million tokens read and of a million written, e.g. 2,8."
     )
-    llm_concurrency: int = _option(8, "Requests in flight at once.")
-    llm_rpm: int = _option(0, "Most requests a minute; 0: no limit of ours.")
-    llm_tpm: int = _option(0, "Most tokens a minute; 0: no limit of ours.")
-    seed: int = _option(0, "Seed of tasks, sampling and controls.")
-    limit: int = _option(300, "Tasks to extract from.")
-    validation: int = _option(40, "Tasks kept apart to choose window and layer on.")
-    evaluation: int = _option(50, "Unseen tasks to judge steering on.")
-    samples: int = _option(4, "Chains a task in the main cells (one when --greedy).")
-    side_samples: int = _option(1, "Chains a task in the other cells: sweep, several layers, thinking only.")
-    max_new_tokens: int = _option(500, "Longest chain, answer included.")
-    greedy: bool = _option(False, "Decode greedily, as published; default: the model's own generation_config.")
-    window: str | None = _option(None, "published, span or onset; default: the one that wins on the validation tasks.")
-    baseline: str = _option(
+    llm_concurrency: int = option(8, "Requests in flight at once.")
+    llm_rpm: int = option(0, "Most requests a minute; 0: no limit of ours.")
+    llm_tpm: int = option(0, "Most tokens a minute; 0: no limit of ours.")
+    seed: int = option(0, "Seed of tasks, sampling and controls.")
+    limit: int = option(300, "Tasks to extract from.")
+    validation: int = option(40, "Tasks kept apart to choose window and layer on.")
+    evaluation: int = option(50, "Unseen tasks to judge steering on.")
+    samples: int = option(4, "Chains a task in the main cells (one when --greedy).")
+    side_samples: int = option(1, "Chains a task in the other cells: sweep, several layers, thinking only.")
+    max_new_tokens: int = option(500, "Longest chain, answer included.")
+    greedy: bool = option(False, "Decode greedily, as published; default: the model's own generation_config.")
+    window: str | None = option(None, "published, span or onset; default: the one that wins on the validation tasks.")
+    baseline: str = option(
         "auto", "What a behaviour's mean is compared with: pooled, overall, or auto (overall with --window published)."
     )
-    layers: str | None = _option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
-    tried: int = _option(2, "Layers of each window that go to validation.")
-    sweep: str = _option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
-    controls: int = _option(5, "Directions in each control: random ones, and ones from shuffled labels.")
-    attributed: int = _option(50, "Chains for attribution by gradients.")
-    patched: int = _option(8, "Chains, of those, for exact patching and Fisher information.")
-    compared: int = _option(8, "Chains of each cell for its KL divergence.")
-    block: int = _option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
-    rows: int = _option(100, "Sequences computed together.")
+    layers: str | None = option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
+    tried: int = option(2, "Layers of each window that go to validation.")
+    sweep: str = option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
+    controls: int = option(5, "Directions in each control: random ones, and ones from shuffled labels.")
+    attributed: int = option(50, "Chains for attribution by gradients.")
+    patched: int = option(8, "Chains, of those, for exact patching and Fisher information.")
+    compared: int = option(8, "Chains of each cell for its KL divergence.")
+    block: int = option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
+    rows: int = option(100, "Sequences computed together.")
 
     def __post_init__(self) -> None:
         for name, other in (("tasks", "reasoning-gym"), ("annotator", "keywords")):
@@ -112,18 +130,17 @@ class Config:
                 object.__setattr__(self, name, "pocket" if self.model == "pocket" else other)
         if self.baseline == "auto":  # the published window comes with the published baseline
             object.__setattr__(self, "baseline", "overall" if self.window == "published" else "pooled")
-        for f in fields(self):
-            if type(value := getattr(self, f.name)) not in _TYPES[str(f.type)]:
-                raise UsageError(f"{_flag(f.name)} is {value!r}: expected {_NAMES[str(f.type)]}")
+        check_types(self)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
-        for name in ("limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried",
-                     "controls", "attributed", "patched", "compared", "block", "rows", "llm_concurrency"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: expected 1 or more")
+        counts = (
+            "limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried", "controls",
+            "attributed", "patched", "compared", "block", "rows", "llm_concurrency",
+        )  # fmt: skip
+        check_positive(self, counts)
         for name in ("llm_rpm", "llm_tpm"):
             if getattr(self, name) < 0:
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: expected 0 or more")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: expected 0 or more")
         if not 0 <= self.stability <= 1:
             raise UsageError(f"--stability is {self.stability}: expected a share from 0 to 1")
         for name, allowed in (
@@ -228,7 +245,12 @@ class Config:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A Config from its dict. Raises UsageError for an unknown setting or a wrong value."""
-    known = {f.name for f in fields(Config)}
+    check_names(Config, values)
+    return Config(**values)
+
+
+def check_names(table: Any, values: Mapping[str, Any]) -> None:
+    """Raises UsageError for a key that the table of settings has not."""
+    known = {f.name for f in fields(table)}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
-    return Config(**values)
