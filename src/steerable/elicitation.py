@@ -58,9 +58,9 @@ def passk(
     model: the base: "pocket", a folder or a hub name. arms: {name: a direction file (steered at its own strength), a
     PEFT adapter folder (merged into the base) or a model folder}. tasks: a source as for `make_tasks`, with reference
     answers; auto: pocket for the bundled model, else reasoning-gym. exclude: files of tasks that must not be drawn:
-    those that the arms were trained on. limit: how many tasks. samples: chains a task, the largest k. ks: default 1, 2, 4, ... up to
-    `samples`. temperature, top_p: in place of the base's own, for every arm (0.6 and 0.95 in Yue et al. 2025). workers:
-    processes; changes no result.
+    those that the arms were trained on. limit: how many tasks. samples: chains a task, the largest k. ks: default 1, 2,
+    4, ... up to `samples`. temperature, top_p: in place of the base's own, for every arm (0.6 and 0.95 in Yue et al.
+    2025). workers: processes; changes no result.
 
     Returns what it writes to `out`/passk.json: see docs/passk.md. Beside it are passk.html, tasks.jsonl and the chains
     of every arm; a killed call goes on from there. Raises UsageError, before anything is generated, for arms that
@@ -110,7 +110,7 @@ def passk(
                 for arm in found
             },
         }  # fmt: skip
-        from steerable.report.passk import render
+        from steerable.report.passk_page import render
 
         write_json(folder / "passk.json", result)
         write_atomic(folder / "passk.html", render(result))

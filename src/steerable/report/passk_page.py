@@ -73,11 +73,8 @@ def findings(result: Result) -> list[str]:
     found = []
     for name, arm in _trained(result):
         beside = arm["against_base"]
-        sentence = beside["crossing"]["sentence"]
-        found.append(
-            f"{sentence[0].upper()}{sentence[1:]}. Tasks solved at least once by {name} alone: {len(beside['created'])}, "
-            f"by the base alone: {len(beside['lost'])}."
-        )
+        only = f"by {name} alone: {len(beside['created'])}, by the base alone: {len(beside['lost'])}"
+        found.append(f"{name}: {beside['crossing']['sentence']}. Tasks solved at least once {only}.")
     return found
 
 
