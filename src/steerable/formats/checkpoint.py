@@ -80,9 +80,10 @@ def as_checkpoint(
     if getattr(model, "generation_config", None) is not None:
         empty.generation_config = copy.deepcopy(model.generation_config)
     with _whole(folder) as unfinished, models._no_progress_bar():
-        empty.save_pretrained(unfinished)
         if tokenizer is not None:
+            empty.config.save_pretrained(unfinished)  # the tokenizer's class goes by it
             _save_tokenizer(tokenizer, unfinished)
+        empty.save_pretrained(unfinished)
     return folder
 
 
