@@ -12,8 +12,8 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from steerable import models
 from steerable.chains.generation import Steering
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
-from steerable.engines.workers import loader
+from steerable.engines.workers import MapBlocks, loader, map_blocks
 from steerable.errors import SteerableWarning, UsageError
 from steerable.models import Loaded
 
@@ -132,11 +132,17 @@ def steering(arm: Arm) -> Steering | None:
     return Steering(direction, direction.strength)
 
 
-@cache
 def _direction(source: str) -> Direction:
     from steerable.formats import import_file
 
-    return import_file(source)
+    direction = import_file(source)
+    return replace(direction, model_id=_base_name(direction.model_id))
+
+
+def _base_name(name: str) -> str:
+    """As `models.model_id` names a model, where PEFT names the folder on the machine that trained."""
+    parts = Path(name).parts
+    return "pocket" if parts[-2:] == ("pocket", "weights") else parts[-1] if Path(name).is_absolute() else name
 
 
 def opener(arm: Arm, base: Loaded) -> Callable[[], Loaded]:
@@ -186,9 +192,9 @@ def _check_adapter(arm: Arm, base: Any) -> None:
         raise UsageError(
             f"arm {arm.name!r}: {folder} has no {_WEIGHTS} (an adapter_model.bin is a pickle and not read)"
         )
-    named = str(_adapter_config(folder).get("base_model_name_or_path") or "")
+    named = _base_name(str(_adapter_config(folder).get("base_model_name_or_path") or ""))
     known = models.model_id(base)
-    if named and known and Path(named).name != Path(known).name and not (known == "pocket" and "pocket" in named):
+    if named and known and named != known:
         warnings.warn(
             f"arm {arm.name!r} is an adapter of {named!r}, the base is {known!r}: it may do nothing good here",
             SteerableWarning,
@@ -234,3 +240,12 @@ def _same(stored: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]
         name in stored and torch.equal(stored[name].float(), tensor.to("cpu", torch.float32))
         for name, tensor in loaded.items()
     )
+
+
+def spread(opener: Callable[[], Loaded]) -> MapBlocks:
+    """`map_blocks` with workers that open the arm's own model: its name alone is that of the base, if it is merged."""
+
+    def work(*arguments: Any, setup: Any, **options: Any) -> list[Any]:
+        return map_blocks(*arguments, setup=opener, **options)
+
+    return work

@@ -18,7 +18,7 @@ from typing import Any
 
 from steerable import models
 from steerable.arms import BASE, Arm, check_arms, find_arms, fingerprint, opener, steering
-from steerable.chains.generation import Job, generate_jobs, prompt_ids
+from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct, make_tasks
 from steerable.display import Display
@@ -48,6 +48,8 @@ def passk(
     temperature: float | None = None,
     top_p: float | None = None,
     max_new_tokens: int = 500,
+    system: str = "",
+    template: str = "",
     seed: int = 0,
     out: str | Path = "runs/passk",
     workers: int | None = None,
@@ -60,7 +62,7 @@ def passk(
     answers; auto: pocket for the bundled model, else reasoning-gym. exclude: files of tasks that must not be drawn:
     those that the arms were trained on. limit: how many tasks. samples: chains a task, the largest k. ks: default 1, 2,
     4, ... up to `samples`. temperature, top_p: in place of the base's own, for every arm (0.6 and 0.95 in Yue et al.
-    2025). workers: processes; changes no result.
+    2025). system, template: how tasks are put, as `chains.generation.Prompting`. workers: processes; changes no result.
 
     Returns what it writes to `out`/passk.json: see docs/passk.md. Beside it are passk.html, tasks.jsonl and the chains
     of every arm; a killed call goes on from there. Raises UsageError, before anything is generated, for arms that
@@ -79,17 +81,19 @@ def passk(
     folder = RunFolder(out)
     base = models.load(model)
     decoding = _decoding(base, temperature, top_p)
+    prompting = Prompting(system=system, template=template)
+    prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
     check_arms(found, base)
     with folder.locked(), Display(quiet) as display:
         drawn = _draw(folder, source, limit, seed, exclude)
         common = {
             "decoding": asdict(decoding), "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed,
-            "base": fingerprint(found[0], base.model),
+            "system": system, "template": template, "base": fingerprint(found[0], base.model),
         }  # fmt: skip
         for arm in found:
             work = partial(
-                _sample, folder / f"{arm.name}.jsonl", arm, base, drawn, samples, decoding, max_new_tokens, seed,
-                workers, display,
+                _sample, folder / f"{arm.name}.jsonl", arm, base, drawn, samples, prompting, decoding, max_new_tokens,
+                seed, workers, display,
             )  # fmt: skip
             settings = common | {"kind": arm.kind, "content": fingerprint(arm)}
             folder.run_stage(arm.name, ["tasks.jsonl"], settings, [f"{arm.name}.jsonl"], work)
@@ -98,7 +102,7 @@ def passk(
             "model": models.model_id(base.model) or model,
             "settings": {
                 "tasks": source, "limit": limit, "samples": samples, "ks": wanted, "decoding": asdict(decoding),
-                "max_new_tokens": max_new_tokens, "seed": seed,
+                "max_new_tokens": max_new_tokens, "system": system, "template": template, "seed": seed,
             },
             "versions": {name: version(name) for name in ("steerable", "torch", "transformers")}
             | {"python": platform.python_version()},
@@ -112,10 +116,10 @@ def passk(
         }  # fmt: skip
         from steerable.report.passk_page import render
 
-        write_json(folder / "passk.json", result)
-        write_atomic(folder / "passk.html", render(result))
-    # JSON has text alone as keys: what is returned is what the file says.
-    return dict(read_json(folder / "passk.json"))
+        # JSON has text alone as keys: what is drawn and returned is what the file says.
+        written = dict(read_json(write_json(folder / "passk.json", result)))
+        write_atomic(folder / "passk.html", render(written))
+    return written
 
 
 def _checked_ks(ks: str | Sequence[int] | None, samples: int) -> list[int]:
@@ -183,19 +187,21 @@ def _draw(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequen
 
 
 def _sample(
-    file: Path, arm: Arm, base: Loaded, tasks: list[Record], samples: int, decoding: Decoding, max_new_tokens: int,
-    seed: int, workers: int | None, display: Display, partial_results: Path,
+    file: Path, arm: Arm, base: Loaded, tasks: list[Record], samples: int, prompting: Prompting, decoding: Decoding,
+    max_new_tokens: int, seed: int, workers: int | None, display: Display, partial_results: Path,
 ) -> None:  # fmt: skip
     """One arm's chains, judged and scored under the base, as its file."""
     steered = steering(arm)
-    job = Job(tasks, range(samples), steered, steered.strength if steered else 0.0)
+    job = Job(tasks, range(samples), steered, steered.strength if steered else 0.0, prompting=prompting)
     display.start(arm.name, len(tasks) * samples)
     chains = generate_jobs(
         base if arm.kind in ("base", "direction") else opener(arm, base)(),
         [job], seed=seed, max_new_tokens=max_new_tokens, block=_BLOCK, workers=workers, decoding=decoding, ids=True,
         spread=partial(_spread, opener(arm, base)), keep=partial_results / "chains", progress=display.advance,
     )[0]  # fmt: skip
-    nats = _score(base, tasks, chains, partial_results / "nats", workers, arm.name, display)
+    prompts = {task["id"]: prompting.ids(base.tokenizer, task["prompt"]) for task in tasks}
+    pairs = [(prompts[chain["task_id"]], chain["ids"]) for chain in chains]
+    nats = _score(base, pairs, partial_results / "nats", workers, arm.name, display)
     display.start(f"{arm.name}: judging", len(chains))
     judged: dict[tuple[str, str], bool | None] = {}
     by_id = {task["id"]: task for task in tasks}
@@ -210,23 +216,15 @@ def _sample(
     write_jsonl(file, chains)
 
 
-def _spread(setup: Callable[[], Loaded], *arguments: Any, **options: Any) -> list[Any]:
-    """`map_blocks` with workers that open the arm's own model: its name alone is that of the base, if it is merged."""
-    return map_blocks(*arguments, **options | {"setup": setup})
+def _spread(opens: Callable[[], Loaded], *arguments: Any, **options: Any) -> list[Any]:
+    """`map_blocks` with workers that open the arm's own model; a merged one has no name but that of the base."""
+    return map_blocks(*arguments, **options | {"setup": opens})
 
 
 def _score(
-    base: Loaded,
-    tasks: list[Record],
-    chains: list[Record],
-    keep: Path,
-    workers: int | None,
-    name: str,
-    display: Display,
-) -> list[float]:
-    """Nats of every chain's tokens under the unsteered base."""
-    prompts = {task["id"]: prompt_ids(base.tokenizer, task["prompt"]) for task in tasks}
-    pairs = [(prompts[chain["task_id"]], chain["ids"]) for chain in chains]
+    base: Loaded, pairs: list[tuple[list[int], list[int]]], keep: Path, workers: int | None, name: str, display: Display
+) -> list[float]:  # fmt: skip
+    """Nats of every chain's tokens under the unsteered base; `pairs` are (prompt, chain) as token ids."""
     blocks = [pairs[i : i + _BLOCK] for i in range(0, len(pairs), _BLOCK)]
     files = [keep / f"{i}.json" for i in range(len(blocks))]
     kept = {i: read_json(file) for i, file in enumerate(files) if file.exists()}
