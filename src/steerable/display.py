@@ -42,13 +42,15 @@ class Display:
         if not self.quiet:
             self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=True, disable=None)
 
-    def advance(self, finished: int, tokens: int = 0) -> None:
-        """`finished` more of the total, and `tokens` more generated."""
+    def advance(self, finished: int, tokens: int = 0, note: str = "") -> None:
+        """`finished` more of the total, and `tokens` more generated; the note stands behind the bar."""
         if self._bar is None or self._bar.disable:
             return
         self._tokens += tokens
         seconds = self._bar.format_dict["elapsed"]
-        if self._tokens and seconds > 0:
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        elif self._tokens and seconds > 0:
             self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
         self._bar.update(finished)
 

@@ -31,8 +31,6 @@ from steerable.files import write_atomic
 METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
 #: The published ranks; for `tinylora` how many numbers are trained.
 RANKS = {"adaptive": 1, "lora": 4, "tinylora": 13}
-#: Where `finish` writes within a run folder.
-ARTEFACTS = {"bias": "bias.safetensors", "full": "model"}
 _KEEP_FIRST = 100_000_000  # numbers: a copy of more is too dear for showing how far training has gone
 
 
@@ -122,7 +120,7 @@ class Trained:
 
     def finish(self, folder: Path, tokenizer: Any, **about: Any) -> Path:
         """Write what was trained into a run folder, whole or not at all; returns its path."""
-        path = folder / ARTEFACTS.get(self.method, "adapter")
+        path = folder / artefact(self.method)
         if self.method == "bias":
             return self.direction(**about).save(path)
         partial = folder / f".{path.name}.tmp"
@@ -133,6 +131,11 @@ class Trained:
             _remove(path)
         partial.rename(path)
         return path
+
+
+def artefact(method: str) -> str:
+    """What a method leaves in a run folder."""
+    return {"bias": "bias.safetensors", "full": "model"}.get(method, "adapter")
 
 
 def attach(
@@ -146,8 +149,8 @@ def attach(
 ) -> Trained:
     """Freeze the model but for what `method` trains.
 
-    layers: default all; for `full` and `tinylora` all. after: "mlp" or "attention". rank: default the published one; for
-    `bias` none, which is a free vector a layer. reference: a KL term wants the model without the training as well, which
+    layers: default all; for `full` and `tinylora` all. after: "mlp" or "attention". rank: default the published one;
+    for `bias` none: a free vector a layer. reference: a KL term wants the model without the training as well, which
     PEFT gives without a copy. Raises UsageError for what this model or method has not.
     """
     if method not in METHODS:
@@ -160,23 +163,27 @@ def attach(
     if method == "full":
         model.requires_grad_(True)
         return Trained(model, method)
-    chosen = list(range(models.n_layers(model)) if layers is None else layers)
-    places = [biases.Place(layer, after) for layer in chosen]
+    chosen = places(model, layers, after)
     if method == "bias":
         if rank:
-            return Trained(model, method, factors=_factorised(model, places, rank))
+            return Trained(model, method, factors=_factorised(model, chosen, rank))
         if not reference:
-            edits.add_bias(model, chosen, after)
+            edits.add_bias(model, [place.layer for place in chosen], after)
             return Trained(model, method)
-    return Trained(model, method, _adapter(model, method, places, rank or RANKS.get(method, 0)))
+    return Trained(model, method, _adapter(model, method, chosen, rank or RANKS.get(method, 0)))
 
 
-def _factorised(model: Any, places: Sequence[biases.Place], rank: int) -> Factors:
-    linears = [biases.linear(model, place) for place in places]
-    if rank > min(len(places), models.width(model)):
-        raise UsageError(f"--rank is {rank}: {len(places)} vectors span no more than {len(places)} dimensions")
-    factors = Factors(len(places), rank, models.width(model), linears[0].weight.device)
-    model.steering, model.steering_places = factors, tuple(places)
+def places(model: Any, layers: Sequence[int] | None, after: str) -> list[biases.Place]:
+    """Where vectors are added, in the order of `layers` (default: all)."""
+    return [biases.Place(layer, after) for layer in (range(models.n_layers(model)) if layers is None else layers)]
+
+
+def _factorised(model: Any, chosen: Sequence[biases.Place], rank: int) -> Factors:
+    linears = [biases.linear(model, place) for place in chosen]
+    if rank > min(len(chosen), models.width(model)):
+        raise UsageError(f"--rank is {rank}: {len(chosen)} vectors span no more than {len(chosen)} dimensions")
+    factors = Factors(len(chosen), rank, models.width(model), linears[0].weight.device)
+    model.steering, model.steering_places = factors, tuple(chosen)
 
     def added(row: int) -> Any:
         return lambda module, args, out: out + (factors.left[row] @ factors.right).to(out.device, out.dtype)
@@ -186,7 +193,7 @@ def _factorised(model: Any, places: Sequence[biases.Place], rank: int) -> Factor
     return factors
 
 
-def _adapter(model: Any, method: str, places: Sequence[biases.Place], rank: int) -> Any:
+def _adapter(model: Any, method: str, chosen: Sequence[biases.Place], rank: int) -> Any:
     try:
         import peft
     except ImportError:
@@ -195,7 +202,7 @@ def _adapter(model: Any, method: str, places: Sequence[biases.Place], rank: int)
         return peft.TinyLoraConfig(
             r=2, u=rank, weight_tying=1.0, target_modules="all-linear", task_type="CAUSAL_LM", projection_seed=0
         )
-    wanted = [biases.linear(model, place) for place in places]
+    wanted = [biases.linear(model, place) for place in chosen]
     names = [name for name, module in model.named_modules() if any(module is linear for linear in wanted)]
     if method == "bias":
         return peft.BeftConfig(target_modules=names, task_type="CAUSAL_LM")

@@ -163,8 +163,8 @@ class VectorTrainer(GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
             raise SteerableError(
-                f"the loss of step {self.state.global_step + 1} is not a finite number: the last checkpoint before it is "
-                "kept; lower --learning-rate, or use --dtype float32"
+                f"the loss of step {self.state.global_step + 1} is not a finite number: the last checkpoint before it "
+                "is kept; lower --learning-rate, or use --dtype float32"
             )
         if self.nothing_learnt:  # no gradient at all, so that the optimiser's momentum does not move it either
             for parameter in model.parameters():
@@ -216,6 +216,9 @@ class VectorTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `restore` has read the parameters before they were sharded."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: the artefact describes itself."""
 
     def restore(self, checkpoint: Path) -> None:
         """Take the trained parameters from a checkpoint; call it before `train(resume_from_checkpoint=...)`."""

@@ -1,0 +1,109 @@
+"""A trained model beside the untrained one, on unseen tasks: chains, greedy and sampled, and what they show."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from steerable import arms, models
+from steerable.chains.generation import Job, Prompting, Steering, generate_jobs
+from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.display import Display
+from steerable.engines.sampling import Decoding
+from steerable.evals.cells import compare, measure_cell
+from steerable.evals.metrics import Measured, measure
+from steerable.models import Loaded
+from steerable.runfolder import RunFolder, read_json
+from steerable.train.settings import RLSettings
+
+DECODINGS = ("greedy", "sampled")
+METRICS = ("accuracy", "tokens", "loops", "unclosed")
+_BLOCK = 256  # chains that are computed, and kept, as one piece
+
+
+def chains_of(arm: str, decoding: str) -> str:
+    """The file of an arm's chains in a run folder."""
+    return f"chains/{arm}-{decoding}.jsonl"
+
+
+def split(folder: RunFolder, name: str) -> list[Record]:
+    """The tasks to train on ("train") or to judge on ("evaluation")."""
+    return [task for task in read_jsonl(folder / "tasks.jsonl", "task") if task["split"] == name]
+
+
+def answer(
+    folder: RunFolder,
+    s: RLSettings,
+    arm: arms.Arm,
+    loaded: Loaded,
+    kept: Path,
+    *,
+    steering: Steering | None = None,
+    prefix: tuple[int, ...] = (),
+    workers: int | None = None,
+    display: Display | None = None,
+) -> None:
+    """Chains of one arm on the unseen tasks, greedy and sampled, as two files of the folder.
+
+    steering: in place of the arm's own. prefix: token ids that every answer begins with. kept: where finished blocks
+    wait for the next call, if this one is killed.
+    """
+    tasks, display = split(folder, "evaluation"), display or Display(quiet=True)
+    opener = arms.opener(arm, loaded)
+    own = loaded if arm.kind in ("base", "direction") else opener()
+    steering = steering or arms.steering(arm)
+    for decoding, samples in (("greedy", 1), ("sampled", s.samples)):
+        display.start(f"{arm.name}, {decoding}", len(tasks) * samples)
+        chains = generate_jobs(
+            own,
+            [Job(tasks, range(samples), steering, prompting=Prompting(s.system, s.template or "", prefix))],
+            seed=s.seed,
+            decoding=Decoding(0.0) if decoding == "greedy" else Decoding(s.temperature),
+            max_new_tokens=s.max_new_tokens,
+            rows=s.rows,
+            block=_BLOCK,
+            workers=workers,
+            spread=arms.spread(opener),
+            keep=kept / decoding,
+            progress=display.advance,
+        )[0]
+        write_jsonl(folder / chains_of(arm.name, decoding), chains)
+    display.done()
+
+
+def measured(folder: RunFolder, s: RLSettings, arm: str, decoding: str, tokenizer: Any) -> list[Measured]:
+    """What the chains of one arm show."""
+    chains = read_jsonl(folder / chains_of(arm, decoding), "chain")
+    annotate = s.annotate
+    spans = [span for chain in chains for span in annotate(chain)] if annotate else []
+    return measure(split(folder, "evaluation"), chains, spans, tokenizer)
+
+
+def report(folder: RunFolder, s: RLSettings, loaded: Loaded) -> dict[str, Any]:
+    """The content of report.json (docs/training.md)."""
+    found = {
+        arm: {decoding: measured(folder, s, arm, decoding, loaded.tokenizer) for decoding in DECODINGS}
+        for arm in (arms.BASE, s.method)
+    }
+    training = read_json(folder / "training.json")
+    result: dict[str, Any] = {
+        arm: {decoding: measure_cell(rows, s.seed) for decoding, rows in by_decoding.items()}
+        for arm, by_decoding in found.items()
+    }
+    result[s.method]["trainable_parameters"] = training["trainable_parameters"]
+    trained, base = found[s.method], found[arms.BASE]
+    packages = ("steerable", "torch", "transformers", "trl", "peft", "accelerate")
+    return result | {
+        "difference": {
+            decoding: {
+                metric: compare(trained[decoding], base[decoding], metric, s.seed)["difference"] for metric in METRICS
+            }
+            for decoding in DECODINGS
+        },
+        "training": training,
+        "config": s.to_dict(),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "model": {"name": models.model_id(loaded.model) or s.model, "layers": models.n_layers(loaded.model)},
+    }

@@ -1,0 +1,345 @@
+"""One training in this process: TRL's arguments for the published loss, the journal, checkpoints, what goes wrong.
+
+In the run folder: `checkpoints/` (of the training at hand; others are cleared away), `log.jsonl` (a line a step),
+`tensorboard/` where TensorBoard is installed, at the end the artefact and `training.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerable import models
+from steerable.chains.generation import Prompting
+from steerable.chains.records import read_jsonl
+from steerable.display import Display
+from steerable.errors import SteerableError, UsageError
+from steerable.files import write_atomic
+from steerable.models import Loaded
+from steerable.runfolder import read_json, write_json
+from steerable.train.parameters import Trained, attach
+from steerable.train.rewards import REASONS, reward_of
+from steerable.train.settings import RLSettings
+
+WEIGHTS = "trained.safetensors"
+_UNTRACKED = ("evaluation", "samples", "annotator", "test", "save_every", "launcher", "accelerate_config", "vllm_url",
+              "vllm_memory")  # fmt: skip
+
+
+def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
+    """Train until the artefact and training.json lie in the run folder `root`, which holds tasks.jsonl.
+
+    Raises UsageError and SteerableError; what was reached is kept, and the same call goes on from it.
+    """
+    with _quietly():
+        from steerable.train.trainer import VectorTrainer
+
+        torch.manual_seed(s.seed)  # the factors of a rank are drawn
+        trained = attach(
+            loaded.model,
+            s.method,
+            layers=s.chosen_layers,
+            after=s.after,
+            rank=s.rank,
+            reference=s.beta > 0,
+        )
+        tasks = [task for task in read_jsonl(root / "tasks.jsonl", "task") if task["split"] == "train"]
+        prompting = Prompting(s.system, s.template or "")
+        prompts = [prompting.text(loaded.tokenizer, task["prompt"]) for task in tasks]
+        _check_length(s, loaded, prompts)
+        with _explained(s):
+            trainer = VectorTrainer(
+                trained,
+                _arguments(root, s, loaded),
+                train_dataset=_dataset(prompts),
+                processing_class=loaded.tokenizer,
+                tasks=tasks,
+                reward=reward_of(s.reward, s.seed),
+                own_engine=s.generation == "engine",
+                rows=s.rows,
+            )
+            if s.generation.startswith("vllm"):
+                from steerable.train.sync import only_trained
+
+                only_trained(trainer)
+            main = trainer.accelerator.is_main_process
+            last = _last_checkpoint(root, s) if main else None
+            last = _broadcast(trainer, last)
+            if last:
+                trainer.restore(last)
+            _own_callbacks(trainer, Journal(root, trainer, display, int(last.name.rpartition("-")[2]) if last else 0))
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if main:
+            about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
+            trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
+            write_json(root / "training.json", summary(root, trainer, trained))
+        display.done()
+
+
+def _dataset(prompts: list[str]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": prompts, "task": list(range(len(prompts)))})
+
+
+def _arguments(root: Path, s: RLSettings, loaded: Loaded) -> Any:
+    """The published loss as TRL's settings."""
+    from accelerate import PartialState
+    from trl import GRPOConfig
+
+    processes = PartialState().num_processes
+    if s.rollouts % processes or (s.rollouts // processes) % min(s.micro_batch, s.rollouts // processes):
+        raise UsageError(
+            f"{s.rollouts} rollouts a step (--prompts {s.prompts} x --group {s.group}) cannot be shared by {processes} "
+            f"processes in passes of {s.micro_batch}: choose numbers that divide each other"
+        )
+    share = s.rollouts // processes
+    passes = share // min(s.micro_batch, share)
+    cpu = models.device(loaded.model).type == "cpu"
+    half = loaded.model.dtype == torch.bfloat16
+    places = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    places += ["wandb"] if importlib.util.find_spec("wandb") else []
+    vllm: dict[str, Any] = {}
+    if s.generation.startswith("vllm"):
+        vllm = {
+            "use_vllm": True,
+            "vllm_mode": s.generation.removeprefix("vllm-"),
+            "vllm_server_base_url": s.vllm_url,
+            "vllm_gpu_memory_utilization": s.vllm_memory,
+            "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
+        }
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(root / "tensorboard")
+    return GRPOConfig(
+        str(root / "checkpoints"),
+        loss_type="dapo",
+        scale_rewards="none",
+        beta=s.beta,
+        use_bias_correction_kl=False,
+        num_iterations=1,
+        num_generations=s.group,
+        temperature=s.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_completion_length=s.max_new_tokens,
+        learning_rate=s.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=s.warmup,
+        max_grad_norm=s.clip,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        per_device_train_batch_size=share // passes,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
+        max_steps=s.steps,
+        gradient_checkpointing=s.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=half and not cpu,
+        use_cpu=cpu,
+        seed=s.seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=s.save_every,
+        save_total_limit=2,
+        report_to=places,
+        disable_tqdm=True,
+        log_level="error",
+        **vllm,
+    )
+
+
+def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> None:
+    longest = max(len(ids) for ids in loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"])
+    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if room and longest + s.max_new_tokens > room:
+        most = room - longest
+        cure = f"lower --max-new-tokens to {most}" if most > 0 else "give shorter tasks"
+        raise UsageError(
+            f"the longest task has {longest} tokens and --max-new-tokens is {s.max_new_tokens}, but this model reads "
+            f"at most {room}: {cure}"
+        )
+
+
+# --- checkpoints ---
+
+
+def _key(s: RLSettings, root: Path) -> str:
+    kept = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED}
+    content = json.dumps(kept, sort_keys=True) + hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _last_checkpoint(root: Path, s: RLSettings) -> Path | None:
+    """The last whole checkpoint of this very training; what another one left is cleared away."""
+    folder, stamp = root / "checkpoints", root / "checkpoints/training.json"
+    if not stamp.exists() or read_json(stamp) != _key(s, root):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(root / "tensorboard", ignore_errors=True)
+        (root / "log.jsonl").unlink(missing_ok=True)
+        write_json(stamp, _key(s, root))
+        return None
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / "trainer_state.json").exists():  # the last file of a checkpoint: it was killed before
+            shutil.rmtree(path)
+    whole = [path for path in found if path.exists()]
+    return whole[-1] if whole else None
+
+
+def _broadcast(trainer: Any, last: Path | None) -> Path | None:
+    from accelerate.utils import broadcast_object_list
+
+    box = [None if last is None else str(last)]
+    broadcast_object_list(box)
+    return None if box[0] is None else Path(box[0])
+
+
+# --- the journal ---
+
+
+def _own_callbacks(trainer: Any, journal: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for other in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(other)
+    trainer.add_callback(journal)
+
+
+class Journal:
+    """A line of `log.jsonl` for every step, and the progress on the terminal."""
+
+    def __new__(cls, root: Path, trainer: Any, display: Display, begun: int) -> Any:
+        from transformers import TrainerCallback
+
+        # transformers is imported only where a training runs
+        kind = type("Journal", (_Journal, TrainerCallback), {})
+        return kind(root, trainer, display, begun)
+
+
+class _Journal:
+    def __init__(self, root: Path, trainer: Any, display: Display, begun: int) -> None:
+        self.path, self.trainer, self.display = root / "log.jsonl", trainer, display
+        self.main = trainer.accelerator.is_main_process
+        self.seconds: dict[str, float] = {}
+        self.tokens = 0
+        if self.main:
+            rows = [row for row in read_log(root) if row["step"] <= begun]
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            display.start("train", trainer.args.max_steps, unit="step")
+            display.advance(begun)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not self.main or not logs or "loss" not in logs:
+            return
+        now, tokens = dict(self.trainer.seconds), self.trainer.counted["tokens"]
+        seconds = {name: round(value - self.seconds.get(name, 0.0), 3) for name, value in now.items()}
+        made, self.seconds, self.tokens = tokens - self.tokens, now, tokens
+        row = {
+            "step": state.global_step,
+            "reward": logs["reward"],
+            "accuracy": logs.get("reason/right"),
+            "tokens": logs["completions/mean_length"],
+            "truncated": logs["completions/clipped_ratio"],
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "flat_groups": logs["frac_reward_zero_std"],
+            "loss": float(logs["loss"]),
+            "gradient_norm": float(logs.get("grad_norm") or 0.0),
+            "learning_rate": float(logs["learning_rate"]),
+            "reasons": {reason: logs.get(f"reason/{reason}") for reason in REASONS},
+            "seconds": seconds,
+            "tokens_per_second": round(made / max(seconds.get("generation", 0.0), 1e-9), 1) if made else None,
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        kl = "" if row["kl"] is None else f", KL {row['kl']:.3f}"
+        rate = "" if row["tokens_per_second"] is None else f", {row['tokens_per_second']:,.0f} tokens/s"
+        self.display.advance(
+            1,
+            note=f"reward {row['reward']:+.2f}, right {row['accuracy'] or 0:.0%}, {row['tokens']:.0f} tokens{kl}{rate}",
+        )
+
+
+def read_log(root: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log.jsonl; a line that a killed run left half-written is dropped."""
+    rows = []
+    path = root / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def summary(root: Path, trainer: Any, trained: Trained) -> dict[str, Any]:
+    """What the training took and gave, over all its sittings; the optimiser's memory is counted from its tensors."""
+    rows = read_log(root)
+    parts = sorted({name for row in rows for name in row["seconds"]})
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    return {
+        "steps": len(rows),
+        "trainable_parameters": trained.count(),
+        "optimizer_bytes": sum(x.numel() * x.element_size() for x in state),
+        "seconds_per_step": {name: sum(row["seconds"].get(name, 0.0) for row in rows) / len(rows) for name in parts},
+        "steps_skipped": sum(row["flat_groups"] == 1 for row in rows),
+        "curve": {
+            name: [row[name] for row in rows] for name in ("step", "reward", "accuracy", "tokens", "kl", "entropy")
+        },
+        "last": {name: value for name, value in rows[-1].items() if name != "seconds"},
+    }
+
+
+# --- what goes wrong ---
+
+
+@contextmanager
+def _explained(s: RLSettings) -> Iterator[None]:
+    """Other libraries' errors as one sentence each."""
+    again = "what was reached is kept, and the same command goes on from it"
+    try:
+        yield
+    except (UsageError, SteerableError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            raise SteerableError(
+                f"out of memory: lower --micro-batch (now {s.micro_batch}), --rows (now {s.rows}) or --max-new-tokens, "
+                f"or give --checkpointing; {again}"
+            ) from error
+        if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
+            raise SteerableError(
+                f"the vLLM server at {s.vllm_url} does not answer ({text[:120]}): start it, or look at its log; {again}"
+            ) from error
+        raise
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the libraries' notices to developers: what matters is said by the journal or raised."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    names = ("bitsandbytes", "transformers", "trl", "accelerate", "datasets")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"(trl|peft|torch|transformers)\.")
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,175 @@
+"""`steerable train rl`: from tasks to trained vectors, judged beside the untrained model on unseen tasks.
+
+The stages are those of a run folder: tasks, train, judge (the base, then what was trained) and report. A killed
+training goes on from its last checkpoint. With `--launcher accelerate` the training alone runs in the processes that
+`accelerate launch` starts (`worker.py`); the rest stays here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from steerable import arms, models
+from steerable.chains.generation import Prompting
+from steerable.chains.judging import final_answer, judge
+from steerable.chains.records import content_hash, write_jsonl
+from steerable.chains.tasks import make_splits, make_tasks
+from steerable.display import Display
+from steerable.errors import SteerableError, UsageError
+from steerable.models import Loaded
+from steerable.runfolder import RunFolder, write_json
+from steerable.train.judged import DECODINGS, answer, chains_of, report
+from steerable.train.parameters import artefact
+from steerable.train.settings import RLSettings, from_dict, read_recipe
+
+_MODEL = "model revision dtype device attention trust_remote_code"
+_TASKS = "tasks test seed limit evaluation prompts"
+_TRAINED = f"""{_MODEL} system template method layers after rank reward learning_rate beta steps prompts group
+    max_new_tokens temperature warmup clip seed micro_batch checkpointing generation rows"""
+_JUDGED = f"{_MODEL} system template max_new_tokens temperature seed samples annotator rows"
+
+
+def train_rl(
+    out: str | Path = "runs/rl",
+    *,
+    recipe: str | None = None,
+    workers: int | None = None,
+    display: Display | None = None,
+    **settings: Any,
+) -> Path:
+    """Train by reinforcement learning on verifiable answers, and judge base and result; what is finished is not done
+    again.
+
+    recipe: settings by name or from a JSON file (`settings.recipes`), under those that are given. workers: processes
+    that judge; changes no result. settings: those of `RLSettings`. Returns the run folder. Raises UsageError for a
+    wrong setting or input, before anything is written, and SteerableError for a training that fails: the same call
+    goes on with it.
+    """
+    from steerable.engines.workers import default_threads, torch_threads
+    from steerable.report.rl_page import write_page
+
+    s = from_dict((read_recipe(recipe) if recipe else {}) | settings)
+    folder = RunFolder(out)
+    loaded = open_model(s)
+    with folder.locked(), torch_threads(default_threads(loaded.model, 1)):
+        train_and_judge(folder, s, loaded, workers, display or Display(quiet=True))
+        write_json(folder / "report.json", report(folder, s, loaded))
+        write_page(folder.root)
+    return folder.root
+
+
+def train_and_judge(
+    folder: RunFolder, s: RLSettings, loaded: Loaded, workers: int | None = None, display: Display | None = None
+) -> None:
+    """The stages tasks, train and judge in a locked folder, as far as they are not finished. `loaded` is the untrained
+    model. Raises as `train_rl`."""
+    display = display or Display(quiet=True)
+    _need_trl()
+    check(s, loaded)
+    weights = arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model)
+
+    def stage(name: str, inputs: Sequence[str], settings: str, outputs: Sequence[str], work: Any) -> None:
+        done = folder.run_stage(name, inputs, s.subset(settings) | {"weights": weights}, outputs, work)
+        display.say(f"{name}: {'done' if done else 'was done already'}")
+
+    tasks, trained = ("tasks.jsonl",), artefact(s.method)
+    stage("tasks", (), _TASKS, tasks, lambda _: _make_tasks(folder, s, display))
+    write_json(folder / "config.json", s.to_dict())
+    stage("train", tasks, _TRAINED, (trained, "training.json"), lambda _: _train(folder, s, display))
+    for arm in arms.find_arms(s.model, {s.method: folder / trained}):
+        work = partial(answer, folder, s, arm, loaded, workers=workers, display=display)
+        inputs = tasks if arm.kind == "base" else (*tasks, trained)
+        stage(f"judge-{arm.name}", inputs, _JUDGED, [chains_of(arm.name, d) for d in DECODINGS], work)
+
+
+def open_model(s: RLSettings) -> Loaded:
+    """The untrained model."""
+    return models.load(
+        s.model,
+        dtype=s.dtype,
+        device=s.device,
+        attn_implementation=s.attention,
+        revision=s.revision,
+        trust_remote_code=s.trust_remote_code,
+    )
+
+
+def check(s: RLSettings, loaded: Loaded) -> None:
+    """Refuse what this model cannot be trained with, before anything is written. Raises UsageError."""
+    from steerable import biases
+    from steerable.train.parameters import places
+
+    layers = s.chosen_layers
+    if s.method in ("bias", "adaptive", "lora"):
+        for place in places(loaded.model, layers, s.after):
+            biases.linear(loaded.model, place)
+    Prompting(s.system, s.template or "").text(loaded.tokenizer, "")
+    config = loaded.model.config.get_text_config()
+    if (longest := getattr(config, "max_position_embeddings", None)) and s.max_new_tokens >= longest:
+        raise UsageError(f"--max-new-tokens is {s.max_new_tokens}, but this model reads at most {longest}: lower it")
+
+
+def _need_trl() -> None:
+    import importlib.util
+
+    missing = [name for name in ("trl", "peft", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"training needs {' and '.join(missing)}: pip install 'steerable[train]'")
+
+
+# --- tasks ---
+
+
+def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
+    if s.test is None:
+        drawn = make_splits(s.tasks, {"train": s.limit, "evaluation": s.evaluation}, s.seed)
+    else:
+        judged = make_tasks(s.test, s.evaluation, s.seed)
+        hashes = {content_hash(task) for task in judged}
+        drawn = [{**task, "split": "train"} for task in make_tasks(s.tasks, s.limit, s.seed, hashes)]
+        drawn += [{**task, "split": "evaluation"} for task in judged]
+    kept = [task for task in drawn if task["split"] != "train" or is_verifiable(task)]
+    left = sum(task["split"] == "train" for task in kept)
+    if left < s.prompts or not any(is_verifiable(task) for task in kept if task["split"] == "evaluation"):
+        raise UsageError(
+            f"{s.tasks} has {left} tasks with an answer that can be checked, but a step takes {s.prompts}: give tasks "
+            "with reference answers (docs/tasks.md)"
+        )
+    if dropped := len(drawn) - len(kept):
+        display.say(f"tasks: {dropped} of {s.limit} were left out, as their reference answer cannot be checked")
+    write_jsonl(folder / "tasks.jsonl", kept)
+
+
+def is_verifiable(task: Mapping[str, Any]) -> bool:
+    """Whether there is something to judge by, and the judge finds the reference answer itself right."""
+    if task.get("entry") is not None:
+        return True
+    if task.get("answer") is None:
+        return False
+    return judge(task, f"\\boxed{{{final_answer(str(task['answer']))}}}").reason == "right"
+
+
+# --- training ---
+
+
+def _train(folder: RunFolder, s: RLSettings, display: Display) -> None:
+    if s.launcher is None:
+        from steerable.train.loop import train
+
+        train(folder.root, s, open_model(s), display)
+        return
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if s.accelerate_config:
+        command += ["--config_file", s.accelerate_config]
+    command += ["-m", "steerable.train.worker", str(folder.root)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"STEERABLE_QUIET": ""})
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("steerable: ")]
+        last = said[-1].removeprefix("steerable: ") if said else done.stderr.strip().splitlines()[-1:]
+        raise SteerableError(f"the training that accelerate launched ended with code {done.returncode}: {last}")

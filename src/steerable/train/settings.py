@@ -1,0 +1,176 @@
+"""The settings of `steerable train rl`: one table from which options, checks and `config.json` follow; recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from steerable.config import ANNOTATORS, Annotator, check_names, check_positive, check_types, flag, option
+from steerable.errors import UsageError
+from steerable.sites import parse_layers
+
+METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
+REWARDS = ("correct", "format", "random")
+GENERATION = ("engine", "generate", "vllm-colocate", "vllm-server")
+#: Of the bundled model, tuned on validation tasks; of other models, those of the paper's configurations.
+RATES = {
+    "pocket": {"bias": 1e-1, "adaptive": 1e-2, "lora": 1e-2, "tinylora": 1e-1, "full": 1e-4},
+    "other": {"bias": 1e-3, "adaptive": 1e-4, "lora": 1e-4, "tinylora": 1e-3, "full": 1e-6},
+}
+
+
+@dataclass(frozen=True)
+class RLSettings:
+    """Everything that a training's result depends on. Raises UsageError for a value that makes no sense."""
+
+    model: str = option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    dtype: str | None = option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
+    device: str | None = option(None, "Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
+    attention: str | None = option(None, "Attention kernel: sdpa, eager, ...; default: what transformers chooses.")
+    trust_remote_code: bool = option(False, "Run code that the model's repository brings along.")
+    tasks: str = option(
+        "auto",
+        "pocket, reasoning-gym[:<family>,...], gsm8k:train, math, ..., hf:<data set>, or a .jsonl, .json or .csv file; "
+        "each task needs an answer that can be checked. auto: pocket for the bundled model, else reasoning-gym.",
+    )
+    test: str | None = option(
+        None, "Source of the tasks to judge on, e.g. gsm8k:test; default: unseen ones of --tasks."
+    )
+    system: str = option("", "A system message before every task.")
+    template: str | None = option(None, "A text with {prompt}, instead of the model's chat template.")
+    method: str = option("bias", "What is trained: bias (a vector a layer), adaptive, lora, tinylora or full.")
+    layers: str | None = option(None, "Layers to train, e.g. 3 or 2,4; default: all.")
+    after: str = option("mlp", "Where a layer's vector is added: after its mlp or its attention.")
+    rank: int | None = option(
+        None, "Rank of lora (4) and adaptive (1), numbers of tinylora (13); with bias: all layers' vectors share it."
+    )
+    reward: str = option("correct", "What is paid for: correct, or, as controls, format or random.")
+    learning_rate: float | None = option(None, "Default: by method; tuned for the bundled model.")
+    beta: float = option(0.0, "Weight of the KL term; 0: none, and no reference model.")
+    steps: int = option(40, "Optimiser steps, one for every batch of rollouts.")
+    prompts: int = option(16, "Tasks a step, over all processes.")
+    group: int = option(8, "Samples of each task.")
+    max_new_tokens: int = option(400, "Longest chain, answer included.")
+    temperature: float = option(1.0, "Temperature of rollouts and of sampled judging.")
+    warmup: float = option(0.03, "Share of the steps in which the learning rate rises.")
+    clip: float = option(2.0, "Largest norm of a gradient.")
+    seed: int = option(0, "Seed of tasks, rollouts and parameters.")
+    limit: int = option(1024, "Tasks to train on.")
+    evaluation: int = option(128, "Unseen tasks to judge on, before and after.")
+    samples: int = option(4, "Chains a task when judging by sampling; greedily it is one.")
+    micro_batch: int = option(64, "Rollouts in one forward and backward pass, on each device.")
+    checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, in less memory.")
+    save_every: int = option(10, "Steps between checkpoints.")
+    generation: str = option("engine", "What rolls out: engine (ours), generate, vllm-colocate or vllm-server.")
+    vllm_url: str = option("http://localhost:8000", "With vllm-server: where `vllm serve` listens.")
+    vllm_memory: float = option(0.3, "With vllm-colocate: vLLM's share of the GPU's memory.")
+    launcher: str | None = option(None, "accelerate: train in the processes that `accelerate launch` starts.")
+    accelerate_config: str | None = option(None, "Its configuration: FSDP, DeepSpeed, how many processes.")
+    annotator: str = option("auto", "Labels behaviours before and after: pocket, keywords or none; auto: by model.")
+    rows: int = option(64, "Sequences that our engine computes together.")
+
+    def __post_init__(self) -> None:
+        other = "pocket" if self.model == "pocket" else "other"
+        for name, value in (
+            ("tasks", "pocket" if other == "pocket" else "reasoning-gym"),
+            ("annotator", "pocket" if other == "pocket" else "keywords"),
+        ):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, value)
+        if self.learning_rate is None and self.method in METHODS:
+            object.__setattr__(self, "learning_rate", RATES[other][self.method])
+        check_types(self)
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
+        counts = "steps prompts max_new_tokens limit evaluation samples micro_batch save_every rows"
+        check_positive(self, counts.split())
+        for name, allowed in (
+            ("method", METHODS),
+            ("after", ("mlp", "attention")),
+            ("reward", REWARDS),
+            ("generation", GENERATION),
+            ("launcher", (None, "accelerate")),
+            ("annotator", ("pocket", "keywords", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{flag(name)} is {getattr(self, name)!r}: expected one of {', '.join(a for a in allowed if a)}"
+                )
+        if self.group < 2:
+            raise UsageError(f"--group is {self.group}: expected 2 or more, as a sample is compared with its group")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}: expected 1 or more")
+        if not (self.learning_rate or 0) > 0 or self.beta < 0 or self.temperature <= 0 or self.clip <= 0:
+            raise UsageError("--learning-rate, --temperature and --clip must be above 0, and --beta 0 or more")
+        if not 0 <= self.warmup < 1 or not 0 < self.vllm_memory < 1:
+            raise UsageError("--warmup and --vllm-memory are shares: expected a number from 0 to 1")
+        if self.limit < self.prompts:
+            raise UsageError(f"--limit is {self.limit}: expected at least --prompts ({self.prompts}), a batch of tasks")
+        if self.micro_batch > self.rollouts or self.rollouts % self.micro_batch:
+            fitting = [n for n in range(1, min(self.micro_batch, self.rollouts) + 1) if self.rollouts % n == 0][-1]
+            object.__setattr__(self, "micro_batch", fitting)
+        if self.template is not None and "{prompt}" not in self.template:
+            raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
+        if self.beta and self.method == "bias" and self.rank:
+            raise UsageError("--beta with --rank is not possible for bias: leave one of them out")
+        _ = self.chosen_layers
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts a step."""
+        return self.prompts * self.group
+
+    @property
+    def chosen_layers(self) -> tuple[int, ...] | None:
+        return parse_layers(self.layers)
+
+    @property
+    def annotate(self) -> Annotator | None:
+        """The annotator as a function `chain -> spans`."""
+        if self.annotator == "none":
+            return None
+        import importlib
+
+        module, _, name = ANNOTATORS[self.annotator].partition(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def subset(self, names: str) -> dict[str, Any]:
+        """The named settings, for a stage's key."""
+        return {name: getattr(self, name) for name in names.split()}
+
+
+def from_dict(values: Mapping[str, Any]) -> RLSettings:
+    """Settings from a dict. Raises UsageError for an unknown setting or a wrong value."""
+    check_names(RLSettings, values)
+    return RLSettings(**values)
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """The recipes that come with the package, by name: settings of the published experiments."""
+    folder = resources.files("steerable.train") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return {f.name.removesuffix(".json"): json.loads(f.read_text(encoding="utf-8")) for f in files}
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe by its name, or from a JSON file of settings. Raises UsageError where there is none."""
+    known = recipes()
+    if name in known:
+        return {key: value for key, value in known[name].items() if key != "about"}
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--recipe is {name!r}, which is no readable JSON file ({error}): expected one, or {', '.join(known)}"
+        ) from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{name} holds no settings: expected a JSON object of them")
+    return {key: value for key, value in found.items() if key != "about"}
