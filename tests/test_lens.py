@@ -45,3 +45,15 @@ def test_k_is_cut_to_the_vocabulary(model):
 def test_bad_vectors(model, vector):
     with pytest.raises(UsageError, match="finite vector of width 32"):
         lens(model, Letters(), vector)
+
+
+def test_the_bias_of_the_unembedding_is_no_part_of_what_the_vector_says(model):
+    before = lens(model, Letters(), model.lm_head.weight[4], k=3)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(26.0))
+    try:
+        assert lens(model, Letters(), model.lm_head.weight[4], k=3).top[0] == (
+            before.top[0][0],
+            pytest.approx(1.0, abs=1e-5),
+        )
+    finally:
+        model.lm_head.bias = None

@@ -156,7 +156,7 @@ def test_chains(llama, tokenizer):
     direction = Direction(vectors(layers=[1]), gate="thinking")
     found = persistence(llama, tokenizer, direction, chain_texts(tokenizer, chains, prompts), controls=0)
     assert found.tokens == 4 + 1  # from the first thinking token to the end
-    assert 0 < found.relative[0][1]
+    assert found.relative[0][1] > 0
     with pytest.raises(UsageError, match="no prompt for the chain of task 'b'"):
         chain_texts(tokenizer, chains, {"a": prompts["a"]})
 

@@ -26,10 +26,9 @@ def token_texts(tokenizer: Any) -> list[str]:
 def _text(index: int, piece: str | None, text: str) -> str:
     if piece is None:
         return f"<{index}>"
-    if not text or _UNKNOWN in text:
-        # a SentencePiece decoder drops the one space that a text begins with
-        return " " * len(piece) if piece and not piece.strip("▁") else piece
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+    if piece.startswith("▁"):  # SentencePiece's space; its decoder drops the one that a text begins with
+        return piece.replace("▁", " ")
+    return piece if not text or _UNKNOWN in text else text
 
 
 def visible(text: str) -> str:
