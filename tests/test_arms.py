@@ -74,7 +74,7 @@ def test_kinds(tmp_path, folder, lora):
     with pytest.raises(UsageError, match="holds neither config.json nor adapter_config.json"):
         find_arms("pocket", {"x": tmp_path})
     for source in ("runs/none.safetensors", "nothing", "a/b/c"):
-        with pytest.raises(UsageError, match=f"there is no {source}: expected a direction file, a PEFT adapter or"):
+        with pytest.raises(UsageError, match=f"there is no file or folder '{source}': expected a direction file"):
             find_arms("pocket", {"x": source})
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(UsageError, match="cannot be read"):

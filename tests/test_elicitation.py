@@ -129,6 +129,14 @@ def test_arms_act(finished):
         beside = result["arms"][name]["against_base"]
         for key, (one, other) in {"created": (name, "base"), "lost": ("base", name)}.items():
             assert beside[key] == [t for t in sorted(counts["base"]) if counts[one][t][1] and not counts[other][t][1]]
+        chains = [c for c in read_jsonl(out / f"{name}.jsonl") if c["task_id"] in beside["created"] and c["correct"]]
+        if beside["created"]:
+            sums = {t: [c for c in chains if c["task_id"] == t] for t in beside["created"]}
+            nats = [sum(c["nats"] for c in own) / sum(c["tokens"] for c in own) for own in sums.values()]
+            assert beside["perplexity_created"][0] == pytest.approx(math.exp(sum(nats) / len(nats)))
+        else:
+            assert beside["perplexity_created"] is None
+        assert result["arms"][name]["solved"] == len(beside["created"]) + beside["both"]
         assert len(beside["created"]) + len(beside["lost"]) + beside["both"] + beside["neither"] == 6
 
 

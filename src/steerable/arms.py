@@ -82,7 +82,8 @@ def _kind(name: str, path: Path) -> Literal["direction", "adapter", "model"]:
         )
     if not path.exists() and (path.suffix == ".safetensors" or len(path.parts) != 2):  # a hub name is owner/model
         raise UsageError(
-            f"arm {name!r}: there is no {path}: expected a direction file, a PEFT adapter or a model folder"
+            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter or a model "
+            "folder"
         )
     return "model"
 
@@ -151,6 +152,7 @@ def opener(arm: Arm, base: Loaded) -> Callable[[], Loaded]:
     if arm.kind == "adapter":
         return partial(_open_adapter, again, arm)
     if arm.kind == "model":
+        assert isinstance(again, partial)
         options = {**again.keywords, "revision": None}
         load = partial(again.func, arm.source, **options)
         return partial(_open_model, load, base.tokenizer, base.model.generation_config)

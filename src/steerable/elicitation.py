@@ -288,6 +288,7 @@ def summary(rows: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, A
         "loops": mean(lambda row: row["loops"]),
         "unclosed": mean(lambda row: float(not row["closed"])),
         "perplexity": {"all": perplexity(_scored(rows)), "correct": perplexity(_scored(rows, right=True))},
+        "solved": sum(c > 0 for _, c in counts(rows).values()),
         "counts": counts(rows),
     }
 
@@ -298,6 +299,7 @@ def against(
     """One arm beside the base, paired by task."""
     mine, theirs = counts(rows), counts(base)
     found, sets = crossing(mine, theirs, ks), solved(mine, theirs)
+    created = [row for row in rows if row["task_id"] in set(sets["only_a"])]
     return {
         "difference": difference(mine, theirs, ks),
         "crossing": found.to_dict() | {"sentence": found.sentence(name, BASE)},
@@ -309,6 +311,7 @@ def against(
             "all": ratio(_scored(rows), _scored(base)),
             "correct": ratio(_scored(rows, right=True), _scored(base, right=True)),
         },
+        "perplexity_created": perplexity(_scored(created, right=True)),
     }
 
 

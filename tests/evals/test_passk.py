@@ -143,7 +143,7 @@ def test_curves_that_meet():
     assert found.level_from == 64  # 1 at k = 64 alone: 8 of 64 are missed by few draws of 32, but by some
     found = crossing(tasks((30, 64, 62)), tasks((30, 64, 50)), KS)
     assert found.level_from == 16
-    assert "from k = 16 on the two cannot be told apart" in found.sentence("bias", "base")
+    assert "from k = 16 on they cannot be told apart" in found.sentence("bias", "base")
 
 
 def test_curves_that_do_not_meet():

@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from steerable.elicitation import against, summary
+from steerable.report import words
+from steerable.report.cells import Interval
 from steerable.report.passk_page import findings, render, tables
 
 KS = [1, 2, 4, 8]
@@ -61,7 +63,7 @@ def test_the_page(result):
     parsed.feed(page)
     assert not parsed.open
     said = " ".join(" ".join(parsed.said).split())
-    assert "bias<b>: bias<b> is ahead at k = 1, base at k = 8" in said and "bias<b>" not in page
+    assert "bias<b> is ahead at k = 1, base at k = 8" in said and "bias<b>" not in page
     assert "20 tasks of gsm8k" in said and "temperature 0.6, top-p 0.95" in said
     assert "60.0% (40.0 to 80.0)" in said  # pass@1 of the arm
     assert "25.0% (25.0 to 25.0)" in said
@@ -81,7 +83,10 @@ def test_the_tables(result):
     assert [t.title.split(",")[0] for t in found] == [
         "pass@k", "difference to the base", "tasks solved at least once", "perplexity under the base",
     ]  # fmt: skip
-    assert [len(t.columns) for t in found] == [5, 5, 5, 5] and [t.row_count for t in found] == [3, 2, 2, 3]
+    assert [len(t.columns) for t in found] == [4, 3, 5, 4] and [t.row_count for t in found] == [4, 4, 2, 3]
+    assert list(found[0].columns[2].cells) == [
+        words.with_interval(Interval(*read), "percent") for read in result["arms"]["bias<b>"]["passk"].values()
+    ]
     alone = result | {"arms": {"base": result["arms"]["base"]}}
     assert len(tables(alone)) == 2 and findings(alone) == []
     assert "nothing was compared" in render(alone)

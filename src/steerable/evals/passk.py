@@ -58,8 +58,8 @@ def difference(a: Counts, b: Counts, ks: Sequence[int], seed: int = 0) -> dict[i
     one, two = _table(a, tasks, ks), _table(b, tasks, ks)
     found = {}
     for i, k in enumerate(ks):
-        columns = (dict(zip(tasks, table[:, i], strict=True)) for table in (one, two))
-        found[k] = _given(difference_interval(*columns, seed=seed))
+        mine, theirs = (dict(zip(tasks, table[:, i], strict=True)) for table in (one, two))
+        found[k] = _given(difference_interval(mine, theirs, seed))
     return found
 
 
@@ -96,13 +96,13 @@ class Crossing:
             )
         if self.verdict == "meets":
             since = f"from k = {self.level_from} on" if self.level_from else f"at k = {high}"
-            return f"{ahead} is ahead at k = {low}, and {since} the two cannot be told apart (at k = {high}: {gap})"
+            return f"{ahead} is ahead at k = {low}, and {since} they cannot be told apart (at k = {high}: {gap})"
         if self.verdict == "apart":
             return f"{ahead} is ahead from k = {low} to k = {high} ({gap}): they do not meet"
         if self.verdict == "parts":
             winner = a if self.last[0] > 0 else b
-            return f"the two cannot be told apart at k = {low}; at k = {high} {winner} is ahead ({gap})"
-        return f"the two cannot be told apart, neither at k = {low} nor at k = {high} ({gap})"
+            return f"{a} and {b} cannot be told apart at k = {low}; at k = {high} {winner} is ahead ({gap})"
+        return f"{a} and {b} cannot be told apart, neither at k = {low} nor at k = {high} ({gap})"
 
     def _where(self) -> str:
         best, low, high = ("beyond" if k is None else str(k) for k in self.k)

@@ -54,11 +54,12 @@ def tables(result: Result) -> list[Any]:
     from rich.table import Table as Printed
 
     found = []
+    surprise = perplexity_table(result)
     for title, data in (
-        ("pass@k", pass_table(result)),
-        ("difference to the base, in points", difference_table(result)),
+        ("pass@k", _turned(pass_table(result))),
+        ("difference to the base, in points", _turned(difference_table(result))),
         ("tasks solved at least once", solved_table(result)),
-        ("perplexity under the base", perplexity_table(result)),
+        ("perplexity under the base", Table(surprise.head[:4], [row[:4] for row in surprise.rows])),
     ):
         if data is not None:
             printed = Printed(*data.head, title=title, title_justify="left")
@@ -68,13 +69,21 @@ def tables(result: Result) -> list[Any]:
     return found
 
 
+def _turned(data: Table | None) -> Table | None:
+    """Rows for columns: a terminal is narrow, and there are more k than arms."""
+    if data is None:
+        return None
+    head, *rows = zip(data.head, *data.rows, strict=True)
+    return Table(head, rows)
+
+
 def findings(result: Result) -> list[str]:
     """One sentence an arm: how its curve stands to the base's, and what each solved that the other did not."""
     found = []
     for name, arm in _trained(result):
         beside = arm["against_base"]
         only = f"by {name} alone: {len(beside['created'])}, by the base alone: {len(beside['lost'])}"
-        found.append(f"{name}: {beside['crossing']['sentence']}. Tasks solved at least once {only}.")
+        found.append(f"{beside['crossing']['sentence']}. Tasks solved at least once {only}.")
     return found
 
 
@@ -102,11 +111,14 @@ def solved_table(result: Result) -> Table | None:
 def perplexity_table(result: Result) -> Table:
     rows = []
     for name, arm in result["arms"].items():
-        ratio = arm["against_base"]["perplexity_ratio"] if name != _BASE else None
-        cells = [arm["perplexity"]["correct"], arm["perplexity"]["all"]]
-        beside = [_plain(ratio[which]) if ratio else "" for which in ("correct", "all")]
-        rows.append([name, _plain(cells[0]), beside[0], _plain(cells[1]), beside[1]])
-    return Table(["", "right solutions", "× the base's", "all solutions", "× the base's"], rows)
+        row = [name, str(arm["solved"])]
+        for which in ("correct", "all"):
+            row.append(_plain(arm["perplexity"][which]))
+            row.append("" if name == _BASE else _plain(arm["against_base"]["perplexity_ratio"][which]))
+        row.append("" if name == _BASE else _plain(arm["against_base"]["perplexity_created"]))
+        rows.append(row)
+    head = ["", "tasks solved", "right solutions", "× the base's", "all solutions", "× the base's"]
+    return Table([*head, "right ones of tasks that the base never solved"], rows)
 
 
 def _form_table(result: Result) -> Table:
