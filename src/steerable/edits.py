@@ -191,7 +191,8 @@ def _replace(model: nn.Module, module: Any, dtype: torch.dtype | None, *, traine
         stock = _Stock(old, type(module))
         setattr(module, _KEPT, stock)
     elif old is not None and old.dtype == dtype:
-        return old.requires_grad_(trained)
+        old.requires_grad_(trained)
+        return old
     where = module.weight.device
     value = (
         torch.zeros(models.width(model), dtype=dtype, device=where)

@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from ..errors import SteerableError, UsageError
 
 _AS_LLAMA = ("qwen2", "mistral")
 # of configs that become Llama's: what it has no use for, once no window slides
-_NOT_LLAMAS = ("architectures", "layer_types", "max_window_layers", "model_type", "sliding_window")
-_NOT_LLAMAS += ("transformers_version", "use_sliding_window")
+_NOT_LLAMAS = {"architectures", "layer_types", "max_window_layers", "model_type", "sliding_window"}
+_NOT_LLAMAS |= {"transformers_version", "use_sliding_window"}
 _SWITCHES = {"mlp": "mlp_bias", "attention": "attention_bias"}
 
 
@@ -59,6 +59,7 @@ def as_checkpoint(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
+    _check(model)
     vectors = {} if direction is None else placed(model, direction, strength)
     if after is None and direction is None:
         after = "mlp"
@@ -66,7 +67,8 @@ def as_checkpoint(
         for layer in range(models.n_layers(model)):
             linear(model, Place(layer, after))  # raises where there is none
     state = _state(model, vectors)
-    wanted = {p for p, name in bias_names(model).items() if p in vectors or p.after == after or name in state}
+    names = bias_names(model)
+    wanted = {p: name for p, name in names.items() if p in vectors or p.after == after or name in state}
     empty = _holder(model, wanted)
     held = empty.state_dict()
     if strange := sorted(state.keys() - held.keys()):
@@ -87,18 +89,20 @@ def as_checkpoint(
     return folder
 
 
-def _state(model: Any, vectors: dict[Place, Tensor]) -> dict[str, Tensor]:
-    """The model's own tensors, but for biases: those with what is added to them, in the type of their weights."""
+def _check(model: Any) -> None:
+    """Raises UsageError for what has no plain weights of its own in memory."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
-        raise UsageError(f"a {type(model).__name__} has no checkpoint folder: expected a model of transformers")
+        raise UsageError(f"a {type(model).__name__} has no checkpoint folder: expected a plain model of transformers")
     if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(
-            "the weights are quantised, and a checkpoint must hold them plain: load the model without that"
-        )
-    state = dict(model.state_dict())
-    if any(tensor.is_meta for tensor in state.values()):
+        raise UsageError("the weights are quantised, a checkpoint must hold them plain: load the model without that")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise UsageError("the weights are not all in memory: load the model on one device, e.g. device='cpu'")
+
+
+def _state(model: Any, vectors: Mapping[Place, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors, but for biases: those with what is added to them, in the type of their weights."""
+    state = dict(model.state_dict())
     for place, name in bias_names(model).items():
         if name not in state and place not in vectors:
             continue
@@ -110,18 +114,15 @@ def _state(model: Any, vectors: dict[Place, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _holder(model: Any, wanted: set[Place]) -> Any:
-    """An empty model (its weights on "meta") of a stock class that has all the wanted biases. Raises UsageError."""
+def _holder(model: Any, wanted: Mapping[Place, str]) -> Any:
+    """An empty model (its weights on "meta") of a stock class that has all the wanted biases, which have the same names
+    in every class that is tried. Raises UsageError."""
     for kind, config in _candidates(model, {place.after for place in wanted}):
-        try:
-            with torch.device("meta"):
-                empty = kind(config)
-        except ValueError:  # Llama wants a width that its heads divide
-            continue
+        with torch.device("meta"):
+            empty = kind(config)
         held = empty.state_dict()
         more = held.keys() - model.state_dict().keys()
-        names = bias_names(empty)
-        if all(names.get(place) in held for place in wanted) and all(name.endswith(".bias") for name in more):
+        if held.keys() >= set(wanted.values()) and all(name.endswith(".bias") for name in more):
             return empty
     raise UsageError(f"{_why(model)}: steer with a hook, or export an adapter (--to peft-beft)")
 
@@ -138,16 +139,18 @@ def _candidates(model: Any, after: set[str]) -> Iterator[tuple[Any, Any]]:
         for switch in switches:
             setattr(config, switch, True)
         yield type(model), config
-    if (
-        model.config.model_type in _AS_LLAMA
-        and type(model).__name__.endswith("ForCausalLM")
-        and not _slides(model.config)
-    ):
+    config = model.config
+    # Llama wants a width that its heads divide
+    if _becomes_llama(model) and not _slides(config) and config.hidden_size % config.num_attention_heads == 0:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        kept = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_LLAMAS}
-        projections = model.config.model_type == "qwen2" or "attention" in after
+        kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_LLAMAS}
+        projections = config.model_type == "qwen2" or "attention" in after
         yield LlamaForCausalLM, LlamaConfig(**kept | {"mlp_bias": True, "attention_bias": projections})
+
+
+def _becomes_llama(model: Any) -> bool:
+    return model.config.model_type in _AS_LLAMA and type(model).__name__.endswith("ForCausalLM")
 
 
 def _slides(config: Any) -> bool:
@@ -158,7 +161,7 @@ def _slides(config: Any) -> bool:
 
 def _why(model: Any) -> str:
     kind = model.config.model_type
-    if kind in _AS_LLAMA and _slides(model.config):
+    if _becomes_llama(model) and _slides(model.config):
         return (
             f"this {kind} model has a sliding window, so Llama's class cannot stand in for its own, which has no bias"
         )
