@@ -82,8 +82,8 @@ def _kind(name: str, path: Path) -> Literal["direction", "adapter", "model"]:
         )
     if not path.exists() and (path.suffix == ".safetensors" or len(path.parts) != 2):  # a hub name is owner/model
         raise UsageError(
-            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter or a model "
-            "folder"
+            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter or a "
+            "model folder"
         )
     return "model"
 
