@@ -37,15 +37,19 @@ COMMON = {"model": "pocket", "prompts": 16, "group": 8, "max_new_tokens": 400, "
 
 
 def jobs() -> dict[str, dict[str, Any]]:
-    """Every job by name, in order: its settings. `needs`: jobs that must be finished; `tuned`: whose best rate it takes."""
+    """Every job by name, in order: its settings. `needs`: jobs that must be finished first; `tuned`: the method whose
+    best rate it takes."""
     found: dict[str, dict[str, Any]] = {}
-    for method in ("full", "bias", "lora", "adaptive", "tinylora"):
+
+    def tune(method: str) -> None:
         for rate in RATES[method]:
             found[f"tune-{method}-{rate:g}"] = {"method": method, "learning_rate": rate, "steps": TUNING_STEPS}
 
     def arm(name: str, seed: int, method: str, **more: Any) -> None:
         found[f"{name}-{seed}"] = {"method": method, "seed": seed, "tuned": method, "steps": STEPS, **more}
 
+    for method in ("bias", "full", "lora"):
+        tune(method)
     for seed in SEEDS:
         for name, method, more in (
             ("full", "full", {}),
@@ -54,14 +58,15 @@ def jobs() -> dict[str, dict[str, Any]]:
             ("random-reward", "bias", {"reward": "random"}),
         ):
             arm(name, seed, method, **more)
-    arm("adaptive", 0, "adaptive")
-    arm("format", 0, "bias", reward="format")
-    for layer in range(LAYERS):
-        arm(f"layer{layer}", 0, "bias", layers=str(layer))
-    arm("tinylora", 0, "tinylora")
     for seed in SEEDS:
         found[f"controls-{seed}"] = {"needs": [f"bias-{seed}"], "seed": seed}
+    for layer in reversed(range(LAYERS)):
+        arm(f"layer{layer}", 0, "bias", layers=str(layer))
     found["passk"] = {"needs": ["bias-0", "full-0", "lora-0"]}
+    for method in ("adaptive", "tinylora"):
+        tune(method)
+        arm(method, 0, method)
+    arm("format", 0, "bias", reward="format")
     return found
 
 
