@@ -297,15 +297,7 @@ def tables(result: Mapping[str, Any]) -> list[Any]:
     """rich tables for a terminal: accuracy of every setting, the pairs, the sibling."""
     from rich.table import Table
 
-    found: list[Any] = []
-    sides = [(result["model"], result["cells"])]
-    if result["transfer"]:
-        sides.append((result["transfer"]["model"], result["transfer"]["cells"]))
-    for model, cells in sides:
-        table = Table("vectors", "accuracy", "against base", "tokens", title=f"On {model}")
-        for name, cell in cells.items():
-            table.add_row(name, _text(cell["accuracy"]), _text(cell["against_base"]), _text(cell["tokens"], "{:.0f}"))
-        found.append(table)
+    found: list[Any] = [_accuracies(result["model"], result["cells"])]
     if result["pairs"]:
         table = Table(
             "pair", "adjacent", "over the better", "room", "gain",
@@ -322,7 +314,18 @@ def tables(result: Mapping[str, Any]) -> list[Any]:
                 numbers = (_text(pooled[k]) for k in ("difference", "room", "gain"))
                 table.add_row(f"{pooled['pairs']} {kind}", "", *numbers, style="bold")
         found.append(table)
+    if result["transfer"]:
+        found.append(_accuracies(result["transfer"]["model"], result["transfer"]["cells"]))
     return found
+
+
+def _accuracies(model: str, cells: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("vectors", "accuracy", "against base", "tokens", title=f"On {model}")
+    for name, cell in cells.items():
+        table.add_row(name, _text(cell["accuracy"]), _text(cell["against_base"]), _text(cell["tokens"], "{:.0f}"))
+    return table
 
 
 def _text(interval: Sequence[float] | None, style: str = "{:.3f}") -> str:

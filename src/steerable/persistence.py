@@ -113,8 +113,7 @@ def persistence(
         touched = selector(state) & state.valid
         measured = (touched.cumsum(1) > 0) & state.valid
         tokens += int(measured.sum())
-        base: dict[int, Tensor] = {}
-        _read(model, batch, range(first, count), lambda layer, h, base=base: base.update({layer: h.clone()}))
+        base = _kept(model, batch, range(first, count))
         for (run, layer), into in sums.items():
             with (
                 warnings.catch_warnings(action="ignore", category=SteerableWarning),  # given once for all above
@@ -226,6 +225,17 @@ def _batches(
         state = SequenceState(tags)
         state.start(len(indices), batch.ids.device, torch.tensor([rows[i][1] for i in indices]))
         yield batch, state.advance(batch.ids, batch.mask)
+
+
+def _kept(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, Tensor]:
+    """The stream behind each of the layers."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, h: Tensor) -> None:
+        found[layer] = h.clone()
+
+    _read(model, batch, layers, keep)
+    return found
 
 
 def _read(model: Any, batch: Batch, layers: Iterable[int], take: Callable[[int, Tensor], None]) -> None:

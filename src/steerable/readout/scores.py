@@ -120,7 +120,7 @@ def _present(head: nn.Module) -> Iterator[None]:
     if not any(p.is_meta for p in head.parameters()):
         yield
         return
-    from accelerate.utils import align_module_device
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
     with align_module_device(head):
         yield
