@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from steerable.config import PAPER, Config
 from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.train.settings import RLSettings
 
 # click's UsageError, wherever typer keeps it.
 _BadCommandLine: Any = typer.BadParameter.__base__
@@ -47,6 +49,8 @@ app = typer.Typer(
 )
 pocket_app = typer.Typer(help="The bundled model: its recipe and its figures.")
 app.add_typer(pocket_app, name="pocket")
+train_app = typer.Typer(help="Vectors learned by gradient, all weights frozen; and what they are compared with.")
+app.add_typer(train_app, name="train")
 
 _OUT = Path("runs/pocket")
 Out = Annotated[Path, typer.Option(help="The run folder: everything that the run reads and writes.")]
@@ -69,8 +73,8 @@ Cluster = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer tasks and samples: a look in under a minute.")]
 
 
-def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for every setting of `Config`, where its signature says `**settings`."""
+def _with_settings(function: Callable[..., None], table: Any = Config) -> Callable[..., None]:
+    """Give a command one option for every setting of a table, where its signature says `**settings`."""
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
     options = [
         inspect.Parameter(
@@ -81,7 +85,7 @@ def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
                 _optional(f.type), typer.Option(help=f.metadata["help"], show_default=_shown(f.default))
             ],
         )
-        for f in fields(Config)
+        for f in fields(table)
     ]
     function.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
@@ -90,7 +94,7 @@ def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
 
 def _optional(kind: Any) -> Any:
     # Not given is None: a stage then keeps what the run folder's config.json says.
-    return {"int": int | None, "bool": bool | None, "float": float | None}.get(str(kind), str | None)
+    return {"int": int | None, "bool": bool | None, "float": float | None}.get(str(kind).split(" | ")[0], str | None)
 
 
 def _shown(default: Any) -> str | bool:
@@ -175,6 +179,46 @@ def _tell(content: dict[str, Any], text: str, as_json: bool) -> None:
         _print_json(content)
     else:
         print(text)
+
+
+@train_app.command("rl")
+@partial(_with_settings, table=RLSettings)
+def train_rl(
+    out: Annotated[Path, typer.Option(help="The run folder: everything that the training reads and writes.")] = Path(
+        "runs/rl"
+    ),
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Settings of a published experiment by name, or a JSON file; a wrong name lists them."),
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Reinforcement learning on verifiable answers: one vector a layer, or an adapter, or all weights.
+
+    Ends with the untrained and the trained model judged on unseen tasks, greedily and sampled: report.json and
+    report.html. A killed training goes on from its last checkpoint with the same command.
+    """
+    from steerable.display import Display
+    from steerable.runfolder import read_json
+    from steerable.train.rl import train_rl as train
+
+    with Display(quiet=as_json) as display:
+        folder = train(out, recipe=recipe, workers=workers, display=display, **_given(settings))
+    found = read_json(folder / "report.json")
+    if as_json:
+        _print_json(found)
+        return
+    method = found["config"]["method"]
+    for decoding in ("greedy", "sampled"):
+        before, after = (found[arm][decoding]["accuracy"] for arm in ("base", method))
+        low, high = found["difference"][decoding]["accuracy"][1:]
+        print(
+            f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
+            f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
+        )
+    print(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def _print_tables(tables: list[Any]) -> None:
@@ -303,6 +347,7 @@ def export(
     model_type: Annotated[str, typer.Option(help="The model's config.model_type, e.g. qwen2.")] = "",
     n_layers: Annotated[int | None, typer.Option(help="Blocks of the model, for tables with a row each.")] = None,
     blocks: Annotated[str, typer.Option(help="lm-eval: where the model's blocks are, e.g. h for GPT-2.")] = "layers",
+    model: Annotated[str | None, typer.Option(help="checkpoint: the model that the vectors are folded into.")] = None,
     as_json: Json = False,
 ) -> None:
     """A direction file for another tool. What that tool cannot hold is refused, or said."""
@@ -312,7 +357,7 @@ def export(
 
     done = export_file(
         Direction.load(file), out, to, layers=parse_layers(layers), fold_strength=fold_strength,
-        model_type=model_type, n_layers=n_layers, blocks=blocks,
+        model_type=model_type, n_layers=n_layers, blocks=blocks, model=model,
     )  # fmt: skip
     _tell(done, f"{out}: {done['format']}, layers {done['layers_text']}, width {done['width']}", as_json)
 

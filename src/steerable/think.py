@@ -293,6 +293,14 @@ def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
     return tags
 
 
+def think_tags_if_any(tokenizer: Any) -> ThinkTags | None:
+    """The tags of the model's think block; None for a model that writes none, such as a base model."""
+    try:
+        return think_tags(tokenizer)
+    except UsageError:
+        return None
+
+
 def _detect(tokenizer: Any, vocabulary: Mapping[str, int]) -> Texts:
     added = _added(tokenizer)
     for texts in KNOWN:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steerable.chains.judging import is_marked
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
@@ -17,7 +18,7 @@ from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
 from steerable.models import Loaded
-from steerable.think import ThinkTags, render, think_tags
+from steerable.think import ThinkTags, render, think_tags_if_any
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was done since the last call."""
@@ -207,7 +208,7 @@ def _block(jobs: Sequence[Job], part: Sequence[tuple[int, Mapping[str, Any], int
 def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
     steering, prompting, items, settings = block
     model, tokenizer = loaded
-    tags = think_tags(tokenizer)
+    tags = think_tags_if_any(tokenizer)
     requests = [
         Request(
             prompting.ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength
@@ -275,13 +276,23 @@ def request_seed(seed: int, task_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def split_chain(tokenizer: Any, tags: ThinkTags, completion: Completion) -> Record:
+def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) -> Record:
     """`thinking`, `answer`, `closed`, `tokens` (new ones, the stop token included) and `thinking_tokens`.
 
     `thinking` is the text between the tags untouched, so that character offsets stay valid. Without a think
-    block everything is the answer. See `ThinkTags.split`.
+    block everything is the answer. See `ThinkTags.split`. A model that has no such block (tags None) thinks aloud: its
+    text is both, and closed where it stopped by itself or marked an answer.
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
+    if tags is None:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return {
+            "thinking": text,
+            "answer": text,
+            "closed": completion.finished or is_marked(text),
+            "tokens": len(completion.ids),
+            "thinking_tokens": len(ids),
+        }
     found = tags.split(tokenizer, ids)
     return {
         "thinking": found.thinking,

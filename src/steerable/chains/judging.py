@@ -95,6 +95,11 @@ def extract_answer(text: str) -> str:
     return (formula[1] or formula[2]).strip() if formula else stated[-1]
 
 
+def is_marked(text: str) -> bool:
+    r"""Whether a text marks an answer: a closed `\boxed{}` or `<answer>`, or a line of `####`."""
+    return bool(_marked(_after_thinking(text)))
+
+
 def final_answer(reference: str) -> str:
     """The final answer of a reference solution or answer: its mark is read, or else it is the answer as it stands."""
     hashed = re.findall(r"^\s*####\s*(.+?)\s*$", reference, re.MULTILINE)

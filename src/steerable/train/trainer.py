@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from steerable.chains.generation import request_seed
+from steerable.chains.generation import request_seed, split_chain
 from steerable.engines.sampling import Decoding
-from steerable.engines.transformers import Request, generate
+from steerable.engines.transformers import Completion, Request, generate
 from steerable.errors import SteerableError, SteerableWarning
-from steerable.think import think_tags
+from steerable.think import think_tags_if_any
 from steerable.train.parameters import Trained
 from steerable.train.rewards import REASONS, Reward
 
@@ -69,7 +69,7 @@ class VectorTrainer(GRPOTrainer):
         )
         trained.model = self.model
         trained.remember()
-        self.tags = think_tags(self.processing_class)
+        self.tags = think_tags_if_any(self.processing_class)
 
     # Rollouts and rewards
 
@@ -102,8 +102,8 @@ class VectorTrainer(GRPOTrainer):
         stops = set(self.eos_token_ids)
         rewards, reasons = [], Counter(dict.fromkeys(REASONS, 0))
         for ids, number in zip(completion_ids, task, strict=True):
-            found = self.tags.split(self.processing_class, ids[:-1] if ids and ids[-1] in stops else ids)
-            value, reason = self.paid(self.tasks[number], found.answer if found.closed else None)
+            chain = split_chain(self.processing_class, self.tags, Completion(ids, bool(ids) and ids[-1] in stops))
+            value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
             rewards.append(value)
             reasons[reason] += 1
         for reason, count in sorted(reasons.items()):
