@@ -126,6 +126,7 @@ def test_without_tasks_only_the_sum(place, tmp_path):
     assert composition.compose(files(place, 1), out=tmp_path)["combined"] == str(tmp_path / "combined.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore::steerable.SteerableWarning")
 def test_refused_before_anything_is_generated(place, tmp_path, monkeypatch):
     def never(*arguments, **more):
         raise AssertionError("generated")
@@ -142,6 +143,7 @@ def test_refused_before_anything_is_generated(place, tmp_path, monkeypatch):
         ("is not a loadable model", (0,), {"to": str(place / "nothing")}),
         ("neither an answer nor an entry", (0,), {"tasks": str(tmp_path / "open.jsonl"), "limit": 1}),
         ("--to measures the vectors on another model", (0,), {"tasks": None, "to": "pocket"}),
+        ("has no {prompt}", (0,), {"template": "Solve"}),
         ("width 32, but the model's width there is 64", (0,), {"model": str(place / "wide")}),
     ):
         with pytest.raises(UsageError, match=said):

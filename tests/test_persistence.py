@@ -161,6 +161,13 @@ def test_chains(llama, tokenizer):
         chain_texts(tokenizer, chains, {"a": prompts["a"]})
 
 
+def test_chains_of_a_model_without_a_think_block(tokenizer, monkeypatch):
+    monkeypatch.setattr("steerable.persistence.think_tags_if_any", lambda tokenizer: None)
+    chain = {"task_id": "a", "sample": 0, "thinking": " w1 w2", "answer": " w1 w2", "closed": True, "tokens": 2}
+    ((ids, start),) = chain_texts(tokenizer, [chain], {"a": "w9 w8"})
+    assert tokenizer.convert_ids_to_tokens(ids) == ["w9", "w8", "w1", "w2"] and start == 2
+
+
 def test_errors(llama, tokenizer, texts):
     direction = Direction(vectors(layers=[1]))
     for text, options in (

@@ -15,7 +15,7 @@ from typing import Any
 
 from steerable import models
 from steerable.arms import Arm, fingerprint
-from steerable.chains.generation import Job, Steering, generate_jobs
+from steerable.chains.generation import Job, Prompting, Steering, generate_jobs
 from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.compose import combine, transferred
@@ -27,6 +27,7 @@ from steerable.evals.cells import measure_cell, values
 from steerable.evals.intervals import ByTask, difference_interval
 from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
+from steerable.formats import import_file
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, sha256, write_json
 
@@ -47,6 +48,8 @@ def compose(
     samples: int = 1,
     max_new_tokens: int = 500,
     greedy: bool = False,
+    system: str = "",
+    template: str = "",
     seed: int = 0,
     out: str | Path = "runs/compose",
     workers: int | None = None,
@@ -54,12 +57,12 @@ def compose(
 ) -> dict[str, Any]:
     """Add direction files up and measure what they do alone, in pairs and together.
 
-    files: direction files, usually of one layer each. tasks: a source as for `make_tasks`, with reference answers
-    (auto: pocket for the bundled model, else reasoning-gym); None: nothing is measured, only the sum is written. pairs:
+    files: direction files (or other tools'), usually of one layer each. tasks: a source as for `make_tasks`, with
+    reference answers (auto: pocket for the bundled model, else reasoning-gym); None: only the sum is written. pairs:
     "all", "adjacent" (neighbouring layers) or "none". to: a sibling model of the same shape, on which all files
     together are measured as well. exclude: files of tasks not to be drawn: those that the vectors were trained on.
-    greedy: else the model's own decoding. workers: processes; changes no result. out: a folder; without tasks a
-    .safetensors file will do.
+    greedy: else the model's own decoding. system, template: how tasks are put, as `chains.generation.Prompting`.
+    workers: processes; changes no result. out: a folder; without tasks a .safetensors file will do.
 
     Writes the sum to `out`/combined.safetensors and returns what it writes to `out`/compose.json (docs/lens.md). Raises
     UsageError, before anything is generated, for files that do not go together or do not fit the model, a sibling of
@@ -98,13 +101,15 @@ def compose(
     loaded = models.load(model)
     with steer(loaded.model, together, tokenizer=loaded.tokenizer, track=False):
         pass  # a vector that does not fit is refused now, not after the base's chains
+    prompting = Prompting(system, template)
+    prompting.ids(loaded.tokenizer, "")  # refuses what cannot be put to this model
     if to is not None:
         _check_shape(to, loaded.model)
     folder = RunFolder(out)
     with folder.locked(), Display(quiet) as display:
         drawn = _draw(folder, tasks, limit, seed, exclude)
         together.save(folder / "combined.safetensors")
-        how = _How(folder, drawn, samples, max_new_tokens, greedy, seed, workers, display)
+        how = _How(folder, drawn, samples, prompting, max_new_tokens, greedy, seed, workers, display)
         cells = {
             setting.name: how.measured(setting, model, loaded)
             for setting in _settings(directions, together, wanted, pairs, seed)
@@ -114,7 +119,7 @@ def compose(
             "model": models.model_id(loaded.model) or model,
             "settings": {
                 "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
-                "pairs": pairs, "seed": seed,
+                "system": system, "template": template, "pairs": pairs, "seed": seed,
             },
             "tasks_sha256": sha256(folder / "tasks.jsonl"),
             "cells": _cells(cells, seed),
@@ -145,6 +150,7 @@ class _How:
     folder: RunFolder
     tasks: list[Record]
     samples: int
+    prompting: Prompting
     max_new_tokens: int
     greedy: bool
     seed: int
@@ -161,6 +167,7 @@ class _How:
         settings = {
             "model": fingerprint(Arm(BASE, "base", model), loaded.model),
             "samples": self.samples, "max_new_tokens": self.max_new_tokens, "greedy": self.greedy, "seed": self.seed,
+            "system": self.prompting.system, "template": self.prompting.template,
             "direction": None if steering is None else hashlib.sha256(_bytes(setting.direction)).hexdigest(),
         }  # fmt: skip
         work = partial(self._generate, self.folder / file, name, steering, setting.control, loaded)
@@ -170,7 +177,8 @@ class _How:
     def _generate(
         self, file: Path, name: str, steering: Steering | None, control: str | None, loaded: Loaded, partial: Path
     ) -> None:
-        job = Job(self.tasks, range(self.samples), steering, steering.strength if steering else 0.0, control)
+        strength = steering.strength if steering else 0.0
+        job = Job(self.tasks, range(self.samples), steering, strength, control, self.prompting)
         self.display.start(name, len(self.tasks) * self.samples)
         chains = generate_jobs(
             loaded, [job], seed=self.seed, greedy=True if self.greedy else None, max_new_tokens=self.max_new_tokens,
@@ -191,7 +199,7 @@ def _named(files: Sequence[str | Path]) -> dict[str, Direction]:
         stem = Path(file).stem.replace("+", "-")  # which joins the names of pairs
         taken = (BASE, ALL, RANDOM, "tasks", *found)
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(files) + 3))) if n not in taken)
-        found[name] = Direction.load(file)
+        found[name] = import_file(file)
     return found
 
 

@@ -28,7 +28,7 @@ from .engines.hooks import steer
 from .errors import SteerableWarning, UsageError
 from .gates import Selector, SequenceState, Tokens, parse_selector, resolve
 from .sites import Site, tap
-from .think import think_tags
+from .think import think_tags, think_tags_if_any
 
 Text = str | tuple[Sequence[int], int]
 """A text that counts as prompt, or token ids with the length of the prompt among them."""
@@ -154,13 +154,14 @@ def chain_texts(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"reading chains needs a fast tokenizer, which {type(tokenizer).__name__} is not")
-    tags = think_tags(tokenizer)
+    tags = think_tags_if_any(tokenizer)
     found = []
     for chain in chains:
         prompt = prompts.get(chain["task_id"])
         if prompt is None:
             raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}")
-        text = prompt + tags.written(prompt, chain)
+        # a model without a think block thinks aloud: its text is both thinking and answer
+        text = prompt + (str(chain["thinking"]) if tags is None else tags.written(prompt, chain))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"]]
         start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))

@@ -125,8 +125,9 @@ def test_norms_shape_and_zero_vectors(model):
     largest = (11 + (49 + 36) ** 0.5) / 2
     assert document["stable_rank"] == pytest.approx(11 / largest)
     json.dumps(document, allow_nan=False)
-    for table in tables(document):
-        Console(file=io.StringIO()).print(table)
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(*tables(document))
+    assert "␣wait" in shown.getvalue() and "random, high" in shown.getvalue() and "stable rank" in shown.getvalue()
     assert "wait" in page(document)
     nothing = read_direction(model, Words(), direction({}))
     assert nothing["stable_rank"] is None and "All vectors are zero" in page(nothing) and tables(nothing)

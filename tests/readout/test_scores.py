@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_families import VOCABULARY, tiny
 
 from steerable import models
+from steerable.errors import UsageError
 from steerable.readout import scores
 from steerable.readout.scores import TOP, Unembedding, extremes, group_scores
 from steerable.sites import Site, tap
@@ -122,3 +123,21 @@ def test_groups_without_members_or_without_others():
     found = group_scores(torch.randn(1, 4), [[], [0, 1, 2, 3]])
     assert found.mean[0, 0].isnan() and found.auc[0, 0].isnan() and found.auc[0, 1].isnan()
     assert found.top[0, 1] == 1
+
+
+def test_weights_that_accelerate_keeps_elsewhere():
+    from accelerate import cpu_offload
+
+    model = tiny("llama")
+    plain = readings(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta and model.model.norm.weight.is_meta
+    for key, values in readings(model).items():
+        torch.testing.assert_close(values, plain[key])
+
+
+def test_a_quantised_unembedding_is_refused():
+    model = tiny("llama")
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(VOCABULARY, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match="int8: load the model without quantising"):
+        readings(model)

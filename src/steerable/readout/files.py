@@ -8,9 +8,9 @@ from typing import Any
 
 from steerable import models
 from steerable.chains.records import read_jsonl
-from steerable.directions import Direction
 from steerable.errors import UsageError
 from steerable.files import write_atomic
+from steerable.formats import import_file
 from steerable.readout.document import read_direction
 from steerable.runfolder import write_json
 from steerable.sites import parse_layers
@@ -26,19 +26,23 @@ def lens_file(
     tasks: str | Path | None = None,
     limit: int = 64,
     longest: int = 1024,
+    system: str = "",
+    template: str = "",
     dtype: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The document of `read_direction` for a file, with `file` and `persistence` (None where it was not asked for).
 
-    layers: those to read, "2,3". persistence: a file of chains that the model wrote; their prompts come from `tasks`,
-    default the tasks.jsonl beside the chains or one folder above. limit: chains read, longest: tokens of each. dtype:
-    the model's, default the checkpoint's. progress: called with the chains just read, and how many there are.
+    file: a direction file, or another tool's where its content says everything. layers: those to read, "2,3".
+    persistence: a file of chains that the model wrote; their prompts come from `tasks`, default the tasks.jsonl beside
+    the chains or one folder above. limit: chains read, longest: tokens of each. system, template: how the tasks were
+    put to the model, as `chains.generation.Prompting`. dtype: the model's, default the checkpoint's. progress: called
+    with the chains just read, and how many there are.
 
     Raises UsageError for what is wrong with any of them, before the model is loaded where that can be seen.
     """
-    direction = Direction.load(file)
+    direction = import_file(file)
     wanted = parse_layers(layers)
     chosen = direction if wanted is None else direction.only(wanted)
     if limit < 1:
@@ -48,12 +52,13 @@ def lens_file(
     document = read_direction(*loaded, direction, k=k, layers=wanted, seed=seed)
     document = {"file": str(file), **document, "persistence": None}
     if read is not None:
-        from steerable.chains.generation import prompt_text
+        from steerable.chains.generation import Prompting
         from steerable.persistence import chain_texts
         from steerable.persistence import persistence as follow
 
         chains, asked = read
-        prompts = {task: prompt_text(loaded.tokenizer, prompt) for task, prompt in asked.items()}
+        put = Prompting(system, template)
+        prompts = {task: put.text(loaded.tokenizer, prompt) for task, prompt in asked.items()}
         texts = chain_texts(loaded.tokenizer, chains, prompts)
         found = follow(
             *loaded,

@@ -65,7 +65,8 @@ def _groups(document: Document, score: str, norm: bool) -> Table:
         table.add_row(vector["name"], *(_auc(cells.get(name)) for name in names))
     bounds = {c["group"]: c["auc"] for c in document["random"]["groups"] if (c["score"], c["norm"]) == (score, norm)}
     table.add_section()
-    table.add_row("random", *(_bounds(bounds.get(name)) for name in names), style="dim")
+    for end, label in enumerate(("random, low", "random, high")):
+        table.add_row(label, *(_bound(bounds.get(name), end) for name in names), style="dim")
     table.add_row("tokens", *(str(group["tokens"]) for group in document["groups"].values()), style="dim")
     return table
 
@@ -76,8 +77,9 @@ def _auc(cell: dict[str, Any] | None) -> Text:
     return Text(f"{cell['auc']:.2f}", style="bold" if cell["beyond"] else "")
 
 
-def _bounds(bounds: Sequence[float | None] | None) -> str:
-    return "-" if not bounds or bounds[0] is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}"
+def _bound(bounds: Sequence[float | None] | None, end: int) -> str:
+    bound = bounds[end] if bounds else None
+    return "-" if bound is None else f"{bound:.2f}"
 
 
 def _shape(document: Document) -> Table:
