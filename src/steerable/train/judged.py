@@ -9,13 +9,14 @@ from typing import Any
 
 from steerable import arms, models
 from steerable.chains.generation import Job, Prompting, Steering, generate_jobs
-from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.chains.records import LABELS, Record, read_jsonl, write_jsonl
 from steerable.display import Display
 from steerable.engines.sampling import Decoding
 from steerable.evals.cells import compare, measure_cell
 from steerable.evals.metrics import Measured, measure
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, read_json
+from steerable.train.examples import examples
 from steerable.train.settings import RLSettings
 
 DECODINGS = ("greedy", "sampled")
@@ -73,9 +74,13 @@ def answer(
     display.done()
 
 
+def _chains(folder: RunFolder, arm: str, decoding: str) -> list[Record]:
+    return read_jsonl(folder / chains_of(arm, decoding), "chain")
+
+
 def measured(folder: RunFolder, s: RLSettings, arm: str, decoding: str, tokenizer: Any) -> list[Measured]:
     """What the chains of one arm show."""
-    chains = read_jsonl(folder / chains_of(arm, decoding), "chain")
+    chains = _chains(folder, arm, decoding)
     annotate = s.annotate
     spans = [span for chain in chains for span in annotate(chain)] if annotate else []
     return measure(split(folder, "evaluation"), chains, spans, tokenizer)
@@ -100,8 +105,19 @@ def report(folder: RunFolder, s: RLSettings, loaded: Loaded) -> dict[str, Any]:
             decoding: {
                 metric: compare(trained[decoding], base[decoding], metric, s.seed)["difference"] for metric in METRICS
             }
+            | {
+                "fractions": {
+                    label: compare(trained[decoding], base[decoding], f"fractions.{label}", s.seed)["difference"]
+                    for label in LABELS
+                }
+            }
             for decoding in DECODINGS
         },
+        "examples": examples(
+            split(folder, "evaluation"),
+            *(list(zip(_chains(folder, arm, "greedy"), found[arm]["greedy"], strict=True)) for arm in found),
+            s.annotate,
+        ),
         "training": training,
         "config": s.to_dict(),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},

@@ -60,7 +60,7 @@ def train_rl(
     with folder.locked(), torch_threads(default_threads(loaded.model, 1)):
         train_and_judge(folder, s, loaded, workers, display or Display(quiet=True))
         write_json(folder / "report.json", report(folder, s, loaded))
-        write_page(folder.root)
+        write_page(folder.root, loaded)
     return folder.root
 
 
