@@ -28,11 +28,13 @@ from steerable.errors import SteerableError, UsageError
 from steerable.files import write_atomic
 from steerable.models import Loaded
 from steerable.runfolder import read_json, write_json
+from steerable.train import sync
 from steerable.train.parameters import Trained, attach
 from steerable.train.rewards import REASONS, reward_of
 from steerable.train.settings import RLSettings
 
 WEIGHTS = "trained.safetensors"
+_PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
 _UNTRACKED = ("evaluation", "samples", "annotator", "test", "save_every", "launcher", "accelerate_config", "vllm_url",
               "vllm_memory")  # fmt: skip
 
@@ -46,6 +48,9 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
         from steerable.train.trainer import VectorTrainer
 
         torch.manual_seed(s.seed)  # the factors of a rank are drawn
+        vllm = s.generation.startswith("vllm")
+        if vllm:
+            sync.prepare(root, s, loaded)
         trained = attach(
             loaded.model,
             s.method,
@@ -57,22 +62,21 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
         tasks = [task for task in read_jsonl(root / "tasks.jsonl", "task") if task["split"] == "train"]
         prompting = Prompting(s.system, s.template or "")
         prompts = [prompting.text(loaded.tokenizer, task["prompt"]) for task in tasks]
-        _check_length(s, loaded, prompts)
-        with _explained(s):
+        longest = _check_length(s, loaded, prompts)
+        with _explained(root, s):
             trainer = VectorTrainer(
                 trained,
-                _arguments(root, s, loaded),
-                train_dataset=_dataset(prompts),
+                arguments(root, s, loaded, longest),
+                train_dataset=dataset(prompts),
                 processing_class=loaded.tokenizer,
                 tasks=tasks,
                 reward=reward_of(s.reward, s.seed),
                 own_engine=s.generation == "engine",
                 rows=s.rows,
             )
-            if s.generation.startswith("vllm"):
-                from steerable.train.sync import only_trained
-
-                only_trained(trainer)
+            _check_sharding(trainer, s)
+            if vllm:
+                sync.only_trained(trainer)
             main = trainer.accelerator.is_main_process
             last = _last_checkpoint(root, s) if main else None
             last = _broadcast(trainer, last)
@@ -87,14 +91,15 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
         display.done()
 
 
-def _dataset(prompts: list[str]) -> Any:
+def dataset(prompts: list[str]) -> Any:
+    """What the trainer draws from: a task's text and its number."""
     from datasets import Dataset
 
     return Dataset.from_dict({"prompt": prompts, "task": list(range(len(prompts)))})
 
 
-def _arguments(root: Path, s: RLSettings, loaded: Loaded) -> Any:
-    """The published loss as TRL's settings."""
+def arguments(root: Path, s: RLSettings, loaded: Loaded, longest: int | None = None) -> Any:
+    """The published loss as TRL's settings. longest: tokens of the longest prompt, for vLLM's memory."""
     from accelerate import PartialState
     from trl import GRPOConfig
 
@@ -116,6 +121,8 @@ def _arguments(root: Path, s: RLSettings, loaded: Loaded) -> Any:
             "use_vllm": True,
             "vllm_mode": s.generation.removeprefix("vllm-"),
             "vllm_server_base_url": s.vllm_url,
+            "vllm_server_timeout": _PATIENCE,
+            "vllm_max_model_length": None if longest is None else longest + s.max_new_tokens,
             "vllm_gpu_memory_utilization": s.vllm_memory,
             "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
         }
@@ -159,7 +166,21 @@ def _arguments(root: Path, s: RLSettings, loaded: Loaded) -> Any:
     )
 
 
-def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> None:
+def _check_sharding(trainer: Any, s: RLSettings) -> None:
+    """Raises UsageError for what needs the weights in one piece where FSDP or ZeRO 3 has cut them up."""
+    if not (trainer._dist.is_fsdp or trainer._dist.is_zero3):
+        return
+    if s.generation == "engine":
+        raise UsageError(
+            "--generation engine cannot roll out from weights that FSDP or ZeRO 3 spreads over processes: use "
+            "vllm-colocate or vllm-server, or, where one device holds the model, accelerate's MULTI_GPU or ZeRO 2"
+        )
+    if s.method == "bias" and s.rank:
+        raise UsageError("--rank with --method bias cannot be trained by FSDP or ZeRO 3: use MULTI_GPU or ZeRO 2")
+
+
+def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> int:
+    """Tokens of the longest prompt. Raises UsageError where the model does not read it and the answer."""
     longest = max(len(ids) for ids in loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"])
     room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if room and longest + s.max_new_tokens > room:
@@ -169,6 +190,7 @@ def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> None:
             f"the longest task has {longest} tokens and --max-new-tokens is {s.max_new_tokens}, but this model reads "
             f"at most {room}: {cure}"
         )
+    return longest
 
 
 # --- checkpoints ---
@@ -306,7 +328,7 @@ def summary(root: Path, trainer: Any, trained: Trained) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(s: RLSettings) -> Iterator[None]:
+def _explained(root: Path, s: RLSettings) -> Iterator[None]:
     """Other libraries' errors as one sentence each."""
     again = "what was reached is kept, and the same command goes on from it"
     try:
@@ -320,10 +342,16 @@ def _explained(s: RLSettings) -> Iterator[None]:
                 f"out of memory: lower --micro-batch (now {s.micro_batch}), --rows (now {s.rows}) or --max-new-tokens, "
                 f"or give --checkpointing; {again}"
             ) from error
-        if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
-            raise SteerableError(
-                f"the vLLM server at {s.vllm_url} does not answer ({text[:120]}): start it, or look at its log; {again}"
-            ) from error
+        if s.generation == "vllm-server":
+            if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
+                raise SteerableError(
+                    f"the vLLM server at {s.vllm_url} does not answer: look at its log, or start it with "
+                    f"`{sync.serve_command(root, s)}`; {again}"
+                ) from error
+            if text.startswith(("Request failed", "The vLLM server", "Weight synchronization")):  # TRL's own words
+                raise SteerableError(
+                    f"the vLLM server at {s.vllm_url} cannot be used ({text[:300].rstrip('.')}); {again}"
+                ) from error
         raise
 
 
