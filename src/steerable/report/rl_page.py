@@ -63,7 +63,7 @@ class Card(NamedTuple):
     after: str
     change: str
     verdict: str
-    clear: bool
+    css: str
 
 
 class Chain(NamedTuple):
@@ -156,7 +156,7 @@ def _view(report: Report, log: Rows, lens: Mapping[str, Any] | None) -> dict[str
             report["config"].get("reward", "")
         ),
         "cards": [card for decoding in DECODINGS if (card := _card(report, decoding))],
-        "changes": [(decoding, _changes(report, decoding)) for decoding in DECODINGS],
+        "changes": _changes(report),
         "behaviours": [_behaviour(report, label) for label in labels],
         "amplified": _amplified(report, labels),
         "behaviour_table": _behaviour_table(report, labels),
@@ -169,8 +169,12 @@ def _view(report: Report, log: Rows, lens: Mapping[str, Any] | None) -> dict[str
         "labels": [label for label in words.SHORT if any(_says(one, label) for one in examples)],
         "hues": {label: words.hue(label) for label in words.SHORT},
         "tables": [
-            (title, Table((), list(words.flat(report.get(key)))))
-            for title, key in (("Configuration", "config"), ("Model", "model"), ("Versions", "versions"))
+            (title, Table((), list(words.flat(found))))
+            for title, found in (
+                ("Configuration", {k: "default" if v in (None, "") else v for k, v in report["config"].items()}),
+                ("Model", report.get("model")),
+                ("Versions", report.get("versions")),
+            )
         ],
     }
 
@@ -198,16 +202,19 @@ def _change(read: Interval | None, style: str) -> str:
     if read is None:
         return words.MISSING
     if style == "percent":
-        middle, low, high = (f"{100 * x:+.1f}".replace("-", words.MINUS) for x in read)
+        middle, low, high = (f"{100 * x:+.1f}".replace("-", words.MINUS) if x else "0" for x in read)
         return f"{middle} points ({low} to {high})"
     middle, low, high = (words.signed(x) for x in read)
     return f"{middle} ({low} to {high})"
 
 
-def _verdict(read: Interval | None) -> str:
+def _verdict(read: Interval | None) -> tuple[str, str]:
+    """In words, with the CSS class that colours them."""
     if read is None:
-        return words.MISSING
-    return "a gain" if read.low > 0 else "a loss" if read.high < 0 else "no clear difference"
+        return words.MISSING, ""
+    if read.low <= 0 <= read.high:
+        return "no clear difference", ""
+    return ("a gain", "clear") if read.low > 0 else ("a loss", "unclear")
 
 
 def what(report: Report) -> str:
@@ -276,19 +283,17 @@ def _card(report: Report, decoding: str) -> Card | None:
         words.percent(before.mean),
         words.percent(after.mean),
         _change(gap, "percent"),
-        _verdict(gap),
-        gap is not None and gap.low > 0,
+        *_verdict(gap),
     )
 
 
-def _changes(report: Report, decoding: str) -> Table:
+def _changes(report: Report) -> Table:
     rows = []
     for metric, (title, style) in METRICS.items():
-        before, after = (_read(report, arm, decoding, metric) for arm in ("base", "trained"))
-        rows.append(
-            [title, *(words.with_interval(read, style) for read in (before, after))]
-            + [_change(_difference(report, decoding, metric), style)]
-        )
+        for decoding in DECODINGS:
+            before, after = (_read(report, arm, decoding, metric) for arm in ("base", "trained"))
+            row = [f"{title}, {decoding}", *(words.with_interval(read, style) for read in (before, after))]
+            rows.append([*row, _change(_difference(report, decoding, metric), style)])
     return Table(["", "Before", "After", "Difference"], rows)
 
 
