@@ -21,6 +21,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -111,12 +113,16 @@ def serve_command(root: Path, s: RLSettings) -> str:
 def only_trained(trainer: Any) -> None:
     """Have TRL's `trainer.vllm_generation` send the engine only what is trained, and prove that vectors arrive.
 
-    Raises UsageError where the engine's model has no such bias, in sleep mode (it discards the weights, which are not
-    sent again) and for FSDP 1; SteerableError where a push damages the engine's weights.
+    Sending is timed, as `trainer.seconds["push"]`. Raises UsageError where the engine's model has no such bias, in
+    sleep mode (it discards the weights, which are not sent again) and for FSDP 1; SteerableError where a push damages
+    the engine's weights.
     """
     generation, trained = trainer.vllm_generation, trainer.trained
     if generation.enable_sleep_mode:
         raise UsageError("vLLM's sleep mode discards weights that are not sent again: leave it off")
+    if generation.mode == "colocate" and trained.method != "bias" and trainer.accelerator.device.type == "cpu":
+        raise UsageError("vLLM packs its weights on a CPU, so that only biases can be sent to it: use our own engine")
+    generation.sync_weights = _timed(generation.sync_weights, trainer.seconds)
     if trained.method == "full":
         return
     if generation._dist.fsdp_version == 1:
@@ -125,6 +131,15 @@ def only_trained(trainer: Any) -> None:
     if trained.method == "bias":
         _prove(generation, now)
     generation._iter_named_params = now
+
+
+def _timed(send: Callable[[], None], seconds: Counter[str]) -> Callable[[], None]:
+    def sync_weights() -> None:
+        began = time.perf_counter()
+        send()
+        seconds["push"] += time.perf_counter() - began
+
+    return sync_weights
 
 
 def tensors(

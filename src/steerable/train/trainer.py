@@ -96,6 +96,13 @@ class VectorTrainer(GRPOTrainer):
         self.seconds["generation"] += time.perf_counter() - began
         return {"prompt_ids": ids, "completion_ids": [c.ids for c in done], "logprobs": None}
 
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        """TRL's own generation; what is sent to vLLM on the way is timed where it is sent (`sync`)."""
+        began, pushed = time.perf_counter(), self.seconds["push"]
+        found = super()._generate_single_turn(*args, **options)
+        self.seconds["generation"] += time.perf_counter() - began - (self.seconds["push"] - pushed)
+        return found
+
     def pay(self, completion_ids: list[list[int]], task: list[int], log_metric: Any, **_: Any) -> list[float]:
         """The rewards of a batch; shares of the reasons are logged."""
         began = time.perf_counter()
@@ -158,7 +165,7 @@ class VectorTrainer(GRPOTrainer):
         return bool(self.accelerator.num_processes == 1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        others = ("generation", "reward", "kl")
+        others = ("generation", "push", "reward", "kl")
         before, began = sum(self.seconds[name] for name in others), time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
