@@ -307,6 +307,51 @@ def probe(
     )
 
 
+@app.command()
+def passk(
+    model: Annotated[str, typer.Option(help="The base: 'pocket', a model folder or a hub name.")] = "pocket",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE to compare with it: a direction file, a PEFT adapter or a model. Repeatable."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="As in `steerable run`; auto: pocket's own, else reasoning-gym.")] = "auto",
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="A .jsonl file of tasks not to draw: those of the training. Repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many tasks.")] = 100,
+    samples: Annotated[int, typer.Option(help="Chains a task: the largest k.")] = 64,
+    ks: Annotated[str | None, typer.Option(help="The k of the curves, e.g. 1,8,64; default: powers of two.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the base's own (the paper's is 0.6).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: the base's own (the paper's is 0.95).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest chain, answer included.")] = 500,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    template: Annotated[str, typer.Option(help="A text with {prompt}, in place of the chat template.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of tasks and sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of chains, passk.json and passk.html.")] = Path("runs/passk"),
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """pass@k of a base and of what was trained from it: does training elicit or create?
+
+    Goes on where it was stopped.
+    """
+    from steerable import elicitation
+    from steerable.arms import parse_arms
+
+    found = elicitation.passk(
+        model, parse_arms(arm or []), tasks=tasks, exclude=exclude or [], limit=limit, samples=samples, ks=ks,
+        temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, system=system, template=template,
+        seed=seed, out=out, workers=workers, quiet=as_json,
+    )  # fmt: skip
+    if as_json:
+        _print_json(found)
+        return
+    from steerable.report.passk_page import findings, tables
+
+    _print_tables(tables(found))
+    print(*findings(found), f"The page is {(out / 'passk.html').resolve()}", sep="\n")
+
+
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A vector file or folder of another tool.")],
@@ -437,6 +482,99 @@ def pocket_measure(
         _print_json(figures)
     else:
         print(measure.table(figures))
+
+
+@app.command("lens")
+def lens_(
+    file: Annotated[Path, typer.Argument(help="A direction file, or another tool's vectors.")],
+    model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub name.")] = "pocket",
+    k: Annotated[int, typer.Option("--k", help="Tokens listed at either end.")] = 10,
+    layers: Annotated[str | None, typer.Option(help="Layers of the file to read, e.g. 2,3; default: all.")] = None,
+    persistence: Annotated[
+        Path | None,
+        typer.Option(help="Chains of the model (.jsonl): follow each layer's shift through the later layers, too."),
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="The chains' tasks; default: tasks.jsonl beside them or one folder above.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Chains that are read.")] = 64,
+    longest: Annotated[int, typer.Option(help="Tokens that are read of each.")] = 1024,
+    system: Annotated[str, typer.Option(help="The system message that the chains were written with.")] = "",
+    template: Annotated[str, typer.Option(help="A text with {prompt}, in place of the chat template.")] = "",
+    dtype: Annotated[str | None, typer.Option(help="The model's, e.g. float32; default: the checkpoint's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a .json or a .html file, or both into a folder of this name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a file's vectors say in tokens, layer by layer, and how they lie to one another."""
+    from steerable.display import Display
+    from steerable.readout.files import lens_file, write_lens
+    from steerable.readout.tables import tables
+
+    with Display(quiet=as_json) as display:
+        started: list[int] = []
+
+        def progress(done: int, total: int) -> None:
+            if not started:
+                started.append(total)
+                display.start("persistence", total)
+            display.advance(done)
+
+        document = lens_file(
+            file, model=model, k=k, layers=layers, persistence=persistence, tasks=tasks, limit=limit, longest=longest,
+            system=system, template=template, dtype=dtype, seed=seed, progress=progress,
+        )  # fmt: skip
+    written = [] if out is None else write_lens(document, out)
+    if as_json:
+        _print_json(document)
+        return
+    _print_tables(tables(document))
+    for path in written:
+        print(f"Written: {path}")
+
+
+@app.command()
+def compose(
+    files: Annotated[list[Path], typer.Argument(help="Direction files, usually of one layer each.")],
+    model: Annotated[str, typer.Option(help="'pocket', a model folder or a hub name.")] = "pocket",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks with answers, or auto; without it the files are only added up.")
+    ] = None,
+    pairs: Annotated[str, typer.Option(help="Pairs to measure: all, adjacent (layers) or none.")] = "all",
+    to: Annotated[str | None, typer.Option(help="Also measure all files together on this sibling model.")] = None,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Files of tasks not to draw: those of the training. Repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Tasks.")] = 100,
+    samples: Annotated[int, typer.Option(help="Chains a task.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, thinking included.")] = 500,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy decoding.")] = False,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    template: Annotated[str, typer.Option(help="A text with {prompt}, in place of the chat template.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of tasks, sampling and the random direction.")] = 0,
+    workers: Workers = None,
+    out: Annotated[
+        Path, typer.Option(help="The folder of the results; without --tasks a .safetensors file will do.")
+    ] = Path("runs/compose"),
+    as_json: Json = False,
+) -> None:
+    """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model."""
+    from steerable import composition
+
+    result = composition.compose(
+        files, model=model, tasks=tasks, pairs=pairs, to=to, exclude=exclude or (), limit=limit, samples=samples,
+        max_new_tokens=max_new_tokens, greedy=greedy, system=system, template=template, seed=seed, out=out,
+        workers=workers, quiet=as_json,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+    elif tasks is None:
+        print(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
+    else:
+        _print_tables(composition.tables(result))
+        print(f"Written: {out / 'compose.json'}")
 
 
 def main() -> None:

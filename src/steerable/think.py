@@ -380,8 +380,8 @@ def _opened_by_template(tokenizer: Any, tags: ThinkTags) -> bool:
 
 def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "") -> str:
     """A user's message in the chat template, up to where the model begins to speak. No system message is sent unless
-    one is given, since some templates refuse it. thinking: what templates with a switch for it (`enable_thinking`, `thinking`) are
-    told; the others take no notice.
+    one is given, since some templates refuse it. thinking: what templates with a switch for it (`enable_thinking`,
+    `thinking`) are told; the others take no notice.
 
     Raises UsageError for a tokenizer without a chat template, and for a template that does not take the message.
     """

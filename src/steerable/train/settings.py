@@ -11,7 +11,6 @@ from typing import Any
 
 from steerable.config import ANNOTATORS, Annotator, check_names, check_positive, check_types, flag, option
 from steerable.errors import UsageError
-from steerable.sites import parse_layers
 
 METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
 REWARDS = ("correct", "format", "random")
@@ -118,7 +117,8 @@ class RLSettings:
             raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
         if self.beta and self.method == "bias" and self.rank:
             raise UsageError("--beta with --rank is not possible for bias: leave one of them out")
-        _ = self.chosen_layers
+        if self.layers is not None:
+            _ = self.chosen_layers
 
     @property
     def rollouts(self) -> int:
@@ -126,8 +126,11 @@ class RLSettings:
         return self.prompts * self.group
 
     @property
-    def chosen_layers(self) -> tuple[int, ...] | None:
-        return parse_layers(self.layers)
+    def chosen_layers(self) -> list[int] | None:
+        """The layers that were asked for; None: all."""
+        from steerable.sites import parse_layers  # with torch, which --help does without
+
+        return None if self.layers is None else parse_layers(self.layers)
 
     @property
     def annotate(self) -> Annotator | None:
