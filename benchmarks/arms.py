@@ -5,8 +5,9 @@
     python benchmarks/arms.py --out runs/arms --summary       # benchmarks/results/arms.json from what is finished
 
 Every job is a process and a folder; a finished one is not done again, a killed one goes on from its last checkpoint.
-Equal rollouts for every arm; the learning rate of each method is the best of three, after a shorter training, on
-validation tasks; the last checkpoint counts. See docs/training.md.
+Equal rollouts for every arm. The learning rate of each method is the best of three on validation tasks, after a training
+of the same length; where the best is the highest, the next one is tried, too. The last checkpoint counts. See
+docs/training.md.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
 SIZES = {"train": 1024, "validation": 128, "test": 512}
-STEPS, TUNING_STEPS = 32, 16
-#: Three rates a method, a factor of about three apart.
+STEPS, LONG = 16, 64
+#: Rates of each method, a factor of about three apart: the first three are tried, the others one by one, while the last
+#: one that was tried is the best.
 RATES = {
-    "bias": (3e-2, 1e-1, 3e-1),
-    "lora": (3e-3, 1e-2, 3e-2),
-    "full": (3e-5, 1e-4, 3e-4),
-    "adaptive": (3e-3, 1e-2, 3e-2),
-    "tinylora": (3e-2, 1e-1, 3e-1),
+    "bias": (3e-2, 1e-1, 3e-1, 1.0),
+    "lora": (3e-3, 1e-2, 3e-2, 1e-1),
+    "full": (3e-5, 1e-4, 3e-4, 1e-3),
+    "adaptive": (3e-3, 1e-2, 3e-2, 1e-1),
+    "tinylora": (3e-2, 1e-1, 3e-1, 1.0),
 }
 LAYERS = 6
-COMMON = {"model": "pocket", "prompts": 16, "group": 8, "max_new_tokens": 400, "limit": SIZES["train"]}
+COMMON = {"model": "pocket", "prompts": 16, "group": 8, "steps": STEPS, "max_new_tokens": 400, "limit": SIZES["train"]}
 
 
 def jobs() -> dict[str, dict[str, Any]]:
@@ -43,10 +46,10 @@ def jobs() -> dict[str, dict[str, Any]]:
 
     def tune(method: str) -> None:
         for rate in RATES[method]:
-            found[f"tune-{method}-{rate:g}"] = {"method": method, "learning_rate": rate, "steps": TUNING_STEPS}
+            found[f"tune-{method}-{rate:g}"] = {"method": method, "learning_rate": rate}
 
     def arm(name: str, seed: int, method: str, **more: Any) -> None:
-        found[f"{name}-{seed}"] = {"method": method, "seed": seed, "tuned": method, "steps": STEPS, **more}
+        found[f"{name}-{seed}"] = {"method": method, "seed": seed, "tuned": method, **more}
 
     for method in ("bias", "full", "lora"):
         tune(method)
@@ -67,6 +70,8 @@ def jobs() -> dict[str, dict[str, Any]]:
         tune(method)
         arm(method, 0, method)
     arm("format", 0, "bias", reward="format")
+    for method in ("bias", "full", "lora"):
+        arm(f"long-{method}", 0, method, steps=LONG)
     return found
 
 
@@ -113,7 +118,8 @@ def schedule(out: Path, parallel: int, only: str) -> None:
             if process.poll() is not None:
                 del running[name]
                 print(f"{time.strftime('%H:%M:%S')} {name}: {'done' if finished(out, name) else 'FAILED'}", flush=True)
-        ready = [name for name in todo if all(finished(out, need) for need in needs(name))]
+        todo = [name for name in todo if needs(out, name) is not None]
+        ready = [name for name in todo if all(finished(out, need) for need in needs(out, name) or ())]
         while ready and len(running) < parallel:
             name = ready.pop(0)
             todo.remove(name)
@@ -125,11 +131,29 @@ def schedule(out: Path, parallel: int, only: str) -> None:
         time.sleep(1)
 
 
-def needs(name: str) -> list[str]:
+def needs(out: Path, name: str) -> list[str] | None:
+    """The jobs that must be finished before this one; None for a rate that need not be tried."""
     job = jobs()[name]
     if method := job.get("tuned"):
-        return [f"tune-{method}-{rate:g}" for rate in RATES[method]]
+        return [f"tune-{method}-{rate:g}" for rate in tried(out, method)]
+    rates = RATES.get(job.get("method", ""), ())
+    if name.startswith("tune") and job["learning_rate"] in rates[3:]:
+        before = rates[: rates.index(job["learning_rate"])]
+        names = [f"tune-{job['method']}-{rate:g}" for rate in before]
+        if all(finished(out, other) for other in names) and best_rate(out, job["method"], before) != before[-1]:
+            return None
+        return names
     return list(job.get("needs", ()))
+
+
+def tried(out: Path, method: str) -> list[float]:
+    """The rates that have to be tried, as far as that is known."""
+    rates = list(RATES[method][:3])
+    for rate in RATES[method][3:]:
+        known = all(finished(out, f"tune-{method}-{r:g}") for r in rates)
+        if known and best_rate(out, method, rates) == rates[-1]:
+            rates.append(rate)
+    return rates
 
 
 def do(out: Path, name: str) -> None:
@@ -155,7 +179,7 @@ def do_training(out: Path, name: str, job: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in job.items() if key not in ("tuned", "needs")}
     tuning = name.startswith("tune")
     if "tuned" in job:
-        settings["learning_rate"] = best_rate(out, job["tuned"])
+        settings["learning_rate"] = best_rate(out, job["tuned"], tried(out, job["tuned"]))
     test = "validation" if tuning else "test"
     s = from_dict(
         COMMON
@@ -192,14 +216,14 @@ def copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def best_rate(out: Path, method: str) -> float:
+def best_rate(out: Path, method: str, rates: Sequence[float]) -> float:
     """The rate whose training is best on the validation tasks, sampled."""
 
     def accuracy(rate: float) -> float:
         found = json.loads((out / f"tune-{method}-{rate:g}/finished.json").read_text())
         return float(found[method]["sampled"]["accuracy"][0])
 
-    return max(RATES[method], key=accuracy)
+    return max(rates, key=accuracy)
 
 
 def do_controls(out: Path, name: str, seed: int) -> dict[str, Any]:
