@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class VectorTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.trained, self.tasks, self.paid, self.rows, self.kl_rows = trained, tasks, reward, rows, kl_rows
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.counted: Counter[str] = Counter()
         self.nothing_learnt = False
         super().__init__(
