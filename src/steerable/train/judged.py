@@ -17,7 +17,7 @@ from steerable.evals.metrics import Measured, measure
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, read_json
 from steerable.train.examples import examples
-from steerable.train.settings import RLSettings
+from steerable.train.settings import TrainSettings
 
 DECODINGS = ("greedy", "sampled")
 METRICS = ("accuracy", "tokens", "loops", "unclosed")
@@ -36,7 +36,7 @@ def split(folder: RunFolder, name: str) -> list[Record]:
 
 def answer(
     folder: RunFolder,
-    s: RLSettings,
+    s: TrainSettings,
     arm: arms.Arm,
     loaded: Loaded,
     kept: Path,
@@ -78,7 +78,7 @@ def _chains(folder: RunFolder, arm: str, decoding: str) -> list[Record]:
     return read_jsonl(folder / chains_of(arm, decoding), "chain")
 
 
-def measured(folder: RunFolder, s: RLSettings, arm: str, decoding: str, tokenizer: Any) -> list[Measured]:
+def measured(folder: RunFolder, s: TrainSettings, arm: str, decoding: str, tokenizer: Any) -> list[Measured]:
     """What the chains of one arm show."""
     chains = _chains(folder, arm, decoding)
     annotate = s.annotate
@@ -86,7 +86,7 @@ def measured(folder: RunFolder, s: RLSettings, arm: str, decoding: str, tokenize
     return measure(split(folder, "evaluation"), chains, spans, tokenizer)
 
 
-def report(folder: RunFolder, s: RLSettings, loaded: Loaded) -> dict[str, Any]:
+def report(folder: RunFolder, s: TrainSettings, loaded: Loaded) -> dict[str, Any]:
     """The content of report.json (docs/training.md)."""
     found = {
         arm: {decoding: measured(folder, s, arm, decoding, loaded.tokenizer) for decoding in DECODINGS}

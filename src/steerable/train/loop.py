@@ -31,7 +31,7 @@ from steerable.runfolder import read_json, write_json
 from steerable.train import sync
 from steerable.train.parameters import Trained, attach
 from steerable.train.rewards import REASONS, reward_of
-from steerable.train.settings import RLSettings
+from steerable.train.settings import RLSettings, TrainSettings
 
 WEIGHTS = "trained.safetensors"
 _PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
@@ -44,7 +44,7 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
 
     Raises UsageError and SteerableError; what was reached is kept, and the same call goes on from it.
     """
-    with _quietly():
+    with quietly():
         from steerable.train.trainer import VectorTrainer
 
         torch.manual_seed(s.seed)  # the factors of a rank are drawn
@@ -62,8 +62,8 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
         tasks = [task for task in read_jsonl(root / "tasks.jsonl", "task") if task["split"] == "train"]
         prompting = Prompting(s.system, s.template or "")
         prompts = [prompting.text(loaded.tokenizer, task["prompt"]) for task in tasks]
-        longest = _check_length(s, loaded, prompts)
-        with _explained(root, s):
+        longest = check_length(s, loaded, prompts)
+        with explained(root, s):
             trainer = VectorTrainer(
                 trained,
                 arguments(root, s, loaded, longest),
@@ -78,11 +78,11 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
             if vllm:
                 sync.only_trained(trainer)
             main = trainer.accelerator.is_main_process
-            last = _last_checkpoint(root, s) if main else None
+            last = last_checkpoint(root, s) if main else None
             last = _broadcast(trainer, last)
             if last:
                 trainer.restore(last)
-            _own_callbacks(trainer, Journal(root, trainer, display, int(last.name.rpartition("-")[2]) if last else 0))
+            own_callbacks(trainer, Journal(root, trainer, display, int(last.name.rpartition("-")[2]) if last else 0))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         if main:
             about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
@@ -111,10 +111,6 @@ def arguments(root: Path, s: RLSettings, loaded: Loaded, longest: int | None = N
         )
     share = s.rollouts // processes
     passes = share // min(s.micro_batch, share)
-    cpu = models.device(loaded.model).type == "cpu"
-    half = loaded.model.dtype == torch.bfloat16
-    places = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    places += ["wandb"] if importlib.util.find_spec("wandb") else []
     vllm: dict[str, Any] = {}
     if s.generation.startswith("vllm"):
         vllm = {
@@ -126,9 +122,8 @@ def arguments(root: Path, s: RLSettings, loaded: Loaded, longest: int | None = N
             "vllm_gpu_memory_utilization": s.vllm_memory,
             "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
         }
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(root / "tensorboard")
     return GRPOConfig(
-        str(root / "checkpoints"),
+        **shared_arguments(root, s, loaded),
         loss_type="dapo",
         scale_rewards="none",
         beta=s.beta,
@@ -139,31 +134,40 @@ def arguments(root: Path, s: RLSettings, loaded: Loaded, longest: int | None = N
         top_p=1.0,
         top_k=0,
         max_completion_length=s.max_new_tokens,
-        learning_rate=s.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=s.warmup,
-        max_grad_norm=s.clip,
-        optim="adamw_torch",
-        weight_decay=0.0,
         per_device_train_batch_size=share // passes,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
         max_steps=s.steps,
-        gradient_checkpointing=s.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=half and not cpu,
-        use_cpu=cpu,
-        seed=s.seed,
-        remove_unused_columns=False,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=s.save_every,
-        save_total_limit=2,
-        report_to=places,
-        disable_tqdm=True,
-        log_level="error",
         **vllm,
     )
+
+
+def shared_arguments(root: Path, s: TrainSettings, loaded: Loaded) -> dict[str, Any]:
+    """What is the same for every training, as settings of transformers' Trainer."""
+    cpu = models.device(loaded.model).type == "cpu"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(root / "tensorboard")
+    return {
+        "output_dir": str(root / "checkpoints"),
+        "learning_rate": s.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": s.warmup,
+        "max_grad_norm": s.clip,
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "gradient_checkpointing": s.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": loaded.model.dtype == torch.bfloat16 and not cpu,
+        "use_cpu": cpu,
+        "seed": s.seed,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": s.save_every,
+        "save_total_limit": 2,
+        "report_to": [name for name in ("tensorboard", "wandb") if importlib.util.find_spec(name)],
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
 
 
 def _check_sharding(trainer: Any, s: RLSettings) -> None:
@@ -179,7 +183,7 @@ def _check_sharding(trainer: Any, s: RLSettings) -> None:
         raise UsageError("--rank with --method bias cannot be trained by FSDP or ZeRO 3: use MULTI_GPU or ZeRO 2")
 
 
-def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> int:
+def check_length(s: TrainSettings, loaded: Loaded, prompts: list[str]) -> int:
     """Tokens of the longest prompt. Raises UsageError where the model does not read it and the answer."""
     longest = max(len(ids) for ids in loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"])
     room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -196,13 +200,13 @@ def _check_length(s: RLSettings, loaded: Loaded, prompts: list[str]) -> int:
 # --- checkpoints ---
 
 
-def _key(s: RLSettings, root: Path) -> str:
+def _key(s: TrainSettings, root: Path) -> str:
     kept = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED}
     content = json.dumps(kept, sort_keys=True) + hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _last_checkpoint(root: Path, s: RLSettings) -> Path | None:
+def last_checkpoint(root: Path, s: TrainSettings) -> Path | None:
     """The last whole checkpoint of this very training; what another one left is cleared away."""
     folder, stamp = root / "checkpoints", root / "checkpoints/training.json"
     if not stamp.exists() or read_json(stamp) != _key(s, root):
@@ -230,7 +234,8 @@ def _broadcast(trainer: Any, last: Path | None) -> Path | None:
 # --- the journal ---
 
 
-def _own_callbacks(trainer: Any, journal: Any) -> None:
+def own_callbacks(trainer: Any, journal: Any) -> None:
+    """The journal in place of the libraries' own lines and bars."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for other in (PrinterCallback, ProgressCallback):
@@ -241,20 +246,21 @@ def _own_callbacks(trainer: Any, journal: Any) -> None:
 class Journal:
     """A line of `log.jsonl` for every step, and the progress on the terminal."""
 
-    def __new__(cls, root: Path, trainer: Any, display: Display, begun: int) -> Any:
+    def __new__(cls, root: Path, trainer: Any, display: Display, begun: int, lines: Any = None) -> Any:
         from transformers import TrainerCallback
 
         # transformers is imported only where a training runs
-        kind = type("Journal", (_Journal, TrainerCallback), {})
+        kind = type("Journal", (lines or _Rollouts, TrainerCallback), {})
         return kind(root, trainer, display, begun)
 
 
-class _Journal:
+class Lines:
+    """A journal but for what stands in its lines. begun: steps that were taken in earlier sittings."""
+
     def __init__(self, root: Path, trainer: Any, display: Display, begun: int) -> None:
         self.path, self.trainer, self.display = root / "log.jsonl", trainer, display
         self.main = trainer.accelerator.is_main_process
         self.seconds: dict[str, float] = {}
-        self.tokens = 0
         if self.main:
             rows = [row for row in read_log(root) if row["step"] <= begun]
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -264,11 +270,26 @@ class _Journal:
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not self.main or not logs or "loss" not in logs:
             return
-        now, tokens = dict(self.trainer.seconds), self.trainer.counted["tokens"]
+        now = dict(self.trainer.seconds)
         seconds = {name: round(value - self.seconds.get(name, 0.0), 3) for name, value in now.items()}
-        made, self.seconds, self.tokens = tokens - self.tokens, now, tokens
+        self.seconds = now
+        row, note = self.line(logs, seconds)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step} | row) + "\n")
+        self.display.advance(1, note=note)
+
+    def line(self, logs: dict[str, Any], seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
+        """A line but for its step, and what the terminal says of it."""
+        raise NotImplementedError
+
+
+class _Rollouts(Lines):
+    tokens = 0
+
+    def line(self, logs: dict[str, Any], seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
+        made = self.trainer.counted["tokens"] - self.tokens
+        self.tokens += made
         row = {
-            "step": state.global_step,
             "reward": logs["reward"],
             "accuracy": logs.get("reason/right"),
             "tokens": logs["completions/mean_length"],
@@ -283,14 +304,10 @@ class _Journal:
             "seconds": seconds,
             "tokens_per_second": round(made / max(seconds.get("generation", 0.0), 1e-9), 1) if made else None,
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
         kl = "" if row["kl"] is None else f", KL {row['kl']:.3f}"
         rate = "" if row["tokens_per_second"] is None else f", {row['tokens_per_second']:,.0f} tokens/s"
-        self.display.advance(
-            1,
-            note=f"reward {row['reward']:+.2f}, right {row['accuracy'] or 0:.0%}, {row['tokens']:.0f} tokens{kl}{rate}",
-        )
+        right = row["accuracy"] or 0.0
+        return row, f"reward {row['reward']:+.2f}, right {right:.0%}, {row['tokens']:.0f} tokens{kl}{rate}"
 
 
 def read_log(root: Path) -> list[dict[str, Any]]:
@@ -306,15 +323,13 @@ def read_log(root: Path) -> list[dict[str, Any]]:
 
 
 def summary(root: Path, trainer: Any, trained: Trained) -> dict[str, Any]:
-    """What the training took and gave, over all its sittings; the optimiser's memory is counted from its tensors."""
+    """What the training took and gave, over all its sittings."""
     rows = read_log(root)
     parts = sorted({name for row in rows for name in row["seconds"]})
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
     return {
         "steps": len(rows),
         "trainable_parameters": trained.count(),
-        "optimizer_bytes": sum(x.numel() * x.element_size() for x in state),
+        "optimizer_bytes": optimizer_bytes(trainer),
         "seconds_per_step": {name: sum(row["seconds"].get(name, 0.0) for row in rows) / len(rows) for name in parts},
         "steps_skipped": sum(row["flat_groups"] == 1 for row in rows),
         "curve": {
@@ -324,11 +339,18 @@ def summary(root: Path, trainer: Any, trained: Trained) -> dict[str, Any]:
     }
 
 
+def optimizer_bytes(trainer: Any) -> int:
+    """The optimiser's memory, counted from its tensors."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in state)
+
+
 # --- what goes wrong ---
 
 
 @contextmanager
-def _explained(root: Path, s: RLSettings) -> Iterator[None]:
+def explained(root: Path, s: TrainSettings) -> Iterator[None]:
     """Other libraries' errors as one sentence each."""
     again = "what was reached is kept, and the same command goes on from it"
     try:
@@ -342,7 +364,7 @@ def _explained(root: Path, s: RLSettings) -> Iterator[None]:
                 f"out of memory: lower --micro-batch (now {s.micro_batch}), --rows (now {s.rows}) or --max-new-tokens, "
                 f"or give --checkpointing; {again}"
             ) from error
-        if s.generation == "vllm-server":
+        if isinstance(s, RLSettings) and s.generation == "vllm-server":
             if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
                 raise SteerableError(
                     f"the vLLM server at {s.vllm_url} does not answer: look at its log, or start it with "
@@ -356,7 +378,7 @@ def _explained(root: Path, s: RLSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the libraries' notices to developers: what matters is said by the journal or raised."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     names = ("bitsandbytes", "transformers", "trl", "accelerate", "datasets")

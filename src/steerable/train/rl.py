@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from steerable import arms, models
 from steerable.chains.generation import Prompting
 from steerable.chains.judging import final_answer, judge
-from steerable.chains.records import content_hash, write_jsonl
+from steerable.chains.records import Record, content_hash, write_jsonl
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
@@ -26,13 +26,14 @@ from steerable.models import Loaded
 from steerable.runfolder import RunFolder, write_json
 from steerable.train.judged import DECODINGS, answer, chains_of, report
 from steerable.train.parameters import artefact
-from steerable.train.settings import RLSettings, from_dict, read_recipe
+from steerable.train.settings import RLSettings, TrainSettings, from_dict, read_recipe
 
-_MODEL = "model revision dtype device attention trust_remote_code"
+Stage = Callable[[str, Sequence[str], str, Sequence[str], Any], None]
+MODEL = "model revision dtype device attention trust_remote_code"
 _TASKS = "tasks test seed limit evaluation prompts"
-_TRAINED = f"""{_MODEL} system template method layers after rank reward learning_rate beta steps prompts group
+_TRAINED = f"""{MODEL} system template method layers after rank reward learning_rate beta steps prompts group
     max_new_tokens temperature warmup clip seed micro_batch checkpointing generation rows"""
-_JUDGED = f"{_MODEL} system template max_new_tokens temperature seed samples annotator rows"
+_JUDGED = f"{MODEL} system template max_new_tokens temperature seed samples annotator rows"
 
 
 def train_rl(
@@ -70,25 +71,39 @@ def train_and_judge(
     """The stages tasks, train and judge in a locked folder, as far as they are not finished. `loaded` is the untrained
     model. Raises as `train_rl`."""
     display = display or Display(quiet=True)
-    _need_trl()
     check(s, loaded)
+    stage = stages(folder, s, loaded, display)
+    tasks, trained = ("tasks.jsonl",), artefact(s.method)
+    stage("tasks", (), _TASKS, tasks, lambda _: _make_tasks(folder, s, display))
+    write_json(folder / "config.json", s.to_dict())
+    stage("train", tasks, _TRAINED, (trained, "training.json"), lambda _: _train(folder, s, display))
+    judge_arms(folder, s, loaded, stage, workers, display)
+
+
+def stages(folder: RunFolder, s: TrainSettings, loaded: Loaded, display: Display) -> Stage:
+    """`stage(name, inputs, settings it depends on, outputs, work)`: does a stage of this model's training, unless it
+    is finished."""
     weights = arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model)
 
     def stage(name: str, inputs: Sequence[str], settings: str, outputs: Sequence[str], work: Any) -> None:
         done = folder.run_stage(name, inputs, s.subset(settings) | {"weights": weights}, outputs, work)
         display.say(f"{name}: {'done' if done else 'was done already'}")
 
-    tasks, trained = ("tasks.jsonl",), artefact(s.method)
-    stage("tasks", (), _TASKS, tasks, lambda _: _make_tasks(folder, s, display))
-    write_json(folder / "config.json", s.to_dict())
-    stage("train", tasks, _TRAINED, (trained, "training.json"), lambda _: _train(folder, s, display))
+    return stage
+
+
+def judge_arms(
+    folder: RunFolder, s: TrainSettings, loaded: Loaded, stage: Stage, workers: int | None, display: Display
+) -> None:
+    """The untrained model and what was trained answer the unseen tasks; a stage each."""
+    trained = artefact(s.method)
     for arm in arms.find_arms(s.model, {s.method: folder / trained}):
         work = partial(answer, folder, s, arm, loaded, workers=workers, display=display)
-        inputs = tasks if arm.kind == "base" else (*tasks, trained)
+        inputs = ["tasks.jsonl"] if arm.kind == "base" else ["tasks.jsonl", trained]
         stage(f"judge-{arm.name}", inputs, _JUDGED, [chains_of(arm.name, d) for d in DECODINGS], work)
 
 
-def open_model(s: RLSettings) -> Loaded:
+def open_model(s: TrainSettings) -> Loaded:
     """The untrained model."""
     return models.load(
         s.model,
@@ -100,8 +115,9 @@ def open_model(s: RLSettings) -> Loaded:
     )
 
 
-def check(s: RLSettings, loaded: Loaded) -> None:
+def check(s: TrainSettings, loaded: Loaded) -> None:
     """Refuse what this model cannot be trained with, before anything is written. Raises UsageError."""
+    _need_libraries()
     from steerable import biases
     from steerable.train.parameters import places
 
@@ -115,7 +131,7 @@ def check(s: RLSettings, loaded: Loaded) -> None:
         raise UsageError(f"--max-new-tokens is {s.max_new_tokens}, but this model reads at most {longest}: lower it")
 
 
-def _need_trl() -> None:
+def _need_libraries() -> None:
     import importlib.util
 
     missing = [name for name in ("trl", "peft", "datasets") if importlib.util.find_spec(name) is None]
@@ -126,14 +142,18 @@ def _need_trl() -> None:
 # --- tasks ---
 
 
-def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
+def draw_tasks(s: TrainSettings) -> list[Record]:
+    """Tasks to train on (`split` "train") and unseen ones to judge on ("evaluation")."""
     if s.test is None:
-        drawn = make_splits(s.tasks, {"train": s.limit, "evaluation": s.evaluation}, s.seed)
-    else:
-        judged = make_tasks(s.test, s.evaluation, s.seed)
-        hashes = {content_hash(task) for task in judged}
-        drawn = [{**task, "split": "train"} for task in make_tasks(s.tasks, s.limit, s.seed, hashes)]
-        drawn += [{**task, "split": "evaluation"} for task in judged]
+        return make_splits(s.tasks, {"train": s.limit, "evaluation": s.evaluation}, s.seed)
+    judged = make_tasks(s.test, s.evaluation, s.seed)
+    hashes = {content_hash(task) for task in judged}
+    drawn = [{**task, "split": "train"} for task in make_tasks(s.tasks, s.limit, s.seed, hashes)]
+    return drawn + [{**task, "split": "evaluation"} for task in judged]
+
+
+def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
+    drawn = draw_tasks(s)
     kept = [task for task in drawn if task["split"] != "train" or is_verifiable(task)]
     left = sum(task["split"] == "train" for task in kept)
     if left < s.prompts or not any(is_verifiable(task) for task in kept if task["split"] == "evaluation"):

@@ -1,4 +1,4 @@
-"""The settings of `steerable train rl`: one table from which options, checks and `config.json` follow; recipes."""
+"""The settings of `steerable train`: tables from which options, checks and `config.json` follow; recipes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from steerable.config import ANNOTATORS, Annotator, check_names, check_positive, check_types, flag, option
 from steerable.errors import UsageError
@@ -23,8 +23,12 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class RLSettings:
-    """Everything that a training's result depends on. Raises UsageError for a value that makes no sense."""
+class TrainSettings:
+    """What every training needs to know: the model, the tasks, what is trained, how it is judged. Raises UsageError for
+    a value that makes no sense."""
+
+    #: Default learning rates, of the bundled model and of others, by method.
+    rates: ClassVar[Mapping[str, Mapping[str, float]]] = RATES
 
     model: str = option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
@@ -48,28 +52,18 @@ class RLSettings:
     rank: int | None = option(
         None, "Rank of lora (4) and adaptive (1), numbers of tinylora (13); with bias: all layers' vectors share it."
     )
-    reward: str = option("correct", "What is paid for: correct, or, as controls, format or random.")
     learning_rate: float | None = option(None, "Default: by method; tuned for the bundled model.")
-    beta: float = option(0.0, "Weight of the KL term; 0: none, and no reference model.")
-    steps: int = option(40, "Optimiser steps, one for every batch of rollouts.")
-    prompts: int = option(16, "Tasks a step, over all processes.")
-    group: int = option(8, "Samples of each task.")
-    max_new_tokens: int = option(400, "Longest chain, answer included.")
-    temperature: float = option(1.0, "Temperature of rollouts and of sampled judging.")
     warmup: float = option(0.03, "Share of the steps in which the learning rate rises.")
     clip: float = option(2.0, "Largest norm of a gradient.")
-    seed: int = option(0, "Seed of tasks, rollouts and parameters.")
+    seed: int = option(0, "Seed of tasks, sampling and parameters.")
     limit: int = option(1024, "Tasks to train on.")
     evaluation: int = option(128, "Unseen tasks to judge on, before and after.")
     samples: int = option(4, "Chains a task when judging by sampling; greedily it is one.")
-    micro_batch: int = option(64, "Rollouts in one forward and backward pass, on each device.")
+    max_new_tokens: int = option(400, "Longest chain, answer included.")
+    temperature: float = option(1.0, "Temperature of sampled judging, and of the rollouts that are paid for.")
+    micro_batch: int = option(64, "Texts in one forward and backward pass, on each device.")
     checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, in less memory.")
     save_every: int = option(10, "Steps between checkpoints.")
-    generation: str = option("engine", "What rolls out: engine (ours), generate, vllm-colocate or vllm-server.")
-    vllm_url: str = option("http://localhost:8000", "With vllm-server: where `vllm serve` listens.")
-    vllm_memory: float = option(0.3, "With vllm-colocate: vLLM's share of the GPU's memory.")
-    launcher: str | None = option(None, "accelerate: train in the processes that `accelerate launch` starts.")
-    accelerate_config: str | None = option(None, "Its configuration: FSDP, DeepSpeed, how many processes.")
     annotator: str = option("auto", "Labels behaviours before and after: pocket, keywords or none; auto: by model.")
     rows: int = option(64, "Sequences that our engine computes together.")
 
@@ -82,48 +76,38 @@ class RLSettings:
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         if self.learning_rate is None and self.method in METHODS:
-            object.__setattr__(self, "learning_rate", RATES[other][self.method])
+            object.__setattr__(self, "learning_rate", self.rates[other][self.method])
         check_types(self)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
-        counts = "steps prompts max_new_tokens limit evaluation samples micro_batch save_every rows"
+        counts = "max_new_tokens limit evaluation samples micro_batch save_every rows"
         check_positive(self, counts.split())
-        for name, allowed in (
-            ("method", METHODS),
-            ("after", ("mlp", "attention")),
-            ("reward", REWARDS),
-            ("generation", GENERATION),
-            ("launcher", (None, "accelerate")),
-            ("annotator", ("pocket", "keywords", "none")),
-        ):
+        self._check_choices(
+            ("method", METHODS), ("after", ("mlp", "attention")), ("annotator", ("pocket", "keywords", "none"))
+        )
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank is {self.rank}: expected 1 or more")
+        if not (self.learning_rate or 0) > 0 or self.temperature <= 0 or self.clip <= 0:
+            raise UsageError("--learning-rate, --temperature and --clip must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"--warmup is {self.warmup}, but it is a share: expected a number from 0 to 1")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
+        if self.layers is not None:
+            _ = self.chosen_layers
+
+    def _check_choices(self, *choices: tuple[str, tuple[str | None, ...]]) -> None:
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"{flag(name)} is {getattr(self, name)!r}: expected one of {', '.join(a for a in allowed if a)}"
                 )
-        if self.group < 2:
-            raise UsageError(f"--group is {self.group}: expected 2 or more, as a sample is compared with its group")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank is {self.rank}: expected 1 or more")
-        if not (self.learning_rate or 0) > 0 or self.beta < 0 or self.temperature <= 0 or self.clip <= 0:
-            raise UsageError("--learning-rate, --temperature and --clip must be above 0, and --beta 0 or more")
-        if not 0 <= self.warmup < 1 or not 0 < self.vllm_memory < 1:
-            raise UsageError("--warmup and --vllm-memory are shares: expected a number from 0 to 1")
-        if self.limit < self.prompts:
-            raise UsageError(f"--limit is {self.limit}: expected at least --prompts ({self.prompts}), a batch of tasks")
-        if self.micro_batch > self.rollouts or self.rollouts % self.micro_batch:
-            fitting = [n for n in range(1, min(self.micro_batch, self.rollouts) + 1) if self.rollouts % n == 0][-1]
-            object.__setattr__(self, "micro_batch", fitting)
-        if self.template is not None and "{prompt}" not in self.template:
-            raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
-        if self.beta and self.method == "bias" and self.rank:
-            raise UsageError("--beta with --rank is not possible for bias: leave one of them out")
-        if self.layers is not None:
-            _ = self.chosen_layers
 
-    @property
-    def rollouts(self) -> int:
-        """Rollouts a step."""
-        return self.prompts * self.group
+    def _fit_micro_batch(self, batch: int) -> None:
+        """The passes of a step must be equally large."""
+        if batch % self.micro_batch:
+            fitting = [n for n in range(1, min(self.micro_batch, batch) + 1) if batch % n == 0][-1]
+            object.__setattr__(self, "micro_batch", fitting)
 
     @property
     def chosen_layers(self) -> list[int] | None:
@@ -142,6 +126,12 @@ class RLSettings:
         module, _, name = ANNOTATORS[self.annotator].partition(":")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from a dict. Raises UsageError for an unknown setting or a wrong value."""
+        check_names(cls, values)
+        return cls(**values)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -150,10 +140,70 @@ class RLSettings:
         return {name: getattr(self, name) for name in names.split()}
 
 
+@dataclass(frozen=True)
+class RLSettings(TrainSettings):
+    """Everything that a training by reinforcement learning depends on."""
+
+    reward: str = option("correct", "What is paid for: correct, or, as controls, format or random.")
+    beta: float = option(0.0, "Weight of the KL term; 0: none, and no reference model.")
+    steps: int = option(40, "Optimiser steps, one for every batch of rollouts.")
+    prompts: int = option(16, "Tasks a step, over all processes.")
+    group: int = option(8, "Samples of each task.")
+    generation: str = option("engine", "What rolls out: engine (ours), generate, vllm-colocate or vllm-server.")
+    vllm_url: str = option("http://localhost:8000", "With vllm-server: where `vllm serve` listens.")
+    vllm_memory: float = option(0.3, "With vllm-colocate: vLLM's share of the GPU's memory.")
+    launcher: str | None = option(None, "accelerate: train in the processes that `accelerate launch` starts.")
+    accelerate_config: str | None = option(None, "Its configuration: FSDP, DeepSpeed, how many processes.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, ("steps", "prompts"))
+        self._check_choices(("reward", REWARDS), ("generation", GENERATION), ("launcher", (None, "accelerate")))
+        if self.group < 2:
+            raise UsageError(f"--group is {self.group}: expected 2 or more, as a sample is compared with its group")
+        if self.beta < 0:
+            raise UsageError(f"--beta is {self.beta}: expected 0 or more")
+        if not 0 < self.vllm_memory < 1:
+            raise UsageError(f"--vllm-memory is {self.vllm_memory}, but it is a share: expected a number from 0 to 1")
+        if self.limit < self.prompts:
+            raise UsageError(f"--limit is {self.limit}: expected at least --prompts ({self.prompts}), a batch of tasks")
+        self._fit_micro_batch(self.rollouts)
+        if self.beta and self.method == "bias" and self.rank:
+            raise UsageError("--beta with --rank is not possible for bias: leave one of them out")
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts a step."""
+        return self.prompts * self.group
+
+
+@dataclass(frozen=True)
+class UPFTSettings(TrainSettings):
+    """Everything that a training on own first tokens depends on."""
+
+    prefix_tokens: int = option(8, "How many first tokens of every own solution are learnt (the paper's code: 32).")
+    prefix_temperature: float = option(
+        0.6, "Temperature at which they are sampled; 0: greedily. At 1 there is nothing to learn on average."
+    )
+    batch: int = option(64, "Solutions a step.")
+    epochs: int = option(1, "How often every solution is seen.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, ("prefix_tokens", "batch", "epochs"))
+        if self.prefix_temperature < 0:
+            raise UsageError(f"--prefix-temperature is {self.prefix_temperature}: expected 0 or more")
+        if self.prefix_tokens > self.max_new_tokens:
+            raise UsageError(
+                f"--prefix-tokens is {self.prefix_tokens}: expected no more than --max-new-tokens "
+                f"({self.max_new_tokens}), a whole chain"
+            )
+        self._fit_micro_batch(self.batch)
+
+
 def from_dict(values: Mapping[str, Any]) -> RLSettings:
     """Settings from a dict. Raises UsageError for an unknown setting or a wrong value."""
-    check_names(RLSettings, values)
-    return RLSettings(**values)
+    return RLSettings.from_dict(values)
 
 
 def recipes() -> dict[str, dict[str, Any]]:
