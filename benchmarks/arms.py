@@ -5,9 +5,9 @@
     python benchmarks/arms.py --out runs/arms --summary       # benchmarks/results/arms.json from what is finished
 
 Every job is a process and a folder; a finished one is not done again, a killed one goes on from its last checkpoint.
-Equal rollouts for every arm. The learning rate of each method is the best of three on validation tasks, after a training
-of the same length; where the best is the highest, the next one is tried, too. The last checkpoint counts. See
-docs/training.md.
+Equal rollouts for every arm. The learning rate of each method is the best of three on validation tasks, after a
+training of the same length; where the best is the highest, the next one is tried, too. The last checkpoint counts.
+See docs/training.md.
 """
 
 from __future__ import annotations
