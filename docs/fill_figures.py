@@ -26,6 +26,10 @@ from steerable.report.cells import Setting, doses, effect, interval, main_settin
 from steerable.runfolder import read_json, sha256, write_json
 
 DOCS = Path(__file__).parent
+sys.path.append(str(DOCS))
+
+import training_figures  # noqa: E402 - it lies beside this file
+
 HEADLINE = DOCS / "figures.json"
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
@@ -313,6 +317,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "long_chain": long_chain,
     "pocket": pocket,
     "options": options,
+    **training_figures.FIGURES,
 }
 
 

@@ -14,9 +14,9 @@ from steerable.directions import Direction
 from steerable.sites import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-COMMANDS = [
-    "run", *STAGES, "chat", "probe", "import", "export", "validate", "pocket", "pocket train", "pocket measure",
-]  # fmt: skip
+TABLE = ["run", *STAGES, "chat", "probe", "lens", "compose", "passk", "import", "export", "validate"]
+GROUPS = ["train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
+COMMANDS = [*TABLE, *GROUPS]
 
 
 def assert_refused(said, code, *texts):
@@ -51,7 +51,9 @@ def test_no_argument_is_help(steerable):
 
 
 def test_the_table_of_commands():
-    assert [c.name or c.callback.__name__ for c in app.registered_commands] == COMMANDS[:-3]
+    assert [c.name for c in app.registered_commands] == TABLE
+    groups = {g.name: [c.name for c in g.typer_instance.registered_commands] for g in app.registered_groups}
+    assert groups == {"train": ["rl", "upft"], "pocket": ["train", "measure"]}
 
 
 def test_every_setting_is_an_option(steerable, monkeypatch):
