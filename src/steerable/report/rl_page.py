@@ -103,7 +103,7 @@ def write_lens(root: str | Path, loaded: Any) -> Path:
     root = Path(root)
     if _lens(root) is None:
         direction = Direction.load(root / _VECTORS)
-        document = read_direction(*loaded, direction)
+        document = read_direction(loaded[0], loaded[1], direction)
         stamp = {"file": _VECTORS, "sha256": sha256(root / _VECTORS)}
         write_json(root / "lens.json", {**stamp, **document, "persistence": None})
     return root / "lens.json"
@@ -321,7 +321,8 @@ def _ratio(report: Report, decoding: str, label: str) -> str:
 
 def _amplified(report: Report, labels: Sequence[str]) -> str:
     """Which behaviours the training amplified when sampling, by the paired intervals."""
-    more, less = [], []
+    more: list[str] = []
+    less: list[str] = []
     for label in labels:
         gap = _difference(report, "sampled", f"fractions.{label}")
         if gap and (gap.low > 0 or gap.high < 0):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,7 +214,7 @@ def _trainer() -> Callable[..., Any]:
 
         def __init__(self, trained: Trained, args: Any, rows: Any, tokenizer: Any) -> None:
             self.trained = trained
-            self.seconds: Counter[str] = Counter()
+            self.seconds: dict[str, float] = {"update": 0.0}
             pad = getattr(tokenizer, "pad_token_id", None) or 0
             super().__init__(
                 trained.model,
