@@ -1,4 +1,4 @@
-"""`steerable train rl` as a user meets it: what it leaves, that a killed run goes on, that mistakes are one sentence."""
+"""`steerable train rl` as a user meets it: what it leaves, killed runs that go on, mistakes of one sentence each."""
 
 import json
 import os
@@ -44,6 +44,10 @@ def test_the_report(run):
     assert found["difference"]["sampled"]["accuracy"][0] == pytest.approx(after - before)
     assert found["training"]["steps"] == 3 and found["training"]["optimizer_bytes"] in (0, 2 * 6 * 192 * 4 + 6 * 4)
     assert {"generation", "reward", "update"} <= set(found["training"]["seconds_per_step"])
+    assert set(found["controls"]) == {"shuffled", "random", "prefix"} and found["controls"]["prefix"]["token"]
+    for control in found["controls"].values():
+        trained, other = (arm["sampled"]["accuracy"][0] for arm in (found["bias"], control))
+        assert control["difference"]["sampled"]["accuracy"][0] == pytest.approx(trained - other)
     assert found["config"]["method"] == "bias" and found["versions"]["trl"]
 
 
@@ -109,7 +113,8 @@ def test_the_system_message_and_own_files(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [{**tasks[0], "id": "b", "prompt": "Solve for x: 3*x + 1 = 7"}])
     run = train_rl(
         tmp_path / "run", workers=1, tasks=str(tmp_path / "tasks.jsonl"), test=str(tmp_path / "test.jsonl"), limit=6,
-        evaluation=1, prompts=2, group=2, steps=1, max_new_tokens=8, samples=1, template="<|user|>{prompt}<|assistant|>",
+        evaluation=1, prompts=2, group=2, steps=1, max_new_tokens=8, samples=1, controls=False,
+        template="<|user|>{prompt}<|assistant|>",
     )  # fmt: skip
     found = read_jsonl(run / "tasks.jsonl", "task")
     assert [t["split"] for t in found].count("train") == 6 and found[-1]["prompt"] == "Solve for x: 3*x + 1 = 7"

@@ -16,6 +16,7 @@ from steerable.evals.cells import compare, measure_cell
 from steerable.evals.metrics import Measured, measure
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, read_json
+from steerable.train import controls
 from steerable.train.examples import examples
 from steerable.train.settings import TrainSettings
 
@@ -86,6 +87,26 @@ def measured(folder: RunFolder, s: TrainSettings, arm: str, decoding: str, token
     return measure(split(folder, "evaluation"), chains, spans, tokenizer)
 
 
+def _controls(
+    folder: RunFolder, s: TrainSettings, loaded: Loaded, trained: dict[str, list[Measured]]
+) -> dict[str, Any]:
+    """Each control's cells, and the trained vectors minus it, paired by task."""
+    result: dict[str, Any] = {}
+    for name in controls.NAMES:
+        rows = {decoding: measured(folder, s, name, decoding, loaded.tokenizer) for decoding in DECODINGS}
+        result[name] = {decoding: measure_cell(rows[decoding], s.seed) for decoding in DECODINGS}
+        result[name]["difference"] = {
+            d: {metric: compare(trained[d], rows[d], metric, s.seed)["difference"] for metric in METRICS}
+            for d in DECODINGS
+        }
+    result["prefix"]["token"] = read_json(folder / "controls/prefix.json")["token"]
+    return result
+
+
+def _with_chains(folder: RunFolder, arm: str, greedy: list[Measured]) -> list[tuple[Record, Measured]]:
+    return list(zip(_chains(folder, arm, "greedy"), greedy, strict=True))
+
+
 def report(folder: RunFolder, s: TrainSettings, loaded: Loaded) -> dict[str, Any]:
     """The content of report.json (docs/training.md)."""
     found = {
@@ -98,6 +119,8 @@ def report(folder: RunFolder, s: TrainSettings, loaded: Loaded) -> dict[str, Any
         for arm, by_decoding in found.items()
     }
     result[s.method]["trainable_parameters"] = training["trainable_parameters"]
+    if s.method == "bias" and s.controls:
+        result["controls"] = _controls(folder, s, loaded, found[s.method])
     trained, base = found[s.method], found[arms.BASE]
     packages = ("steerable", "torch", "transformers", "trl", "peft", "accelerate")
     return result | {
@@ -115,7 +138,8 @@ def report(folder: RunFolder, s: TrainSettings, loaded: Loaded) -> dict[str, Any
         },
         "examples": examples(
             split(folder, "evaluation"),
-            *(list(zip(_chains(folder, arm, "greedy"), found[arm]["greedy"], strict=True)) for arm in found),
+            _with_chains(folder, arms.BASE, base["greedy"]),
+            _with_chains(folder, s.method, trained["greedy"]),
             s.annotate,
         ),
         "training": training,

@@ -35,8 +35,10 @@ from steerable.train.settings import RLSettings, TrainSettings
 
 WEIGHTS = "trained.safetensors"
 _PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
-_UNTRACKED = ("evaluation", "samples", "annotator", "test", "save_every", "launcher", "accelerate_config", "vllm_url",
-              "vllm_memory")  # fmt: skip
+_UNTRACKED = (
+    "evaluation", "samples", "controls", "annotator", "test", "save_every", "launcher", "accelerate_config",
+    "vllm_url", "vllm_memory",
+)  # fmt: skip
 
 
 def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
@@ -103,7 +105,7 @@ def arguments(root: Path, s: RLSettings, loaded: Loaded, longest: int | None = N
     from accelerate import PartialState
     from trl import GRPOConfig
 
-    processes = PartialState().num_processes
+    processes = PartialState(cpu=models.device(loaded.model).type == "cpu").num_processes
     if s.rollouts % processes or (s.rollouts // processes) % min(s.micro_batch, s.rollouts // processes):
         raise UsageError(
             f"{s.rollouts} rollouts a step (--prompts {s.prompts} x --group {s.group}) cannot be shared by {processes} "
@@ -304,10 +306,15 @@ class _Rollouts(Lines):
             "seconds": seconds,
             "tokens_per_second": round(made / max(seconds.get("generation", 0.0), 1e-9), 1) if made else None,
         }
-        kl = "" if row["kl"] is None else f", KL {row['kl']:.3f}"
-        rate = "" if row["tokens_per_second"] is None else f", {row['tokens_per_second']:,.0f} tokens/s"
-        right = row["accuracy"] or 0.0
-        return row, f"reward {row['reward']:+.2f}, right {right:.0%}, {row['tokens']:.0f} tokens{kl}{rate}"
+        return row, note(row)
+
+
+def note(row: dict[str, Any]) -> str:
+    """A line of the journal in a few words."""
+    kl = "" if row["kl"] is None else f", KL {row['kl']:.3f}"
+    rate = "" if row["tokens_per_second"] is None else f", {row['tokens_per_second']:,.0f} tokens/s"
+    right = row["accuracy"] or 0.0
+    return f"reward {row['reward']:+.2f}, right {right:.0%}, {row['tokens']:.0f} tokens{kl}{rate}"
 
 
 def read_log(root: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,6 @@ training goes on from its last checkpoint. With `--launcher accelerate` the trai
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +17,12 @@ from steerable.chains.generation import Prompting
 from steerable.chains.judging import final_answer, judge
 from steerable.chains.records import Record, content_hash, write_jsonl
 from steerable.chains.tasks import make_splits, make_tasks
+from steerable.directions import Direction
 from steerable.display import Display
-from steerable.errors import SteerableError, UsageError
+from steerable.errors import UsageError
 from steerable.models import Loaded
-from steerable.runfolder import RunFolder, write_json
+from steerable.runfolder import RunFolder, read_json, write_json
+from steerable.train import controls
 from steerable.train.judged import DECODINGS, answer, chains_of, report
 from steerable.train.parameters import artefact
 from steerable.train.settings import RLSettings, TrainSettings, from_dict, read_recipe
@@ -101,6 +100,17 @@ def judge_arms(
         work = partial(answer, folder, s, arm, loaded, workers=workers, display=display)
         inputs = ["tasks.jsonl"] if arm.kind == "base" else ["tasks.jsonl", trained]
         stage(f"judge-{arm.name}", inputs, _JUDGED, [chains_of(arm.name, d) for d in DECODINGS], work)
+    if s.method == "bias" and s.controls:
+        direction = Direction.load(folder / trained)
+        files = [f"controls/{name}" for name in ("shuffled.safetensors", "random.safetensors", "prefix.json")]
+        stage("controls", [trained], "seed", files, lambda _: controls.make(folder.root, direction, loaded, s.seed))
+        token = read_json(folder / "controls/prefix.json")["id"]
+        for name in controls.NAMES:
+            work = partial(
+                answer, folder, s, controls.arm(folder.root, name, s.model), loaded,
+                prefix=(token,) if name == "prefix" else (), workers=workers, display=display,
+            )  # fmt: skip
+            stage(f"judge-{name}", ["tasks.jsonl", *files], _JUDGED, [chains_of(name, d) for d in DECODINGS], work)
 
 
 def open_model(s: TrainSettings) -> Loaded:
@@ -183,13 +193,7 @@ def _train(folder: RunFolder, s: RLSettings, display: Display) -> None:
         from steerable.train.loop import train
 
         train(folder.root, s, open_model(s), display)
-        return
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if s.accelerate_config:
-        command += ["--config_file", s.accelerate_config]
-    command += ["-m", "steerable.train.worker", str(folder.root)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"STEERABLE_QUIET": ""})
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("steerable: ")]
-        last = said[-1].removeprefix("steerable: ") if said else done.stderr.strip().splitlines()[-1:]
-        raise SteerableError(f"the training that accelerate launched ended with code {done.returncode}: {last}")
+    else:
+        from steerable.train.launcher import launch
+
+        launch(folder.root, s.accelerate_config, s.steps, display)

@@ -65,6 +65,9 @@ class TrainSettings:
     checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, in less memory.")
     save_every: int = option(10, "Steps between checkpoints.")
     annotator: str = option("auto", "Labels behaviours before and after: pocket, keywords or none; auto: by model.")
+    controls: bool = option(
+        True, "With bias: judge vectors of exchanged layers, random ones, and the boosted token as a prefix, too."
+    )
     rows: int = option(64, "Sequences that our engine computes together.")
 
     def __post_init__(self) -> None:

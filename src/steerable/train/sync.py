@@ -69,7 +69,7 @@ def prepare(root: Path, s: RLSettings, loaded: Loaded) -> None:
             )
         return
     folder = root / BASE
-    state = PartialState()
+    state = PartialState(cpu=loaded.model.device.type == "cpu")
     if state.is_main_process:
         _write_base(folder, s, loaded)
     state.wait_for_everyone()

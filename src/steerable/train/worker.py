@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
+
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import RunFolder, read_json
+from steerable.train import launcher
 from steerable.train.loop import train
 from steerable.train.rl import open_model
 from steerable.train.settings import from_dict
 
 
 def main() -> None:
+    launcher.end_with_launcher()
+    first = os.environ.get("RANK", "0") == "0"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is then this process's own
     folder = RunFolder(sys.argv[1])
-    settings = from_dict(read_json(folder / "config.json"))
     try:
-        train(folder.root, settings, open_model(settings), Display(quiet=os.environ.get("RANK", "0") != "0"))
+        settings = from_dict(read_json(folder / "config.json"))
+        display = Display(quiet=not first or launcher.LAUNCHER in os.environ)
+        train(folder.root, settings, open_model(settings), display)
     except (UsageError, SteerableError) as error:
-        sys.stderr.write(f"steerable: {' '.join(str(error).split())}\n")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(launcher.report(error))
 
 
 if __name__ == "__main__":
