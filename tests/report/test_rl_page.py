@@ -56,6 +56,15 @@ REPORT = {
         "trainable_parameters": 1152,
     },
     "difference": {"greedy": difference(0.03), "sampled": difference(0.213)},
+    "controls": {
+        name: {
+            "greedy": cell(0.5, 100, BASE, 1),
+            "sampled": cell(0.37, 100, BASE, 4),
+            "difference": {"greedy": {"accuracy": around(0.03, 0.04)}, "sampled": {"accuracy": around(0.243, 0.04)}},
+            "token": " Okay",
+        }
+        for name in ("shuffled", "random", "prefix")
+    },
     "examples": [
         {"task_id": "t7", "prompt": "Make 24 of <3>, 5, 8", "base": chain("23", False), "trained": chain("24", True)}
     ],
@@ -135,6 +144,7 @@ def test_the_page_says_what_the_folder_says():
     assert "a gain" in said and "no clear difference" in said
     # Paired differences decide what was amplified: their intervals are the difference ± 0.02.
     assert "amplified: example testing (×1.4), backtracking (×1.6); reduced: initializing (×0.75)." in said
+    assert "begin with “␣Okay”" in said and said.count("37.0% (32.0 to 42.0) +24.3 points (+20.3 to +28.3)") == 3
     assert "Wait, that fails." in said and "<b>now</b>" in said and "<b>now" not in page
     assert "Wrong before, right after t7" in said and "✗ wrong" in said and "✓ right" in said
     assert "A step took 9 s" in said and "9.24 KB" in said and "2 steps were skipped" in said

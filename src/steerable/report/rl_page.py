@@ -15,6 +15,7 @@ import jinja2
 
 from steerable.errors import UsageError
 from steerable.files import write_atomic
+from steerable.readout.tokens import visible
 from steerable.report import words
 from steerable.report.cells import Interval
 from steerable.report.examples import Segment, segments, shares
@@ -45,6 +46,11 @@ CURVES = {  # name in log.jsonl -> title, style, what it is
     "flat_groups": ("Nothing to learn", "percent", "share of the groups in which all rewards are equal"),
     "loss": ("Loss", "number", "negative log likelihood of the own first tokens, nats a token"),
     "gradient_norm": ("Gradient", "number", "norm, before clipping"),
+}
+CONTROLS = {  # name in report.json -> what it is
+    "shuffled": "the same vectors, each in another layer",
+    "random": "random vectors of equal norm",
+    "prefix": "no vector; answers begin with “{token}”, which the last vector boosts",
 }
 PARTS = {  # of a step -> CSS class
     "generation": "hue-2",
@@ -157,6 +163,7 @@ def _view(report: Report, log: Rows, lens: Mapping[str, Any] | None) -> dict[str
         ),
         "cards": [card for decoding in DECODINGS if (card := _card(report, decoding))],
         "changes": _changes(report),
+        "controls": _controls(report),
         "behaviours": [_behaviour(report, label) for label in labels],
         "amplified": _amplified(report, labels),
         "behaviour_table": _behaviour_table(report, labels),
@@ -295,6 +302,29 @@ def _changes(report: Report) -> Table:
             row = [f"{title}, {decoding}", *(words.with_interval(read, style) for read in (before, after))]
             rows.append([*row, _change(_difference(report, decoding, metric), style)])
     return Table(["", "Before", "After", "Difference"], rows)
+
+
+def _controls(report: Report) -> Table | None:
+    """Accuracy of the controls, and the trained vectors minus each of them, paired by task."""
+    found = report.get("controls") or {}
+    names = [name for name in CONTROLS if name in found]
+    if not names:
+        return None
+
+    def cells(accuracy: Any, difference: Any) -> list[str]:
+        read, gap = (Interval(*x) if x else None for x in (accuracy, difference))
+        return [words.with_interval(read, "percent"), _change(gap, "percent")]
+
+    rows = []
+    for name in names:
+        title = CONTROLS[name].format(token=visible(found[name].get("token", "")))
+        row = [title]
+        for decoding in DECODINGS:
+            gap = (found[name].get("difference") or {}).get(decoding) or {}
+            row += cells((found[name].get(decoding) or {}).get("accuracy"), gap.get("accuracy"))
+        rows.append(row)
+    head = [part for decoding in DECODINGS for part in (f"Right answers, {decoding}", "Trained minus it")]
+    return Table(["", *head], rows)
 
 
 def _behaviour(report: Report, label: str) -> Panel:
