@@ -291,6 +291,7 @@ class _Rollouts(Lines):
     def line(self, logs: dict[str, Any], seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
         made = self.trainer.counted["tokens"] - self.tokens
         self.tokens += made
+        made *= self.trainer.accelerator.num_processes  # which have equal shares
         row = {
             "reward": logs["reward"],
             "accuracy": logs.get("reason/right"),

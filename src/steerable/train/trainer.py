@@ -146,7 +146,7 @@ class VectorTrainer(GRPOTrainer):
     @torch.no_grad()
     def _measure_kl(self, batch: Mapping[str, Any]) -> None:
         """KL(policy || untrained) a token by Schulman's k3 estimator, on a few rollouts of different tasks."""
-        if not self._alone or not self.kl_rows:
+        if self._dist.is_fsdp or self._dist.is_zero3 or not self.kl_rows:
             return
         began = time.perf_counter()
         rows = torch.arange(0, len(batch["completion_ids"]), self.num_generations)[: self.kl_rows]
