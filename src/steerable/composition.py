@@ -16,8 +16,7 @@ from typing import Any
 from steerable import models
 from steerable.arms import Arm, fingerprint
 from steerable.chains.generation import Job, Prompting, Steering, generate_jobs
-from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
-from steerable.chains.tasks import make_tasks
+from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.compose import combine, transferred
 from steerable.directions import Direction
 from steerable.display import Display
@@ -28,6 +27,7 @@ from steerable.evals.intervals import ByTask, difference_interval
 from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
+from steerable.judged_tasks import draw
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, sha256, write_json
 
@@ -107,7 +107,7 @@ def compose(
         _check_shape(to, loaded.model)
     folder = RunFolder(out)
     with folder.locked(), Display(quiet) as display:
-        drawn = _draw(folder, tasks, limit, seed, exclude)
+        drawn = draw(folder, tasks, limit, seed, exclude)
         together.save(folder / "combined.safetensors")
         how = _How(folder, drawn, samples, prompting, max_new_tokens, greedy, seed, workers, display)
         cells = {
@@ -217,27 +217,6 @@ def _settings(
     if len(directions) > 2:
         found += [_Setting(f"{a}+{b}", combine([directions[a], directions[b]])) for a, b in wanted]
     return found
-
-
-def _draw(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequence[str | Path]) -> list[Record]:
-    if source.partition(":")[0] == "llm":
-        raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
-    seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
-    settings = {"tasks": source, "limit": limit, "seed": seed, "exclude": seen}
-    if Path(source).exists():
-        settings["tasks_sha256"] = sha256(Path(source))
-
-    def work(_: Path) -> None:
-        drawn = make_tasks(source, limit, seed, seen)
-        if open_ended := sum(task.get("answer") is None and task.get("entry") is None for task in drawn):
-            raise UsageError(
-                f"{open_ended} of {len(drawn)} tasks have neither an answer nor an entry, so nobody can judge them: "
-                "give tasks with reference answers (docs/tasks.md)"
-            )
-        write_jsonl(folder / "tasks.jsonl", drawn)
-
-    folder.run_stage("tasks", [], settings, ["tasks.jsonl"], work)
-    return read_jsonl(folder / "tasks.jsonl", "task")
 
 
 def _cells(measured: Mapping[str, list[Measured]], seed: int) -> dict[str, Any]:

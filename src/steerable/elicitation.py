@@ -19,8 +19,8 @@ from typing import Any
 from steerable import models
 from steerable.arms import BASE, Arm, check_arms, find_arms, fingerprint, opener, steering
 from steerable.chains.generation import Job, Prompting, generate_jobs
-from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
-from steerable.chains.tasks import correct, make_tasks
+from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.chains.tasks import correct
 from steerable.display import Display
 from steerable.engines.sampling import Decoding, decoding_of
 from steerable.engines.workers import Report, default_threads, default_workers, loader, map_blocks
@@ -30,6 +30,7 @@ from steerable.evals.metrics import loops
 from steerable.evals.passk import crossing, curve, difference, solved
 from steerable.evals.perplexity import perplexity, ratio, score
 from steerable.files import write_atomic
+from steerable.judged_tasks import draw
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
@@ -75,8 +76,6 @@ def passk(
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed is {seed}: expected a whole number from 0 to {2**32 - 1}")
     source = ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
-    if source.partition(":")[0] == "llm":
-        raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
     found = find_arms(model, arms or {})
     folder = RunFolder(out)
     base = models.load(model)
@@ -85,7 +84,7 @@ def passk(
     prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
     check_arms(found, base)
     with folder.locked(), Display(quiet) as display:
-        drawn = _draw(folder, source, limit, seed, exclude)
+        drawn = draw(folder, source, limit, seed, exclude)
         common = {
             "decoding": asdict(decoding), "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed,
             "system": system, "template": template, "base": fingerprint(found[0], base.model),
@@ -162,25 +161,6 @@ def _portable(arm: Arm) -> str:
     """The arm's source without the folders of this machine that lie above it."""
     path = Path(arm.source)
     return "/".join(path.parts[-2:]) if path.is_absolute() else arm.source
-
-
-def _draw(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequence[str | Path]) -> list[Record]:
-    seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
-    settings = {"tasks": source, "limit": limit, "seed": seed, "exclude": seen}
-    if Path(source).exists():
-        settings["tasks_sha256"] = sha256(Path(source))
-
-    def work(_: Path) -> None:
-        drawn = make_tasks(source, limit, seed, seen)
-        if open_ended := sum(task.get("answer") is None and task.get("entry") is None for task in drawn):
-            raise UsageError(
-                f"{open_ended} of {len(drawn)} tasks have neither an answer nor an entry, so nobody can judge them: "
-                "give tasks with reference answers (docs/tasks.md)"
-            )
-        write_jsonl(folder / "tasks.jsonl", drawn)
-
-    folder.run_stage("tasks", [], settings, ["tasks.jsonl"], work)
-    return read_jsonl(folder / "tasks.jsonl", "task")
 
 
 # --- one arm ---

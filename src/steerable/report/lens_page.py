@@ -6,16 +6,15 @@ Both are pure functions of a lens document (`readout.document.read_direction`; s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from steerable.readout.tokens import visible
 from steerable.report import panels, words
-from steerable.report.figures import Point, Scale, Series, curves, nice_scale, swatch
+from steerable.report.figures import Point, Scale, Series, curves, nice_scale
+from steerable.report.templates import render
 
 Document = Mapping[str, Any]
 _NUMBERS = 13  # a heat map with more columns shows its numbers on hover only
@@ -54,7 +53,7 @@ class Said(NamedTuple):
 def section(document: Document, identity: str = "lens") -> Markup:
     """The document as one `<section id=identity>`, with the few styles of its own; the rest is the reports' style
     sheet. It loads nothing and runs no script."""
-    return Markup(_environment().get_template("lens_section.html").render(**_view(document), identity=identity))
+    return Markup(render("lens_section.html", **_view(document), identity=identity))
 
 
 def page(document: Document) -> str:
@@ -66,27 +65,8 @@ def page(document: Document) -> str:
     ]
     facts += [direction[key] for key in ("behaviour", "method") if direction[key]]
     title = Path(document["file"]).stem if document.get("file") else direction["behaviour"] or "Vectors"
-    return (
-        _environment()
-        .get_template("lens_page.html")
-        .render(
-            title=title, model=document["model"] or direction["model_id"], facts=facts, section=section(document)
-        )
-    )  # fmt: skip
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(swatch=swatch, MISSING=words.MISSING)
-    environment.filters.update(visible=visible, number=words.number, percent=words.percent, cosine=panels.correlation)
-    return environment
+    about = {"model": document["model"] or direction["model_id"], "facts": facts}
+    return render("lens_page.html", title=title, section=section(document), **about)
 
 
 def _view(document: Document) -> dict[str, Any]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from steerable.errors import SteerableError, UsageError
 from steerable.files import write_atomic
-from steerable.report import examples, panels, words
+from steerable.report import examples, panels, templates, words
 from steerable.report.cells import (
     CONTROLS,
     Cell,
@@ -26,7 +23,6 @@ from steerable.report.cells import (
     settings,
     unsteered,
 )
-from steerable.report.figures import swatch
 
 Report = dict[str, Any]
 
@@ -57,7 +53,7 @@ def render(report: Mapping[str, Any], timings: Mapping[str, Any] | None = None) 
     run to run. The page is a pure function of both: the same input gives the same bytes.
     """
     data = dict(report)
-    return _template().render(**_view(data), timings=_timings(timings))
+    return templates.render("template.html", **_view(data), timings=_timings(timings))
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -83,17 +79,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SteerableError(f"{path} must hold one JSON object, not a {type(content).__name__}")
     return content
-
-
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(swatch=swatch, MISSING=words.MISSING)
-    environment.filters.update(short=words.short, percent=words.percent)
-    return environment.get_template("template.html")
 
 
 def behaviours_of(report: Report) -> list[str]:

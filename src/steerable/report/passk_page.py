@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
-from steerable.report import words
+from steerable.report import templates, words
 from steerable.report.cells import Interval
-from steerable.report.figures import Point, Scale, Series, curves, nice_scale, swatch
+from steerable.report.figures import Point, Scale, Series, curves, nice_scale
 
 Result = Mapping[str, Any]
 _HUES = ("hue-2", "hue-5", "hue-3", "hue-4", "hue-0", "hue-1")
@@ -32,7 +29,8 @@ def render(result: Result) -> str:
     """Draw the content of passk.json as one page that needs no other file; the same input gives the same bytes."""
     arms, settings = result["arms"], result["settings"]
     tasks = len(arms[_BASE]["counts"])
-    return _template().render(
+    return templates.render(
+        "passk.html",
         model=result["model"],
         facts=[f"{tasks} tasks of {settings['tasks']}", f"{settings['samples']} samples each", _decoding(settings)],
         findings=findings(result),
@@ -210,13 +208,3 @@ def _points(read: Sequence[float]) -> str:
 
 def _plain(read: Sequence[float] | None) -> str:
     return words.with_interval(None if read is None else Interval(*read), "number")
-
-
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(swatch=swatch, MISSING=words.MISSING)
-    return environment.get_template("passk.html")
