@@ -36,9 +36,12 @@ NOT_RUN = {
     "export OPENAI_API_KEY": "is a key",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
+    "steerable train rl --model pocket --tasks": "takes minutes",
+    "steerable train rl --recipe": "needs a model of the hub",
+    "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
 # Added to commands for the sake of time.
-SHORTER = {"steerable chat": " --max-new-tokens 40"}
+SHORTER = {"steerable chat": " --max-new-tokens 40", "steerable compose": " --limit 2 --max-new-tokens 40"}
 
 
 def script(name):
@@ -210,7 +213,7 @@ def test_figures_of_a_run(small_run):
     assert filled["effects"].count("\n| ") == filled["settings"].count("\n| ") == 6  # head, rule, four behaviours
     assert filled["costs"].count("\n| ") == 2 + 1 + 2 * 4
     assert "40 chains" in filled["about"] and "×" in filled["up"]
-    nothing = {name: make({"run": {}}) for name, make in figures.FIGURES.items() if name not in ("options", "speed")}
+    nothing = {name: make({"run": {}}) for name, make in figures.FIGURES.items() if "options" not in name and name != "speed"}
     assert {text.strip().strip("_") for text in nothing.values()} == {"not measured"}
     with pytest.raises(SystemExit, match="there is no figure 'nonsense'"):
         figures.fill("<!-- figures: nonsense --><!-- /figures -->", given)
