@@ -46,7 +46,7 @@ def small(folder: Path, **more):
     return {
         "model": str(folder / "model"), "tasks": str(folder / "tasks.jsonl"), "limit": 14, "evaluation": 4,
         "samples": 2, "max_new_tokens": 12, "prefix_tokens": 4, "batch": 4, "micro_batch": 2, "epochs": 2,
-        "learning_rate": 0.05, "save_every": 3, "annotator": "none", "workers": 1,
+        "learning_rate": 0.05, "save_every": 3, "annotator": "none", "controls": False, "workers": 1,
     } | more  # fmt: skip
 
 
