@@ -139,6 +139,50 @@ def test_full_training_sends_everything(tmp_path, monkeypatch, found):
     assert [name for name, *_ in Engine.last.sent] == [name for name, _ in found.model.named_parameters()]
 
 
+@pytest.mark.parametrize("method", ["bias", "lora"])
+def test_sharded_weights_are_sent_whole(found, method):
+    """FSDP 2, with frozen half-precision weights beside float32 vectors."""
+    from peft import get_peft_model
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model = found.model.to(torch.bfloat16)
+    trained = attach(model, method)
+    if trained.peft_config is not None:
+        trained.model = get_peft_model(model, trained.peft_config)
+    move(trained)
+    expected = {name: x.clone() for name, x in sync.tensors(trained)}
+    kept = {name: p.detach().clone() for name, p in trained.parameters().items()}
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        trained.model(IDS, labels=IDS).loss.backward()
+        assert all(hasattr(p, "full_tensor") and p.grad is not None for p in trained.parameters().values())
+        sent = dict(sync.tensors(trained))
+        assert sent.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in sent.items())
+        sync.unshard(trained)
+    finally:
+        distributed.destroy_process_group()
+    now = trained.parameters()
+    assert now.keys() == kept.keys() and all(type(p) is torch.nn.Parameter for p in now.values())
+    assert all(torch.equal(p, kept[name]) for name, p in now.items())
+    if method == "bias":
+        assert len(trained.direction().vectors) == 4
+
+
+def test_what_cannot_be_done_with_sharded_weights():
+    fsdp = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=True, is_zero3=False))
+    alone = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=False, is_zero3=False))
+    loop._check_sharding(alone, RLSettings())
+    loop._check_sharding(fsdp, RLSettings(generation="vllm-colocate"))
+    with pytest.raises(UsageError, match="vllm-colocate or vllm-server"):
+        loop._check_sharding(fsdp, RLSettings())
+    with pytest.raises(UsageError, match="--rank"):
+        loop._check_sharding(fsdp, RLSettings(generation="vllm-server", rank=2))
+
+
 # --- what is refused ---
 
 

@@ -29,13 +29,11 @@ _AGAIN = "what was reached is kept, and the same command goes on from it"
 def launch(root: Path, config: str | None, steps: int, display: Display) -> None:
     """Train in the processes of `accelerate launch`, with the settings and tasks of a run folder.
 
-    config: accelerate's configuration file. Raises what a worker raised (UsageError, SteerableError), or SteerableError
-    with the last error that was printed.
+    config: accelerate's configuration, a file or the name of one that comes with the package (`configurations`).
+    Raises what a worker raised (UsageError, SteerableError), or SteerableError with the last error that was printed.
     """
-    if config is not None and not Path(config).is_file():
-        raise UsageError(f"--accelerate-config is {config!r}: expected a file, as `accelerate config` writes it")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", config] if config else []
+    command += ["--config_file", _file(config)] if config else []
     command += ["-m", "steerable.train.worker", str(root)]
     path = root / "launch.log"
     with open(path, "wb") as log:
@@ -49,6 +47,22 @@ def launch(root: Path, config: str | None, steps: int, display: Display) -> None
             raise
     if process.returncode:
         _explain(path, process.returncode)
+
+
+def configurations() -> dict[str, Path]:
+    """Accelerate's configurations that come with the package, by name: examples for one machine with 8 GPUs."""
+    folder = Path(__file__).parent / "recipes" / "accelerate"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _file(config: str) -> str:
+    known = configurations()
+    if config not in known and not Path(config).is_file():
+        raise UsageError(
+            f"--accelerate-config is {config!r}: expected a file, as `accelerate config` writes it, or one of "
+            f"{', '.join(known)}"
+        )
+    return str(known.get(config, config))
 
 
 def _follow(process: subprocess.Popen[bytes], root: Path, steps: int, display: Display) -> None:

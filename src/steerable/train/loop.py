@@ -86,6 +86,7 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
                 trainer.restore(last)
             own_callbacks(trainer, Journal(root, trainer, display, int(last.name.rpartition("-")[2]) if last else 0))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+            sync.unshard(trained)
         if main:
             about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
             trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerable import arms
 from steerable.biases import bias_names, linear, number_type
@@ -206,6 +206,15 @@ def _plain(name: str) -> str:
 def _full(x: Tensor) -> Tensor:
     """A tensor that FSDP 2 has sharded, whole; every process must call it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def unshard(trained: Trained) -> None:
+    """Make trained parameters that FSDP 2 has sharded whole again, for good; every process must call it."""
+    whole: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in trained.model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and hasattr(p, "full_tensor"):
+                module._parameters[name] = whole.setdefault(id(p), nn.Parameter(p.detach().full_tensor()))
 
 
 # --- whether it arrives ---
