@@ -102,6 +102,8 @@ def test_strays_of_a_killed_process_go(folder):
         (folder / "vectors").mkdir()
         (folder / "vectors/.a.safetensors.tmp").write_text("half")
         (folder / ".timings.json.tmp").write_text("half")
+        (folder / ".base.tmp").mkdir()
+        (folder / ".base.tmp/.config.json.tmp").write_text("half")
     with folder.locked():
         assert [path.name for path in folder.root.rglob("*") if path.is_file()] == [".lock"]
 

@@ -75,8 +75,8 @@ class RunFolder:
                 raise SteerableError(
                     f"another process is working in {self.root}: wait for it or use another --out"
                 ) from None
-            for stray in self.root.rglob(".*.tmp"):  # a killed process was writing it
-                stray.unlink()
+            for stray in list(self.root.rglob(".*.tmp")):  # a killed process was writing it
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
             yield
 
     def key(self, stage: str, inputs: Sequence[str], settings: Mapping[str, Any]) -> str:
