@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jinja2
 
 from steerable.errors import UsageError
 from steerable.files import write_atomic
 from steerable.readout.tokens import visible
-from steerable.report import words
+from steerable.report import templates, words
 from steerable.report.cells import Interval
 from steerable.report.examples import Segment, segments, shares
-from steerable.report.figures import Point, Scale, Series, bars, curves, nice_scale, swatch
+from steerable.report.figures import Point, Scale, Series, bars, curves, nice_scale
 from steerable.report.lens_page import section as lens_section
 from steerable.report.page import Table
 from steerable.report.panels import Panel
@@ -118,7 +115,7 @@ def write_lens(root: str | Path, loaded: Any) -> Path:
 def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None) -> str:
     """The page. report: content of report.json. log: lines of log.jsonl. lens: content of lens.json. The same input
     gives the same bytes."""
-    return _template().render(_view(report, log, lens))
+    return templates.render("rl_page.html", **_view(report, log, lens))
 
 
 def _log(root: Path) -> list[dict[str, Any]]:
@@ -137,17 +134,6 @@ def _lens(root: Path) -> Any:
         return None
     document = read_json(root / "lens.json")
     return document if document.get("sha256") == sha256(root / _VECTORS) else None
-
-
-@cache
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(swatch=swatch, MISSING=words.MISSING)
-    environment.filters.update(short=words.short, percent=words.percent)
-    return environment.get_template("rl_page.html")
 
 
 def _view(report: Report, log: Rows, lens: Mapping[str, Any] | None) -> dict[str, Any]:
