@@ -57,7 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "train": (
         "Vectors learned by gradient, all weights frozen; and what they are compared with.",
-        {"rl": training.train_rl},
+        {"rl": training.train_rl, "upft": training.train_upft},
     ),
     "pocket": (
         "The bundled model: its recipe and its figures.",

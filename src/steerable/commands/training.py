@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from steerable.commands.shared import Json, Workers, given, print_json, print_tables, with_settings
-from steerable.train.settings import RLSettings
+from steerable.train.settings import RLSettings, UPFTSettings
 
 
 @partial(with_settings, table=RLSettings)
@@ -31,11 +31,37 @@ def train_rl(
     report.html. A killed training goes on from its last checkpoint with the same command.
     """
     from steerable.display import Display
-    from steerable.runfolder import read_json
     from steerable.train.rl import train_rl as train
 
     with Display(quiet=as_json) as display:
         folder = train(out, recipe=recipe, workers=workers, display=display, **given(settings))
+    _tell_outcome(folder, as_json)
+
+
+@partial(with_settings, table=UPFTSettings)
+def train_upft(
+    out: Annotated[Path, typer.Option(help="The run folder: everything that the training reads and writes.")] = Path(
+        "runs/upft"
+    ),
+    workers: Workers = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Train on the first tokens of the model's own solutions, unfiltered: no reward, minutes instead of hours.
+
+    Ends as `steerable train rl` does, and goes on where it was stopped.
+    """
+    from steerable.display import Display
+    from steerable.train.upft import train_upft as train
+
+    with Display(quiet=as_json) as display:
+        folder = train(out, workers=workers, display=display, **given(settings))
+    _tell_outcome(folder, as_json)
+
+
+def _tell_outcome(folder: Path, as_json: bool) -> None:
+    from steerable.runfolder import read_json
+
     found = read_json(folder / "report.json")
     if as_json:
         print_json(found)
