@@ -22,7 +22,6 @@ import importlib.util
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -133,11 +132,11 @@ def only_trained(trainer: Any) -> None:
     generation._iter_named_params = now
 
 
-def _timed(send: Callable[[], None], seconds: Counter[str]) -> Callable[[], None]:
+def _timed(send: Callable[[], None], seconds: dict[str, Any]) -> Callable[[], None]:
     def sync_weights() -> None:
         began = time.perf_counter()
         send()
-        seconds["push"] += time.perf_counter() - began
+        seconds["push"] = seconds.get("push", 0.0) + time.perf_counter() - began
 
     return sync_weights
 
