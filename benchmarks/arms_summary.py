@@ -34,9 +34,7 @@ ARMS = {
     "random-reward": ("random-reward-{}", "bias"),
     "shuffled": ("controls-{}", "shuffled"),
     "random": ("controls-{}", "random"),
-    "long-bias": ("long-bias-{}", "bias"),
-    "long-lora": ("long-lora-{}", "lora"),
-    "long-full": ("long-full-{}", "full"),
+    "bias-high": ("bias-high-{}", "bias"),
 }
 
 

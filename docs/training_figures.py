@@ -27,7 +27,7 @@ NAMES = {
     "shuffled": "bias, layers exchanged",
     "random": "random vectors of equal norm",
 }
-LONG = {"long-bias": "bias, all layers", "long-lora": "LoRA r = 4", "long-full": "full"}
+HIGH = {"bias-high": "bias, all layers, at the highest validation accuracy"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -213,7 +213,7 @@ def _words(tokens: Sequence[str]) -> str:
 
 FIGURES: dict[str, Callable[[Sources], str]] = {
     "arms": partial(arms, NAMES),
-    "arms.long": partial(arms, LONG),
+    "arms.high": partial(arms, HIGH),
     "arms.about": about,
     "arms.against": against,
     "arms.behaviours": behaviours,

@@ -38,6 +38,7 @@ NOT_RUN = {
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",
     "steerable train rl --recipe": "needs a model of the hub",
+    "steerable train upft --model pocket": "takes minutes",
     "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
 # Added to commands for the sake of time.
