@@ -277,7 +277,7 @@ def do_controls(out: Path, name: str, seed: int) -> dict[str, Any]:
 
 
 def do_passk(out: Path) -> dict[str, Any]:
-    """pass@k of the base and three arms: 64 tasks that no arm was trained on, 64 samples each."""
+    """pass@k of the base and three arms: 40 tasks that no arm was trained on, 64 samples each."""
     import torch
 
     from steerable.elicitation import passk
@@ -288,7 +288,7 @@ def do_passk(out: Path) -> dict[str, Any]:
         "pocket",
         {name: out / path for name, path in arms.items()},
         tasks=str(out / "test.jsonl"),
-        limit=64,
+        limit=40,
         samples=64,
         max_new_tokens=400,
         out=out / "passk",
