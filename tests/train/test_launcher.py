@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,13 +114,17 @@ def test_two_processes_killed_and_gone_on_with(root):
 
 
 def test_what_a_worker_raises_is_raised_here(root):
-    configure(root, prompts=3, group=3)
-    with pytest.raises(
-        UsageError, match=r"^9 rollouts a step .* cannot be shared by 2 processes .* divide each other$"
-    ):
+    write_json(root / "config.json", configure(root).to_dict() | {"group": 1})
+    with pytest.raises(UsageError, match=r"^--group is 1: expected 2 or more"):
         launcher.launch(root, str(root.parent / "two.yaml"), 1, Display(quiet=True))
     with pytest.raises(UsageError, match="expected a file.*deepspeed_zero2, fsdp, multi_gpu"):
         launcher.launch(root, "nowhere.yaml", 1, Display(quiet=True))
+
+
+def test_rollouts_that_the_processes_cannot_share(root, monkeypatch, tiny_llama, tokenizer):
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    with pytest.raises(UsageError, match="9 rollouts a step .* cannot be shared by 2 processes .* divide each other"):
+        loop.arguments(root, configure(root, prompts=3, group=3), loaded(tiny_llama, tokenizer))
 
 
 ELASTIC = """E1121 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0
