@@ -133,7 +133,7 @@ def _cells(folders: Sequence[Path], arm: str) -> dict[str, Any]:
         found["trainable_parameters"] = done[0]["training"]["trainable_parameters"]
         found["optimizer_bytes"] = done[0]["training"]["optimizer_bytes"]
         found["learning_rate"] = done[0]["config"]["learning_rate"]
-        found["kl"] = float(np.mean([job["training"]["last"]["kl"] or 0.0 for job in done]))
+        found["kl"] = float(np.mean([job["training"]["last"]["kl"] for job in done]))
     if "prefix_token" in done[0]:
         found["prefix_tokens"] = [job["prefix_token"] for job in done]
     return found

@@ -72,6 +72,7 @@ def one_step(
     from steerable.chains.generation import prompt_text
     from steerable.chains.tasks import make_tasks
     from steerable.train import loop
+    from steerable.train.journal import own_callbacks
     from steerable.train.parameters import attach
     from steerable.train.rewards import reward
     from steerable.train.rl import open_model
@@ -89,7 +90,7 @@ def one_step(
             processing_class=loaded.tokenizer, tasks=tasks, reward=reward, own_engine=engine == "engine", kl_rows=0,
         )  # fmt: skip
         marks: list[dict[str, float]] = []
-        loop.own_callbacks(trainer, marker(trainer, marks))
+        own_callbacks(trainer, marker(trainer, marks))
         began = time.perf_counter()
         trainer.train()
     first, second = marks

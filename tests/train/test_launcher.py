@@ -19,7 +19,7 @@ from steerable.directions import Direction
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import read_json, write_json
-from steerable.train import launcher, loop
+from steerable.train import journal, launcher, loop
 from steerable.train.settings import RLSettings
 
 pytest.importorskip("trl")
@@ -97,10 +97,10 @@ def test_two_processes_killed_and_gone_on_with(root):
     until(lambda: not workers(root))
     reached = int(loop.last_checkpoint(root, s).name.rpartition("-")[2])
     assert 0 < reached < s.steps
-    first = loop.read_log(root)[:reached]
+    first = journal.read_log(root)[:reached]
 
     launcher.launch(root, str(root.parent / "two.yaml"), s.steps, Display(quiet=True))
-    rows = loop.read_log(root)
+    rows = journal.read_log(root)
     assert [row["step"] for row in rows] == list(range(1, s.steps + 1)), "each once, by the first process alone"
     assert rows[:reached] == first, "it went on"
     assert all(row["kl"] is not None and row["tokens_per_second"] > 0 for row in rows)

@@ -13,7 +13,7 @@ from steerable import Direction
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import read_json
-from steerable.train import loop
+from steerable.train import journal, loop
 from steerable.train.rl import is_verifiable, train_rl
 from steerable.train.settings import RLSettings, from_dict, read_recipe, recipes
 
@@ -54,7 +54,7 @@ def test_the_report(run):
 def test_what_lies_in_the_folder(run):
     for name in ("config.json", "tasks.jsonl", "log.jsonl", "bias.safetensors", "training.json", "report.html"):
         assert (run / name).is_file(), name
-    assert [row["step"] for row in loop.read_log(run)] == [1, 2, 3]
+    assert [row["step"] for row in journal.read_log(run)] == [1, 2, 3]
     assert len(list((run / "checkpoints").glob("checkpoint-*"))) == 2
     weights = sum(f.stat().st_size for f in (run / "checkpoints/checkpoint-3").glob("trained.safetensors"))
     assert weights < 10_000, "a checkpoint holds no copy of the model"
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
         log.write('{"step": 3, "rew')
     train_rl(out, workers=1, **SMALL)
     assert (out / "bias.safetensors").read_bytes() == (run / "bias.safetensors").read_bytes()
-    assert [row["step"] for row in loop.read_log(out)] == [1, 2, 3]
+    assert [row["step"] for row in journal.read_log(out)] == [1, 2, 3]
     assert read_json(out / "report.json")["bias"] == read_json(run / "report.json")["bias"]
 
 
@@ -104,7 +104,7 @@ def test_another_training_in_the_same_folder_begins_anew(tmp_path):
     train_rl(tmp_path, workers=1, **settings)
     train_rl(tmp_path, workers=1, **settings | {"layers": "3"})
     assert Direction.load(tmp_path / "bias.safetensors").layers == [3]
-    assert len(loop.read_log(tmp_path)) == 1
+    assert len(journal.read_log(tmp_path)) == 1
 
 
 def test_the_system_message_and_own_files(tmp_path):

@@ -18,7 +18,7 @@ from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
 from steerable.models import Loaded
 from steerable.runfolder import read_json
-from steerable.train import loop, sync
+from steerable.train import journal, loop, sync
 from steerable.train.parameters import attach
 from steerable.train.settings import RLSettings
 
@@ -272,7 +272,7 @@ def test_a_training_in_one_process_with_the_engine(tmp_path, monkeypatch, found)
     assert seconds["push"] > 0 and seconds["generation"] > 0
     vectors = Direction.load(tmp_path / "run/bias.safetensors").vectors
     assert len(vectors) == 4 and len(PROMPTS) == 4
-    assert [row["step"] for row in loop.read_log(tmp_path / "run")] == [1, 2]
+    assert [row["step"] for row in journal.read_log(tmp_path / "run")] == [1, 2]
 
 
 def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
@@ -310,7 +310,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
     servers.append(Server(base))
     run(root, RLSettings(**s.to_dict() | {"vllm_url": servers[-1].url}), found)
     servers[-1].die()
-    assert [row["step"] for row in loop.read_log(root)] == [1, 2, 3]
+    assert [row["step"] for row in journal.read_log(root)] == [1, 2, 3]
     assert (root / "bias.safetensors").exists()
 
 

@@ -18,7 +18,7 @@ from steerable.engines.transformers import Request, generate
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import RunFolder, read_json
 from steerable.train import upft
-from steerable.train.loop import read_log
+from steerable.train.journal import read_log
 from steerable.train.parameters import attach
 from steerable.train.settings import UPFTSettings
 from steerable.train.upft import collate, examples, prefix_loss, train_upft

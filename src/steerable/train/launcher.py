@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
-from steerable.train import loop
+from steerable.train import journal
 
 LAUNCHER = "STEERABLE_LAUNCHER"  # in the workers' environment: the launcher's process number
 _MARK = "steerable error: "
@@ -70,9 +70,9 @@ def _follow(process: subprocess.Popen[bytes], root: Path, steps: int, display: D
     display.start("train", steps, unit="step")
     while True:
         ended = process.poll() is not None
-        for row in loop.read_log(root)[shown:]:
+        for row in journal.read_log(root)[shown:]:
             shown += 1
-            display.advance(1, note=loop.note(row))
+            display.advance(1, note=journal.note(row))
         if ended:
             return
         time.sleep(0.5)

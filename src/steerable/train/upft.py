@@ -34,18 +34,15 @@ from steerable.engines.sampling import Decoding
 from steerable.errors import SteerableError
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, write_json
+from steerable.train.journal import Journal, own_callbacks, read_log
 from steerable.train.judged import report, split
 from steerable.train.loop import (
     WEIGHTS,
-    Journal,
-    Lines,
     check_length,
     explained,
     last_checkpoint,
     optimizer_bytes,
-    own_callbacks,
     quietly,
-    read_log,
     shared_arguments,
 )
 from steerable.train.parameters import Trained, artefact, attach
@@ -185,7 +182,7 @@ def _train(folder: RunFolder, s: UPFTSettings, loaded: Loaded, display: Display)
             if last:
                 trained.restore(last / WEIGHTS)
             begun = int(last.name.rpartition("-")[2]) if last else 0
-            own_callbacks(trainer, Journal(root, trainer, display, begun, _Lines))
+            own_callbacks(trainer, _Lines(root, trainer, display, begun))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         about = {"behaviour": "reasoning", "method": f"UPFT, first {k} tokens, temperature {s.prefix_temperature:g}"}
         trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
@@ -244,7 +241,7 @@ def _trainer() -> Callable[..., Any]:
     return PrefixTrainer
 
 
-class _Lines(Lines):
+class _Lines(Journal):
     def line(self, logs: dict[str, Any], seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
         row = {
             "loss": float(logs["loss"]),
