@@ -17,7 +17,7 @@ REWARDS = ("correct", "format", "random")
 GENERATION = ("engine", "generate", "vllm-colocate", "vllm-server")
 #: Of the bundled model, tuned on validation tasks; of other models, those of the paper's configurations.
 RATES = {
-    "pocket": {"bias": 1e-1, "adaptive": 1e-2, "lora": 1e-2, "tinylora": 1e-1, "full": 1e-4},
+    "pocket": {"bias": 1e-1, "adaptive": 1e-2, "lora": 1e-2, "tinylora": 1e-1, "full": 3e-4},
     "other": {"bias": 1e-3, "adaptive": 1e-4, "lora": 1e-4, "tinylora": 1e-3, "full": 1e-6},
 }
 
