@@ -1,6 +1,6 @@
 """An independent oracle: the policy gradient of "Bias-Only Adaptation" in plain PyTorch, a row at a time, no padding.
 
-    A_i = r_i - mean_{j != i} r_j,     L = -(1 / N_tok) sum_i A_i sum_t log pi(y_it | x, y_i<t)
+A_i = r_i - mean_{j != i} r_j,     L = -(1 / N_tok) sum_i A_i sum_t log pi(y_it | x, y_i<t)
 """
 
 import torch

@@ -210,9 +210,7 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
     model, tokenizer = loaded
     tags = think_tags_if_any(tokenizer)
     requests = [
-        Request(
-            prompting.ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength
-        )
+        Request(prompting.ids(tokenizer, task["prompt"]), request_seed(settings.seed, task["id"], sample), strength)
         for task, sample, strength in items
     ]
     with _steered(loaded, steering) as handle:
