@@ -87,7 +87,7 @@ def until(condition, seconds=300):
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_two_processes_killed_and_gone_on_with(root):
-    s = configure(root, steps=10)
+    s = configure(root, steps=50)
     process = start(root, s.steps)
     until(lambda: (root / "checkpoints/checkpoint-1/trainer_state.json").exists() or process.poll() is not None)
     assert process.poll() is None, (root / "launch.log").read_text()

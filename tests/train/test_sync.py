@@ -30,6 +30,14 @@ IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
 MLP, ATTENTION = "mlp.down_proj", "self_attn.o_proj"
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """TRL sets these, and other tests' processes must not inherit them."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 def names(of, layers=range(4), leaf="bias"):
     return [f"model.layers.{i}.{of}.{leaf}" for i in layers]
 
@@ -350,9 +358,6 @@ def real(tmp_path, monkeypatch, tokenizer):
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     monkeypatch.setattr(theirs, "LLM", partial(vllm.LLM, dtype="float32", enforce_eager=True))
     found = Loaded(model, PreTrainedTokenizerFast.from_pretrained(tmp_path / "model"))
     found.model.name_or_path = str(tmp_path / "model")
