@@ -161,7 +161,7 @@ def cost(given: Sources) -> str:
     rows = [
         [
             name,
-            _count(method.get("trainable_parameters")),
+            _count(method["trainable_parameters"]) if "trainable_parameters" in method else "",
             f"{method['optimizer_bytes']:,} bytes".replace(",", "\N{NARROW NO-BREAK SPACE}")
             if "optimizer_bytes" in method
             else "",
