@@ -21,6 +21,7 @@ from .errors import UsageError
 from .gates import Selector, SequenceState, parse_selector, resolve, selectors
 from .sites import Site, check_site, tap
 from .think import think_tags
+from .vocabulary import encode, text_list
 
 
 @dataclass
@@ -230,11 +231,13 @@ def capture(
     """Activations of the selected tokens of each text, in the texts' order.
 
     reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
-    them, text by text: float32 [tokens, d]. A whole text counts as prompt. max_tokens: most tokens in a batch
+    them, text by text: float32 [tokens, d]. A whole text counts as prompt, with the special tokens that the tokenizer
+    adds, of which none comes twice where a chat template has written it. max_tokens: most tokens in a batch
     (default: `batch_tokens`).
-    chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a text
+    chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a single string, a text
     without a selected token, and sites that the model does not have.
     """
+    texts = text_list(texts, "capture")
     found = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})
     for site in found:
         check_site(model, site)
@@ -244,7 +247,7 @@ def capture(
         raise UsageError("capture needs one text and one site at least")
     selector = resolve(parse_selector(where), tokenizer)
     tags = think_tags(tokenizer) if selector.uses("thinking", "answer") else None
-    rows = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [encode(tokenizer, text) for text in texts]
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise UsageError(f"text {empty[0]} has no tokens")
     kept = {site: _Texts(len(texts), reduce) for site in found}
@@ -252,7 +255,7 @@ def capture(
     def batches() -> Iterator[Batch]:
         for indices in length_batches([len(row) for row in rows], max_tokens or batch_tokens(model)):
             batch = pad([rows[i] for i in indices])
-            state = SequenceState(tags)
+            state = SequenceState(tags, selector.breaks)
             state.start(len(indices))
             mask = selector(state.advance(batch.ids, batch.mask))
             if not mask.any(1).all():

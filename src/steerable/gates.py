@@ -6,6 +6,8 @@ that is fed to predict the second.
 "thinking" is what stands after the token that completes the opening tag, up to the one that completes the closing
 tag, neither included, whatever came before: the last tag counts. A tag of several tokens (see `think`) is known by
 its last one only, so its first tokens still belong to what it ends.
+
+"boundary" is the token that completes a paragraph break (see `breaks`), however many tokens spell it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .automaton import Automaton
+from .breaks import break_automaton, break_steps
 from .errors import UsageError
 from .think import ANSWER, BEFORE, THINKING, ThinkTags
 
@@ -33,18 +37,21 @@ class Tokens:
     last_prompt: Tensor  # bool
     thinking: Tensor  # bool: strictly between the tags that open and close the think block
     answer: Tensor  # bool: after the tag that closes it (or that begins the answer)
+    boundary: Tensor | None = None  # bool: completes a paragraph break (see `breaks`); None: was not followed
 
 
 class SequenceState:
     """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think
-    block.
+    block, part of a tag or of a paragraph break.
 
-    tags: without them no token counts as thinking or answer.
+    tags: without them no token counts as thinking or answer. breaks: what finds paragraph breaks (`Selector.breaks`).
     """
 
-    def __init__(self, tags: ThinkTags | None = None):
-        self.tags = tags
-        self._single = tags.single if tags is not None else None
+    ROWS = ("seen", "phase", "tag", "line", "prompt_lengths")
+    """The fields that hold the state: tensors [rows], or None."""
+
+    def __init__(self, tags: ThinkTags | None = None, breaks: Automaton | None = None):
+        self.tags, self.breaks = tags, breaks
         self.start(0)
 
     def start(self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None) -> None:
@@ -53,32 +60,31 @@ class SequenceState:
         prompt_lengths: [rows] where each prompt ends, if known; else the first `advance` feeds all of it.
         """
         self.seen = torch.zeros(rows, dtype=torch.long, device=device)
-        self.phase = torch.full((rows,), BEFORE, dtype=torch.long, device=device)
-        self.tag = torch.zeros(rows, dtype=torch.long, device=device)  # how much of a tag has been fed
+        self.phase = torch.full_like(self.seen, BEFORE)
+        self.tag = torch.zeros_like(self.seen)  # how much of a tag has been fed
+        self.line = torch.zeros_like(self.seen)  # how much of a paragraph break
         self.prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device)
         self._fresh = True
 
     def select(self, index: Tensor) -> None:
         """Keep, reorder or duplicate rows: row i goes on as the former row index[i]."""
-        self.seen, self.phase, self.tag = self.seen[index], self.phase[index], self.tag[index]
-        if self.prompt_lengths is not None:
-            self.prompt_lengths = self.prompt_lengths[index]
+        for name in self.ROWS:
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, rows[index])
 
     def reset_rows(self, index: Tensor) -> None:
         """New sequences begin in these rows (the caller then says in `advance` which tokens are prompt)."""
-        self.seen[index] = 0
         self.phase[index] = BEFORE
-        self.tag[index] = 0
+        for rows in (self.seen, self.tag, self.line):
+            rows[index] = 0
 
     def join(self, other: SequenceState) -> SequenceState:
         """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths
         in both or neither."""
-        joined = SequenceState(self.tags)
-        joined.seen, joined.phase, joined.tag = (
-            torch.cat(pair) for pair in ((self.seen, other.seen), (self.phase, other.phase), (self.tag, other.tag))
-        )
-        if self.prompt_lengths is not None and other.prompt_lengths is not None:
-            joined.prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+        joined = SequenceState(self.tags, self.breaks)
+        for name in self.ROWS:
+            if (rows := getattr(self, name)) is not None:
+                setattr(joined, name, torch.cat([rows, getattr(other, name)]))
         return joined
 
     def advance(self, ids: Tensor, valid: Tensor | None = None, prompt: bool | Tensor | None = None) -> Tokens:
@@ -105,19 +111,19 @@ class SequenceState:
                 last_prompt = _last(is_prompt)
         self._fresh = False
         thinking, answer = self._advance_phase(ids, valid)
+        boundary = None
+        if self.breaks is not None:
+            events, self.line = self.breaks.advance(self.line, ids, valid)
+            boundary = events > 0
         self.seen = self.seen + valid.sum(1)
-        return Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer)
+        return Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer, boundary)
 
     def _advance_phase(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         if self.tags is None:
             nothing = torch.zeros_like(valid)
             return nothing, nothing
         # what each tag begins stands at its last token, which belongs to neither side
-        if self._single is not None:
-            opens, closes = ids == self._single[0], ids == self._single[1]
-            starts = (opens * THINKING + closes * ANSWER) * valid
-        else:
-            starts, self.tag = self.tags.matcher.advance(self.tag, ids, valid)
+        starts, self.tag = self.tags.matcher.advance(self.tag, ids, valid)
         tags = starts > 0
         if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
             column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -142,7 +148,7 @@ class Selector:
 
     op: str
     parts: tuple[Selector, ...] = ()
-    args: tuple[int, ...] | None = None
+    args: tuple[Any, ...] | None = None
 
     def __and__(self, other: Selector) -> Selector:
         return Selector("&", (self, other))
@@ -187,13 +193,31 @@ class Selector:
             case "positions":
                 start, stop = self.args or (0, 0)
                 return tokens.valid & (tokens.position >= start) & (tokens.position < stop)
-            case "tokens" | "boundary":
-                if self.args is None:
-                    raise UsageError("the selector 'boundary' needs the tokenizer: pass tokenizer= to steer")
-                table = _membership(self.args, tokens.ids.device)
+            case "tokens":
+                table = _membership(self.args or (), tokens.ids.device)
                 return tokens.valid & table[tokens.ids.clamp(max=len(table) - 1)]
+            case "boundary":
+                return self._boundary(tokens) if tokens.boundary is None else tokens.boundary
             case field:
                 return getattr(tokens, field)
+
+    def _boundary(self, tokens: Tokens) -> Tensor:
+        """For tokens of a state that does not follow paragraph breaks: sequences that begin with this call."""
+        if self.breaks is None:
+            raise UsageError("the selector 'boundary' needs the tokenizer: pass tokenizer= to steer")
+        begins = (tokens.valid & (tokens.position == 0)).any(1)
+        if (tokens.valid.any(1) & ~begins).any():
+            raise UsageError(
+                "the selector 'boundary' must follow sequences from their start: make the SequenceState with breaks="
+            )
+        return self.breaks.advance(torch.zeros_like(tokens.ids[:, 0]), tokens.ids, tokens.valid)[0] > 0
+
+    @property
+    def breaks(self) -> Automaton | None:
+        """What finds paragraph breaks for the `boundary` in it; None where there is none or it is not resolved."""
+        if self.op == "boundary":
+            return None if self.args is None else break_automaton(self.args)
+        return next((breaks for part in self.parts if (breaks := part.breaks) is not None), None)
 
     def uses(self, *ops: str) -> bool:
         """Whether one of these selectors occurs in this one."""
@@ -230,7 +254,7 @@ class selectors:
     thinking = Selector("thinking")
     answer = Selector("answer")
     last_prompt = Selector("last_prompt")
-    boundary = Selector("boundary")  # tokens whose text holds a paragraph break; needs `resolve`
+    boundary = Selector("boundary")  # needs `resolve`
     tokens = staticmethod(tokens)
     positions = staticmethod(positions)
 
@@ -239,17 +263,17 @@ _NAMES = ("all", "prompt", "generated", "thinking", "answer", "last_prompt", "bo
 
 
 def resolve(selector: Selector, tokenizer: Any) -> Selector:
-    """Fill in what a selector needs to know of the vocabulary: the ids of `boundary`.
+    """Fill in what a selector needs to know of the vocabulary: the tokens that `boundary` follows.
 
-    Raises UsageError when no single token holds a paragraph break, since the selector could never match.
+    Raises UsageError when no sequence of tokens spells a paragraph break, since the selector could never match.
     """
     if selector.op == "boundary" and selector.args is None:
-        # "Ċ" is the newline in the vocabularies of byte-level tokenizers
-        maybe = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token]
-        ids = tuple(sorted(i for i in maybe if "\n\n" in tokenizer.decode([i])))
-        if not ids:
-            raise UsageError("the selector 'boundary' never matches: no token of this vocabulary holds '\\n\\n'")
-        return Selector("boundary", args=ids)
+        if not (steps := break_steps(tokenizer)):
+            raise UsageError(
+                "the selector 'boundary' never matches: no tokens of this vocabulary spell a paragraph break, two "
+                "newlines with nothing but blanks between them"
+            )
+        return Selector("boundary", args=steps)
     return Selector(selector.op, tuple(resolve(part, tokenizer) for part in selector.parts), selector.args)
 
 

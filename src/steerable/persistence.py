@@ -29,6 +29,7 @@ from .errors import SteerableWarning, UsageError
 from .gates import Selector, SequenceState, Tokens, parse_selector, resolve
 from .sites import Site, tap
 from .think import think_tags, think_tags_if_any
+from .vocabulary import encode, text_list
 
 Text = str | tuple[Sequence[int], int]
 """A text that counts as prompt, or token ids with the length of the prompt among them."""
@@ -100,7 +101,7 @@ def persistence(
     with steer(model, chosen, strength=s, where=where, tokenizer=tokenizer, track=False):
         pass  # what does not fit this model is refused now; one that was made on another is warned of
     selector = resolve(parse_selector(direction.gate if where is None else where), tokenizer)
-    rows = [_ids(tokenizer, text, i) for i, text in enumerate(texts)]
+    rows = [_ids(tokenizer, text, i) for i, text in enumerate(text_list(texts, "persistence"))]
     if not rows:
         raise UsageError("persistence needs one text at least")
     runs = [chosen, *(chosen.random_like(seed + i) for i in range(controls))]
@@ -210,7 +211,7 @@ def _vectors(direction: Direction) -> dict[int, Tensor]:
 
 
 def _ids(tokenizer: Any, text: Text, number: int) -> tuple[list[int], int]:
-    ids, start = (tokenizer(text)["input_ids"], None) if isinstance(text, str) else text
+    ids, start = (encode(tokenizer, text), None) if isinstance(text, str) else text
     if not len(ids):
         raise UsageError(f"text {number} has no tokens")
     return list(ids), len(ids) if start is None else start
@@ -223,7 +224,7 @@ def _batches(
     cut = [ids[:longest] for ids, _ in rows]
     for indices in length_batches([len(ids) for ids in cut], most):
         batch = pad([cut[i] for i in indices], models.device(model))
-        state = SequenceState(tags)
+        state = SequenceState(tags, selector.breaks)
         state.start(len(indices), batch.ids.device, torch.tensor([rows[i][1] for i in indices]))
         yield batch, state.advance(batch.ids, batch.mask)
 

@@ -16,20 +16,23 @@ tag's first character.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
+from .automaton import Matcher
 from .errors import UsageError
+from .vocabulary import added_tokens, latin, spellings
 
 # What a tag begins, as a number: 0 is "no tag here".
 BEFORE, THINKING, ANSWER = 1, 2, 3
+
+Symbols = Sequence[Hashable]
 
 #: Opening tag, closing tag, and, where the closing tag does not begin the answer by itself, the tag that does.
 Texts = tuple[str, str] | tuple[str, str, str]
@@ -64,8 +67,8 @@ class ThinkTags:
     """Token ids of the tags; `opened_by_template`: the generation prompt already holds the opening tag.
 
     answer: ids of the tag that begins the answer, where it is not the closing tag that does. A closing tag then
-    begins neither. texts: the tags as they are written. pieces: the symbols (characters, or one id) of every
-    token that shares a character with a tag; None where tags are sequences of ids.
+    begins neither. texts: the tags as they are written. symbols: of each, the bytes of its text, and ids for special
+    tokens; pieces: the same of every token that shares one with a tag. None where tags are sequences of ids.
     """
 
     open: tuple[int, ...]
@@ -73,7 +76,8 @@ class ThinkTags:
     opened_by_template: bool = False
     answer: tuple[int, ...] = ()
     texts: Texts = ("<think>", "</think>")
-    pieces: Mapping[int, Sequence[Hashable]] | None = field(default=None, compare=False, repr=False)
+    symbols: Sequence[Symbols] | None = field(default=None, compare=False, repr=False)
+    pieces: Mapping[int, Symbols] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.open or not self.close:
@@ -90,10 +94,11 @@ class ThinkTags:
     @cached_property
     def matcher(self) -> Matcher:
         """What finds the tags in a running sequence."""
-        after = BEFORE if self.answer else ANSWER
-        tags = ((self.open, THINKING), (self.close, after), (self.answer, ANSWER))
-        pieces = self.pieces if self.pieces is not None else {i: (i,) for tag, _ in tags for i in tag}
-        return Matcher([(tuple(s for i in tag for s in pieces[i]), begins) for tag, begins in tags if tag], pieces)
+        events = (THINKING, BEFORE if self.answer else ANSWER, ANSWER)
+        if self.symbols is None or self.pieces is None:
+            tags = list(zip((self.open, self.close, self.answer), events, strict=True))
+            return Matcher([(tag, event) for tag, event in tags if tag], {i: (i,) for tag, _ in tags for i in tag})
+        return Matcher(list(zip(self.symbols, events, strict=False)), self.pieces)
 
     def opened(self, text: str) -> bool:
         """Whether a text ends inside the block: its last tag is the opening one."""
@@ -130,135 +135,75 @@ class ThinkTags:
         untouched, so that character offsets stay valid. Without a block everything is the answer; with a tag for
         the answer, what follows the last of these, up to the next closing tag.
         """
+        text = _Text(tokenizer, ids)
         marks = self.find(ids)
-        start = next((i + 1 for i, event in marks if event == THINKING), None)
-        if self.opened_by_template and start is not None:
-            first = self._begin(tokenizer, ids, start - 1, self.texts[0])
-            if _decode(tokenizer, ids[:first]).strip():
-                start = None  # the model speaks of the tag inside the block that the template has opened
-        lead = ""
-        if start is None:
-            if not self.opened_by_template:
-                return Split("", self._answer(tokenizer, ids, marks, 0), False, 0)
-            start = 0
-        elif self.pieces is not None:
-            lead = _after(tokenizer, ids[:start], self.texts[0])
-        end = next((i for i, event in marks if i >= start and event != THINKING), None)
-        stop = len(ids) if end is None else self._begin(tokenizer, ids, end, self.texts[1])
-        text = lead + _between(tokenizer, ids, start, max(start, stop))
-        if end is None:
-            return Split(text, "", False, len(ids) - start)
-        if self.pieces is not None:
-            text += _decode(tokenizer, ids[stop : end + 1]).split(self.texts[1])[0] if stop >= start else ""
-        return Split(text, self._answer(tokenizer, ids, marks, end + 1), True, max(0, stop - start))
+        opening = next((mark for mark in marks if mark[1] == THINKING), None)
+        if opening and self.opened_by_template and text.whole[: self._place(text, opening)[0]].strip():
+            opening = None  # the model speaks of the tag inside the block that the template has opened
+        if not opening and not self.opened_by_template:
+            return Split("", self._answer(text, marks), False, 0)
+        first, begin = (opening[0] + 1, self._place(text, opening)[1]) if opening else (0, 0)
+        closing = next((mark for mark in marks if mark[0] >= first and mark[1] != THINKING), None)
+        if not closing:
+            return Split(text.whole[begin:], "", False, len(ids) - first)
+        end, _ = self._place(text, closing)
+        inside = max(0, text.token(end, closing[0]) - first)
+        rest = [mark for mark in marks if mark[0] > closing[0]]
+        return Split(text.whole[begin:end], self._answer(text, rest, closing), True, inside)
 
-    def _begin(self, tokenizer: Any, ids: Sequence[int], last: int, text: str) -> int:
-        """The first token of the tag that the token `last` completes."""
-        if self.pieces is None:
-            return last + 1 - len(self.open if text == self.texts[0] else self.close)
-        return next((i for i in range(last, -1, -1) if text in _decode(tokenizer, ids[i : last + 1])), 0)
+    def _place(self, text: _Text, mark: tuple[int, int]) -> tuple[int, int]:
+        """The characters [begin, end) of the tag that is completed there."""
+        last, event = mark
+        number = 0 if event == THINKING else 2 if event == ANSWER and self.answer else 1
+        upto, written = text.upto(last + 1), self.texts[number]
+        begin = upto.rfind(written)
+        # The token before may end within the tag's last character, of which each byte then reads as a character.
+        if begin >= 0 and begin + len(written) > len(text.upto(last)) - 3:
+            return begin, begin + len(written)
+        # a tag that is not written as it is read
+        return len(text.upto(last + 1 - len((self.open, self.close, self.answer)[number]))), len(upto)
 
-    def _answer(self, tokenizer: Any, ids: Sequence[int], marks: list[tuple[int, int]], start: int) -> str:
-        stop, lead = len(ids), ""
+    def _answer(self, text: _Text, marks: list[tuple[int, int]], closing: tuple[int, int] | None = None) -> str:
+        """What follows the closing tag, up to the end, or what follows the last tag of an answer, up to the next tag;
+        without special tokens. marks: those behind the closing tag."""
+        begins, stop = closing, None
         if self.answer:
-            begins = [i + 1 for i, event in marks if i >= start and event == ANSWER]
-            if not begins and (start or marks):
+            begins = next((mark for mark in reversed(marks) if mark[1] == ANSWER), None)
+            if not begins and (closing or marks):
                 return ""
-            start = begins[-1] if begins else 0
-            stop = next((i for i, event in marks if i >= start), stop)
-        elif self.pieces is not None and start:
-            lead = _after(tokenizer, ids[:start], self.texts[1])
-        rest = tokenizer.decode(ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return lead + str(rest)
+            if begins and (ends := next((mark for mark in marks if mark[0] > begins[0]), None)):
+                stop = text.token(self._place(text, ends)[0], ends[0])
+        if not begins:
+            return text.visible()
+        lead = len(text.upto(begins[0] + 1)) - self._place(text, begins)[1]
+        return text.visible(begins[0] + 1, lead, stop)
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+class _Text:
+    """A sequence of ids and its text; offsets are characters of `whole`."""
 
+    def __init__(self, tokenizer: Any, ids: Sequence[int]):
+        self.tokenizer, self.ids = tokenizer, list(ids)
+        self.whole = self.upto(len(self.ids))
 
-def _between(tokenizer: Any, ids: Sequence[int], start: int, stop: int) -> str:
-    """The text of the tokens [start, stop) where they stand: decoded alone they may lose a space in front."""
-    before, whole = _decode(tokenizer, ids[:start]), _decode(tokenizer, ids[:stop])
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids[start:stop])
+    def upto(self, stop: int, special: bool = True) -> str:
+        """The text of the tokens [0, stop): decoded alone, others may lose a space in front."""
+        return str(
+            self.tokenizer.decode(
+                self.ids[: max(stop, 0)], skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
+        )
 
+    def token(self, offset: int, last: int) -> int:
+        """The token that holds the character at `offset`, not behind the token `last`."""
+        while last > 0 and len(self.upto(last)) > offset:
+            last -= 1
+        return last
 
-def _after(tokenizer: Any, ids: Sequence[int], text: str) -> str:
-    """What the last token brings after a tag that it completes."""
-    return _decode(tokenizer, ids).rpartition(text)[2]
-
-
-class Matcher:
-    """A finite automaton over tokens that follows all tags at once (Aho and Corasick 1975, on symbols).
-
-    tags: symbols of each, and what it begins. pieces: the symbols of every token that could take part in a
-    tag; the others only interrupt one. Tags may overlap; where one token completes several, the last one counts,
-    and the longer of two that end together.
-    """
-
-    def __init__(self, tags: Sequence[tuple[tuple[Hashable, ...], int]], pieces: Mapping[int, Sequence[Hashable]]):
-        self._tags = sorted(tags, key=lambda tag: -len(tag[0]))
-        prefixes = {tag[:n] for tag, _ in tags for n in range(len(tag))}
-        self._words = sorted(prefixes, key=lambda word: (len(word), repr(word)))
-        self._index = {word: i for i, word in enumerate(self._words)}
-        self.reach = max(len(tag) for tag, _ in tags) - 1
-        """Tokens before a token that its event may depend on: each has a symbol at least."""
-        self.other = max(pieces, default=0) + 1
-        self.table = self._fill(pieces)
-        """[states, other + 1] int64: next state * 4 + event of the token."""
-        self._on: dict[torch.device, Tensor] = {}
-
-    def _step(self, word: tuple[Hashable, ...], symbol: Hashable) -> tuple[tuple[Hashable, ...], int]:
-        word = (*word, symbol)
-        event = next((begins for tag, begins in self._tags if word[-len(tag) :] == tag), 0)
-        while word not in self._index:
-            word = word[1:]
-        return word, event
-
-    def _run(self, word: tuple[Hashable, ...], symbols: Sequence[Hashable]) -> int:
-        last = 0
-        for symbol in symbols:
-            word, event = self._step(word, symbol)
-            last = event or last
-        return self._index[word] * 4 + last
-
-    def _fill(self, pieces: Mapping[int, Sequence[Hashable]]) -> Tensor:
-        table = torch.zeros(len(self._words), self.other + 1, dtype=torch.long)
-        firsts = {tag[0] for tag, _ in self._tags}
-        by_first = defaultdict(list)
-        for token, symbols in pieces.items():
-            by_first[symbols[0]].append(token)
-            if not firsts.isdisjoint(symbols):
-                table[:, token] = self._run((), symbols)
-        alphabet = {symbol for tag, _ in self._tags for symbol in tag}
-        for word in self._words[1:]:
-            for symbol in alphabet:
-                if self._step(word, symbol) != self._step((), symbol):
-                    for token in by_first[symbol]:
-                        table[self._index[word], token] = self._run(word, pieces[token])
-        return table
-
-    def advance(self, state: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Events [B, T] (0: none) of the tokens ids [B, T] and the states [B] behind them; padding, where
-        `valid` is False, is passed over."""
-        table = self._on.setdefault(ids.device, self.table.to(ids.device))
-        tokens = ids.clamp(max=self.other)
-        length = ids.shape[1]
-        if length == 1:
-            value = torch.where(valid[:, 0], table[state, tokens[:, 0]], state * 4)
-            return (value & 3)[:, None], value >> 2
-        rank = valid.cumsum(1) - 1
-        packed = torch.full((len(ids), length + 1), self.other, dtype=torch.long, device=ids.device)
-        packed.scatter_(1, torch.where(valid, rank, length), tokens)
-        column = torch.arange(length, device=ids.device)
-        # Every column at once: what lies further back than `reach` tokens has no say.
-        value = (state * 4)[:, None].expand(-1, length)
-        for back in range(self.reach, -1, -1):
-            fed = table[value >> 2, packed[:, (column - back).clamp(min=0)]]
-            value = torch.where(column >= back, fed, value)
-        count = valid.sum(1)
-        behind = (value >> 2).gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
-        events = torch.where(valid, (value & 3).gather(1, rank.clamp(min=0)), 0)
-        return events, torch.where(count > 0, behind, state)
+    def visible(self, start: int = 0, lead: int = 0, stop: int | None = None) -> str:
+        """The text of the tokens [start, stop) without special ones, and the last `lead` characters before it."""
+        before = len(self.upto(start, special=False))
+        return self.upto(len(self.ids) if stop is None else stop, special=False)[before - lead :]
 
 
 _found: WeakKeyDictionary[Any, tuple[Any, ThinkTags]] = WeakKeyDictionary()
@@ -267,9 +212,13 @@ _found: WeakKeyDictionary[Any, tuple[Any, ThinkTags]] = WeakKeyDictionary()
 def set_think_tags(tokenizer: Any, texts: Texts) -> None:
     """Say what the tags are, where `think_tags` would not find them or finds others. Kept in the tokenizer's
     own config (key "think"), so that it is saved with it."""
-    if not 2 <= len(texts) <= 3 or not all(isinstance(text, str) and text for text in texts):
+    tokenizer.init_kwargs["think"] = list(_checked(texts))
+
+
+def _checked(texts: Any) -> Texts:
+    if isinstance(texts, str) or not 2 <= len(texts) <= 3 or not all(isinstance(text, str) and text for text in texts):
         raise UsageError(f"think tags are {texts!r}: expected two texts, e.g. '<think>' and '</think>'")
-    tokenizer.init_kwargs["think"] = list(texts)
+    return tuple(texts)  # type: ignore[return-value]
 
 
 def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
@@ -277,18 +226,17 @@ def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
 
     texts: None takes what `set_think_tags` or the tokenizer's config says ("think"), else the first of `KNOWN`
     whose tags the vocabulary holds, else the first of which the chat template writes one.
-    Raises UsageError where there is none.
+    Raises UsageError where there is none, and for texts that are no two or three.
     """
     own = getattr(tokenizer, "init_kwargs", {}).get("think")
-    texts = texts or (tuple(own) if own else None)
+    texts = _checked(texts or own) if texts or own else None
     key = (texts, getattr(tokenizer, "chat_template", None))
     if (known := _found.get(tokenizer)) is not None and known[0] == key:
         return known[1]
-    vocabulary = tokenizer.get_vocab()
-    texts = texts or _detect(tokenizer, vocabulary)
+    texts = texts or _detect(tokenizer, tokenizer.get_vocab())
     # two tags of a known three may be named alone
-    texts = next((known for known in KNOWN if known[:2] == tuple(texts)), texts)
-    tags = _encode(tokenizer, vocabulary, texts)
+    texts = next((known for known in KNOWN if known[:2] == texts), texts)
+    tags = _encode(tokenizer, texts)
     _found[tokenizer] = (key, tags)
     return tags
 
@@ -302,7 +250,7 @@ def think_tags_if_any(tokenizer: Any) -> ThinkTags | None:
 
 
 def _detect(tokenizer: Any, vocabulary: Mapping[str, int]) -> Texts:
-    added = _added(tokenizer)
+    added = added_tokens(tokenizer)
     for texts in KNOWN:
         if all(text in vocabulary for text in texts):
             return texts
@@ -319,11 +267,6 @@ def _detect(tokenizer: Any, vocabulary: Mapping[str, int]) -> Texts:
     )
 
 
-def _added(tokenizer: Any) -> dict[str, int]:
-    """Tokens that are matched in the text before it is cut: special ones among them."""
-    return dict(getattr(tokenizer, "added_tokens_encoder", None) or {})
-
-
 def _special(tokenizer: Any, text: str, added: Mapping[str, int]) -> bool:
     """Whether the tag is several tokens of which the outer ones are special."""
     if not any(text.startswith(token) for token in added if token):
@@ -333,43 +276,36 @@ def _special(tokenizer: Any, text: str, added: Mapping[str, int]) -> bool:
     return bool(ids) and ids[0] in marks and ids[-1] in marks
 
 
-def _encode(tokenizer: Any, vocabulary: Mapping[str, int], texts: Texts) -> ThinkTags:
-    added = _added(tokenizer)
+def _encode(tokenizer: Any, texts: Texts) -> ThinkTags:
+    added = added_tokens(tokenizer)
 
     def ids(text: str) -> tuple[int, ...]:
         if text in added:
             return (added[text],)
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    found = [ids(text) for text in texts]
-    exact = all(text in added or _special(tokenizer, text, added) for text in texts)
-    pieces = None if exact else _pieces(tokenizer, vocabulary, found, added)
-    opening, closing, *answer = found
-    tags = ThinkTags(opening, closing, False, answer[0] if answer else (), texts, pieces)
-    return ThinkTags(opening, closing, _opened_by_template(tokenizer, tags), tags.answer, texts, pieces)
+    opening, closing, *answer = [ids(text) for text in texts]
+    symbols = pieces = None
+    if not all(text in added or _special(tokenizer, text, added) for text in texts):
+        special = {text: token for text, token in added.items() if tokenizer.added_tokens_decoder[token].special}
+        symbols = [_symbols(text, special) for text in texts]
+        pieces = _pieces(tokenizer, special, {symbol for tag in symbols for symbol in tag})
+    tags = ThinkTags(opening, closing, False, answer[0] if answer else (), texts, symbols, pieces)
+    return replace(tags, opened_by_template=_opened_by_template(tokenizer, tags))
 
 
-def _pieces(
-    tokenizer: Any, vocabulary: Mapping[str, int], tags: Sequence[tuple[int, ...]], added: Mapping[str, int]
-) -> dict[int, Sequence[Hashable]]:
-    """The symbols of the tokens that hold a character of a tag: a special token is a symbol by itself.
+def _symbols(text: str, special: Mapping[str, int]) -> Symbols:
+    """A tag's bytes, and the ids of its special tokens, which are cut out first."""
+    inside = sorted((token for token in special if token in text), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, inside))})", text) if inside else [text]
+    return [symbol for part in parts for symbol in ([special[part]] if part in special else latin(part))]
 
-    The vocabulary's own spelling is compared, in which the space that some tokenizers put before a text is left
-    out of the tag.
-    """
-    special = set(added.values())
-    spelled: dict[int, Sequence[Hashable]] = {}
-    for tag in tags:
-        for place, token in enumerate(tag):
-            word = str(tokenizer.convert_ids_to_tokens(token))
-            spelled[token] = (token,) if token in special else word.lstrip("▁Ġ") if place == 0 else word
-    alphabet = {symbol for symbols in spelled.values() for symbol in symbols}
-    for word, token in vocabulary.items():
-        if token in special:
-            spelled[token] = (token,)
-        elif word and not alphabet.isdisjoint(word):
-            spelled[token] = word
-    return spelled
+
+def _pieces(tokenizer: Any, special: Mapping[str, int], alphabet: set[Hashable]) -> dict[int, Symbols]:
+    """The symbols of the tokens that may hold a part of a tag."""
+    spelled = spellings(tokenizer).items()
+    pieces: dict[int, Symbols] = {token: text for token, text in spelled if not alphabet.isdisjoint(text)}
+    return pieces | {token: (token,) for token in special.values()}
 
 
 def _opened_by_template(tokenizer: Any, tags: ThinkTags) -> bool:

@@ -19,6 +19,7 @@ from steerable.engines.workers import MapBlocks, Report, default_threads, defaul
 from steerable.errors import UsageError
 from steerable.models import Loaded
 from steerable.think import ThinkTags, render, think_tags_if_any
+from steerable.vocabulary import with_first
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was done since the last call."""
@@ -40,7 +41,7 @@ class Prompting:
     """How a task is put to a model, where that is not its chat template alone.
 
     system: a system message. template: a text with `{prompt}` instead of the chat template, for models that have
-    none. prefix: token ids that the answer begins with, as if the model had chosen them.
+    none; what their tokenizers put in front of a text (a BOS) stands before it. prefix: token ids that the answer begins with, as if the model had chosen them.
     """
 
     system: str = ""
@@ -54,7 +55,7 @@ class Prompting:
             return prompt_text(tokenizer, prompt, system=self.system)
         if "{prompt}" not in self.template:
             raise UsageError("the template has no {prompt}: expected a text with {prompt} where the task belongs")
-        return self.template.replace("{prompt}", prompt)
+        return with_first(tokenizer, self.template.replace("{prompt}", prompt))
 
     def ids(self, tokenizer: Any, prompt: str) -> list[int]:
         """The same as token ids, `prefix` behind them."""

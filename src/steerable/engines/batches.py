@@ -139,7 +139,7 @@ class _Chooser:
         self.broken = torch.zeros((), dtype=torch.bool, device=ids.device)
         self.said: Tensor | None = None
         if steering:
-            self.state = SequenceState(steering.tags)
+            self.state = SequenceState(steering.tags, steering.breaks)
             self.state.start(len(ids), ids.device)
             steering.feed(self.state.advance(ids, valid))
 

@@ -119,7 +119,7 @@ class Handle:
     """What `steer` yields: change the strength, tell what is fed, read what steering did.
 
     An engine with its own cache and rows calls `feed` before each forward pass; it may skip that where
-    `needs_tokens` is False. `tags` are the think tags its `SequenceState` needs.
+    `needs_tokens` is False. `tags` and `breaks` are what its `SequenceState` needs.
     """
 
     def __init__(self, model: nn.Module, interventions: list[Intervention], tokenizer: Any, track: bool):
@@ -131,9 +131,10 @@ class Handle:
         if tokenizer is not None:
             used = [resolve(s, tokenizer) for s in used]
         self.tags = think_tags(tokenizer) if thinks else None
+        self.breaks = next((s.breaks for s in used if s.uses("boundary")), None)
         self.needs_tokens = any(s != selectors.all for s in used)
         self.tokens: Tokens | None = None
-        self._state = SequenceState(self.tags)
+        self._state = SequenceState(self.tags, self.breaks)
         self._columns = 0  # of the sequences in the state, padding included
         self._whole: Tensor | None = None  # ids of the last call without a cache, and where its prompts end
         self._whole_prompt: Tensor | None = None
@@ -377,7 +378,7 @@ class _SteeredSite:
 
 
 def resolved(selector: Selector) -> bool:
-    """Whether every `boundary` in it knows its token ids."""
+    """Whether every `boundary` in it knows its tokens."""
     own = selector.op != "boundary" or selector.args is not None
     return own and all(resolved(part) for part in selector.parts)
 

@@ -93,7 +93,7 @@ def _batch(
     # the token at position t is predicted at t - 1
     firsts = torch.tensor(starts, device=device).clamp(min=1)
     read = (columns >= firsts[:, None] - 1) & (columns < lengths[:, None] - 1)
-    state = SequenceState(handle.tags)
+    state = SequenceState(handle.tags, handle.breaks)
     state.start(len(ids), device, torch.tensor(starts))
     whole = longest <= most or len(ids) > 1
     caches = [None, None] if whole else [new_cache(model, longest), new_cache(model, longest)]
