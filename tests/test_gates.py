@@ -1,12 +1,22 @@
-"""Selectors against a token-by-token oracle, under padding, chunks, row changes."""
+"""Selectors against a token-by-token oracle, under padding, chunks, row changes; breaks against the decoded text."""
 
+import copy
+import pickle
 import random
+import re
 
 import pytest
 import torch
+from conftest import build
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vocabularies import PACKAGED, packaged
 
+import steerable as st
+from steerable.engines.transformers import Request, generate
 from steerable.errors import UsageError
 from steerable.gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
+from steerable.pocket.tokenizer import build_tokenizer
 from steerable.think import ThinkTags
 
 OPEN, CLOSE = 1, 2
@@ -175,18 +185,6 @@ def test_boundary_needs_the_tokenizer(fed):
         selectors.boundary(fed)
 
 
-def test_boundary_that_never_matches():
-    class Plain:
-        def get_vocab(self):
-            return {"a": 0, "\n": 1}
-
-        def decode(self, ids):
-            return "a\n"[ids[0]]
-
-    with pytest.raises(UsageError, match="never matches"):
-        resolve(~selectors.boundary, Plain())
-
-
 def test_every_mask_leaves_out_padding():
     for seed in range(50):
         ids = torch.tensor([[0, 0, 5, OPEN, 3]])
@@ -195,3 +193,212 @@ def test_every_mask_leaves_out_padding():
         tokens: Tokens = state.advance(ids, ids > 0)
         selector: Selector = random_selector(random.Random(seed))
         assert not selector(tokens)[0, :2].any()
+
+
+def breaks_of(tokenizer, ids):
+    """Which tokens hold the second newline of a paragraph break, by the decoded text."""
+
+    def length(stop):  # a prefix may end within a character
+        return len(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False).rstrip("\ufffd"))
+
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    ends = [text.index("\n", found.start() + 1) for found in re.finditer(r"\n[ \t\r\f\v]*\n[ \t\r\f\v\n]*", text)]
+    lengths = [length(stop) for stop in range(1, len(ids) + 1)]
+    tokens = {next(i for i, reached in enumerate(lengths) if reached > end) for end in ends}
+    return [i in tokens for i in range(len(ids))]
+
+
+def followed(selector, rows, seed):
+    """The masks of rows that are fed in pieces, padding anywhere; rows change places, are parted and joined."""
+    rng = random.Random(seed)
+    state = SequenceState(None, selector.breaks)
+    state.start(len(rows), prompt_lengths=torch.tensor([len(row) // 2 for row in rows]))
+    order, result = list(range(len(rows))), [[] for _ in rows]
+    while any(len(result[i]) < len(rows[i]) for i in order):
+        width = rng.choice([1, 1, 2, 5, 300])
+        ids, valid = torch.zeros(len(order), width, dtype=torch.long), torch.zeros(len(order), width, dtype=torch.bool)
+        for line, i in enumerate(order):
+            columns = [column for column in range(width) if rng.random() < 0.8]
+            for column, token in zip(columns, rows[i][len(result[i]) :], strict=False):
+                ids[line, column], valid[line, column] = token, True
+        mask = selector(state.advance(ids, valid))
+        assert not mask[~valid].any()
+        for line, i in enumerate(order):
+            result[i] += mask[line][valid[line]].tolist()
+        if rng.random() < 0.3:
+            places = rng.sample(range(len(order)), len(order))
+            parts = copy.copy(state), copy.copy(state)
+            for part, chosen in zip(parts, (places[:1], places[1:]), strict=True):
+                part.select(torch.tensor(chosen))
+            state, order = parts[0].join(parts[1]), [order[place] for place in places]
+    return result
+
+
+def real(request, name):
+    if name == "stories":
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models/stories260K")
+    return build_tokenizer(["So 12 is.\n\nWait, no."], minimum=1) if name == "pocket" else packaged(name)
+
+
+REAL = [*PACKAGED, "stories", "pocket"]
+BREAKS = [  # a text, and how many breaks it holds
+    ("So it is.\n\nWait, no", 1),
+    ("so\n\n", 1),
+    ("so:\n\n1. it\n\n  2. no", 2),
+    ("so\n \nwait", 1),
+    ("so \n \t \nwait", 1),
+    ("so\n\t\nwait", 1),
+    ("so\r\n\r\nwait\r\nno", 1),
+    ("so\n\n\nwait", 1),
+    ("so\n\n\n\n\nwait\n\n\n \n\n等", 2),
+    ("\n\nso", 1),
+    ("so\nwait\n no\n", 0),
+    ("so\r\rwait \t no", 0),
+    ("等\n\n一下é\n\n🙂", 2),
+    ("so\n" + " " * 700 + "\nwait", 1),
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_boundary_in_real_vocabularies(name, request):
+    tokenizer = real(request, name)
+    selector = resolve(parse_selector("boundary"), tokenizer)
+    rows = [tokenizer(text)["input_ids"] for text, _ in BREAKS]
+    expected = [breaks_of(tokenizer, row) for row in rows]
+    assert [sum(row) for row in expected] == [count for _, count in BREAKS]
+    for text, row, mask in zip(BREAKS, rows, expected, strict=True):
+        state = SequenceState(None, selector.breaks)
+        state.start(1)
+        assert selector(state.advance(torch.tensor([row])))[0].tolist() == mask, text
+    assert followed(selector, rows, seed=1) == expected
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_boundary_in_random_tokens(name, request):
+    """Tokens in an order that no tokenizer would give, but a model may."""
+    tokenizer, rng = real(request, name), random.Random(name)
+    selector = resolve(selectors.boundary, tokenizer)
+    assert pickle.loads(pickle.dumps(selector)) == selector and hash(selector) and str(selector) == "boundary"
+    texts = {i: tokenizer.decode([i]) for i in tokenizer.get_vocab().values()}
+    white = [i for i, text in texts.items() if "\n" in text or not text.strip()]
+    visible = [i for i in rng.sample(sorted(texts), 40) if "\ufffd" not in texts[i]]
+    useful = (
+        rng.sample(white, min(60, len(white))) + visible + tokenizer("\n", add_special_tokens=False)["input_ids"] * 9
+    )
+    rows = [rng.choices(useful, k=rng.randrange(1, 40)) for _ in range(6)]
+    expected = [breaks_of(tokenizer, row) for row in rows]
+    assert any(map(any, expected)) and followed(selector, rows, seed=2) == expected
+
+
+def words(*entries):
+    """A tokenizer of whole words, which are put together as they are."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token=entries[0]))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=entries[0])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "columns"),
+    [
+        (["\n\nWait", "a"], [0]),  # in the middle of a token
+        (["a\n", "\nb\n\n", "\n", "\nb"], [1]),  # two in one token, and the second goes on
+        (["a\n", " ", "a", "\n", "\n"], [4]),
+        (["\n\n\n\n", "\n", "a", "\n\n"], [0, 3]),
+        (["a\n", "a\n", "\n", "\n"], [2]),
+    ],
+)
+def test_where_a_break_stands(pieces, columns):
+    tokenizer = words("<pad>", *dict.fromkeys(pieces))
+    ids = [tokenizer.convert_tokens_to_ids(piece) for piece in pieces]
+    selector = resolve(selectors.boundary, tokenizer)
+    assert [i for i, here in enumerate(breaks_of(tokenizer, ids)) if here] == columns
+    assert [i for i, here in enumerate(followed(selector, [ids], 0)[0]) if here] == columns
+
+
+SPELLED = ("<pad>", "\n", " ", "a", "b", ".\n", "c", "d")
+
+
+@pytest.fixture(scope="module")
+def spelled_breaks():
+    """A model whose vocabulary spells a break by two tokens at least."""
+    return build(LlamaConfig, LlamaForCausalLM, seed=3, vocab_size=len(SPELLED)), words(*SPELLED)
+
+
+@pytest.mark.parametrize("where", ["boundary", "generated & boundary", "prompt & ~boundary"])
+def test_steering_at_breaks(spelled_breaks, where):
+    """Alone, padded, in a batch, with a cache and without, the same tokens are touched."""
+    model, tokenizer = spelled_breaks
+    rng = random.Random(0)
+    rows = [rng.choices([1, 1, 2, 3, 5], k=n) for n in (12, 17, 9)]
+    direction = st.Direction({st.Site("resid_post", 1): torch.ones(32)})
+    prompts = [4, 9, 1]
+    at = [breaks_of(tokenizer, row) for row in rows]
+    chosen = {
+        "boundary": lambda breaks, in_prompt: breaks,
+        "generated & boundary": lambda breaks, in_prompt: breaks and not in_prompt,
+        "prompt & ~boundary": lambda breaks, in_prompt: in_prompt and not breaks,
+    }[where]
+    wanted = sum(chosen(b, i < p) for row, p in zip(at, prompts, strict=True) for i, b in enumerate(row))
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = ids > 0
+    with st.steer(model, direction, strength=2.0, where=where, tokenizer=tokenizer) as handle:
+        alone = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            handle.prompt_lengths([prompt])
+            alone.append(model(torch.tensor([row])).logits[0])
+        assert handle.report()["resid_post.1"]["tokens"] == wanted > 0
+        handle.prompt_lengths(prompts)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = model(ids, attention_mask=mask.long(), position_ids=positions).logits
+        for row, prompt, whole in zip(rows, prompts, alone, strict=True):
+            handle.prompt_lengths([prompt])
+            cache, parts = None, []
+            for token in row:
+                out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                cache, parts = out.past_key_values, [*parts, out.logits[0]]
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-4, rtol=1e-4)
+        assert handle.report()["resid_post.1"]["tokens"] == 3 * wanted
+    for line, whole in zip(batch, alone, strict=True):
+        torch.testing.assert_close(line[-len(whole) :], whole, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_at_breaks(spelled_breaks):
+    """Our engine, whose rows leave and enter, and transformers' own loop, row by row, write the same."""
+    model, tokenizer = spelled_breaks
+    rng = random.Random(1)
+    prompts = [rng.choices([1, 1, 2, 3, 5], k=rng.randrange(2, 9)) for _ in range(7)]
+    direction = st.Direction(
+        {st.Site("resid_post", 2): 3 * torch.randn(32, generator=torch.Generator().manual_seed(1))}
+    )
+    with st.steer(model, direction, strength=1.0, where="boundary", tokenizer=tokenizer) as handle:
+        requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+        made = generate(model, tokenizer, requests, max_new_tokens=24, rows=3, greedy=True, steering=handle)
+        touched = handle.report()["resid_post.2"]["tokens"]
+    texts = [prompt + completion.ids for prompt, completion in zip(prompts, made, strict=True)]
+    plain = generate(model, tokenizer, requests, max_new_tokens=24, rows=3, greedy=True)
+    assert [c.ids for c in plain] != [c.ids for c in made]
+    assert touched == sum(sum(breaks_of(tokenizer, text[:-1])) for text in texts)
+    with st.steer(model, direction, strength=1.0, where="boundary", tokenizer=tokenizer):
+        options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = torch.tensor([prompt])
+            assert model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist() == text
+
+
+def test_boundary_of_a_sequence_that_is_not_followed():
+    """Without `breaks` a state does not know what came before: only sequences that begin are read."""
+    tokenizer = words(*SPELLED)
+    selector = resolve(selectors.boundary, tokenizer)
+    state = SequenceState()
+    state.start(2)
+    ids = torch.tensor([[0, 0, 1, 1], [3, 1, 2, 1]])
+    assert selector(state.advance(ids, ids > 0)).tolist() == [[False, False, False, True]] * 2
+    with pytest.raises(UsageError, match="from their start"):
+        selector(state.advance(torch.tensor([[1], [1]])))
+
+
+@pytest.mark.parametrize("entries", [("a", "b"), ("a", " "), ("a\n", "b"), ("\nb", "a ")])
+def test_boundary_that_never_matches(entries):
+    with pytest.raises(UsageError, match="never matches: no tokens of this vocabulary spell a paragraph break"):
+        resolve(~selectors.boundary, words("<pad>", *entries))

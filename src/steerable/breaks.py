@@ -7,8 +7,10 @@ next visible character belongs to the same break, so three newlines are one brea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,9 +28,19 @@ hold a newline or nothing visible. All others are a visible character."""
 
 def break_steps(tokenizer: Any) -> Steps:
     """The tokens of a vocabulary that may take part in a break; empty where no sequence of tokens spells one."""
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    if (before := _read.get(tokenizer)) is None or before[0] != size:
+        _read[tokenizer] = before = (size, _steps(spellings(tokenizer)))
+    return before[1]
+
+
+_read: WeakKeyDictionary[Any, tuple[int, Steps]] = WeakKeyDictionary()
+
+
+def _steps(spelled: Mapping[int, str]) -> Steps:
     known: dict[str, tuple[int, int, int]] = {}
     steps = []
-    for token, text in sorted(spellings(tokenizer).items()):
+    for token, text in sorted(spelled.items()):
         if "\n" in text or not text.strip(_BLANKS):
             known[text] = known.get(text) or (_step(0, text), _step(1, text), _step(2, text))
             steps.append((token, *known[text]))

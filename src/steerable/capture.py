@@ -231,11 +231,11 @@ def capture(
     """Activations of the selected tokens of each text, in the texts' order.
 
     reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
-    them, text by text: float32 [tokens, d]. A whole text counts as prompt, with the special tokens that the tokenizer
-    adds, of which none comes twice where a chat template has written it. max_tokens: most tokens in a batch
-    (default: `batch_tokens`).
-    chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a single string, a text
-    without a selected token, and sites that the model does not have.
+    them, text by text: float32 [tokens, d]. A whole text counts as prompt. It gets the special tokens that the
+    tokenizer adds, but no second BOS where it begins with one, as texts from a chat template do. max_tokens: most
+    tokens in a batch (default: `batch_tokens`). chunk: tokens of a text in one pass; longer ones are read in pieces.
+    Raises UsageError for no texts, a single string instead of a list, a text without a selected token, and sites that
+    the model does not have.
     """
     texts = text_list(texts, "capture")
     found = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})

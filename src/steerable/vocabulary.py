@@ -62,7 +62,7 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
         return {}
 
 
-def text_list(texts: Iterable[str], function: str) -> list[Any]:
+def text_list(texts: Iterable[Any], function: str) -> list[Any]:
     """The texts given to a public function. Raises UsageError for a single text, which is a sequence of letters to
     Python."""
     if isinstance(texts, (str, bytes)):

@@ -41,7 +41,8 @@ class Prompting:
     """How a task is put to a model, where that is not its chat template alone.
 
     system: a system message. template: a text with `{prompt}` instead of the chat template, for models that have
-    none; what their tokenizers put in front of a text (a BOS) stands before it. prefix: token ids that the answer begins with, as if the model had chosen them.
+    none; what the tokenizer puts in front of a text (a BOS) stands before it. prefix: token ids that the answer begins
+    with, as if the model had chosen them.
     """
 
     system: str = ""
