@@ -3,12 +3,17 @@ import random
 import pytest
 import torch
 from tiny_families import FAMILY_NAMES, tiny
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import steerable as st
 from steerable import models
 from steerable.capture import Batch, NormSums, WeightedSums, length_batches, pad, stream
+from steerable.chains.generation import Prompting
 from steerable.chunks import pieces
 from steerable.errors import UsageError
+from steerable.persistence import persistence
 from steerable.sites import KINDS, Site, tap, width_at
 
 TEXTS = ["w1 w2 <think> w3 w4 \n\n w5 </think> w6", "<think> w7 w8", "w9 <think> w1 w2 w3 </think> w4"]
@@ -206,3 +211,64 @@ def test_capture_errors(tiny_llama, tokenizer, change, message):
     arguments = {"texts": TEXTS, "sites": ["resid_post.1"]} | change
     with pytest.raises(UsageError, match=message):
         st.capture(tiny_llama, tokenizer, arguments.pop("texts"), **arguments)
+
+
+@pytest.mark.parametrize("text", ["hello", b"hello", ""])
+def test_one_text_is_no_list(tiny_llama, tokenizer, text):
+    direction = st.Direction({Site("resid_post", 1): torch.ones(32)})
+    for name, call in (
+        ("capture", lambda: st.capture(tiny_llama, tokenizer, text, sites=["resid_post.1"])),
+        ("persistence", lambda: persistence(tiny_llama, tokenizer, direction, text)),
+    ):
+        with pytest.raises(UsageError, match=rf"{name} takes a list of texts, and got one text: pass \[text\]"):
+            call()
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def ids_seen(model, tokenizer, text):
+    """The ids that `capture` feeds, by their embeddings' rows."""
+    site = Site("resid_pre", 0)
+    states = st.capture(model, tokenizer, [text], sites=[site], reduce="none")[site]
+    return torch.cdist(states, model.get_input_embeddings().weight.float()).argmin(1).tolist()
+
+
+@pytest.mark.parametrize("name", ["stories", "smol"])
+def test_no_second_beginning(name, shared, stories, request):
+    """A text from a chat template begins with the BOS already; one without it gets what the tokenizer adds."""
+    if name == "stories":  # its tokenizer adds <s>, as Llama's does
+        model, tokenizer = stories, AutoTokenizer.from_pretrained(shared / "models/stories260K")
+        tokenizer.chat_template = TEMPLATE
+    else:
+        model, tokenizer = request.getfixturevalue("smol")
+    bos = tokenizer.bos_token_id
+    chat = [{"role": "user", "content": "Once upon a time"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    wanted = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert wanted[0] == bos and ids_seen(model, tokenizer, rendered) == wanted
+    plain = tokenizer("Once upon a time")["input_ids"]
+    assert plain.count(bos) == (name == "stories") and ids_seen(model, tokenizer, "Once upon a time") == plain
+
+
+def test_no_second_beginning_of_several_tokens(tiny_llama):
+    """GLM's tokenizers put two special tokens in front, and an end may follow."""
+    words = ["<unk>", "[gMASK]", "<sop>", "</s>", "a", "b"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(words[1:4])
+    special = [(word, i) for i, word in enumerate(words)][1:4]
+    inner.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A </s>", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    for text in ("a b", "[gMASK]<sop>a b"):
+        assert ids_seen(tiny_llama, tokenizer, text) == [1, 2, 4, 5, 3]
+    assert ids_seen(tiny_llama, tokenizer, "<sop>a") == [1, 2, 2, 4, 3]
+
+
+def test_a_template_of_ones_own_begins_as_the_tokenizer_does(shared):
+    """Base models have no chat template: what their tokenizer puts in front is part of the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
+    for template in ("Q: {prompt}\nA:", "<s>Q: {prompt}\nA:"):
+        prompting = Prompting(template=template)
+        assert prompting.ids(tokenizer, "why?") == tokenizer("Q: why?\nA:")["input_ids"]
+        assert prompting.text(tokenizer, "why?") == "<s>Q: why?\nA:"

@@ -1,11 +1,15 @@
 """Think tags of every kind against loops over text, in pieces, in batches, under padding."""
 
 import random
+import re
+from dataclasses import replace
+from os.path import commonprefix
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vocabularies import PACKAGED, packaged
 
 from steerable.chains.generation import prompt_ids, prompt_text, split_chain
 from steerable.chains.windows import align_chain
@@ -347,3 +351,164 @@ def test_no_think_block():
         think_tags(Without())
     with pytest.raises(UsageError, match="has no think block"):
         think_tags(byte_level(template="{{ messages[0].content }}"))
+
+
+# Real vocabularies, in which <think> is ordinary text in most, and every way of writing a block.
+
+REAL = [*PACKAGED, "stories"]
+KIMI = ("◁think▷", "◁/think▷")
+WRITTEN = {  # what a model writes behind a prompt that leaves the block closed: "A" and "B" are its tags
+    "plain": "Ahm 12 is it.Bso 等 é",
+    "newlines": "A\nhm\n\nwait 一下\nB\n\nso 12",
+    "space before": "so A hm B so",
+    "no space": "soAhmBso.",
+    "punctuation": "(A.hm).B.so!",
+    "empty": "A\n\nB\n\nso",
+    "nothing inside": "ABso",
+    "closed twice": "AhmBso Bno",
+    "opened twice": "Ahm A noBso",
+    "unfinished tag inside": "Ahm </thin <thinker> ◁thin◁/ noBso",
+    "cut off": "Ahm 等",
+    "no block": "so 12\n\nis it",
+    "bytes at the edges": "é等Aé等🙂B🙂等é",
+}
+PROMPTS = [  # what stands before
+    "",
+    "Q: what?\nA\n",  # a template that opens the block
+    "Q: what? A",
+    "Q: what?\nA\n\nB\n\n",  # one that closes it
+    "Q: what?\nAhm.\n\nBso 12.\nQ: and?\n",  # an earlier turn
+    "Q: what?\nAhm.\n\nBso 12.\nQ: and?\nA\n",
+    "Q: why do you write A before B?\n",  # tags in the question
+    "Q: why B after A, say?\nA\n",
+]
+
+
+def real(request, name):
+    if name == "stories":
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models/stories260K")
+    return packaged(name)
+
+
+def offsets(tokenizer, ids):
+    """The characters [start, end) of the decoded text that each token has a byte of."""
+    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    reached, touched = [0], []
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
+        reached.append(max(reached[-1], len(commonprefix([text, whole]))))  # it may end within a character
+        touched.append((reached[-2], reached[-1] + text.endswith("\ufffd")))
+    return touched
+
+
+def by_characters(tokenizer, ids, pair):
+    """What each token is, by the decoded text: "tag" for those that complete one, else the phase."""
+    text, phase, result = tokenizer.decode(ids, clean_up_tokenization_spaces=False), "", []
+    ends = {m.end() - 1: m[0] == pair[0] for m in re.finditer("|".join(map(re.escape, pair)), text)}
+    ranges = offsets(tokenizer, ids)
+    for i, (start, end) in enumerate(ranges):
+        # a character of several tokens is completed by the last of them
+        done = end if i + 1 == len(ranges) else min(end, ranges[i + 1][0])
+        completed = [ends[c] for c in range(start, done) if c in ends]
+        phase = ("thinking" if completed[-1] else "answer") if completed else phase
+        result.append("tag" if completed else phase)
+    return result
+
+
+def by_state(tags, rows, chunk, pad=0):
+    """The same by the gates, the rows fed together in chunks behind padding on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    valid = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    state = SequenceState(tags)
+    state.start(len(rows))
+    parts = [state.advance(ids[:, i : i + chunk], valid[:, i : i + chunk]) for i in range(0, width, chunk)]
+    thinking, answer = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("thinking", "answer"))
+    return [
+        ["thinking" if t else "answer" if a else "" for t, a in zip(*line, strict=True)][width - len(row) :]
+        for row, line in zip(rows, zip(thinking.tolist(), answer.tolist(), strict=True), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("pair", [("<think>", "</think>"), KIMI])
+@pytest.mark.parametrize("name", REAL)
+def test_gates_in_real_vocabularies(name, pair, request):
+    tokenizer = real(request, name)
+    tags = think_tags(tokenizer, pair)
+    texts = [
+        (prompt + written).replace("A", pair[0]).replace("B", pair[1])
+        for prompt in PROMPTS
+        for written in WRITTEN.values()
+    ]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [by_characters(tokenizer, row, pair) for row in rows]
+    assert sum(row.count("thinking") for row in expected) > 100 < sum(row.count("answer") for row in expected)
+    expected = [["" if what == "tag" else what for what in row] for row in expected]
+    for chunk in (1, 7, 10_000):
+        assert by_state(tags, rows, chunk) == expected
+
+
+@pytest.mark.parametrize("pair", [("<think>", "</think>"), KIMI])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("name", REAL)
+def test_split_in_real_vocabularies(name, pair, opened, request):
+    """Thinking, answer and closed are those of the text; the tokens inside hold no character of a tag."""
+    tokenizer = real(request, name)
+    tags = replace(think_tags(tokenizer, pair), opened_by_template=opened)
+    for case, written in WRITTEN.items():
+        if opened:
+            written = written.partition("A")[2] if written.startswith("A") else written
+        text = written.replace("A", pair[0]).replace("B", pair[1])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text  # else the case says nothing
+        before, tag, rest = text.partition(pair[0])
+        if opened and (before.strip() or not tag):  # the block was open already: a tag inside is spoken of
+            before, tag, rest = "", "", text
+        thinking, closing, answer = rest.partition(pair[1]) if opened or tag else ("", "", text)
+        answer = answer if closing or not (opened or tag) else ""
+        if name == "qwen3.6" and pair != KIMI:  # special tokens, which an answer is told without
+            answer = answer.replace(pair[1], "")
+        first = len(before + tag)
+        last = first + len(thinking)
+        inside = sum(first <= start and end <= last for start, end in offsets(tokenizer, ids)) if opened or tag else 0
+        split = tags.split(tokenizer, ids)
+        assert (split.thinking, split.answer, split.closed) == (thinking, answer, bool(closing)), case
+        assert split.thinking_tokens == inside, case
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_random_pieces_of_tags_in_real_vocabularies(name, request):
+    """Tokens that share characters with a tag, in any order: a model may write what no tokenizer would."""
+    tokenizer, rng = real(request, name), random.Random(name)
+    pair = ("<think>", "</think>")
+    tags = think_tags(tokenizer, pair)
+    texts = {i: tokenizer.decode([i]) for i in tokenizer.get_vocab().values()}
+    texts = {i: text for i, text in texts.items() if "\ufffd" not in text}
+    useful = [i for i, text in texts.items() if re.search(r"[</>]", text) or text in ("th", "ink", "think", "t")]
+    pieces = [i for tag in pair for i in tokenizer(tag, add_special_tokens=False)["input_ids"]]
+    rows = [[i for _ in range(8) for i in rng.choice([rng.sample(useful, 2), pieces])] for _ in range(8)]
+    expected = [["" if w == "tag" else w for w in by_characters(tokenizer, row, pair)] for row in rows]
+    for chunk in (1, 5, 10_000):
+        assert by_state(tags, rows, chunk) == expected
+
+
+def test_a_space_of_its_own():
+    """Tokenizers of SentencePiece may spell the space before a text as a token."""
+    words = ["<unk>", "▁", "<", "/", "think", ">", "hm", "so", "\n"]
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    inner = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=OPENS)
+    ids = tokenizer("<think>hm</think>so")["input_ids"]
+    assert ids[0] == 1
+    tags = think_tags(tokenizer)
+    assert tags.opened_by_template
+    assert tags.split(tokenizer, ids) == ("hm", "so", True, 1)
+    assert by_state(tags, [ids], 1) == [["" if w == "tag" else w for w in by_characters(tokenizer, ids, tags.texts)]]
+
+
+@pytest.mark.parametrize("texts", ["<think>", "ab", ("<think>",), ("", "b"), (1, 2)])
+def test_tags_are_two_texts(spelled, texts):
+    for function in (think_tags, set_think_tags):
+        with pytest.raises(UsageError, match="expected two texts"):
+            function(spelled, texts)
