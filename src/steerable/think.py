@@ -4,7 +4,7 @@ A tag is a text. Three kinds are followed exactly:
 
 - one added token of the vocabulary (`<think>` of Qwen3 and the R1 distills), which every tokenizer cuts out first;
 - several tokens, the outer ones added (`<|channel|>analysis<|message|>` of gpt-oss): that sequence of ids;
-- ordinary text, where the vocabulary has no such tokens: the characters, however they are cut into tokens, so
+- ordinary text, where the vocabulary has no such tokens: its bytes, however they are cut into tokens, so
   also where the last of them brings what follows the tag (`>` and a paragraph break in one) or the first
   brings what precedes it.
 
