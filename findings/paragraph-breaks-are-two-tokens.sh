@@ -73,4 +73,16 @@ assert seen["qwen3.6-27b", "a\r\n\r\nb"] == ["a", "\r\n\r\n", "b"]
 END
 "$here/venv/bin/python" "$here/look.py"
 # Output seen:
-# OUTPUT
+#   SmolLM2: entries that hold a blank line: 18
+#   'So.\n\nWait'    SmolLM2                ['So', '.', '\n', '\n', 'Wait']
+#   'So.\n\nWait'    DeepSeek               ['So', '.\n\n', 'Wait']
+#   'So.\n\nWait'    qwen2.5-72b-instruct   ['So', '.\n\n', 'Wait']
+#   'So.\n\nWait'    qwen3.6-27b            ['So', '.', '\n\n', 'Wait']
+#   'So.\n\n'        SmolLM2                ['So', '.', '\n\n']
+#   'So.\n\n'        DeepSeek               ['So', '.\n\n']
+#   'So.\n\n'        qwen2.5-72b-instruct   ['So', '.\n\n']
+#   'So.\n\n'        qwen3.6-27b            ['So', '.', '\n\n']
+#   'a\r\n\r\nb'     SmolLM2                ['a', '\r\n\r', '\n', 'b']
+#   'a\r\n\r\nb'     DeepSeek               ['a', '\r', '\n', '\r', '\n', 'b']
+#   'a\r\n\r\nb'     qwen2.5-72b-instruct   ['a', '\r\n\r\n', 'b']
+#   'a\r\n\r\nb'     qwen3.6-27b            ['a', '\r\n\r\n', 'b']
