@@ -167,8 +167,8 @@ def test_segments_lose_no_text():
         Segment("a", None),
         Segment("bc", "x"),
         Segment("d", None),
-        Segment("ef", "y"),
-        Segment("gh", "z"),
+        Segment("e", "y"),
+        Segment("fgh", "z"),
         Segment("i", None),
         Segment("j", "w"),
     ]

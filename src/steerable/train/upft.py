@@ -110,7 +110,6 @@ def _solve(
         workers=workers,
         keep=kept,
         progress=display.advance,
-        ids=True,
     )[0]
     write_jsonl(folder / "solutions.jsonl", chains)
     display.done()
@@ -165,10 +164,8 @@ def prefix_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 def _train(folder: RunFolder, s: UPFTSettings, loaded: Loaded, display: Display) -> None:
     """Train until the artefact and training.json are written, from the last checkpoint if there is one."""
     root, k = folder.root, s.prefix_tokens
-    prompting = Prompting(s.system, s.template or "")
-    ids = {task["id"]: prompting.ids(loaded.tokenizer, task["prompt"]) for task in split(folder, "train")}
     chains = read_jsonl(folder / "solutions.jsonl", "chain")
-    rows = examples(loaded, [ids[chain["task_id"]] for chain in chains], [chain["ids"] for chain in chains], k)
+    rows = examples(loaded, [chain["prompt_ids"] for chain in chains], [chain["ids"] for chain in chains], k)
     with quietly():
         torch.manual_seed(s.seed)  # the factors of a rank, and adapters, are drawn
         trained = attach(loaded.model, s.method, layers=s.chosen_layers, after=s.after, rank=s.rank)
