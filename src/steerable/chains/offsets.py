@@ -234,12 +234,9 @@ class _Decoder:
                 continue
             before = self.decode(ids[max(0, first - _CONTEXT) : first])
             both = self.decode(ids[max(0, first - _CONTEXT) : place + 1])
-            if not both.startswith(before):
-                if not text.startswith(_BROKEN, at):
-                    return
-                new = _BROKEN  # of a run of bytes that are no text, each is shown as such
-            else:
-                new = both[len(before) :]
+            if not both.startswith(before):  # bytes behind bytes: some decoders show all of a run that is not yet whole
+                before, both = "", self.decode(ids[first : place + 1])
+            new = both[len(before) :]
             same = len(commonprefix([new, text[at : at + len(new)]]))
             if not new and _BROKEN in (piece or "") and text[at - 1 : at] == _BROKEN:
                 yield at - 1, at  # more of the bytes that were no character

@@ -41,6 +41,7 @@ from steerable.train.loop import (
     check_length,
     explained,
     last_checkpoint,
+    last_unread,
     optimizer_bytes,
     quietly,
     shared_arguments,
@@ -180,7 +181,8 @@ def _train(folder: RunFolder, s: UPFTSettings, loaded: Loaded, display: Display)
                 trained.restore(last / WEIGHTS)
             begun = int(last.name.rpartition("-")[2]) if last else 0
             own_callbacks(trainer, _Lines(root, trainer, display, begun))
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with last_unread(loaded.model):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         about = {"behaviour": "reasoning", "method": f"UPFT, first {k} tokens, temperature {s.prefix_temperature:g}"}
         trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
         write_json(root / "training.json", _summary(root, trainer, trained))
