@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ Offsets = list[tuple[int, int]]
 
 _BROKEN = "\ufffd"  # what stands in a decoded text for bytes that are no character
 _CONTEXT = 4  # tokens that are decoded before a token: an UTF-8 character has at most so many
-_LONGEST = 16  # tokens that are decoded together before the decoder is taken for one of a kind of its own
+_PIECES = 16  # tokens that may end within a character one after another
 
 
 class ChainTokens(NamedTuple):
@@ -227,36 +228,43 @@ class _Decoder:
         at = first = 0  # the characters of the tokens before `first` end at `at`
         shown = ""  # by the tokens from `first` on, which end within a character
         for place, token in enumerate(ids):
-            piece = self._piece(token)
+            piece = self._piece(token) if at else self.decode([token])
             if not shown and piece is not None and _BROKEN not in piece and text.startswith(piece, at):
                 yield at, at + len(piece)
                 at, first = at + len(piece), place + 1
                 continue
-            before = self.decode(ids[max(0, first - _CONTEXT) : first])
-            both = self.decode(ids[max(0, first - _CONTEXT) : place + 1])
-            if not both.startswith(before):  # bytes behind bytes: some decoders show all of a run that is not yet whole
-                before, both = "", self.decode(ids[first : place + 1])
-            new = both[len(before) :]
-            same = len(commonprefix([new, text[at : at + len(new)]]))
+            new, same = self._shown(ids, first, place + 1, text, at)
             if not new and _BROKEN in (piece or "") and text[at - 1 : at] == _BROKEN:
                 yield at - 1, at  # more of the bytes that were no character
             else:
-                begin = at + len(commonprefix([shown.removesuffix(_BROKEN), new]))
+                begin = at + len(commonprefix([shown.rstrip(_BROKEN), new]))
                 yield begin, at + same + (same < len(new))
             if same == len(new):
                 at, first, shown = at + same, place + 1, ""
-            elif place - first >= _LONGEST:
-                return
-            else:
+            elif new.endswith(_BROKEN) and place - first < _PIECES:
                 shown = new
+            else:
+                return
+
+    def _shown(self, ids: Sequence[int], first: int, stop: int, text: str, at: int) -> tuple[str, int]:
+        """What the tokens [first, stop) show, and how many characters of that stand in the text at `at`."""
+        context = ids[max(0, first - _CONTEXT) : first]
+        before, both = self.decode(context), self.decode([*context, *ids[first:stop]])
+        # Alone they lose a space in front, but there are decoders that show all bytes in a row as broken until they are
+        # whole, those of the context too.
+        for new in (both[len(before) :] if both.startswith(before) else None, self.decode(ids[first:stop])):
+            if new is not None and text.startswith(new, at):
+                return new, len(new)
+        assert new is not None
+        return new, len(commonprefix([new, text[at : at + len(new)]]))
 
     def _by_prefixes(self, ids: Sequence[int], text: str) -> Offsets:
         """By decoding every prefix: for decoders in which a token changes what stands far before it."""
-        ends: list[int] = []
-        reached: list[int] = []
+        lengths, same = [], []
         for stop in range(len(ids) + 1):
             prefix = self.decode(ids[:stop])
-            same = len(commonprefix([prefix, text]))
-            reached.append(max(same, reached[-1] if reached else 0))
-            ends.append(max(reached[-1], min(same + (same < len(prefix)), len(text))))
-        return list(zip(reached[:-1], ends[1:], strict=True))
+            lengths.append(len(prefix))
+            same.append(len(commonprefix([prefix, text])))
+        settled = list(accumulate(reversed(same), min))[::-1]
+        ends = [min(n + (n < length), len(text)) for n, length in zip(settled, lengths, strict=True)]
+        return list(zip(settled[:-1], ends[1:], strict=True))
