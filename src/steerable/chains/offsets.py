@@ -165,7 +165,7 @@ def _find(text: str, thinking: str, closed: bool, tags: ThinkTags | None) -> int
         for begin in begins:
             if text.startswith(thinking + end, begin):
                 return begin
-    return None
+    return text.index(thinking) if text.count(thinking) == 1 else None
 
 
 def _with_fewer_spaces(text: str, thinking: str) -> list[int] | None:
