@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from safetensors import safe_open
 
-from steerable import pipeline
+from steerable import models, pipeline
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.config import Config
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import RunFolder, read_json
@@ -188,6 +191,51 @@ def test_the_run_folder_is_what_the_design_says(finished):
         assert sum(share[0] for share in cell["fractions"].values() if share) == pytest.approx(1)
         assert (finished / f"steered/{cell['name']}.jsonl").is_file()
     assert {cell["control"] for cell in report["cells"]} == {None, "random", "shuffled"}
+
+
+def test_all_chains_keep_the_ids_that_were_generated(finished):
+    from steerable.chains.generation import prompt_ids, split_chain
+    from steerable.engines.sampling import stop_ids
+    from steerable.engines.transformers import Completion
+    from steerable.think import think_tags
+
+    model, tokenizer = models.load("pocket")
+    tags, stops = think_tags(tokenizer), stop_ids(model)
+    asked = {task["id"]: prompt_ids(tokenizer, task["prompt"]) for task in read_jsonl(finished / "tasks.jsonl")}
+    paths = [finished / "chains.jsonl", *(finished / "steered").glob("*.jsonl")]
+    chains = [chain for path in paths for chain in read_jsonl(path, "chain")]
+    for chain in chains:
+        assert chain["prompt_ids"] == asked[chain["task_id"]] and len(chain["ids"]) == chain["tokens"]
+        said = split_chain(tokenizer, tags, Completion(chain["ids"], chain["ids"][-1] in stops))
+        assert {key: chain[key] for key in said} == said
+    assert len(chains) > 50
+
+
+def test_the_cosines_are_those_of_the_saved_vectors(finished):
+    found = read_json(finished / "report.json")["cosines"]["selected"]
+    chosen = read_json(finished / "selection.json")
+    assert found["labels"] == list(chosen) and found["layers"] == [chosen[b]["layer"] for b in chosen]
+    vectors = []
+    for behaviour in chosen:
+        with safe_open(finished / f"vectors/{behaviour}.safetensors", framework="numpy") as file:
+            (name,) = file.keys()
+            assert name == f"resid_post.{chosen[behaviour]['layer']}"
+            vectors.append(file.get_tensor(name).astype(float))
+    wanted = [[a @ b / np.sqrt(a @ a * (b @ b)) for b in vectors] for a in vectors]
+    np.testing.assert_allclose(found["matrix"], wanted, atol=1e-12)
+    assert found["matrix"] == np.transpose(found["matrix"]).tolist()
+
+
+def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
+    """Chains without ids are measured by their text; a run does not mix them with its own."""
+    for path in [copy / "chains.jsonl", *(copy / "steered").glob("*.jsonl")]:
+        kept = [{k: v for k, v in c.items() if k not in ("ids", "prompt_ids")} for c in read_jsonl(path)]
+        write_jsonl(path, kept)
+    aligned = pipeline.open_run(copy).aligned()
+    assert sum(len(chain.spans) for chain in aligned) > 0
+    pipeline.run(copy, stage="report", fresh=False)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert files(copy) == files(finished)
 
 
 @pytest.fixture

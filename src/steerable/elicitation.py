@@ -176,11 +176,10 @@ def _sample(
     display.start(arm.name, len(tasks) * samples)
     chains = generate_jobs(
         base if arm.kind in ("base", "direction") else opener(arm, base)(),
-        [job], seed=seed, max_new_tokens=max_new_tokens, block=_BLOCK, workers=workers, decoding=decoding, ids=True,
+        [job], seed=seed, max_new_tokens=max_new_tokens, block=_BLOCK, workers=workers, decoding=decoding,
         spread=partial(_spread, opener(arm, base)), keep=partial_results / "chains", progress=display.advance,
     )[0]  # fmt: skip
-    prompts = {task["id"]: prompting.ids(base.tokenizer, task["prompt"]) for task in tasks}
-    pairs = [(prompts[chain["task_id"]], chain["ids"]) for chain in chains]
+    pairs = [(chain["prompt_ids"], chain["ids"]) for chain in chains]
     nats = _score(base, pairs, partial_results / "nats", workers, arm.name, display)
     display.start(f"{arm.name}: judging", len(chains))
     judged: dict[tuple[str, str], bool | None] = {}

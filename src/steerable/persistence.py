@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import models
 from .capture import Batch, batch_tokens, length_batches, pad
+from .chains.offsets import chain_tokens
 from .directions import Direction
 from .engines.hooks import steer
 from .errors import SteerableWarning, UsageError
@@ -150,24 +151,11 @@ def chain_texts(
 ) -> list[tuple[list[int], int]]:
     """Chain records as `persistence` reads them: token ids and the length of the prompt.
 
-    prompts: each task's text after the chat template, by task id. Raises UsageError for a chain whose task has none,
-    and for a tokenizer without character offsets.
+    prompts: each task's text after the chat template, by task id, for chains without `prompt_ids`. Raises UsageError
+    for such a chain whose task has none, and where a text must be cut into tokens by a tokenizer without offsets.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"reading chains needs a fast tokenizer, which {type(tokenizer).__name__} is not")
-    tags = think_tags_if_any(tokenizer)
-    found = []
-    for chain in chains:
-        prompt = prompts.get(chain["task_id"])
-        if prompt is None:
-            raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}")
-        # a model without a think block thinks aloud: its text is both thinking and answer
-        text = prompt + (str(chain["thinking"]) if tags is None else tags.written(prompt, chain))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for _, end in encoded["offset_mapping"]]
-        start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
-        found.append((list(encoded["input_ids"]), start))
-    return found
+    tokens = chain_tokens(tokenizer, chains, prompts, think_tags_if_any(tokenizer))
+    return [(chain.ids, chain.prompt) for chain in tokens]
 
 
 class _Shifts:

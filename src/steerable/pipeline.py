@@ -112,17 +112,14 @@ class Run:
 
     def aligned(self) -> list[Any]:
         """The extraction chains as the model reads them, with their spans as token ranges."""
-        from steerable.chains.windows import align_chain
+        from steerable.chains.windows import align_chains
 
-        tokenizer = self.loaded.tokenizer
-        prompts = self.prompts("extraction")
         spans: dict[tuple[str, int], list[Record]] = {}
         for span in read_jsonl(self.folder / "spans.jsonl", "span"):
             spans.setdefault((span["task_id"], span["sample"]), []).append(span)
         chains = read_jsonl(self.folder / "chains.jsonl", "chain")
-        return [
-            align_chain(tokenizer, prompts[c["task_id"]], c, spans.get((c["task_id"], c["sample"]), [])) for c in chains
-        ]
+        marked = [spans.get((chain["task_id"], chain["sample"]), []) for chain in chains]
+        return align_chains(self.loaded.tokenizer, self.prompts("extraction"), chains, marked)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ import steerable
 from steerable.errors import SteerableError, UsageError
 from steerable.files import write_atomic
 
+_LAYOUT = 2
+"""Part of every stage's key, raised when what a folder's files hold changes: 2, chains keep their token ids."""
+
 
 def write_json(path: Path, value: Any) -> Path:
     """Write a JSON document, whole or not at all; equal values give equal bytes."""
@@ -81,7 +84,8 @@ class RunFolder:
 
     def key(self, stage: str, inputs: Sequence[str], settings: Mapping[str, Any]) -> str:
         """What a stage's result depends on, as one hash. Raises UsageError when an input is not there."""
-        parts: dict[str, Any] = {"stage": stage, "version": steerable.__version__, "settings": dict(settings)}
+        versions = {"version": steerable.__version__, "layout": _LAYOUT}
+        parts: dict[str, Any] = {"stage": stage, **versions, "settings": dict(settings)}
         for name in inputs:
             if not (self / name).exists():
                 raise UsageError(f"stage {stage!r} needs {self / name}: run the stages before it, or `steerable run`")

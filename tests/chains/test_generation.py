@@ -9,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import steerable as st
 from steerable.chains.generation import (
     Job,
+    Prompting,
     Steering,
     generate_chains,
     generate_jobs,
@@ -16,7 +17,8 @@ from steerable.chains.generation import (
     request_seed,
     split_chain,
 )
-from steerable.engines.transformers import Completion
+from steerable.chains.records import read_jsonl, write_jsonl
+from steerable.engines.transformers import Completion, Request, generate
 from steerable.errors import UsageError
 from steerable.models import Loaded
 from steerable.sites import Site
@@ -62,6 +64,30 @@ def test_records(loaded):
     assert chains != generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, seed=1)
     greedy = generate_chains(loaded, TASKS[:2], samples=2, max_new_tokens=20, greedy=True)
     assert greedy[0]["thinking"] == greedy[1]["thinking"]
+
+
+def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
+    job = Job(TASKS, (0, 1), prompting=Prompting(template="<user> {prompt} <think>", prefix=(12, 13)))
+    (chains,) = generate_jobs(loaded, [job], max_new_tokens=20, block=5, workers=1, keep=tmp_path)
+    tokenizer = loaded.tokenizer
+    for chain in chains:
+        task = next(task for task in TASKS if task["id"] == chain["task_id"])
+        asked = tokenizer(f"<user> {task['prompt']} <think>", add_special_tokens=False)["input_ids"]
+        assert chain["prompt_ids"] == asked and chain["ids"][:2] == [12, 13]
+        assert len(chain["ids"]) == chain["tokens"] <= 22
+        finished = chain["ids"][-1] in (7, 8)
+        written = Completion(chain["ids"], finished)
+        said = split_chain(tokenizer, ThinkTags((1,), (2,), True), written)
+        assert {key: chain[key] for key in said} == said
+        request = Request([*asked, 12, 13], request_seed(0, task["id"], chain["sample"]))
+        (again,) = generate(loaded.model, tokenizer, [request], max_new_tokens=20)
+        assert again.ids == chain["ids"][2:]
+    # pieces of work that an earlier version left have no ids: they are done again
+    file = tmp_path / "1.jsonl"
+    old = [{k: v for k, v in c.items() if k not in ("ids", "prompt_ids")} for c in read_jsonl(file)]
+    write_jsonl(file, old)
+    assert generate_jobs(loaded, [job], max_new_tokens=20, block=5, workers=1, keep=tmp_path) == [chains]
+    assert all("ids" in chain for chain in read_jsonl(file))
 
 
 def test_workers_change_nothing(loaded, direction):

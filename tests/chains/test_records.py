@@ -93,3 +93,13 @@ def test_interrupt_removes_the_temporary_file(tmp_path, monkeypatch):
 def test_content_hash_ignores_ids_and_white_space():
     assert content_hash({"id": "a", "prompt": "x  y\n"}) == content_hash({"id": "b", "prompt": "x y"})
     assert content_hash({"prompt": "x y"}) != content_hash({"prompt": "x z"})
+
+
+@pytest.mark.parametrize("value", [None, "12", [1, "2"], [True], [-1], [1.0], {}])
+@pytest.mark.parametrize("key", ["ids", "prompt_ids"])
+def test_ids_of_a_chain_are_whole_numbers(tmp_path, key, value):
+    chain = {"task_id": "t", "sample": 0, "thinking": "a", "answer": "", "closed": True, "tokens": 1}
+    path = write_jsonl(tmp_path / "c.jsonl", [chain | {key: [0, 5]}, chain | {key: value}])
+    with pytest.raises(UsageError, match=f"line 2: '{key}' is .*, expected a list of token ids"):
+        read_jsonl(path, "chain")
+    assert read_jsonl(write_jsonl(path, [chain | {key: [0, 5]}, chain]), "chain")[0][key] == [0, 5]

@@ -278,6 +278,25 @@ def test_learned_positions_end():
     assert len(continued(build("llama"), [[3] * 126], max_new_tokens=4)[0]) > 0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_the_last_new_token_needs_no_position(name):
+    """6 + 4 tokens at 9 positions; rows that are done wait for others without one."""
+    if name == "gpt2":
+        model = build("gpt2", n_positions=9)
+    else:
+        model = other("OPTConfig", "OPTForCausalLM", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=9, init_std=0.3)  # fmt: skip
+    prompts = [[3 + i % 5, 4, 5, 6, 7, 8][: 6 if i % 3 else 3] for i in range(40)]
+    found = continued(model, prompts, rows=40, max_new_tokens=4)
+    for i in (0, 1, 2):
+        ids = list(prompts[i])
+        for _ in range(4):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert found[i] == ids[len(prompts[i]) :]
+    with pytest.raises(UsageError, match="learned positions for 9 tokens, but .* 11"):
+        continued(model, prompts, max_new_tokens=5)
+
+
 def test_every_family_has_a_route():
     assert {tiny(name).config.get_text_config().model_type for name in FAMILY_NAMES} <= PLAIN | OWN
     assert not PLAIN & OWN

@@ -167,12 +167,12 @@ def test_segments_lose_no_text():
         Segment("a", None),
         Segment("bc", "x"),
         Segment("d", None),
-        Segment("ef", "y"),
-        Segment("gh", "z"),
+        Segment("e", "y"),
+        Segment("fgh", "z"),
         Segment("i", None),
         Segment("j", "w"),
     ]
-    assert shares(cut, ["y", "x"]) == [("y", 2 / 7), ("x", 2 / 7), ("w", 1 / 7), ("z", 2 / 7)]
+    assert shares(cut, ["y", "x"]) == [("y", 1 / 7), ("x", 2 / 7), ("w", 1 / 7), ("z", 3 / 7)]
     assert segments("", []) == [] and shares([], ["x"]) == []
 
 

@@ -1,5 +1,6 @@
 """`steerable train rl` as a user meets it: what it leaves, killed runs that go on, mistakes of one sentence each."""
 
+import copy
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from tiny_families import tiny
 
 from steerable import Direction
 from steerable.chains.records import read_jsonl, write_jsonl
@@ -172,6 +174,25 @@ def test_a_long_task_is_refused_with_the_number_that_fits(tmp_path):
             tmp_path / "run", workers=1,
             **SMALL | {"tasks": str(tmp_path / "long.jsonl"), "evaluation": 1, "limit": 4, "max_new_tokens": 900},
         )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::steerable.SteerableWarning")
+def test_the_last_token_needs_no_position(tmp_path, tokenizer):
+    """6 + 4 tokens at 9 learned positions: no model reads the last one for anything."""
+    model = tiny("gpt2", n_positions=9)
+    model.generation_config.update(do_sample=True, eos_token_id=63, pad_token_id=0)
+    model.save_pretrained(tmp_path / "model")
+    spoken = copy.deepcopy(tokenizer)
+    spoken.eos_token = "w56"
+    spoken.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "tasks.jsonl", [{"id": str(i), "prompt": f"w{i} w2 w3", "answer": "7"} for i in range(8)])
+    settings = SMALL | {"model": str(tmp_path / "model"), "tasks": str(tmp_path / "tasks.jsonl"), "steps": 1}
+    settings |= {"limit": 4, "evaluation": 2, "controls": False, "annotator": "none"}
+    with pytest.raises(UsageError, match="reads at most 9: lower --max-new-tokens to 4"):
+        train_rl(tmp_path / "run", workers=1, **settings | {"max_new_tokens": 5})
+    train_rl(tmp_path / "run", workers=1, **settings | {"max_new_tokens": 4})
+    chains = read_jsonl(tmp_path / "run/chains/base-sampled.jsonl", "chain")
+    assert max(len(chain["prompt_ids"]) + len(chain["ids"]) for chain in chains) == 10
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def test_the_solutions_are_the_beginnings_of_whole_ones(run, folder):
     tasks = [task for task in read_jsonl(run / "tasks.jsonl", "task") if task["split"] == "train"]
     assert [chain["task_id"] for chain in solutions] == [task["id"] for task in tasks] and len(tasks) == 14
     loaded = models.load(folder / "model")
-    whole = generate_jobs(loaded, [Job(tasks)], decoding=Decoding(0.6), max_new_tokens=12, ids=True, workers=1)[0]
+    whole = generate_jobs(loaded, [Job(tasks)], decoding=Decoding(0.6), max_new_tokens=12, workers=1)[0]
     assert [chain["ids"] for chain in solutions] == [chain["ids"][:4] for chain in whole]
 
 

@@ -86,7 +86,6 @@ class Settings:
     max_new_tokens: int = 500
     rows: int = 64
     decoding: Decoding | None = None
-    ids: bool = False
 
 
 def generate_chains(
@@ -135,7 +134,6 @@ def generate_jobs(
     keep: Path | None = None,
     progress: Progress | None = None,
     decoding: Decoding | None = None,
-    ids: bool = False,
 ) -> list[list[Record]]:
     """Chain records of every job, in order.
 
@@ -145,13 +143,13 @@ def generate_jobs(
     where `workers` is not (None: a process a core for a small model on a CPU). More than one worker needs a
     model that `load` can find again by its name or folder. keep: a folder that takes every finished block at once and
     gives back those of an earlier call with the same arguments, which a killed one left. decoding: instead of `greedy`
-    and the model's own. ids: every chain also keeps its sampled token ids, which its text need not give back. Chains
-    that do not close the think block are kept, with `closed` false.
+    and the model's own. Every chain keeps its `prompt_ids` and the `ids` that were generated, which its text need not
+    give back. Chains that do not close the think block are kept, with `closed` false.
     """
     if block < 1 or any(not job.samples for job in jobs):
         raise UsageError("block must be at least 1, and every job needs a sample")
     model = loaded.model
-    settings = Settings(seed, greedy, max_new_tokens, rows, decoding, ids)
+    settings = Settings(seed, greedy, max_new_tokens, rows, decoding)
     # Jobs that differ in strength alone are computed together, each row with its own: fuller batches.
     groups: dict[Any, list[tuple[int, Mapping[str, Any], int]]] = {}
     for number, job in enumerate(jobs):
@@ -161,6 +159,8 @@ def generate_jobs(
     blocks = [_block(jobs, part, settings) for part in parts]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(blocks))]
     kept = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}
+    # An earlier version kept chains without their ids.
+    kept = {i: part for i, part in kept.items() if all("ids" in chain and "prompt_ids" in chain for chain in part)}
     missing = [i for i in range(len(blocks)) if i not in kept]
     if progress is not None and kept:
         progress(sum(map(len, kept.values())), 0)
@@ -227,14 +227,14 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
             steering=handle,
             progress=lambda chains, tokens: report((chains, tokens)),
         )
-    if prompting.prefix:
-        completions = [Completion([*prompting.prefix, *c.ids], c.finished) for c in completions]
-    return [
-        {"task_id": task["id"], "sample": sample}
-        | split_chain(tokenizer, tags, completion)
-        | ({"ids": completion.ids} if settings.ids else {})
-        for (task, sample, _), completion in zip(items, completions, strict=True)
-    ]
+    chains = []
+    for (task, sample, _), request, completion in zip(items, requests, completions, strict=True):
+        # the prefix counts as the model's own
+        prompt = list(request.prompt[: len(request.prompt) - len(prompting.prefix)])
+        written = Completion([*prompting.prefix, *completion.ids], completion.finished)
+        ids = {"prompt_ids": prompt, "ids": written.ids}
+        chains.append({"task_id": task["id"], "sample": sample} | ids | split_chain(tokenizer, tags, written))
+    return chains
 
 
 def _steered(loaded: Loaded, steering: Steering | None) -> Any:
@@ -285,7 +285,7 @@ def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) 
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
     if tags is None:
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return {
             "thinking": text,
             "answer": text,

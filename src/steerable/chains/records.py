@@ -2,8 +2,9 @@
 
 - task: `id`, `prompt`, `category`, `source`, and what it is judged by: `answer`, or reasoning-gym's own
   record `entry` (with neither, accuracy is not measured);
-- chain: `task_id`, `sample`, `thinking` (the text inside the think block), `answer`, `closed`, `tokens`,
-  `strength`, `control`;
+- chain: `task_id`, `sample`, `prompt_ids`, `ids` (tokens as they were generated, the stop token included; older
+  files have neither), `thinking` (the text inside the think block), `answer`, `closed`, `tokens`, `strength`,
+  `control`;
 - span: `task_id`, `sample`, `label`, `start`, `end`, the last two in characters of `thinking`.
 
 One UTF-8 object a line. Unknown keys are kept.
@@ -39,6 +40,7 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "chain": {"task_id": str, "sample": int, "thinking": str, "answer": str, "closed": bool, "tokens": int},
     "span": {"task_id": str, "sample": int, "label": str, "start": int, "end": int},
 }
+_IDS = ("prompt_ids", "ids")  # of a chain that has them
 _NAMES = {str: "text", int: "a whole number", bool: "true or false"}
 
 
@@ -105,9 +107,16 @@ def _parse(line: bytes, kind: Kind | None, where: str) -> Record:
         value = record[key]
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise UsageError(f"{where}: {key!r} is {json.dumps(value)[:40]}, expected {_NAMES[wanted]}")
+    for key in _IDS if kind == "chain" else ():
+        if not _are_ids(ids := record.get(key, [])):
+            raise UsageError(f"{where}: {key!r} is {json.dumps(ids)[:40]}, expected a list of token ids")
     if kind == "span" and not 0 <= record["start"] < record["end"]:
         raise UsageError(f"{where}: a span needs 0 <= start < end, got [{record['start']}, {record['end']})")
     return record
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
 def _refuse(constant: str) -> float:

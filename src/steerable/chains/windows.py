@@ -13,11 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
+from .offsets import chain_tokens
+from .spans import stretches
 
 if TYPE_CHECKING:
     from ..think import ThinkTags
@@ -93,31 +95,43 @@ def align_chain(
     spans: Sequence[Mapping[str, Any]],
     tags: ThinkTags | None = None,
 ) -> AlignedChain:
-    """Encode a chain record and align its span records.
+    """One chain record and its span records on its tokens; see `align_chains`.
 
-    `prompt_text` is the task after the chat template, generation prompt included. Where the template leaves
-    the think block closed, the model opened it itself, so the opening tag is put back. `tags` default to
-    `think_tags(tokenizer)`. Raises UsageError for a tokenizer without offsets or without a think block.
+    `prompt_text` is the task after the chat template, generation prompt included.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(
-            "aligning spans needs a fast tokenizer, because it reports character offsets; "
-            f"{type(tokenizer).__name__} is not one: load it with use_fast=True"
-        )
-    from ..think import think_tags  # here: torch takes seconds, and the command line reads this module's names
+    return align_chains(tokenizer, {chain["task_id"]: prompt_text}, [chain], [spans], tags or "auto")[0]
 
-    head = (tags or think_tags(tokenizer)).before_thinking(prompt_text)
-    # The template has already written the special tokens.
-    encoded = tokenizer(head + chain["thinking"], add_special_tokens=False, return_offsets_mapping=True)
-    found = align(spans, encoded["offset_mapping"], len(head))
-    keep = max((span.end for span in found), default=0)
-    return AlignedChain(
-        task_id=str(chain["task_id"]),
-        sample=int(chain.get("sample", 0)),
-        ids=tuple(encoded["input_ids"][:keep]),
-        spans=tuple(found),
-        dropped=len(spans) - len(found),
-    )
+
+def align_chains(
+    tokenizer: Any,
+    prompts: Mapping[str, str],
+    chains: Sequence[Mapping[str, Any]],
+    spans: Sequence[Sequence[Mapping[str, Any]]],
+    tags: ThinkTags | None | Literal["auto"] = "auto",
+) -> list[AlignedChain]:
+    """Chain records as the model read and wrote them (`offsets.chain_tokens`), each with its own list of span records.
+
+    prompts: each task's text after the chat template, for chains without `prompt_ids`. Of a span that another one
+    interrupts (`spans.stretches`) the part before it counts, and one that keeps no character is dropped. `tags` and
+    errors are those of `chain_tokens`.
+    """
+    tokens = chain_tokens(tokenizer, chains, prompts, tags)
+    aligned = []
+    for chain, (ids, _, offsets), marked in zip(chains, tokens, spans, strict=True):
+        first = {kept.span: kept for kept in reversed(stretches(marked, len(chain["thinking"])))}
+        parts = [{"label": marked[i]["label"], "start": kept.start, "end": kept.end} for i, kept in first.items()]
+        found = align(parts, offsets)
+        keep = max((span.end for span in found), default=0)
+        aligned.append(
+            AlignedChain(
+                task_id=str(chain["task_id"]),
+                sample=int(chain.get("sample", 0)),
+                ids=tuple(ids[:keep]),
+                spans=tuple(found),
+                dropped=len(marked) - len(found),
+            )
+        )
+    return aligned
 
 
 def window_positions(window: str, start: int, end: int) -> range:

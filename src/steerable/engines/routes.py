@@ -88,15 +88,25 @@ def _changing_rope(config: Any) -> int | None:
 
 
 def check_length(model: Any, longest: int) -> None:
-    """Raises UsageError where texts of `longest` tokens outrun a table of learned positions."""
-    config = getattr(model, "_orig_mod", model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or longest <= limit:
-        return
-    words = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # some tables begin at 2
+    """Raises UsageError where texts of `longest` tokens outrun a table of learned positions. The last token is not
+    counted: it is chosen, and never read."""
+    limit = positions(model)
+    if limit is not None and longest - 1 > limit and position_table(model) is not None:
         raise UsageError(
             f"the model has learned positions for {limit} tokens, but prompt and continuation may reach {longest}: "
             "lower max_new_tokens"
         )
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that the model was made to read; None where it does not say."""
+    limit = getattr(getattr(model, "_orig_mod", model).config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def position_table(model: Any) -> nn.Embedding | None:
+    """The table of learned positions, beyond which the model cannot read; None for a model without one."""
+    limit, words = positions(model), model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    # some tables begin at 2
+    return next((m for m in tables if limit is not None and limit <= m.num_embeddings <= limit + 2), None)

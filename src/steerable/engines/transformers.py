@@ -85,6 +85,7 @@ def generate(
         raise UsageError("a prompt is empty: every request needs at least one token")
     longest = max(len(request.prompt) for request in requests) + max_new_tokens
     check_length(model, longest)
+    longest -= 1  # the last new token is never fed
     way = route(model, longest)
     decoding = decoding or decoding_of(model, greedy=greedy)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
@@ -169,6 +170,7 @@ class _Batch:
         self.plain = way.name == "slots"
         # On an accelerator the launch of a kernel costs more than the positions that pages save.
         self.paged = self.plain and {p.device.type for p in model.parameters()} == {"cpu"}
+        self.last = longest - 1
         capacity = longest + _SLACK
         self.page = PAGE if self.paged else capacity
         self.capacity = -(-capacity // self.page) * self.page
@@ -357,7 +359,8 @@ class _Batch:
                 steering.feed(self.state.advance(self.token[:, None], ~dead[:, None]))
             logits = self.model(
                 input_ids=self.token[:, None],
-                position_ids=self.position[:, None],
+                # of a row that has finished but not left no position counts, but there must be one
+                position_ids=self.position.clamp(max=self.last)[:, None],
                 attention_mask=self._given({name: mask[:rows, None, None, :seen] for name, mask in self.masks.items()}),
                 past_key_values=self.cache,
                 use_cache=True,

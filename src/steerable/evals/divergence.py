@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from steerable.capture import length_batches
+from steerable.chains.offsets import chain_tokens
 from steerable.chunks import new_cache, pieces
 from steerable.engines.hooks import Handle, steer
-from steerable.errors import UsageError
 from steerable.gates import SequenceState, Tokens
-from steerable.think import ThinkTags, think_tags
 
 
 def divergence(
@@ -31,27 +30,18 @@ def divergence(
 ) -> list[float | None]:
     """Mean KL(steered || unsteered) in nats per generated token, for each chain.
 
-    Teacher-forced: both models read the chain's own text, so that distributions stand side by side at equal
-    contexts. On chains of the steered model the mean estimates its divergence from the unsteered one over
-    whole answers. `prompts` gives each task's text after the chat template (generation prompt included);
-    `direction`, `strength`, `layers`, `where` and `rescale` are those of `steerable.steer`. At most
-    `max_logits` numbers of logits are held at a time for each of the two; a chain that has more is read in pieces.
+    Teacher-forced: both models read the chain's own tokens (`chains.offsets.chain_tokens`), a stop token included, so
+    that distributions stand side by side at equal contexts. On chains of the steered model the mean estimates its
+    divergence from the unsteered one over whole answers. `prompts` gives each task's text after the chat template
+    (generation prompt included), for chains without `prompt_ids`; `direction`, `strength`, `layers`, `where` and
+    `rescale` are those of `steerable.steer`. At most `max_logits` numbers of logits are held at a time for each of the
+    two; a chain that has more is read in pieces.
     None for a chain without a generated token.
     """
     if not chains:
         return []
-    tags = think_tags(tokenizer)
-    texts = [_text(prompts, chain, tags) for chain in chains]
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"divergence needs a fast tokenizer, which {type(tokenizer).__name__} is not")
-    encoded = tokenizer(
-        [prompt + rest for prompt, rest in texts], add_special_tokens=False, return_offsets_mapping=True
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    starts = [
-        next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
-        for (prompt, _), offsets in zip(texts, encoded["offset_mapping"], strict=True)
-    ]
+    tokens = chain_tokens(tokenizer, chains, prompts)
+    ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
     layers = layers if layers is None or isinstance(layers, int) else list(layers)
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     most = max(1, max_logits // vocabulary)
@@ -65,14 +55,6 @@ def divergence(
             for row, value in zip(rows, values, strict=True):
                 result[row] = value
     return result
-
-
-def _text(prompts: Mapping[str, str], chain: Mapping[str, Any], tags: ThinkTags) -> tuple[str, str]:
-    """A chain's prompt and what the model wrote after it, which may begin with opening the think block."""
-    prompt = prompts.get(chain["task_id"])
-    if prompt is None:
-        raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}")
-    return prompt, tags.written(prompt, chain)
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from steerable.chains.offsets import chain_tokens
 from steerable.chains.records import LABELS
+from steerable.chains.spans import owners
 from steerable.chains.tasks import correct
 from steerable.errors import SteerableError, UsageError
 
@@ -44,23 +46,21 @@ def measure(
 ) -> list[Measured]:
     """Measure every chain, in order. `tasks` and `spans` may hold more than these chains need.
 
-    UsageError for a chain whose task is missing or a tokenizer without character offsets; SteerableError
-    for a span outside its text or with an unknown label.
+    Tokens are those that were generated (`chains.offsets.chain_tokens`). UsageError for a chain whose task is missing;
+    SteerableError for a span outside its text or with an unknown label.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"measuring chains needs a fast tokenizer, which {type(tokenizer).__name__} is not")
     by_id = {task["id"]: task for task in tasks}
     of_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for span in spans:
         of_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
-    if not chains:
-        return []
-    encoded = tokenizer([chain["thinking"] for chain in chains], add_special_tokens=False, return_offsets_mapping=True)
     measured = []
-    for chain, ids, offsets in zip(chains, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    tokens = chain_tokens(tokenizer, chains) if chains else []
+    for chain, found in zip(chains, tokens, strict=True):
         key = chain["task_id"], chain["sample"]
         if key[0] not in by_id:
             raise UsageError(f"there is no task {key[0]!r}: expected the tasks that the chains answer")
+        inside = found.thinking()
+        offsets = [found.offsets[i] for i in inside]
         fractions, unlabelled = label_fractions(of_chain.get(key, ()), offsets)
         measured.append(
             Measured(
@@ -69,7 +69,7 @@ def measure(
                 unlabelled=unlabelled,
                 correct=correct(by_id[key[0]], chain["answer"] if chain["closed"] else ""),
                 tokens=chain["tokens"],
-                loops=loops(ids),
+                loops=loops([found.ids[i] for i in inside]),
                 unclosed=not chain["closed"],
             )
         )
@@ -82,17 +82,18 @@ def label_fractions(
     """Share of each label among the labelled tokens (they sum to 1), and the share of tokens without a label.
 
     `offsets` are the (start, end) characters of the thinking text's tokens. A token belongs to the label
-    that holds most of its characters; where spans overlap, a later span wins. No labelled token: None.
+    that holds most of its characters; `chains.spans` says whose a character is where spans overlap. No labelled token:
+    None.
     """
+    spans = list(spans)
     ends = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     length = int(ends.max(initial=0))
-    owner = np.full(length, -1)
     for span in spans:
         if span["label"] not in labels:
             raise SteerableError(f"unknown label {span['label']!r}: expected one of {', '.join(labels)}")
         if not 0 <= span["start"] < span["end"]:
             raise SteerableError(f"a span needs 0 <= start < end, got [{span['start']}, {span['end']})")
-        owner[span["start"] : span["end"]] = labels.index(span["label"])
+    owner = np.array([*(labels.index(span["label"]) for span in spans), -1])[owners(spans, length)]
     # characters of each label before each position: differences count those inside a token
     before = np.zeros((len(labels), length + 1), dtype=np.int64)
     np.cumsum(owner[None] == np.arange(len(labels))[:, None], axis=1, out=before[:, 1:])

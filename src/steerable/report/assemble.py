@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerable import models, plan
 from steerable.chains.records import STEERABLE, Record, read_jsonl
+from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.directions import Direction
 from steerable.lens import lens
@@ -71,19 +72,12 @@ def _selected(run: Run, behaviour: str) -> Direction:
 
 
 def _cosines(run: Run, selection: dict[str, Any]) -> dict[str, Any]:
-    """Cosines between the behaviours' vectors, all at the layer of the row's behaviour (Figure 5 of the paper)."""
+    """Cosines between the vectors that were selected, each at its own layer and window (Figure 5 of the paper)."""
     labels = [b for b in STEERABLE if b in selection]
-    matrix = []
-    for a in labels:
-        chosen = selection[a]
-        at = {
-            b: Direction.load(run.folder / plan.candidate_path(chosen["window"], chosen["baseline"], b)).only(
-                [chosen["layer"]]
-            )
-            for b in labels
-        }
-        matrix.append([next(iter(at[a].cosine(at[b]).values())) for b in labels])
-    return {"labels": labels, "matrix": matrix}
+    chosen = [_selected(run, b) for b in labels]
+    units = [d.at(d.layers[0]).double() / d.at(d.layers[0]).double().norm() for d in chosen]
+    matrix = [[float(a @ b) for b in units] for a in units]
+    return {"labels": labels, "layers": [d.layers[0] for d in chosen], "matrix": matrix}
 
 
 def _lens(run: Run, behaviour: str) -> dict[str, Any]:
@@ -106,7 +100,10 @@ def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
         for name, file in files.items()
     }
     spans = {name: _spans(run, file, chains[name]) for name, file in files.items()}
-    shares = {name: {key: _share(s, behaviour) for key, s in found.items()} for name, found in spans.items()}
+    shares = {
+        name: {key: _share(s, behaviour, len(chains[name][key]["thinking"])) for key, s in found.items()}
+        for name, found in spans.items()
+    }
     means = {name: sum(found.values()) / max(1, len(found)) for name, found in shares.items()}
     keys = [
         key for key in chains["unsteered"] if all(key in found and found[key]["closed"] for found in chains.values())
@@ -127,8 +124,8 @@ def _spans(run: Run, file: str, chains: Mapping[Key, Record]) -> dict[Key, list[
     return found
 
 
-def _share(spans: list[Record], label: str) -> float:
-    lengths = [(span["end"] - span["start"], span["label"] == label) for span in spans]
+def _share(spans: list[Record], label: str, length: int) -> float:
+    lengths = [(kept.end - kept.start, spans[kept.span]["label"] == label) for kept in stretches(spans, length)]
     return sum(n for n, ours in lengths if ours) / max(1, sum(n for n, _ in lengths))
 
 

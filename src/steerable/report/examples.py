@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from steerable.chains.spans import stretches
+
 
 class Segment(NamedTuple):
     """A stretch of text under one label, or under none."""
@@ -25,16 +27,13 @@ class Column(NamedTuple):
 def segments(text: str, spans: list[dict[str, Any]]) -> list[Segment]:
     """The text cut at the spans' character offsets, nothing lost: text between spans has no label.
 
-    Where spans overlap the earlier one keeps its text; offsets beyond the text are cut to it.
+    `chains.spans` says whose a character is where spans overlap; offsets beyond the text are cut to it.
     """
     pieces, at = [], 0
-    for span in sorted(spans, key=lambda s: (s["start"], s["end"])):
-        start, end = max(span["start"], at), min(span["end"], len(text))
-        if end <= start:
-            continue
+    for place, start, end in stretches(spans, len(text)):
         if start > at:
             pieces.append(Segment(text[at:start], None))
-        pieces.append(Segment(text[start:end], span["label"]))
+        pieces.append(Segment(text[start:end], spans[place]["label"]))
         at = end
     if at < len(text):
         pieces.append(Segment(text[at:], None))

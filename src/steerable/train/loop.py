@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from steerable import models
 from steerable.chains.generation import Prompting
 from steerable.chains.records import read_jsonl
 from steerable.display import Display
+from steerable.engines.routes import position_table, positions
 from steerable.errors import SteerableError, UsageError
 from steerable.models import Loaded
 from steerable.runfolder import read_json, write_json
@@ -85,7 +87,8 @@ def train(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
             if last:
                 trainer.restore(last)
             own_callbacks(trainer, Rollouts(root, trainer, display, int(last.name.rpartition("-")[2]) if last else 0))
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with last_unread(loaded.model):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
             sync.unshard(trained)
         if main:
             about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
@@ -189,15 +192,37 @@ def _check_sharding(trainer: Any, s: RLSettings) -> None:
 def check_length(s: TrainSettings, loaded: Loaded, prompts: list[str]) -> int:
     """Tokens of the longest prompt. Raises UsageError where the model does not read it and the answer."""
     longest = max(len(ids) for ids in loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"])
-    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest + s.max_new_tokens > room:
-        most = room - longest
+    room = positions(loaded.model)
+    # Nothing is predicted from the last token, so it needs no position; but vLLM counts it.
+    table = position_table(loaded.model)
+    spare = int(getattr(s, "generation", "engine") == "engine" and (table is None or type(table) is nn.Embedding))
+    if room and longest + s.max_new_tokens - spare > room:
+        most = room + spare - longest
         cure = f"lower --max-new-tokens to {most}" if most > 0 else "give shorter tasks"
         raise UsageError(
             f"the longest task has {longest} tokens and --max-new-tokens is {s.max_new_tokens}, but this model reads "
             f"at most {room}: {cure}"
         )
     return longest
+
+
+@contextmanager
+def last_unread(model: Any) -> Iterator[None]:
+    """Lets a text be one token longer than a table of learned positions: from its last token nothing is predicted, so
+    that it may have any position."""
+    table = position_table(model)
+    if table is None:
+        yield
+        return
+
+    def clamp(table: nn.Embedding, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0].clamp(max=table.num_embeddings - 1), *args[1:]
+
+    hook = table.register_forward_pre_hook(clamp)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # --- checkpoints ---

@@ -137,7 +137,7 @@ def check(s: TrainSettings, loaded: Loaded) -> None:
             biases.linear(loaded.model, place)
     Prompting(s.system, s.template or "").text(loaded.tokenizer, "")
     config = loaded.model.config.get_text_config()
-    if (longest := getattr(config, "max_position_embeddings", None)) and s.max_new_tokens >= longest:
+    if (longest := getattr(config, "max_position_embeddings", None)) and s.max_new_tokens > longest:
         raise UsageError(f"--max-new-tokens is {s.max_new_tokens}, but this model reads at most {longest}: lower it")
 
 

@@ -41,6 +41,7 @@ from steerable.train.loop import (
     check_length,
     explained,
     last_checkpoint,
+    last_unread,
     optimizer_bytes,
     quietly,
     shared_arguments,
@@ -110,7 +111,6 @@ def _solve(
         workers=workers,
         keep=kept,
         progress=display.advance,
-        ids=True,
     )[0]
     write_jsonl(folder / "solutions.jsonl", chains)
     display.done()
@@ -165,10 +165,8 @@ def prefix_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 def _train(folder: RunFolder, s: UPFTSettings, loaded: Loaded, display: Display) -> None:
     """Train until the artefact and training.json are written, from the last checkpoint if there is one."""
     root, k = folder.root, s.prefix_tokens
-    prompting = Prompting(s.system, s.template or "")
-    ids = {task["id"]: prompting.ids(loaded.tokenizer, task["prompt"]) for task in split(folder, "train")}
     chains = read_jsonl(folder / "solutions.jsonl", "chain")
-    rows = examples(loaded, [ids[chain["task_id"]] for chain in chains], [chain["ids"] for chain in chains], k)
+    rows = examples(loaded, [chain["prompt_ids"] for chain in chains], [chain["ids"] for chain in chains], k)
     with quietly():
         torch.manual_seed(s.seed)  # the factors of a rank, and adapters, are drawn
         trained = attach(loaded.model, s.method, layers=s.chosen_layers, after=s.after, rank=s.rank)
@@ -183,7 +181,8 @@ def _train(folder: RunFolder, s: UPFTSettings, loaded: Loaded, display: Display)
                 trained.restore(last / WEIGHTS)
             begun = int(last.name.rpartition("-")[2]) if last else 0
             own_callbacks(trainer, _Lines(root, trainer, display, begun))
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            with last_unread(loaded.model):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         about = {"behaviour": "reasoning", "method": f"UPFT, first {k} tokens, temperature {s.prefix_temperature:g}"}
         trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
         write_json(root / "training.json", _summary(root, trainer, trained))

@@ -16,6 +16,7 @@ import numpy as np
 
 from steerable.chains.annotators.keywords import SEAL_LABELS
 from steerable.chains.records import LABELS, read_jsonl
+from steerable.chains.spans import owners
 from steerable.errors import UsageError
 
 UNLABELLED = "unlabelled"
@@ -89,7 +90,7 @@ def agreement(
     chains: their records. Then only visible characters of `thinking` count, and characters that neither side
     labels are agreement. None: the texts are unknown, so only characters count that a side labels. labels:
     default the six labels of the library or SEAL's three where both sides use no others, else all that occur. Where
-    spans of one side overlap, the later one in its list wins. Raises UsageError for an unknown label, a span
+    spans of one side overlap, `chains.spans` says whose a character is. Raises UsageError for an unknown label, a span
     outside its text or of an unknown chain, and where the two have no chain or no label in common.
     """
     names = _labels(spans_a, spans_b, labels)
@@ -206,8 +207,7 @@ def _paint(
         raise UsageError(f"a span of chain {key} ends at {longest}, but its text has only {len(text)} characters")
     rows = np.full((2, longest if text is None else len(text)), len(labels))
     for row, spans in zip(rows, (a, b), strict=True):
-        for span in spans:
-            row[span["start"] : span["end"]] = labels.index(span["label"])
+        row[:] = np.array([*(labels.index(span["label"]) for span in spans), len(labels)])[owners(spans, len(row))]
     if text is None:
         counted = (rows < len(labels)).any(0)
     else:

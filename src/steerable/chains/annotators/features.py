@@ -12,8 +12,7 @@ from steerable import models
 from steerable.capture import Batch, batch_tokens, length_batches, pad, stream
 from steerable.chains.generation import prompt_text
 from steerable.chains.segments import Segment, sentences
-from steerable.chains.windows import AlignedChain, align_chain
-from steerable.errors import UsageError
+from steerable.chains.windows import AlignedChain, align_chains
 from steerable.models import Loaded
 
 Progress = Callable[[int, int], None]
@@ -58,17 +57,17 @@ def sentence_means(
     texts = prompt_texts(loaded.tokenizer, prompts)
     found: list[Sentence] = []
     rows: list[tuple[AlignedChain, int]] = []  # and the number of its first sentence
-    for number, chain in enumerate(chains):
-        if chain["task_id"] not in texts:
-            raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}: pass all tasks")
-        wanted = [s for s in sentences(chain["thinking"]) if keep is None or keep(number, s)]
-        # The label says which sentence it is: one without tokens gets no token range.
-        named = [{"label": str(i), "start": s.start, "end": s.end} for i, s in enumerate(wanted)]
-        aligned = align_chain(loaded.tokenizer, texts[chain["task_id"]], chain, named)
+    wanted = [
+        [s for s in sentences(chain["thinking"]) if keep is None or keep(number, s)]
+        for number, chain in enumerate(chains)
+    ]
+    # The label says which sentence it is: one without tokens gets no token range.
+    named = [[{"label": str(i), "start": s.start, "end": s.end} for i, s in enumerate(row)] for row in wanted]
+    for number, aligned in enumerate(align_chains(loaded.tokenizer, texts, chains, named)):
         if aligned.spans:
             rows.append((aligned, len(found)))
         for span in aligned.spans:
-            sentence = wanted[int(span.label)]
+            sentence = wanted[number][int(span.label)]
             found.append(Sentence(number, sentence.start, sentence.end, span.end - span.start))
     counts = torch.tensor([sentence.tokens for sentence in found], dtype=torch.float32)
     sums = _Sums(len(layers), len(found), models.width(loaded.model))

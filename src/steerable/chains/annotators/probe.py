@@ -26,6 +26,7 @@ from steerable.chains.annotators.features import Progress, Prompts, sentence_mea
 from steerable.chains.annotators.fitting import Fitted, cross_validate
 from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
+from steerable.chains.spans import owners
 from steerable.errors import SteerableError, UsageError
 from steerable.files import write_atomic
 from steerable.models import Loaded
@@ -233,12 +234,12 @@ def train_probe(
 
 def labels_of(text: str, segments: Sequence[Segment], spans: Iterable[Mapping[str, Any]]) -> list[str | None]:
     """The label of each segment by an annotation: the one that holds most of its visible characters (the first of the
-    alphabet in a tie), None where less than half of them have any. Where spans overlap, the later one wins."""
+    alphabet in a tie), None where less than half of them have any. `chains.spans` says whose a character is where
+    spans overlap."""
     spans = list(spans)
     names = sorted({span["label"] for span in spans})
-    owner = np.full(len(text), -1)
-    for span in spans:
-        owner[span["start"] : span["end"]] = names.index(span["label"])
+    labels = np.array([*(names.index(span["label"]) for span in spans), -1])
+    owner = labels[owners(spans, len(text))]
     visible = ~np.array([character.isspace() for character in text], dtype=bool)
     found: list[str | None] = []
     for segment in segments:

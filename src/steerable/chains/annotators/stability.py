@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from steerable.chains.annotators.features import Prompts, prompt_texts
 from steerable.chains.generation import request_seed
 from steerable.chains.records import Record, read_jsonl, write_jsonl
-from steerable.chains.windows import align_chain
+from steerable.chains.windows import align_chains
 from steerable.errors import UsageError
 from steerable.models import Loaded, model_id, model_revision
 from steerable.think import think_tags
@@ -118,7 +118,8 @@ def label_after(chain: Mapping[str, Any], start: int, continuation: str, labeler
     continuation = continuation.lstrip()
     if not continuation:
         return None
-    found = labeler({**chain, "thinking": chain["thinking"][:start] + continuation})
+    other = {key: value for key, value in chain.items() if key not in ("ids", "prompt_ids")}  # it has other tokens
+    found = labeler({**other, "thinking": chain["thinking"][:start] + continuation})
     return next((str(span["label"]) for span in found if span["start"] <= start < span["end"]), None)
 
 
@@ -135,25 +136,22 @@ def _boundaries(
     of_chain: dict[tuple[str, int], list[int]] = {}
     for i in tested:
         of_chain.setdefault((spans[i]["task_id"], spans[i]["sample"]), []).append(i)
-    found = []
+    named = []
     for chain in chains:
         own = of_chain.pop((chain["task_id"], chain["sample"]), [])
-        if chain["task_id"] not in texts:
-            raise UsageError(f"there is no prompt for the chain of task {chain['task_id']!r}: pass all tasks")
         for i in own:
             if not 0 <= spans[i]["start"] < spans[i]["end"] <= len(chain["thinking"]):
                 raise UsageError(f"a span of task {chain['task_id']!r} reaches beyond its text: {dict(spans[i])}")
-        text = texts[chain["task_id"]]
         # The label says which span it is: one without tokens gets no token range.
-        named = [{"label": str(i), "start": spans[i]["start"], "end": spans[i]["end"]} for i in own]
-        aligned = align_chain(loaded.tokenizer, text, chain, named)
-        for span in aligned.spans:
-            place = int(span.label)
-            found.append(_Boundary(place, chain, spans[place]["start"], aligned.ids[: span.start]))
+        named.append([{"label": str(i), "start": spans[i]["start"], "end": spans[i]["end"]} for i in own])
     if of_chain:
         task, sample = next(iter(of_chain))
         raise UsageError(f"there are spans of task {task!r}, sample {sample}, but no such chain")
-    return found
+    return [
+        _Boundary(int(span.label), chain, spans[int(span.label)]["start"], aligned.ids[: span.start])
+        for chain, aligned in zip(chains, align_chains(loaded.tokenizer, texts, chains, named), strict=True)
+        for span in aligned.spans
+    ]
 
 
 def _continuations(
