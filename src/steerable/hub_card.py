@@ -131,8 +131,7 @@ def _same_files(named: Mapping[str, Direction], report: Mapping[str, Any]) -> st
     """Whether the run steered with these very files, by the hashes in its report."""
     hashes = report.get("hashes")
     known = set(hashes.values()) if isinstance(hashes, Mapping) else set()
-    # as runfolder.sha256 hashes a file: its relative name, which is ".", and its bytes
-    if all(hashlib.sha256(b".\0" + d.to_bytes()).hexdigest() in known for d in named.values()):
+    if all(hashlib.sha256(d.to_bytes()).hexdigest() in known for d in named.values()):
         return " with these very files, on tasks that they were not made from"
     return " (the report does not show whether with these very files)"
 

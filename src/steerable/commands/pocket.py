@@ -48,8 +48,11 @@ def pocket_measure(
 ) -> None:
     """Every figure of the bundled model: pass@k, behaviours, arithmetic, length, closing."""
     from steerable.display import Display
+    from steerable.files import file_target
     from steerable.pocket import measure
 
+    if out is not None:
+        file_target(out)
     with Display(quiet=as_json) as display:
         figures = measure.measure(
             model, tasks=tasks, samples=samples, deep=deep, seed=seed, workers=workers, display=display

@@ -20,6 +20,9 @@ Workers = Annotated[
     int | None,
     typer.Option(help="Processes that generate; default: one a core for small models. Changes no result."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Let results of another model in --out be replaced; else that is refused.")
+]
 
 
 def with_settings(function: Callable[..., None], table: Any = Config) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerable.commands.shared import Json, Workers, given, print_json, print_tables, with_settings
+from steerable.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, with_settings
 from steerable.train.settings import RLSettings, UPFTSettings
 
 
@@ -22,6 +22,7 @@ def train_rl(
         typer.Option(help="Settings of a published experiment by name, or a JSON file; a wrong name lists them."),
     ] = None,
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -34,7 +35,7 @@ def train_rl(
     from steerable.train.rl import train_rl as train
 
     with Display(quiet=as_json) as display:
-        folder = train(out, recipe=recipe, workers=workers, display=display, **given(settings))
+        folder = train(out, recipe=recipe, workers=workers, overwrite=overwrite, display=display, **given(settings))
     _tell_outcome(folder, as_json)
 
 
@@ -44,6 +45,7 @@ def train_upft(
         "runs/upft"
     ),
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -55,7 +57,7 @@ def train_upft(
     from steerable.train.upft import train_upft as train
 
     with Display(quiet=as_json) as display:
-        folder = train(out, workers=workers, display=display, **given(settings))
+        folder = train(out, workers=workers, overwrite=overwrite, display=display, **given(settings))
     _tell_outcome(folder, as_json)
 
 
@@ -101,6 +103,7 @@ def passk(
     seed: Annotated[int, typer.Option(help="Seed of tasks and sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of chains, passk.json and passk.html.")] = Path("runs/passk"),
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """pass@k of a base and of what was trained from it: does training elicit or create?
@@ -113,7 +116,7 @@ def passk(
     found = elicitation.passk(
         model, parse_arms(arm or []), tasks=tasks, exclude=exclude or [], limit=limit, samples=samples, ks=ks,
         temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, system=system, template=template,
-        seed=seed, out=out, workers=workers, quiet=as_json,
+        seed=seed, out=out, workers=workers, overwrite=overwrite, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(found)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steerable.commands.shared import Json, Workers, print_json, print_tables, tell
+from steerable.commands.shared import Json, Overwrite, Workers, print_json, print_tables, tell
 from steerable.errors import UsageError
 
 
@@ -111,9 +111,11 @@ def lens_(
 ) -> None:
     """What a file's vectors say in tokens, layer by layer, and how they lie to one another."""
     from steerable.display import Display
-    from steerable.readout.files import lens_file, write_lens
+    from steerable.readout.files import lens_file, targets, write_lens
     from steerable.readout.tables import tables
 
+    if out is not None:
+        targets(out)  # what cannot be written is refused before anything is computed
     with Display(quiet=as_json) as display:
         started: list[int] = []
 
@@ -158,6 +160,7 @@ def compose(
     out: Annotated[
         Path, typer.Option(help="The folder of the results; without --tasks a .safetensors file will do.")
     ] = Path("runs/compose"),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model."""
@@ -166,7 +169,7 @@ def compose(
     result = composition.compose(
         files, model=model, tasks=tasks, pairs=pairs, to=to, exclude=exclude or (), limit=limit, samples=samples,
         max_new_tokens=max_new_tokens, greedy=greedy, system=system, template=template, seed=seed, out=out,
-        workers=workers, quiet=as_json,
+        workers=workers, overwrite=overwrite, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(result)

@@ -5,7 +5,6 @@ The format is told by the content, never by the name.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from torch import Tensor
 from .. import directions
 from ..directions import Direction
 from ..errors import SteerableError, SteerableWarning, UsageError
+from ..files import sha256
 from . import easyedit, gguf, lm_eval, peft, research, safetensors_files, svec, torch_files
 from .foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text
 
@@ -235,7 +235,7 @@ def _direction(path: Path, found: Found, model_id: str, revision: str, behaviour
     imported = {
         "format": found.format,
         "file": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "convention": found.convention,
         **{key: value for key, value in found.about.items() if value not in (None, "", {})},
     }
@@ -251,15 +251,6 @@ def _direction(path: Path, found: Found, model_id: str, revision: str, behaviour
         created_by=f"steerable {version('steerable')} import",
         licence=licence,
     )
-
-
-def _sha256(path: Path) -> str:
-    """Of the file, or of a folder's files by name."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() if file.stat().st_size <= MAX_BYTES else b"")
-    return digest.hexdigest()
 
 
 def _hinted(path: Path, error: NeedsChoice) -> str:
