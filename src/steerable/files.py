@@ -1,4 +1,4 @@
-"""Whole files or none: everything that a run leaves behind is written through here. And hashes, strict JSON, pointers."""
+"""Whole files or none: everything that a run leaves behind is written through here. And hashes, and strict JSON."""
 
 from __future__ import annotations
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .directions import Direction
 from .formats.foreign import layers_text
+from .printable import one_line
 from .report.cells import Cell, Interval, doses, measured, setting_of, unsteered
 
 #: SPDX names that the hub knows, by their lower-case form; others are "other" with their name beside.
@@ -24,7 +26,7 @@ def text(
     named: Mapping[str, Direction], report: Mapping[str, Any], licence: str, repo_id: str, tags: Sequence[str]
 ) -> str:
     """Header and body; every number stands beside where it comes from."""
-    behaviours = [d.behaviour for d in named.values() if d.behaviour]
+    behaviours = [one_line(d.behaviour) for d in named.values() if d.behaviour]
     title = f"Steering vectors: {', '.join(dict.fromkeys(behaviours)) or 'unnamed'}"
     parts = [
         f"---\n{_header(named, licence, tags)}\n---\n",
@@ -93,14 +95,14 @@ def _use(named: Mapping[str, Direction], repo_id: str) -> str:
     name, direction = next(iter(named.items()))
     where = repr(repo_id or "folder/or/owner/name").replace("'", '"')
     which = f', filename="{name}"' if len(named) > 1 else ""
-    model = (direction.model_id or "the/model").replace('"', "")
+    model = json.dumps(one_line(direction.model_id or "the/model"))
     return f"""## How to use
 
 ```python
 import steerable as st
 
 direction = st.Direction.from_pretrained({where}{which})
-model, tokenizer = st.load("{model}")
+model, tokenizer = st.load({model})
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "How many primes are below 30?"}}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
@@ -148,7 +150,7 @@ def _table(d: Direction, cells: list[Cell]) -> str:
     tables = []
     for setting in settings:
         lines = [
-            f"**{d.behaviour}**, layers {layers_text(setting.layers)}, tokens `{setting.where}`",
+            f"**{one_line(d.behaviour)}**, layers {layers_text(setting.layers)}, tokens `{setting.where}`",
             "",
             f"| vector | strength | chains | share of {_cell(d.behaviour)} | "
             + " | ".join(title for _, title in _METRICS)
@@ -194,4 +196,4 @@ def _origin(named: Mapping[str, Direction]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return one_line(text.replace("|", "\\|"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerable.commands.shared import Json, Out, Overwrite, Workers, given, print_json, print_tables, with_settings
+from steerable.commands.shared import Json, Out, Overwrite, Workers, given, print_json, print_tables, say, with_settings
 from steerable.config import PAPER
 from steerable.errors import UsageError
 
@@ -112,7 +112,7 @@ def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, *
     if as_json:
         print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
     elif stage in (None, "report"):
-        print(f"The report is {(folder / 'report.html').resolve()}")
+        say(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def chat(
@@ -172,7 +172,7 @@ def probe(
         print_json({"out": str(to), "layers": list(trained.layers), "scores": trained.scores})
         return
     scores, layers = trained.scores, ", ".join(map(str, trained.layers))
-    print(
+    say(
         f"{to}: layer {layers}, {scores['sentences']} sentences of {scores['tasks']} tasks; on held-out tasks accuracy "
         f"{scores['accuracy']:.3f} (the most frequent label alone: {scores['majority']:.3f}), macro-F1 "
         f"{scores['macro_f1']:.3f}, kappa {scores['kappa']:.3f}, calibration error {scores['ece']:.3f}"

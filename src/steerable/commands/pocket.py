@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steerable.commands.shared import Json, Workers, print_json
+from steerable.commands.shared import Json, Workers, print_json, say
 
 
 def pocket_train(
@@ -26,12 +26,12 @@ def pocket_train(
 
     if threads:
         torch.set_num_threads(threads)
-    say: Callable[[str], None] = (lambda text: None) if as_json else (lambda text: print(text, flush=True))
-    recipe.train(out, steps=steps, seed=seed, device=device, progress=say)
+    tell_progress: Callable[[str], None] = (lambda text: None) if as_json else say
+    recipe.train(out, steps=steps, seed=seed, device=device, progress=tell_progress)
     if as_json:
         print_json({"out": str(out)})
     else:
-        print(f"The model is in {out}; try: steerable chat --model {out}")
+        say(f"The model is in {out}; try: steerable chat --model {out}")
 
 
 def pocket_measure(
@@ -64,4 +64,4 @@ def pocket_measure(
     if as_json:
         print_json(figures)
     else:
-        print(measure.table(figures))
+        say(measure.table(figures))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerable.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, with_settings
+from steerable.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, say, with_settings
 from steerable.train.settings import RLSettings, UPFTSettings
 
 
@@ -72,14 +72,14 @@ def _tell_outcome(folder: Path, as_json: bool) -> None:
     for decoding in ("greedy", "sampled"):
         before, after = (found[arm][decoding]["accuracy"] for arm in ("base", method))
         if before is None or after is None:
-            print(f"{decoding}: these tasks have no reference answers, so accuracy is not measured")
+            say(f"{decoding}: these tasks have no reference answers, so accuracy is not measured")
             continue
         low, high = found["difference"][decoding]["accuracy"][1:]
-        print(
+        say(
             f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
             f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
         )
-    print(f"The report is {(folder / 'report.html').resolve()}")
+    say(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def passk(
@@ -124,4 +124,4 @@ def passk(
     from steerable.report.passk_page import findings, tables
 
     print_tables(tables(found))
-    print(*findings(found), f"The page is {(out / 'passk.html').resolve()}", sep="\n")
+    say(*findings(found), f"The page is {(out / 'passk.html').resolve()}")

@@ -27,7 +27,7 @@ from steerable.chains.annotators.fitting import Fitted, cross_validate
 from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
 from steerable.errors import SteerableError, UsageError
-from steerable.files import write_atomic
+from steerable.files import refuse_pointer, strict_json, write_atomic
 from steerable.models import Loaded
 
 FORMAT, VERSION = "steerable.probe", "1"
@@ -142,9 +142,10 @@ class Probe:
 
         if not Path(path).is_file():
             raise UsageError(f"there is no probe file {path}")
+        refuse_pointer(path)
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["probe"])
+                about = strict_json((file.metadata() or {})["probe"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if (about.pop("format"), about.pop("version")) != (FORMAT, VERSION):
                 raise ValueError(f"expected '{FORMAT} {VERSION}'")
