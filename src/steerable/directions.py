@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import SteerableError, UsageError
-from .files import refuse_pointer, strict_json, write_atomic
+from .files import check_header, refuse_pointer, strict_json, write_atomic
 from .gates import parse_selector
 from .sites import Site
 
@@ -161,6 +161,7 @@ class Direction:
             raise UsageError(f"there is no direction file {path}")
         refuse_pointer(path)
         try:
+            check_header(path)
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

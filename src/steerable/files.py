@@ -110,7 +110,7 @@ def sha256(path: str | Path) -> str:
     files in it, by their names in it, in the order of these (docs/formats.md has the command)."""
     path = Path(path)
     if not path.is_dir():
-        with open(path, "rb") as stream:
+        with open(file_target(path), "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     return sha256_of({file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()})
 
@@ -130,8 +130,16 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def check_header(path: str | Path) -> None:
+    """Raises ValueError for a safetensors file with a name or key twice, of which its library silently takes one."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= os.fstat(file.fileno()).st_size:
+            strict_json(file.read(length))
+
+
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is no finite number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import steerable
 from steerable.errors import SteerableError, SteerableWarning, UsageError
-from steerable.files import folder_target, strict_json, write_atomic
+from steerable.files import file_target, folder_target, strict_json, write_atomic
 from steerable.files import sha256 as sha256
 
 
@@ -39,7 +39,7 @@ def write_json(path: Path, value: Any) -> Path:
 def read_json(path: Path) -> Any:
     """Raises UsageError naming the file where it is missing or broken."""
     try:
-        return strict_json(path.read_text(encoding="utf-8"))
+        return strict_json(file_target(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: run the stage that writes it first, or `steerable run`") from None
     except ValueError as error:
@@ -177,6 +177,9 @@ class RunFolder:
         if self.finished(stage, key):
             self._sweep(stage)  # where it was killed between its stamp and this
             return False
+        for name in outputs:
+            if not (self / name).is_dir():
+                file_target(self / name)  # raises for what would have to be replaced and is no file
         began = time.perf_counter()
         work(self.partial(stage, key))
         self.finish(stage, key, outputs)

@@ -239,8 +239,8 @@ def padded(vectors: dict[int, Tensor], n_layers: int | None) -> dict[int, Tensor
     """
     if 0 in vectors:
         raise UsageError(
-            "llama.cpp cannot steer block 0 and refuses files that hold it: choose other blocks with --layers (it is not "
-            "moved to block 1, where it would be another vector)"
+            "llama.cpp cannot steer block 0 and refuses files that hold it: choose other blocks with --layers (moved "
+            "to block 1 it would be another vector, so it is not)"
         )
     if n_layers is None:
         raise UsageError(

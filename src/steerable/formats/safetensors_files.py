@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import refuse_pointer, strict_json
+from ..files import check_header, refuse_pointer, strict_json
 from ..sites import Site
 from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
 
@@ -28,6 +28,7 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     refuse_pointer(path)
     try:
+        check_header(path)
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
@@ -69,7 +70,9 @@ def read_steering_lite(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 def _config(meta: Mapping[str, str]) -> dict[str, Any]:
     try:
         cfg = strict_json(meta.get("cfg", ""))
-    except ValueError:
+    except ValueError as error:
+        if "cfg" in meta:
+            raise UsageError(f"its metadata 'cfg' is not sound JSON ({error})") from None
         cfg = None
     if not isinstance(cfg, dict):
         raise UsageError(f"its metadata 'cfg' is {kind_of(cfg)}: expected steering-lite's JSON object")

@@ -27,7 +27,7 @@ from steerable.chains.annotators.fitting import Fitted, cross_validate
 from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
 from steerable.errors import SteerableError, UsageError
-from steerable.files import refuse_pointer, strict_json, write_atomic
+from steerable.files import check_header, refuse_pointer, strict_json, write_atomic
 from steerable.models import Loaded
 
 FORMAT, VERSION = "steerable.probe", "1"
@@ -144,6 +144,7 @@ class Probe:
             raise UsageError(f"there is no probe file {path}")
         refuse_pointer(path)
         try:
+            check_header(path)
             with safe_open(str(path), framework="pt") as file:
                 about = strict_json((file.metadata() or {})["probe"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
