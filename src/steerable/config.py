@@ -230,7 +230,7 @@ class Config:
 
     def check_own(self, name: str) -> None:
         """Raises UsageError for a setting that could run code, or be sent a key, and that only a file asks for."""
-        if name in self.from_file:
+        if name in vars(self)["from_file"]:
             value = getattr(self, name)
             raise UsageError(
                 f"config.json asks for {flag(name)}{'' if value is True else f' {value}'}, and what could run code or "

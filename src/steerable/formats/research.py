@@ -127,10 +127,10 @@ def _check_means(found: Mapping[Any, Any], labels: list[str]) -> None:
             _mean(found, label)
         except UsageError as error:
             unsound[label] = error
-    for error in unsound.values():
+    for reason in unsound.values():
         if len(unsound) == len(labels):
-            raise error
-        warn(f"{error}: this label cannot be imported")
+            raise reason
+        warn(f"{reason}: this label cannot be imported")
     _warn_of_single(found, [label for label in labels if label not in unsound])
 
 
