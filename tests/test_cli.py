@@ -310,3 +310,96 @@ def test_vector_files_that_cannot_be(steerable, finished, tmp_path, monkeypatch,
     file = finished / "vectors/candidates/onset.pooled/backtracking.safetensors"
     assert_refused(steerable(*command.format(file=file).split()), 2, text)
     assert not list(tmp_path.iterdir())
+
+
+# --- what is there already, and what a stranger's file asks for ---
+
+WRITERS = (
+    "run", *STAGES, "train rl", "train upft", "passk", "compose {file} --tasks pocket", "compose {file}",
+    "pocket train", "pocket measure", "chat 2+2?", "lens {file}", "import {file}", "export {file} --to llama.cpp",
+    "export {file} --to svec", "export {file} --to peft-beft --model-type llama", "export {file} --to checkpoint "
+    "--model pocket", "probe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_out_that_is_no_file_is_left_alone(steerable, tmp_path, command):
+    file = direction(tmp_path, width=192)
+    os.mkfifo(tmp_path / "pipe")
+    option = "--to" if command == "probe" else "--out"
+    said = steerable(*command.format(file=file).split(), option, tmp_path / "pipe")
+    assert_refused(said, 2, "pipe")
+    assert "FIFO" in said.err or "is there already" in said.err
+    assert (tmp_path / "pipe").is_fifo() and {p.name for p in tmp_path.iterdir()} == {"pipe", "d.safetensors"}
+
+
+def test_out_that_is_a_link(steerable, tmp_path):
+    file = direction(tmp_path, width=192)
+    (tmp_path / "link").symlink_to("made")
+    assert steerable("export", file, "--to", "svec", "--out", tmp_path / "link").code == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "made").is_file()
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "annotate", "report"])
+def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tmp_path, command):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    options = tiny[2:] if command == "run" else []
+    said = steerable(command, "--out", copy, *options, "--model", tmp_path / "other")
+    assert_refused(said, 2, "results of another model, 'pocket' and not", "another --out, or --overwrite")
+    for path in finished.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (copy / path.relative_to(finished)).read_bytes()
+    said = steerable(command, "--out", copy, *options, "--model", tmp_path / "other", "--overwrite")
+    assert_refused(said, 2, "give 'pocket', a folder or a hub name")  # it would have gone on
+
+
+@pytest.mark.parametrize("command", ["train rl", "train upft", "passk", "compose {file} --tasks pocket"])
+def test_a_run_is_not_overwritten_by_another_job(steerable, finished, tmp_path, command):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    file = finished / "vectors/backtracking.safetensors"
+    said = steerable(*command.format(file=file).split(), "--out", copy)
+    assert_refused(said, 2, "holds what `steerable run` made")
+
+
+def strangers(finished, folder, monkeypatch, **settings):
+    """A run folder whose config.json asks for code that leaves a mark, which lies in the working folder."""
+    copy = shutil.copytree(finished, folder / "run")
+    config = json.loads((copy / "config.json").read_text()) | settings
+    (copy / "config.json").write_text(json.dumps(config))
+    (folder / "strangers.py").write_text(
+        "import pathlib\npathlib.Path('ran').touch()\nfrom steerable.pocket.language import annotate as spans\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "strangers", raising=False)
+    return copy
+
+
+@pytest.mark.parametrize("command", [*STAGES, "probe"])
+def test_nothing_that_a_config_names_is_imported(steerable, finished, tmp_path, monkeypatch, command):
+    copy = strangers(finished, tmp_path, monkeypatch, annotator="strangers:spans")
+    more = ["--to", "p.safetensors", "--folds", "3", "--layer", "2"] if command == "probe" else []
+    said = steerable(command, "--out", copy, *more)
+    assert not (tmp_path / "ran").exists()
+    if command in ("annotate", "select", "evaluate"):
+        assert_refused(said, 2, "config.json asks for --annotator strangers:spans", "give the option yourself")
+    else:
+        assert said.code == 0, said
+
+
+def test_ones_own_annotator_is_given_again(steerable, finished, tmp_path, monkeypatch):
+    copy = strangers(finished, tmp_path, monkeypatch, annotator="strangers:spans")
+    assert steerable("annotate", "--out", copy, "--annotator", "strangers:spans").code == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_remote_code_and_keys_are_asked_for_again(steerable, finished, tmp_path, monkeypatch):
+    copy = strangers(finished, tmp_path, monkeypatch, trust_remote_code=True)
+    assert_refused(steerable("report", "--out", copy), 2, "asks for --trust-remote-code", "give the option yourself")
+    config = json.loads((finished / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"annotator": "llm", "llm_url": "http://example.invalid/v1"}))
+    assert_refused(steerable("annotate", "--out", copy), 2, "asks for --llm-url", "your key is never taken")
+    (copy / "config.json").write_text(json.dumps(config | {"attention": "owner/kernel"}))
+    assert_refused(steerable("report", "--out", copy), 2, "asks for --attention owner/kernel")
+    (tmp_path / "recipe.json").write_text('{"trust_remote_code": true}')
+    said = steerable("train", "rl", "--recipe", "recipe.json", "--out", "new")
+    assert_refused(said, 2, "asks for trust_remote_code, which no file may")

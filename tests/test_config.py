@@ -1,5 +1,8 @@
 """The settings: every wrong value is one sentence, and the rest of the package follows from the table."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 
 from steerable.config import Config, from_dict
@@ -73,6 +76,25 @@ def test_annotator_of_ones_own(tmp_path, monkeypatch):
     assert Config(annotator="my_own_annotator:spans").annotate({}) == []
     with pytest.raises(UsageError, match="cannot be imported"):
         Config(annotator="my_broken_annotator:spans")
+
+
+def test_nothing_that_a_file_names_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "strangers.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef spans(chain): return []\n")
+    monkeypatch.chdir(tmp_path)
+    values = Config(model="m").to_dict() | {"annotator": "strangers:spans", "trust_remote_code": True}
+    config = from_dict(values, from_file=values)
+    for one in (config, config.quick(), replace(config, limit=3), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(UsageError, match="--annotator strangers:spans.*give the option yourself"):
+            _ = one.annotate
+        with pytest.raises(UsageError, match="--trust-remote-code, and what could run code"):
+            one.check_own("trust_remote_code")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UsageError, match="unknown setting 'from_file'"):
+        from_dict({"from_file": []})
+    known = from_dict(values | {"annotator": "keywords"}, from_file=values)
+    assert known.annotate is not None  # one of ours
+    assert from_dict(values, from_file=values.keys() - {"annotator"}).annotate({}) == []
+    assert (tmp_path / "ran").exists()
 
 
 def test_quick_only_ever_makes_a_run_smaller():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from steerable.errors import SteerableError, UsageError
+from steerable.errors import SteerableError, SteerableWarning, UsageError
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
 
@@ -88,6 +88,61 @@ def test_pieces_of_other_settings_go(folder):
     assert not (folder.partial("stage", "b" * 64) / "piece.json").exists()
     assert not any((folder / ".partial").glob("stage-*"))
     assert (folder.partial("later", "c" * 64) / "piece.json").exists()
+
+
+@pytest.mark.parametrize("others", [("bias-2", "bias-", "bias-2-3"), ("[a]*", "a", "aa"), ("b+", "bb", "b.+")])
+def test_pieces_of_a_stage_whose_name_begins_alike_stay(folder, others):
+    """Stages are named after arms and files, which people name."""
+    first, *rest = others = "bias", *others
+    folder.root.mkdir()
+    for name in others:
+        write_json(folder.partial(name, "a" * 64) / "piece.json", 1)
+    for name in others:
+        folder.partial(name, "b" * 64)  # those of its other key go
+        left = [other for other in others if (folder.partial(other, "a" * 64) / "piece.json").exists()]
+        assert left == [other for other in others if other != name], name
+        write_json(folder.partial(name, "a" * 64) / "piece.json", 1)
+    (folder / "out").write_text("")
+    folder.finish(first, "a" * 64, ["out"])
+    assert all((folder.partial(other, "a" * 64) / "piece.json").exists() for other in rest)
+
+
+def test_a_folder_of_an_earlier_release_is_said_to_be_one(folder):
+    stage(folder)
+    stamp = read_json(folder / "stages/stage.json")
+    with folder.locked():
+        pass  # no warning: an error here
+    del stamp["hashes"]
+    write_json(folder / "stages/stage.json", stamp)
+    with pytest.warns(SteerableWarning, match="earlier release.*done again"), folder.locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("held", "text"),
+    [
+        ({"model": "other"}, "results of another model, 'other' and not 'pocket'"),
+        ({"model": "pocket", "revision": "v1"}, "results of another revision, 'v1' and not None"),
+        ({"model": "pocket", "method": "bias"}, "what `steerable train rl` made"),
+        ({"model": "pocket", "method": "bias", "prefix_tokens": 8}, "what `steerable train upft` made"),
+        ({"model": "pocket", "job": "passk"}, "what `steerable passk` made"),
+    ],
+)
+def test_what_another_job_or_model_left_is_not_overwritten(folder, held, text):
+    write_json(folder / "config.json", held)
+    with pytest.raises(UsageError, match=f"{text}.*another --out, or --overwrite"):
+        folder.refuse_other("run", "pocket")
+    folder.refuse_other("run", "pocket", overwrite=True)
+
+
+def test_the_same_model_by_another_path(folder, monkeypatch):
+    (folder / "m").mkdir(parents=True)
+    monkeypatch.chdir(folder.root)
+    write_json(folder / "config.json", {"model": "m"})
+    folder.refuse_other("run", str(folder / "m"))
+    write_json(folder / "config.json", {"model_type": "llama", "architectures": []})
+    with pytest.raises(UsageError, match="is the folder of a model"):
+        folder.refuse_other("run", "m", overwrite=True)
 
 
 def test_killed_between_stamp_and_tidying(folder):

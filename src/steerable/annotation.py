@@ -53,8 +53,12 @@ def annotate(run: Run, chains: Sequence[Record], split: str) -> Annotated:
 
 def endpoint(config: Config) -> Endpoint:
     """The language model that annotates and writes tasks."""
+    from urllib.parse import urlsplit
+
     from steerable.chains.endpoint import Endpoint
 
+    if config.llm_url and urlsplit(config.llm_url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        config.check_own("llm_url")
     return Endpoint(
         config.llm_model,
         config.llm_url,

@@ -6,7 +6,6 @@ the base's dtype and on its device, so that nothing but the training differs.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -25,6 +24,7 @@ from steerable.directions import Direction
 from steerable.engines.hooks import steer
 from steerable.engines.workers import MapBlocks, loader, map_blocks
 from steerable.errors import SteerableWarning, UsageError
+from steerable.files import sha256, sha256_of
 from steerable.models import Loaded
 
 BASE = "base"
@@ -105,12 +105,9 @@ def fingerprint(arm: Arm, model: Any = None) -> str:
     path = models.pocket_path() if arm.source == "pocket" else Path(arm.source)
     if not path.exists():
         return arm.source
-    digest = hashlib.sha256()
-    for file in sorted([f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")] or [path]):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    if path.is_file():
+        return sha256(path)
+    return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")})
 
 
 def check_arms(arms: Iterable[Arm], base: Loaded) -> None:
@@ -172,7 +169,7 @@ def _check_model(arm: Arm, base: Any) -> None:
     if not path.exists():
         return  # the hub's: `load` says what is wrong with it
     try:
-        config = AutoConfig.from_pretrained(arm.source).get_text_config()
+        config = AutoConfig.from_pretrained(arm.source, trust_remote_code=False).get_text_config()
     except Exception as error:  # foreign files: the library that reads them raises what it likes
         raise UsageError(f"arm {arm.name!r}: {path} is not a loadable model folder ({str(error)[:120]})") from error
     mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size

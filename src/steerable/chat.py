@@ -28,6 +28,7 @@ from steerable.engines.sampling import stop_ids
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
 from steerable.pocket import language
+from steerable.printable import printable
 from steerable.sites import parse_layers
 from steerable.think import think_tags
 
@@ -163,7 +164,7 @@ class _Screen:
         self.said: list[Record] = [{"thinking": "", "answer": ""}] * 2
         self.live: Live | None = None
         if not quiet:
-            self.console.print(Text(prompt.strip(), style="bold"), "\n")
+            self.console.print(Text(printable(prompt.strip()), style="bold"), "\n")
 
     def __enter__(self) -> _Screen:
         if not self.quiet and self.console.is_terminal:
@@ -199,12 +200,13 @@ class _Screen:
         return Columns(panels, padding=(0, 1)) if self.console.width >= 80 else Group(*panels)
 
     def _coloured(self, said: Record) -> Text:
-        shown = Text(said["thinking"])
+        shown = Text(printable(said["thinking"]))  # as long as before: the spans' offsets stay true
         if self.known:
             for span in language.annotate({"task_id": "", "sample": 0, "thinking": said["thinking"]}):
                 shown.stylize(COLOURS[span["label"]], span["start"], span["end"])
         shown.rstrip()
-        return shown.append(f"\n\n{said['answer'].strip()}", style="bold") if said["answer"].strip() else shown
+        answer = printable(said["answer"].strip())
+        return shown.append(f"\n\n{answer}", style="bold") if answer else shown
 
 
 def _verdict(said: dict[str, Any]) -> str:

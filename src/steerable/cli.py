@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from steerable.commands import job, pocket, training, vectors
 from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.printable import one_line
 
 # click's UsageError, wherever typer keeps it.
 _BadCommandLine: Any = typer.BadParameter.__base__
@@ -94,9 +95,9 @@ def main() -> None:
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     if issubclass(category, SteerableWarning):  # other packages' warnings are for developers
-        sys.stderr.write(f"steerable: warning: {' '.join(str(message).split())}\n")
+        sys.stderr.write(f"steerable: warning: {one_line(str(message))}\n")
 
 
 def _fail(sentence: str, code: int) -> None:
-    sys.stderr.write(f"steerable: {' '.join(sentence.split())}\n")
+    sys.stderr.write(f"steerable: {one_line(sentence)}\n")
     sys.exit(code)

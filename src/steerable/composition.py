@@ -53,6 +53,7 @@ def compose(
     seed: int = 0,
     out: str | Path = "runs/compose",
     workers: int | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Add direction files up and measure what they do alone, in pairs and together.
@@ -62,7 +63,8 @@ def compose(
     "all", "adjacent" (neighbouring layers) or "none". to: a sibling model of the same shape, on which all files
     together are measured as well. exclude: files of tasks not to be drawn: those that the vectors were trained on.
     greedy: else the model's own decoding. system, template: how tasks are put, as `chains.generation.Prompting`.
-    workers: processes; changes no result. out: a folder; without tasks a .safetensors file will do.
+    workers: processes; changes no result. out: a folder; without tasks a .safetensors file will do. overwrite: replace
+    the results of another model that the folder holds.
 
     Writes the sum to `out`/combined.safetensors and returns what it writes to `out`/compose.json (docs/lens.md). Raises
     UsageError, before anything is generated, for files that do not go together or do not fit the model, a sibling of
@@ -94,6 +96,8 @@ def compose(
         return {**about, "combined": str(written)}
     if tasks == "auto":
         tasks = "pocket" if model == "pocket" else "reasoning-gym"
+    folder = RunFolder(out)
+    folder.refuse_other("compose", model, overwrite=overwrite)
     layers = {name: direction.layers for name, direction in directions.items()}
     wanted = names_of_pairs(layers, pairs)
     if pairs == "adjacent" and not wanted:
@@ -105,9 +109,13 @@ def compose(
     prompting.ids(loaded.tokenizer, "")  # refuses what cannot be put to this model
     if to is not None:
         _check_shape(to, loaded.model)
-    folder = RunFolder(out)
     with folder.locked(), Display(quiet) as display:
         drawn = draw(folder, tasks, limit, seed, exclude)
+        settings = {
+            "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
+            "system": system, "template": template, "pairs": pairs, "seed": seed,
+        }  # fmt: skip
+        write_json(folder / "config.json", {"job": "compose", "model": model, **settings})
         together.save(folder / "combined.safetensors")
         how = _How(folder, drawn, samples, prompting, max_new_tokens, greedy, seed, workers, display)
         cells = {
@@ -117,10 +125,7 @@ def compose(
         result = {
             **about,
             "model": models.model_id(loaded.model) or model,
-            "settings": {
-                "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
-                "system": system, "template": template, "pairs": pairs, "seed": seed,
-            },
+            "settings": settings,
             "tasks_sha256": sha256(folder / "tasks.jsonl"),
             "cells": _cells(cells, seed),
             **_gains(cells, layers, wanted, seed),
@@ -258,7 +263,7 @@ def _check_shape(to: str, model: Any) -> None:
 
     path = str(models.pocket_path()) if to == "pocket" else to
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except Exception as error:  # foreign files: the library that reads them raises what it likes
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"--to {to!r} is not a loadable model ({reason}); give a folder or a hub name") from error

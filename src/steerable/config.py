@@ -6,8 +6,8 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,13 @@ def check_positive(settings: Any, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run's result depends on. Raises UsageError for a value that makes no sense."""
+    """Everything that a run's result depends on. Raises UsageError for a value that makes no sense.
 
+    from_file: names of the settings that were read from a file. What such a setting names is never imported or run, and
+    no key is sent to it (`check_own`).
+    """
+
+    from_file: InitVar[frozenset[str]] = frozenset()
     model: str = option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     dtype: str | None = option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
@@ -124,7 +129,8 @@ class Config:
     block: int = option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
     rows: int = option(100, "Sequences computed together.")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, from_file: frozenset[str]) -> None:
+        object.__setattr__(self, "from_file", from_file)  # `replace` passes it on
         for name, other in (("tasks", "reasoning-gym"), ("annotator", "keywords")):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, "pocket" if self.model == "pocket" else other)
@@ -152,7 +158,9 @@ class Config:
             if getattr(self, name) not in allowed:
                 names = ", ".join(a for a in allowed if a)
                 raise UsageError(f"--{name} is {getattr(self, name)!r}: expected one of {names}")
-        _ = self.strengths, self.prices, self.chosen_layer, self.annotate
+        _ = self.strengths, self.prices, self.chosen_layer
+        if "annotator" not in from_file or self.annotator in ANNOTATORS or self.probe is not None:
+            _ = self.annotate
 
     @property
     def strengths(self) -> list[float]:
@@ -204,9 +212,11 @@ class Config:
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
+        if self.annotator not in ANNOTATORS:
+            self.check_own("annotator")
+            if (here := os.getcwd()) not in sys.path:
+                sys.path.append(here)
         module, _, name = ANNOTATORS.get(self.annotator, self.annotator).partition(":")
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:  # somebody else's module: importing it may raise anything
@@ -217,6 +227,15 @@ class Config:
         if not callable(function):
             raise UsageError(f"--annotator is {self.annotator!r}, which is no function: expected chain -> spans")
         return function  # type: ignore[no-any-return]
+
+    def check_own(self, name: str) -> None:
+        """Raises UsageError for a setting that could run code, or be sent a key, and that only a file asks for."""
+        if name in vars(self)["from_file"]:
+            value = getattr(self, name)
+            raise UsageError(
+                f"config.json asks for {flag(name)}{'' if value is True else f' {value}'}, and what could run code or "
+                "be sent your key is never taken from a file: give the option yourself if you trust it"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,10 +262,11 @@ class Config:
         )
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """A Config from its dict. Raises UsageError for an unknown setting or a wrong value."""
+def from_dict(values: Mapping[str, Any], from_file: Collection[str] = ()) -> Config:
+    """A Config from its dict; from_file: names of values that a file gave. Raises UsageError for an unknown setting or
+    a wrong value."""
     check_names(Config, values)
-    return Config(**values)
+    return Config(**values, from_file=frozenset(from_file))
 
 
 def check_names(table: Any, values: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import SteerableError, UsageError
-from .files import write_atomic
+from .files import check_header, refuse_pointer, strict_json, write_atomic
 from .gates import parse_selector
 from .sites import Site
 
@@ -159,7 +159,9 @@ class Direction:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"there is no direction file {path}")
+        refuse_pointer(path)
         try:
+            check_header(path)
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -204,7 +206,7 @@ def _fields(meta: dict[str, str]) -> dict[str, Any]:
     found_fields: dict[str, Any] = {key: meta[key] for key in _TEXT if key in meta}
     for key, kind in (("strength", (int, float)), ("norms", dict), ("stats", dict)):
         if key in meta:
-            value = json.loads(meta[key], parse_constant=_no_constant)
+            value = strict_json(meta[key])
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"metadata {key!r} has the wrong type {type(value).__name__}")
@@ -221,10 +223,6 @@ def _encoded(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"a direction's texts must be Unicode: {error.reason}") from error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not allowed in the metadata")
 
 
 def _dumps(value: Any) -> str:

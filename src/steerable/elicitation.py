@@ -54,6 +54,7 @@ def passk(
     seed: int = 0,
     out: str | Path = "runs/passk",
     workers: int | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Sample every arm and the base, and compare pass@k, solved tasks and perplexity under the base.
@@ -64,6 +65,7 @@ def passk(
     those that the arms were trained on. limit: how many tasks. samples: chains a task, the largest k. ks: default 1, 2,
     4, ... up to `samples`. temperature, top_p: in place of the base's own, for every arm (0.6 and 0.95 in Yue et al.
     2025). system, template: how tasks are put, as `chains.generation.Prompting`. workers: processes; changes no result.
+    overwrite: replace the results of another base that the folder holds.
 
     Returns what it writes to `out`/passk.json: see docs/passk.md. Beside it are passk.html, tasks.jsonl and the chains
     of every arm; a killed call goes on from there. Raises UsageError, before anything is generated, for arms that
@@ -78,6 +80,7 @@ def passk(
     source = ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
     found = find_arms(model, arms or {})
     folder = RunFolder(out)
+    folder.refuse_other("passk", model, overwrite=overwrite)
     base = models.load(model)
     decoding = _decoding(base, temperature, top_p)
     prompting = Prompting(system=system, template=template)
@@ -85,6 +88,11 @@ def passk(
     check_arms(found, base)
     with folder.locked(), Display(quiet) as display:
         drawn = draw(folder, source, limit, seed, exclude)
+        settings = {
+            "tasks": source, "limit": limit, "samples": samples, "ks": wanted, "decoding": asdict(decoding),
+            "max_new_tokens": max_new_tokens, "system": system, "template": template, "seed": seed,
+        }  # fmt: skip
+        write_json(folder / "config.json", {"job": "passk", "model": model, **settings})
         common = {
             "decoding": asdict(decoding), "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed,
             "system": system, "template": template, "base": fingerprint(found[0], base.model),
@@ -94,15 +102,12 @@ def passk(
                 _sample, folder / f"{arm.name}.jsonl", arm, base, drawn, samples, prompting, decoding, max_new_tokens,
                 seed, workers, display,
             )  # fmt: skip
-            settings = common | {"kind": arm.kind, "content": fingerprint(arm)}
-            folder.run_stage(arm.name, ["tasks.jsonl"], settings, [f"{arm.name}.jsonl"], work)
+            content = common | {"kind": arm.kind, "content": fingerprint(arm)}
+            folder.run_stage(arm.name, ["tasks.jsonl"], content, [f"{arm.name}.jsonl"], work)
         rows = {arm.name: _rows(folder / f"{arm.name}.jsonl") for arm in found}
         result = {
             "model": models.model_id(base.model) or model,
-            "settings": {
-                "tasks": source, "limit": limit, "samples": samples, "ks": wanted, "decoding": asdict(decoding),
-                "max_new_tokens": max_new_tokens, "system": system, "template": template, "seed": seed,
-            },
+            "settings": settings,
             "versions": {name: version(name) for name in ("steerable", "torch", "transformers")}
             | {"python": platform.python_version()},
             "tasks_sha256": sha256(folder / "tasks.jsonl"),

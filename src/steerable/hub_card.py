@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .directions import Direction
 from .formats.foreign import layers_text
+from .printable import one_line
 from .report.cells import Cell, Interval, doses, measured, setting_of, unsteered
 
 #: SPDX names that the hub knows, by their lower-case form; others are "other" with their name beside.
@@ -24,7 +26,7 @@ def text(
     named: Mapping[str, Direction], report: Mapping[str, Any], licence: str, repo_id: str, tags: Sequence[str]
 ) -> str:
     """Header and body; every number stands beside where it comes from."""
-    behaviours = [d.behaviour for d in named.values() if d.behaviour]
+    behaviours = [one_line(d.behaviour) for d in named.values() if d.behaviour]
     title = f"Steering vectors: {', '.join(dict.fromkeys(behaviours)) or 'unnamed'}"
     parts = [
         f"---\n{_header(named, licence, tags)}\n---\n",
@@ -93,14 +95,14 @@ def _use(named: Mapping[str, Direction], repo_id: str) -> str:
     name, direction = next(iter(named.items()))
     where = repr(repo_id or "folder/or/owner/name").replace("'", '"')
     which = f', filename="{name}"' if len(named) > 1 else ""
-    model = (direction.model_id or "the/model").replace('"', "")
+    model = json.dumps(one_line(direction.model_id or "the/model"))
     return f"""## How to use
 
 ```python
 import steerable as st
 
 direction = st.Direction.from_pretrained({where}{which})
-model, tokenizer = st.load("{model}")
+model, tokenizer = st.load({model})
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "How many primes are below 30?"}}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
@@ -131,8 +133,7 @@ def _same_files(named: Mapping[str, Direction], report: Mapping[str, Any]) -> st
     """Whether the run steered with these very files, by the hashes in its report."""
     hashes = report.get("hashes")
     known = set(hashes.values()) if isinstance(hashes, Mapping) else set()
-    # as runfolder.sha256 hashes a file: its relative name, which is ".", and its bytes
-    if all(hashlib.sha256(b".\0" + d.to_bytes()).hexdigest() in known for d in named.values()):
+    if all(hashlib.sha256(d.to_bytes()).hexdigest() in known for d in named.values()):
         return " with these very files, on tasks that they were not made from"
     return " (the report does not show whether with these very files)"
 
@@ -149,7 +150,7 @@ def _table(d: Direction, cells: list[Cell]) -> str:
     tables = []
     for setting in settings:
         lines = [
-            f"**{d.behaviour}**, layers {layers_text(setting.layers)}, tokens `{setting.where}`",
+            f"**{one_line(d.behaviour)}**, layers {layers_text(setting.layers)}, tokens `{setting.where}`",
             "",
             f"| vector | strength | chains | share of {_cell(d.behaviour)} | "
             + " | ".join(title for _, title in _METRICS)
@@ -195,4 +196,4 @@ def _origin(named: Mapping[str, Direction]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return one_line(text.replace("|", "\\|"))

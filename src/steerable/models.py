@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .files import refuse_pointer
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def load(
                 placed["attn_implementation"] = kernel
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
     except Exception as error:  # foreign files: the libraries that read them raise what they like
+        for file in sorted(Path(source).glob("*")):
+            refuse_pointer(file)
         known_as = "is not a loadable model folder"
         what = known_as if Path(source).exists() else "is neither a folder nor a known model"
         raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error

@@ -9,7 +9,6 @@ Vectors" (arXiv 2506.18167), with the choices that `config.py` names.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,7 +20,8 @@ from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.config import Config, from_dict
 from steerable.display import Display
 from steerable.errors import UsageError
-from steerable.runfolder import RunFolder, read_json, sha256, write_json
+from steerable.files import sha256, sha256_of
+from steerable.runfolder import RunFolder, read_json, write_json
 
 
 @dataclass
@@ -41,6 +41,10 @@ class Run:
         from steerable.think import think_tags
 
         c = self.config
+        if c.trust_remote_code:
+            c.check_own("trust_remote_code")
+        if "/" in (c.attention or ""):  # a kernel on the hub is code
+            c.check_own("attention")
         where = {"device_map": "auto"} if c.device == "auto" else {"device": c.device}
         loaded = models.load(
             c.model,
@@ -87,8 +91,8 @@ class Run:
         if commit := getattr(config, "_commit_hash", None):
             return str(commit)
         root = pocket_path() if self.config.model == "pocket" else Path(self.config.model)
-        found = sorted([*root.glob("*.safetensors"), *root.glob("*.json"), *root.glob("*.jinja")])
-        return hashlib.sha256("".join(f"{f.name} {sha256(f)}" for f in found).encode()).hexdigest()
+        found = [*root.glob("*.safetensors"), *root.glob("*.json"), *root.glob("*.jinja")]
+        return sha256_of({file.name: file for file in found})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """What the stage's result depends on beside its inputs, with the content of what the settings only name."""
@@ -151,7 +155,8 @@ def open_run(out: str | Path, display: Display | None = None) -> Run:
     folder = RunFolder(out)
     if not (folder / "config.json").exists():
         raise UsageError(f"{folder.root} is no run folder: expected one that `steerable run` has made")
-    return Run(folder, from_dict(_kept_settings(folder)), display=display or Display(quiet=True))
+    kept = _kept_settings(folder)
+    return Run(folder, from_dict(kept, from_file=kept), display=display or Display(quiet=True))
 
 
 STAGES = (
@@ -204,7 +209,7 @@ STAGES = (
         stages.report,
         ("config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "coverage.json", "cosines.json", "norms.json",
          "attribution.json", "selection.json", "vectors", "cells.json", "steered", "steered_spans"),
-        "model annotator",
+        "model",
         ("report.json", "report.html"),
     ),
 )  # fmt: skip
@@ -219,13 +224,15 @@ def run(
     workers: int | None = None,
     ray: float | None = None,
     display: Display | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> Path:
     """Go through all stages, or do one, in the run folder `out`; what is finished already is not done again.
 
     stage: one of `STAGES` by name. fresh: settings that are not given have their defaults; else those of the folder's
     config.json. quick: fewer tasks and samples. workers: processes; None: one a core for a small model on a CPU.
-    ray: the workers are actors of a Ray cluster, each with this many GPUs. settings: those of `Config`.
+    ray: the workers are actors of a Ray cluster, each with this many GPUs. overwrite: replace the results of another
+    model that the folder holds. settings: those of `Config`.
 
     Returns the folder. Raises UsageError for a wrong setting or input, before anything is written.
     """
@@ -239,8 +246,10 @@ def run(
         raise UsageError(f"--ray is {ray}: expected the number of GPUs of each worker, 0 or more")
     folder = RunFolder(out)
     steps = [step for step in STAGES if stage in (None, step.name)]
-    config = from_dict({**({} if fresh else _kept_settings(folder)), **settings})
+    kept = {} if fresh else _kept_settings(folder)
+    config = from_dict({**kept, **settings}, from_file=kept.keys() - settings.keys())
     config = config.quick() if quick else config
+    folder.refuse_other("run", config.model, config.revision, overwrite)
     current = Run(folder, config, workers, ray, display or Display(quiet=True))
     # Wrong settings, an unusable model and missing inputs are refused before anything is written.
     folder.key(steps[0].name, steps[0].inputs, current.settings(steps[0]))

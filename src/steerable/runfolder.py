@@ -10,46 +10,49 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import steerable
-from steerable.errors import SteerableError, UsageError
-from steerable.files import write_atomic
+from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.files import file_target, folder_target, strict_json, write_atomic
+from steerable.files import sha256 as sha256
 
 _LAYOUT = 2
 """Part of every stage's key, raised when what a folder's files hold changes: 2, chains keep their token ids."""
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write a JSON document, whole or not at all; equal values give equal bytes."""
-    return write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    """Write a JSON document, whole or not at all; equal values give equal bytes. Raises SteerableError for what JSON
+    cannot hold."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+    except (TypeError, ValueError) as error:
+        raise SteerableError(f"{path} cannot be written as JSON: {error}") from error
+    return write_atomic(path, text.encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate as JSON escapes it
 
 
 def read_json(path: Path) -> Any:
     """Raises UsageError naming the file where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json(file_target(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: run the stage that writes it first, or `steerable run`") from None
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON ({error}): delete it and run the same command again") from None
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, or of the relative names and bytes of all files in a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+def _same_model(a: str, b: str) -> bool:
+    with suppress(OSError, ValueError):
+        return a == b or os.path.samefile(a, b)
+    return False
 
 
 class RunFolder:
@@ -57,8 +60,8 @@ class RunFolder:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        if self.root.exists() and not self.root.is_dir():
-            raise UsageError(f"{self.root} is a file: --out must name a folder")
+        if self.root.exists():
+            folder_target(self.root)  # raises for what is no folder
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -67,8 +70,10 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep a second process out of this folder; the system frees the lock when the process ends, however."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = open(self.root / ".lock", "w")  # noqa: SIM115 - held open as long as the lock
+            Path(os.path.realpath(self.root)).mkdir(parents=True, exist_ok=True)
+            # held open as long as the lock; whatever lies there is neither emptied nor waited for
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            lock = os.fdopen(os.open(self.root / ".lock", flags, 0o666), "rb+", buffering=0)
         except OSError as error:
             raise SteerableError(f"cannot use {self.root}: {error.strerror or error}") from error
         with lock:
@@ -80,7 +85,45 @@ class RunFolder:
                 ) from None
             for stray in list(self.root.rglob(".*.tmp")):  # a killed process was writing it
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+            self._warn_of_older_stages()
             yield
+
+    def refuse_other(self, job: str, model: str, revision: str | None = None, overwrite: bool = False) -> None:
+        """Raises UsageError where the folder holds a model, or, unless `overwrite`, the results of another job ("run",
+        "train rl", ...) or of another model, as its config.json says."""
+        path = self / "config.json"
+        held = read_json(path) if path.exists() else None
+        if not isinstance(held, dict):
+            return  # nothing is there, or nothing that anybody could use
+        if "model_type" in held or "architectures" in held:
+            raise UsageError(f"{self.root} is the folder of a model: give another --out")
+        if overwrite:
+            return
+        its_job = held.get("job") or (
+            "train upft" if "prefix_tokens" in held else "train rl" if "method" in held else "run"
+        )
+        its_model, its_revision = str(held.get("model", model)), held.get("revision")
+        if its_job != job:
+            holds = f"what `steerable {its_job}` made"
+        elif not _same_model(its_model, model):
+            holds = f"results of another model, {its_model!r} and not {model!r}"
+        elif its_revision != revision:
+            holds = f"results of another revision, {its_revision!r} and not {revision!r}"
+        else:
+            return
+        raise UsageError(f"{self.root} holds {holds}: give another --out, or --overwrite to have them replaced")
+
+    def _warn_of_older_stages(self) -> None:
+        for stamp in sorted((self / "stages").glob("*.json")):
+            with suppress(OSError, ValueError, TypeError):
+                if "hashes" not in json.loads(stamp.read_text()):
+                    warnings.warn(
+                        f"{self.root} was made by an earlier release, whose hashes were not those of sha256sum: every "
+                        "stage that is asked for is done again, and `steerable run` does all of them",
+                        SteerableWarning,
+                        stacklevel=4,
+                    )
+                    return
 
     def key(self, stage: str, inputs: Sequence[str], settings: Mapping[str, Any]) -> str:
         """What a stage's result depends on, as one hash. Raises UsageError when an input is not there."""
@@ -103,7 +146,7 @@ class RunFolder:
             return False  # no stamp, or none of ours
 
     def finish(self, stage: str, key: str, outputs: Sequence[str]) -> None:
-        content = {"key": key, "outputs": {name: sha256(self / name) for name in outputs}}
+        content = {"key": key, "hashes": "sha256sum", "outputs": {name: sha256(self / name) for name in outputs}}
         write_json(self / f"stages/{stage}.json", content)
         self._sweep(stage)
 
@@ -114,8 +157,10 @@ class RunFolder:
         return folder
 
     def _sweep(self, stage: str, keep: Path | None = None) -> None:
-        for folder in (self / ".partial").glob(f"{stage}-*"):
-            if folder != keep:
+        its_own = re.compile(re.escape(stage) + "-[0-9a-f]{16}")  # "bias" must not take "bias-2" with it
+        folders = (self / ".partial").iterdir() if (self / ".partial").is_dir() else ()
+        for folder in list(folders):
+            if folder != keep and its_own.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # other stages may have pieces there
             (self / ".partial").rmdir()
@@ -136,6 +181,9 @@ class RunFolder:
         if self.finished(stage, key):
             self._sweep(stage)  # where it was killed between its stamp and this
             return False
+        for name in outputs:
+            if not (self / name).is_dir():
+                file_target(self / name)  # raises for what would have to be replaced and is no file
         began = time.perf_counter()
         work(self.partial(stage, key))
         self.finish(stage, key, outputs)

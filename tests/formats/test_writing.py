@@ -69,10 +69,10 @@ def test_strength_is_folded_or_warned_of(tmp_path, to):
     table = {1: table[1]} if to == "pt-vector" else table
     direction = direction_of(table, strength=-0.5)
     with pytest.warns(SteerableWarning, match="strength -0.5"):
-        assert export_file(direction, tmp_path / "a", to)["strength"] == -0.5
+        assert export_file(direction, tmp_path / "a", to, n_layers=4)["strength"] == -0.5
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        done = export_file(direction, tmp_path / "a", to, fold_strength=True)
+        done = export_file(direction, tmp_path / "a", to, fold_strength=True, n_layers=4)
         asked = ASKED.get(to, {}) | ({"layer": 1} if to == "pt-vector" else {})
         found = import_file(tmp_path / "a", **asked)
     assert done["strength"] == 1.0 and not any("strength" in str(w.message) for w in caught)
@@ -81,7 +81,7 @@ def test_strength_is_folded_or_warned_of(tmp_path, to):
 
 def test_the_input_of_a_block_is_the_output_of_the_one_before(tmp_path):
     v = vectors(3)[3]
-    export_file(Direction({Site("resid_pre", 3): v}), tmp_path / "a", "llama.cpp")
+    export_file(Direction({Site("resid_pre", 3): v}), tmp_path / "a", "llama.cpp", n_layers=4)
     assert import_file(tmp_path / "a").layers == [2]
     with pytest.raises(UsageError, match="resid_pre.0"):
         export_file(Direction({Site("resid_pre", 0): v}), tmp_path / "b", "repeng")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerable.commands.shared import Json, Out, Workers, given, print_json, print_tables, with_settings
+from steerable.commands.shared import Json, Out, Overwrite, Workers, given, print_json, print_tables, say, with_settings
 from steerable.config import PAPER
 from steerable.errors import UsageError
 
@@ -34,11 +34,13 @@ def run(
     paper: Paper = False,
     workers: Workers = None,
     ray: Cluster = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
     """All stages of the main job, from tasks to the report. A stopped run goes on where it was."""
-    _go(out, None, (PAPER if paper else {}) | given(settings), as_json, quick=quick, workers=workers, ray=ray)
+    how = {"quick": quick, "workers": workers, "ray": ray, "overwrite": overwrite}
+    _go(out, None, (PAPER if paper else {}) | given(settings), as_json, **how)
 
 
 @with_settings
@@ -50,6 +52,7 @@ def annotate(
     chains: Annotated[Path | None, typer.Option(help="With --agreement: the file of the chains themselves.")] = None,
     workers: Workers = None,
     ray: Cluster = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -60,7 +63,7 @@ def annotate(
     if agreement is None:
         if chains is not None:
             raise UsageError("--chains goes with --agreement; the stage annotates the chains of --out")
-        _go(out, "annotate", given(settings), as_json, workers=workers, ray=ray)
+        _go(out, "annotate", given(settings), as_json, workers=workers, ray=ray, overwrite=overwrite)
         return
     from steerable.chains.annotators.agreement import agreement_of_files, tables
 
@@ -73,9 +76,14 @@ def annotate(
 
 def _stage_command(name: str, text: str) -> Callable[..., None]:
     def command(
-        out: Out = RUN, workers: Workers = None, ray: Cluster = None, as_json: Json = False, **settings: Any
+        out: Out = RUN,
+        workers: Workers = None,
+        ray: Cluster = None,
+        overwrite: Overwrite = False,
+        as_json: Json = False,
+        **settings: Any,
     ) -> None:
-        _go(out, name, given(settings), as_json, workers=workers, ray=ray)
+        _go(out, name, given(settings), as_json, workers=workers, ray=ray, overwrite=overwrite)
 
     command.__doc__ = f"{text}\n\nSettings that are not given are taken from the run folder's config.json."
     return with_settings(command)
@@ -104,7 +112,7 @@ def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, *
     if as_json:
         print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
     elif stage in (None, "report"):
-        print(f"The report is {(folder / 'report.html').resolve()}")
+        say(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def chat(
@@ -124,6 +132,10 @@ def chat(
 ) -> None:
     """One prompt, unsteered and steered side by side, streamed, with the spans coloured by behaviour."""
     from steerable.chat import chat as talk
+    from steerable.files import file_target
+
+    if out is not None:
+        file_target(out)  # what cannot be written is refused before anything is generated
 
     answers = talk(
         prompt, model=model, steer=steer, strength=strength, layers=layers, where=where, seed=seed, greedy=greedy,
@@ -150,7 +162,9 @@ def probe(
     """
     from steerable import annotation
     from steerable.display import Display
+    from steerable.files import file_target
 
+    file_target(to)
     with Display(quiet=as_json) as display:
         trained = annotation.train_probe(out, layer=layer, folds=folds, display=display)
     trained.save(to)
@@ -158,7 +172,7 @@ def probe(
         print_json({"out": str(to), "layers": list(trained.layers), "scores": trained.scores})
         return
     scores, layers = trained.scores, ", ".join(map(str, trained.layers))
-    print(
+    say(
         f"{to}: layer {layers}, {scores['sentences']} sentences of {scores['tasks']} tasks; on held-out tasks accuracy "
         f"{scores['accuracy']:.3f} (the most frequent label alone: {scores['majority']:.3f}), macro-F1 "
         f"{scores['macro_f1']:.3f}, kappa {scores['kappa']:.3f}, calibration error {scores['ece']:.3f}"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steerable.commands.shared import Json, Workers, print_json
+from steerable.commands.shared import Json, Workers, print_json, say
 
 
 def pocket_train(
@@ -26,12 +26,12 @@ def pocket_train(
 
     if threads:
         torch.set_num_threads(threads)
-    say: Callable[[str], None] = (lambda text: None) if as_json else (lambda text: print(text, flush=True))
-    recipe.train(out, steps=steps, seed=seed, device=device, progress=say)
+    tell_progress: Callable[[str], None] = (lambda text: None) if as_json else say
+    recipe.train(out, steps=steps, seed=seed, device=device, progress=tell_progress)
     if as_json:
         print_json({"out": str(out)})
     else:
-        print(f"The model is in {out}; try: steerable chat --model {out}")
+        say(f"The model is in {out}; try: steerable chat --model {out}")
 
 
 def pocket_measure(
@@ -48,8 +48,11 @@ def pocket_measure(
 ) -> None:
     """Every figure of the bundled model: pass@k, behaviours, arithmetic, length, closing."""
     from steerable.display import Display
+    from steerable.files import file_target
     from steerable.pocket import measure
 
+    if out is not None:
+        file_target(out)
     with Display(quiet=as_json) as display:
         figures = measure.measure(
             model, tasks=tasks, samples=samples, deep=deep, seed=seed, workers=workers, display=display
@@ -61,4 +64,4 @@ def pocket_measure(
     if as_json:
         print_json(figures)
     else:
-        print(measure.table(figures))
+        say(measure.table(figures))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,12 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from steerable.config import Config
+from steerable.printable import json_line, printable
 
 Out = Annotated[Path, typer.Option(help="The run folder: everything that the run reads and writes.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Workers = Annotated[
     int | None,
     typer.Option(help="Processes that generate; default: one a core for small models. Changes no result."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Let results of another model in --out be replaced; else that is refused.")
 ]
 
 
@@ -60,19 +63,27 @@ def tell(content: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
         print_json(content)
     else:
-        print(text)
+        say(text)
+
+
+def say(*lines: str) -> None:
+    """Lines on standard output."""
+    for line in lines:
+        print(printable(line), flush=True)
 
 
 def print_tables(tables: list[Any]) -> None:
     """Tables on the terminal."""
     from rich.console import Console
 
-    console = Console()
+    from steerable.display import Harmless
+
+    console = Console(markup=False, emoji=False)  # a "[" in a name is no markup
     for table in tables:
-        console.print(table)
+        console.print(Harmless(table))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_line(value) + "\n")
     sys.stdout.flush()  # here, where a full disk or a closed pipe can still be answered for

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steerable.commands.shared import Json, Workers, given, print_json, print_tables, with_settings
+from steerable.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, say, with_settings
 from steerable.train.settings import RLSettings, UPFTSettings
 
 
@@ -22,6 +22,7 @@ def train_rl(
         typer.Option(help="Settings of a published experiment by name, or a JSON file; a wrong name lists them."),
     ] = None,
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -34,7 +35,7 @@ def train_rl(
     from steerable.train.rl import train_rl as train
 
     with Display(quiet=as_json) as display:
-        folder = train(out, recipe=recipe, workers=workers, display=display, **given(settings))
+        folder = train(out, recipe=recipe, workers=workers, overwrite=overwrite, display=display, **given(settings))
     _tell_outcome(folder, as_json)
 
 
@@ -44,6 +45,7 @@ def train_upft(
         "runs/upft"
     ),
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -55,7 +57,7 @@ def train_upft(
     from steerable.train.upft import train_upft as train
 
     with Display(quiet=as_json) as display:
-        folder = train(out, workers=workers, display=display, **given(settings))
+        folder = train(out, workers=workers, overwrite=overwrite, display=display, **given(settings))
     _tell_outcome(folder, as_json)
 
 
@@ -70,14 +72,14 @@ def _tell_outcome(folder: Path, as_json: bool) -> None:
     for decoding in ("greedy", "sampled"):
         before, after = (found[arm][decoding]["accuracy"] for arm in ("base", method))
         if before is None or after is None:
-            print(f"{decoding}: these tasks have no reference answers, so accuracy is not measured")
+            say(f"{decoding}: these tasks have no reference answers, so accuracy is not measured")
             continue
         low, high = found["difference"][decoding]["accuracy"][1:]
-        print(
+        say(
             f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
             f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
         )
-    print(f"The report is {(folder / 'report.html').resolve()}")
+    say(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def passk(
@@ -101,6 +103,7 @@ def passk(
     seed: Annotated[int, typer.Option(help="Seed of tasks and sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder of chains, passk.json and passk.html.")] = Path("runs/passk"),
     workers: Workers = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """pass@k of a base and of what was trained from it: does training elicit or create?
@@ -113,7 +116,7 @@ def passk(
     found = elicitation.passk(
         model, parse_arms(arm or []), tasks=tasks, exclude=exclude or [], limit=limit, samples=samples, ks=ks,
         temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, system=system, template=template,
-        seed=seed, out=out, workers=workers, quiet=as_json,
+        seed=seed, out=out, workers=workers, overwrite=overwrite, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(found)
@@ -121,4 +124,4 @@ def passk(
     from steerable.report.passk_page import findings, tables
 
     print_tables(tables(found))
-    print(*findings(found), f"The page is {(out / 'passk.html').resolve()}", sep="\n")
+    say(*findings(found), f"The page is {(out / 'passk.html').resolve()}")

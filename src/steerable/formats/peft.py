@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..biases import Place
 from ..errors import UsageError
+from ..files import strict_json
 from ..models import FAMILIES
 from ..sites import Site
 from .foreign import MAX_BYTES, Found, plain, same_width, vector, warn
@@ -89,8 +90,8 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 1 << 20:
             raise ValueError("too large")
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        config = strict_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"its {CONFIG} cannot be read ({str(error)[:80]})") from None
     if not isinstance(config, dict):
         raise UsageError(f"its {CONFIG} is no JSON object")

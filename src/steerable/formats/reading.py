@@ -5,9 +5,9 @@ The format is told by the content, never by the name.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,19 @@ from torch import Tensor
 from .. import directions
 from ..directions import Direction
 from ..errors import SteerableError, SteerableWarning, UsageError
+from ..files import file_target, refuse_pointer, sha256
 from . import easyedit, gguf, lm_eval, peft, research, safetensors_files, svec, torch_files
-from .foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text
+from .foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text, warn
 
 _RESEARCH = ("mean-vectors", "assistant-axis", "capping", "vllm-hook")
+_REFUSAL = "direction.pt"  # as the refusal direction's code leaves it
+_SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".svec")
+_RECORDS = (".jsonl", ".ndjson")
 _TENSOR_FORMATS = ("pt", "persona", "seal", "refusal-direction", "assistant-axis")
 #: Every name that `import_file(format=...)` takes.
 IMPORTS = (
     "steerable", *gguf.FORMATS, "pt", "persona", "seal", "refusal-direction", *_RESEARCH, "lm-eval", "svec",
-    "steering-lite", "safetensors", "peft-beft", "easyedit",
+    "steering-lite", "safetensors", "peft-beft", "easyedit", "rotalabs",
 )  # fmt: skip
 
 
@@ -58,9 +62,12 @@ def import_file(
         raise UsageError(f"unknown format {format!r}: expected one of {', '.join(IMPORTS)}")
     options = Options(format, layer, layers_from, layout, label, site)
     try:
+        path = _inside(path, options)
         if _is_own(path, format):
             direction = Direction.load(path)
             options.refuse_unused("steerable")
+            if direction.stats.get("spans") == 1:
+                warn("its stats say that it was made from a single span: it is that span and hardly more")
         else:
             found = _read(path, options)
             options.refuse_unused(found.format)
@@ -75,7 +82,9 @@ def import_file(
 def import_to(path: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """`import_file` and save as a direction file; returns what was done (JSON-able): file, format, out, layers,
     convention, warnings, and what `describe` says."""
-    direction, said = _heard(lambda: import_file(path, **options))
+    file_target(out)
+    with _heard() as said:
+        direction = import_file(path, **options)
     imported = direction.stats.get("imported", {})
     direction.save(out)
     return {
@@ -95,17 +104,16 @@ def validate_file(path: str | Path, **options: Any) -> dict[str, Any]:
     SteerableError, with the reason, for a file that is not sound.
     """
     path = Path(path)
-    if path.suffix == ".jsonl":
+    if path.suffix in _RECORDS:
         return _validate_records(path)
-    if path.is_dir() and not _is_adapter(path) and not easyedit.is_folder(path):
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise UsageError(f"{path} holds no vectors: expected *.safetensors, an adapter or layer_<i>.pt")
-        return {"file": str(path), "sound": True, "format": "folder", "files": [validate_file(p) for p in found]}
-    try:
-        direction, said = _heard(lambda: import_file(path, **options))
-    except NeedsChoice as error:
-        return {"file": str(path), "sound": True, "needs": error.option, "reason": str(error), "warnings": []}
+    if _is_plain_folder(path) and (found := _vector_files(path)):
+        files = [validate_file(file, **options) for file in found]
+        return {"file": str(path), "sound": True, "format": "folder", "files": files}
+    with _heard() as said:
+        try:
+            direction = import_file(path, **options)
+        except NeedsChoice as error:
+            return {"file": str(path), "sound": True, "needs": error.option, "reason": str(error), "warnings": said}
     imported = direction.stats.get("imported", {})
     about = {"format": imported.get("format", "steerable"), "needs": None, "warnings": said}
     return {"file": str(path), "sound": True, **about, **describe(direction)}
@@ -146,11 +154,40 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / peft.CONFIG).is_file()
 
 
+def _is_plain_folder(path: Path) -> bool:
+    """A folder of vector files, each by itself, and none that is read as a whole."""
+    return path.is_dir() and not (_is_adapter(path) or easyedit.is_folder(path) or (path / _REFUSAL).is_file())
+
+
+def _vector_files(folder: Path) -> list[Path]:
+    """Raises UsageError for a model's folder."""
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        raise UsageError(f"{folder} is the folder of a model and holds no vectors")
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+
+
+def _inside(path: Path, options: Options) -> Path:
+    """The file that is meant: of a folder of vector files the only one, or that of `label`. Raises UsageError,
+    NeedsChoice where there are several."""
+    if not _is_plain_folder(path) or not (files := _vector_files(path)):
+        return path
+    label = options.take("label")
+    wanted = [file for file in files if label is None or label in (file.name, file.stem)]
+    if len(wanted) == 1:
+        options.label = None if len(files) > 1 else label  # what is left of it is said of the file
+        return wanted[0]
+    names = ", ".join(file.name for file in files)[:400]
+    if label is not None:
+        raise UsageError(f"it has no file {label!r}: expected one of {names}")
+    raise NeedsChoice("label", f"it holds {len(files)} vector files: give --label, one of {names}, or the file itself")
+
+
 def _read(path: Path, options: Options) -> Found:
     if path.is_dir():
         return _read_folder(path, options)
     if not path.is_file():
-        raise UsageError("there is no such file")
+        raise UsageError("it is no regular file" if path.exists() else "there is no such file")
+    refuse_pointer(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UsageError(f"it has {size / 2**30:.1f} GiB: that is a model, no vector file")
@@ -162,9 +199,16 @@ def _read(path: Path, options: Options) -> Found:
         _expect(options, *gguf.FORMATS)
         return gguf.read(path.read_bytes(), options)
     if head.startswith(torch_files.MAGIC):
-        return _read_torch(path, torch_files.load(path.read_bytes()), options)
+        try:
+            found = torch_files.load(path.read_bytes())
+        except UsageError:
+            research.refuse_no_vectors(None, path.name)
+            raise
+        return _read_torch(path, found, options)
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors(path, options)
+    if path.suffix in _RECORDS:
+        raise UsageError("it holds records and no vectors: `steerable validate` says whether they are sound")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         _expect(options, "svec")
         return svec.read(svec.load(path.read_bytes()))
@@ -180,15 +224,18 @@ def _read_folder(path: Path, options: Options) -> Found:
         _expect(options, "peft-beft")
         return peft.read(path)
     if easyedit.is_folder(path):
-        _expect(options, "easyedit")
+        _expect(options, "easyedit", "rotalabs")
         return easyedit.read(path, options)
-    if (path / "direction.pt").is_file():  # as the refusal direction's code leaves it
+    if (path / _REFUSAL).is_file():
         _expect(options, "refusal-direction")
-        return _read(path / "direction.pt", options)
-    raise UsageError("this folder holds no adapter, no layer_<i>.pt and no direction.pt: give the file itself")
+        return _read(path / _REFUSAL, options)
+    if any(path.glob("intkey_*.bin")):
+        research.refuse_no_vectors({"rotate_layer": None}, path.name)
+    raise UsageError(f"it holds no vectors: no adapter, layer_<i>.pt or {_REFUSAL}, and no {', '.join(_SUFFIXES)} file")
 
 
 def _read_torch(path: Path, found: Any, options: Options) -> Found:
+    research.refuse_no_vectors(found, path.name)
     if isinstance(found, Tensor):
         _expect(options, *_TENSOR_FORMATS)
         beside = research.metadata_beside(path)
@@ -235,7 +282,7 @@ def _direction(path: Path, found: Found, model_id: str, revision: str, behaviour
     imported = {
         "format": found.format,
         "file": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "convention": found.convention,
         **{key: value for key, value in found.about.items() if value not in (None, "", {})},
     }
@@ -253,15 +300,6 @@ def _direction(path: Path, found: Found, model_id: str, revision: str, behaviour
     )
 
 
-def _sha256(path: Path) -> str:
-    """Of the file, or of a folder's files by name."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() if file.stat().st_size <= MAX_BYTES else b"")
-    return digest.hexdigest()
-
-
 def _hinted(path: Path, error: NeedsChoice) -> str:
     """The message, with the layer that the file's name speaks of, which is a hint and nothing more."""
     import re
@@ -272,14 +310,18 @@ def _hinted(path: Path, error: NeedsChoice) -> str:
     return str(error)
 
 
-def _heard(work: Callable[[], Direction]) -> tuple[Direction, list[str]]:
-    """The result, and what the library warned of; the warnings are passed on too."""
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """A list in which the library's warnings stand when the block has ended; they are passed on too."""
+    said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SteerableWarning)
-        result = work()
+        try:
+            yield said
+        finally:
+            said += [str(one.message) for one in caught if issubclass(one.category, SteerableWarning)]
     for one in caught:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    return result, [str(one.message) for one in caught if issubclass(one.category, SteerableWarning)]
 
 
 def _validate_records(path: Path) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..chains.records import LABELS
 from ..errors import UsageError
 from ..sites import Site
 from .foreign import Found, NeedsChoice, Options, kind_of, layer_number, number, plain, rows, vector, warn
@@ -39,6 +39,33 @@ def name_of(found: Any) -> str | None:
     if {"dir", "avg_proj"} <= set(found):
         return "vllm-hook"
     return None
+
+
+def refuse_no_vectors(found: Any, file: str) -> None:
+    """Raises UsageError for what papers' and other tools' code saves beside vectors, by its name."""
+    keys = {str(key) for key in found} if isinstance(found, Mapping) else set()
+    if any(key.split(".")[0] in ("rotate_layer", "learned_source", "proj_layer") for key in keys):
+        raise UsageError(
+            "it is a trained intervention of pyreft (LoReFT or one of its kin): what it adds, R^T(Wh + b - Rh), "
+            "depends on the activation h, so no vector can stand for it"
+        )
+    inner = found[0] if isinstance(found, list) and found else found
+    if isinstance(inner, Mapping) and {"projector1", "projector2"} <= set(inner):
+        raise UsageError("it is an LM-Steer of EasyEdit: linear maps of the activation, for which no vector can stand")
+    if file.startswith("layer_effects") or (
+        keys and keys <= {*LABELS, OVERALL} and all(map(_is_curve, found.values()))
+    ):
+        raise UsageError(
+            "it is layer_effects of the code of arXiv 2506.18167, how much each layer matters for each label: numbers "
+            "for a plot and no vectors, which are in its mean_vectors file"
+        )
+
+
+def _is_curve(value: Any) -> bool:
+    """Whether this is a number for each layer, or several such rows, and no vector of any model."""
+    if isinstance(value, Tensor):
+        return 0 < value.dim() <= 2 and value.shape[-1] <= 128
+    return isinstance(value, list | tuple)
 
 
 def read(found: Any, name: str, options: Options) -> Found:
@@ -63,10 +90,12 @@ def _mean_vectors(found: Mapping[Any, Any], options: Options) -> Found:
         raise UsageError(f"it holds the means of {', '.join(map(repr, labels))}: expected {OVERALL!r} and labels")
     label = options.take("label") or (labels[0] if len(labels) == 1 else None)
     if label is None:
+        _check_means(found, labels)
         raise NeedsChoice("label", f"it holds means of several labels: give --label, one of {', '.join(labels)}")
     if label not in labels:
         raise UsageError(f"it has no label {label!r}: expected one of {', '.join(labels)}")
     mean, overall = (_mean(found, key) for key in (label, OVERALL))
+    _warn_of_single(found, [label])
     if mean.shape != overall.shape:
         raise UsageError(f"its means differ in shape: {list(mean.shape)} and {list(overall.shape)}")
     raw = mean - overall
@@ -87,6 +116,28 @@ def _mean_vectors(found: Mapping[Any, Any], options: Options) -> Found:
             "norm_before_rescaling": [float(n) for n in length],
         },
     )
+
+
+def _check_means(found: Mapping[Any, Any], labels: list[str]) -> None:
+    """Raises UsageError where no label can be imported; warns of those that cannot, or hardly."""
+    _mean(found, OVERALL)
+    unsound: dict[str, UsageError] = {}
+    for label in labels:
+        try:
+            _mean(found, label)
+        except UsageError as error:
+            unsound[label] = error
+    for reason in unsound.values():
+        if len(unsound) == len(labels):
+            raise reason
+        warn(f"{reason}: this label cannot be imported")
+    _warn_of_single(found, [label for label in labels if label not in unsound])
+
+
+def _warn_of_single(found: Mapping[Any, Any], labels: list[str]) -> None:
+    for label in labels:
+        if number(found[label]["count"], f"the count of {label!r}") <= 1:
+            warn(f"the mean of {label!r} is of a single example (count 1): its vector is that example and hardly more")
 
 
 def _mean(found: Mapping[Any, Any], label: str) -> Tensor:
@@ -111,6 +162,9 @@ def _assistant_axis(found: Mapping[Any, Any]) -> Found:
 
 def _capping(found: Mapping[Any, Any], options: Options) -> Found:
     names = [str(name) for name in found["vectors"]]
+    for name, one in found["vectors"].items():
+        if isinstance(one, Mapping) and "vector" in one:
+            vector(one["vector"], f"the vector {str(name)!r}")
     label = options.take("label") or (names[0] if len(names) == 1 else None)
     if label is None:
         raise NeedsChoice("label", f"it holds {len(names)} vectors: give --label, one of {', '.join(names)[:400]}")
@@ -135,7 +189,7 @@ def _capping(found: Mapping[Any, Any], options: Options) -> Found:
 
 
 def _vllm_hook(found: Mapping[Any, Any], options: Options) -> Found:
-    layer = options.take("layer")
+    taken, layer = vector(found["dir"], "its 'dir'"), options.take("layer")
     if layer is None:
         raise NeedsChoice(
             "layer", "a vLLM-Hook file does not hold the layer: give --layer, the request's optimal_layer"
@@ -143,7 +197,7 @@ def _vllm_hook(found: Mapping[Any, Any], options: Options) -> Found:
     projection = found["avg_proj"]
     return Found(
         format="vllm-hook",
-        vectors={Site("resid_post", layer_number(layer, "--layer")): vector(found["dir"], "its 'dir'")},
+        vectors={Site("resid_post", layer_number(layer, "--layer")): taken},
         convention=f"the caller's layer {layer} is a block",
         about={"avg_proj": plain(projection.tolist() if isinstance(projection, Tensor) else projection)},
     )
@@ -152,13 +206,13 @@ def _vllm_hook(found: Mapping[Any, Any], options: Options) -> Found:
 def _seal(found: Any, options: Options) -> Found:
     """As SEAL's code applies it: the saved vector is (reflection, transition) - execution, used with -1, where a
     paragraph break was just fed inside the think block."""
-    layer = options.take("layer")
+    taken, layer = vector(found, "its vector"), options.take("layer")
     if layer is None:
         raise NeedsChoice("layer", "a SEAL file does not hold the layer: give --layer, its index into hidden_states")
     index = layer_number(layer, "--layer")
     return Found(
         format="seal",
-        vectors={Site("resid_pre", index): vector(found, "its vector")},
+        vectors={Site("resid_pre", index): taken},
         convention=f"hidden_states[{index}] is the input of block {index}",
         method="SEAL: mean of reflection and transition - mean of execution",
         strength=-1.0,
@@ -182,17 +236,15 @@ def metadata_beside(path: Path) -> dict[str, int] | None:
 
 def read_refusal(found: Any, meta: Mapping[str, int] | None, options: Options) -> Found:
     """The refusal direction, with the layer of its metadata file (or the caller's)."""
-    said = options.take("layer")
+    taken, said = vector(found, "its vector"), options.take("layer")
     if meta is None and said is None:
         raise NeedsChoice("layer", "there is no <name>_metadata.json beside it: give --layer, the block of its input")
     layer = layer_number(said if said is not None else (meta or {})["layer"], "the layer")
     if meta is not None and said is not None and said != meta["layer"]:
         raise UsageError(f"--layer {said} contradicts the metadata file beside it, which says {meta['layer']}")
-    if isinstance(found, Tensor) and found.dtype == torch.float64 and found.numel() and found.abs().max() > 1e38:
-        raise UsageError("its vector holds numbers that float32 cannot hold")
     return Found(
         format="refusal-direction",
-        vectors={Site("resid_pre", layer): vector(found, "its vector")},
+        vectors={Site("resid_pre", layer): taken},
         convention=f"the input of block {layer}, where it was read",
         method="difference of means at one position (refusal)",
         behaviour="refusal",

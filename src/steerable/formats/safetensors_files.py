@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import check_header, refuse_pointer, strict_json
 from ..sites import Site
 from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
 
@@ -25,7 +26,9 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors. Raises UsageError for a file that is not sound."""
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
+        check_header(path)
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
@@ -66,8 +69,10 @@ def read_steering_lite(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
 def _config(meta: Mapping[str, str]) -> dict[str, Any]:
     try:
-        cfg = json.loads(meta.get("cfg", ""))
-    except (ValueError, RecursionError):
+        cfg = strict_json(meta.get("cfg", ""))
+    except ValueError as error:
+        if "cfg" in meta:
+            raise UsageError(f"its metadata 'cfg' is not sound JSON ({error})") from None
         cfg = None
     if not isinstance(cfg, dict):
         raise UsageError(f"its metadata 'cfg' is {kind_of(cfg)}: expected steering-lite's JSON object")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import strict_json
 from ..sites import Site
 from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
 
@@ -21,20 +22,9 @@ from .foreign import Found, kind_of, layer_number, number, plain, same_width, ve
 def load(data: bytes) -> Any:
     """JSON without NaN, infinities and doubled keys. Raises UsageError."""
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
+        return strict_json(data.decode("utf-8-sig"))
+    except ValueError as error:  # decoding errors are ValueErrors
         raise UsageError(f"it is not sound JSON ({str(error)[:80]})") from None
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object holds one key twice")
-    return found
 
 
 def read(found: Any) -> Found:

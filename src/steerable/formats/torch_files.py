@@ -119,16 +119,17 @@ def read(found: Any, options: Options) -> Found:
 
 
 def _one(found: Tensor, options: Options) -> Found:
-    layer = options.take("layer")
+    taken, layer = vector(found, "its vector"), options.take("layer")
     if layer is None:
         raise NeedsChoice("layer", "it holds one vector and no layer: give --layer, the block after which it is added")
     site = Site(options.take("site") or "resid_post", layer_number(layer, "--layer"))
-    return Found("pt", {site: vector(found, "its vector")}, f"the caller's layer {layer} is a block")
+    return Found("pt", {site: taken}, f"the caller's layer {layer} is a block")
 
 
 def table(found: Tensor, options: Options, format_name: str = "pt", layout: str | None = None) -> Found:
     """A row for each block (`blocks`) or each of HF's hidden_states (`hidden_states`: row 0 the embeddings, row r the
     output of block r - 1). Raises NeedsChoice where neither caller nor format says which."""
+    taken = rows(found, "its tensor")
     layout = layout or options.take("layout")
     if layout not in (None, *LAYOUTS):
         raise UsageError(f"--layout {layout!r} is unknown: expected {' or '.join(LAYOUTS)}")
@@ -138,7 +139,6 @@ def table(found: Tensor, options: Options, format_name: str = "pt", layout: str 
             f"it holds {kind_of(found)} and nothing says what row 0 is: give --layout blocks (row i is block i's "
             "output) or --layout hidden_states (row 0 the embeddings, row r the output of block r - 1)",
         )
-    taken = rows(found, "its tensor")
     if len(taken) > 10_000:
         raise UsageError(f"it has {len(taken)} rows: no model has so many blocks")
     kind = options.take("site") or "resid_post"
@@ -175,6 +175,8 @@ def _by_layer(found: Mapping[Any, Any], options: Options) -> Found:
     if not all(numbered):
         raise UsageError(f"it holds {kind_of(found)}: expected keys that are layers, like 3, 'layer_3' or 'layers.3'")
     numbers = {int(m[1]): key for m, key in zip(numbered, keys, strict=True) if m}
+    for key, value in values.items():
+        vector(value, f"the vector under {key!r}")  # raises for an unsound one before anything is asked
     first = _first(numbers, options)
     sites = {Site(kind, k - first): key for k, key in numbers.items()}
     return _collect(f"key {first} is block 0's output", sites, values)

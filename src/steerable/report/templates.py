@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from steerable.printable import printable
 from steerable.readout.tokens import visible
 from steerable.report import panels, words
 from steerable.report.figures import swatch
@@ -19,6 +20,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

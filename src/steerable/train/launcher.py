@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from steerable.display import Display
 from steerable.errors import SteerableError, UsageError
+from steerable.files import file_target
 from steerable.train import journal
 
 LAUNCHER = "STEERABLE_LAUNCHER"  # in the workers' environment: the launcher's process number
@@ -36,7 +37,7 @@ def launch(root: Path, config: str | None, steps: int, display: Display) -> None
     command += ["--config_file", _file(config)] if config else []
     command += ["-m", "steerable.train.worker", str(root)]
     path = root / "launch.log"
-    with open(path, "wb") as log:
+    with open(file_target(path), "wb") as log:
         environment = os.environ | {LAUNCHER: str(os.getpid())}
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:

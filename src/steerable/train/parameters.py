@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from steerable import biases, edits, models
 from steerable.directions import Direction
 from steerable.errors import SteerableError, UsageError
-from steerable.files import write_atomic
+from steerable.files import folder_target, write_atomic
 
 METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
 #: The published ranks; for `tinylora` how many numbers are trained.
@@ -123,13 +123,14 @@ class Trained:
         path = folder / artefact(self.method)
         if self.method == "bias":
             return self.direction(**about).save(path)
-        partial = folder / f".{path.name}.tmp"
+        target = folder_target(path)
+        partial = target.with_name(f".{target.name}.tmp")
         self.model.save_pretrained(partial)
         if self.method == "full":
             tokenizer.save_pretrained(partial)
-        if path.exists():
-            _remove(path)
-        partial.rename(path)
+        if target.exists():
+            _remove(target)
+        partial.rename(target)
         return path
 
 

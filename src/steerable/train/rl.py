@@ -41,21 +41,23 @@ def train_rl(
     recipe: str | None = None,
     workers: int | None = None,
     display: Display | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> Path:
     """Train by reinforcement learning on verifiable answers, and judge base and result; what is finished is not done
     again.
 
     recipe: settings by name or from a JSON file (`settings.recipes`), under those that are given. workers: processes
-    that judge; changes no result. settings: those of `RLSettings`. Returns the run folder. Raises UsageError for a
-    wrong setting or input, before anything is written, and SteerableError for a training that fails: the same call
-    goes on with it.
+    that judge; changes no result. overwrite: replace the results of another model that the folder holds. settings:
+    those of `RLSettings`. Returns the run folder. Raises UsageError for a wrong setting or input, before anything is
+    written, and SteerableError for a training that fails: the same call goes on with it.
     """
     from steerable.engines.workers import default_threads, torch_threads
     from steerable.report.rl_page import write_page
 
     s = from_dict((read_recipe(recipe) if recipe else {}) | settings)
     folder = RunFolder(out)
+    folder.refuse_other("train rl", s.model, s.revision, overwrite)
     loaded = open_model(s)
     with folder.locked(), torch_threads(default_threads(loaded.model, 1)):
         train_and_judge(folder, s, loaded, workers, display or Display(quiet=True))

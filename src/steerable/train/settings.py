@@ -229,4 +229,6 @@ def read_recipe(name: str) -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict):
         raise UsageError(f"{name} holds no settings: expected a JSON object of them")
+    if found.get("trust_remote_code"):
+        raise UsageError(f"{name} asks for trust_remote_code, which no file may: give the option yourself")
     return {key: value for key, value in found.items() if key != "about"}

@@ -63,11 +63,13 @@ def train_upft(
     *,
     workers: int | None = None,
     display: Display | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> Path:
     """Train on the first tokens of own solutions, and judge base and result; what is finished is not done again.
 
-    workers: processes that generate; changes no result. settings: those of `UPFTSettings`. The tasks to train on need
+    workers: processes that generate; changes no result. overwrite: replace the results of another model that the
+    folder holds. settings: those of `UPFTSettings`. The tasks to train on need
     no answers. Returns the run folder, which holds what that of `train_rl` holds, and solutions.jsonl. Raises
     UsageError for a wrong setting or input, before anything is written, and SteerableError for a training that fails:
     the same call goes on with it.
@@ -77,6 +79,7 @@ def train_upft(
 
     s = UPFTSettings.from_dict(settings)
     folder, display = RunFolder(out), display or Display(quiet=True)
+    folder.refuse_other("train upft", s.model, s.revision, overwrite)
     loaded = open_model(s)
     with folder.locked(), torch_threads(default_threads(loaded.model, 1)):
         check(s, loaded)

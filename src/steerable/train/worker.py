@@ -24,6 +24,8 @@ def main() -> None:
     folder = RunFolder(sys.argv[1])
     try:
         settings = from_dict(read_json(folder / "config.json"))
+        if settings.trust_remote_code and launcher.LAUNCHER not in os.environ:
+            raise UsageError("config.json asks for trust_remote_code, which no file may: use `steerable train rl`")
         display = Display(quiet=not first or launcher.LAUNCHER in os.environ)
         train(folder.root, settings, open_model(settings), display)
     except (UsageError, SteerableError) as error:
