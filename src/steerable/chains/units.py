@@ -1,0 +1,194 @@
+"""Units of answers, as people write them: which words behind a number are one, and which two are the same.
+
+Nothing is converted: 9 cm is not 90 mm here. Two units are the same if they name the same thing in the same power, in
+any spelling: `hours`, `hour`, `hr`, `(hours)`. Words that only describe the thing (`red`, `of rice`, `per ticket`) may be
+left out, but not contradict each other.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+#: Measures and their other spellings; singular and plural are the same everywhere.
+_MEASURES = {
+    "millimeter": "mm", "centimeter": "cm", "decimeter": "dm", "meter": "m", "kilometer": "km", "inch": "in",
+    "foot": "ft feet", "yard": "yd", "mile": "mi", "milligram": "mg", "gram": "g gm gramme", "kilogram": "kg kilo",
+    "pound": "lb", "ounce": "oz", "ton": "tonne", "milliliter": "ml", "centiliter": "cl", "liter": "l",
+    "gallon": "gal", "quart": "qt", "pint": "pt", "cup": "", "teaspoon": "tsp", "tablespoon": "tbsp",
+    "millisecond": "ms", "second": "s sec", "minute": "min", "hour": "h hr", "day": "", "week": "wk", "month": "mo",
+    "year": "yr", "acre": "", "hectare": "ha", "radian": "rad", "degree": "deg", "hertz": "hz", "watt": "",
+    "joule": "", "newton": "", "volt": "", "kilowatt": "kw", "celsius": "centigrade", "fahrenheit": "",
+}  # fmt: skip
+_MONEY = {"dollar": "usd buck $", "euro": "eur \u20ac", "pound": "gbp \u00a3", "yen": "jpy \u00a5", "rupee": "inr rs \u20b9",
+          "cent": "\u00a2"}  # fmt: skip
+_OTHER = {"child": "children kid", "person": "people", "man": "men", "woman": "women", "tooth": "teeth", "mouse": "mice",
+          "goose": "geese"}  # fmt: skip
+_NAMES = {
+    word: name
+    for table in (_OTHER, _MONEY, _MEASURES)
+    for name, words in table.items()
+    for word in (name, *words.split())
+}
+_RATES = {"mph": "mile / hour", "kph": "kilometer / hour", "kmph": "kilometer / hour", "kmh": "kilometer / hour"}
+#: Words that say nothing about the unit.
+_FILLERS = frozenset(
+    "the a an total all altogether together left remaining more extra other each apiece away long tall wide high "
+    "deep old overall unit".split()
+)
+#: Words that are no unit: what stands with them is not the number alone.
+_NO_UNIT = frozenset(
+    "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan sec csc cot arcsin arccos arctan "
+    "infinity infty dozen squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
+    "wrong below negative approximately about remainder hundred thousand million billion trillion where since because "
+    "for when which so with without than at least most per by am pm".split()
+)
+_SIGNS = {
+    r"\^\s*\\circ": " degree ",
+    r"degree\s+C\b": "degree celsius",
+    r"degree\s+F\b": "degree fahrenheit",
+    r"per\s+cent\b": "percent",
+    r"\\?%": " percent ",
+    r"\\?([$\u20ac\u00a3\u00a5\u20b9\u00a2])": r" \1 ",
+    r"\\cdot|\*": " ",
+    r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}": r"\1/\2",
+    r"/": " / ",
+    r"\b(?:square|sq\.?)\s+(\w+)": r"\1^2",
+    r"\b(?:cubic|cu\.?)\s+(\w+)": r"\1^3",
+    r"\s+squared\b": "^2",
+    r"\s+cubed\b": "^3",
+    r"-": " ",
+}
+_TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_WORD = re.compile(r"([A-Za-z]+|[$\u20ac\u00a3\u00a5\u20b9\u00a2])\.?(?:\s*\^\s*\{?\s*([123])\s*\}?)?")
+
+
+class Word(NamedTuple):
+    """One word of a unit: its possible singular forms and its power."""
+
+    forms: frozenset[str]
+    power: int
+
+    @property
+    def is_measure(self) -> bool:
+        return not self.forms.isdisjoint(_MEASURES)
+
+    def same(self, other: Word) -> bool:
+        return self.power == other.power and not self.forms.isdisjoint(other.forms)
+
+
+class Unit(NamedTuple):
+    """A unit: the thing that is counted, words that describe it, and what it is counted per."""
+
+    thing: Word | None = None
+    described: tuple[Word, ...] = ()
+    per: Unit | None = None  # type: ignore[assignment,misc]
+    percent: bool = False
+
+    def same(self, other: Unit) -> bool:
+        """Whether the two are one unit; one that is left out is every unit."""
+        if self.thing is None or other.thing is None:
+            return True
+        if self.percent or other.percent:
+            return self.percent is other.percent
+        if not self.thing.same(other.thing):
+            return False
+        if self.per is None or other.per is None:
+            per = self.per or other.per
+            both = per is not None and per.thing is not None and per.thing.is_measure and self.thing.is_measure
+            return not both and self._describes(other)  # 5 m is no 5 m/s, but $12 may be $12 per ticket
+        return self.per.same(other.per) and self._describes(other)
+
+    def _describes(self, other: Unit) -> bool:
+        few, many = sorted((self.described, other.described), key=len)
+        return all(any(word.same(one) for one in many) for word in few)
+
+
+def read_unit(text: str, variables: frozenset[str] = frozenset(), explicit: bool = True) -> Unit | None:
+    r"""The unit that a text names, in LaTeX or plain words; None for anything else.
+
+    variables: letters that are variables of the task, so `m` is no metre. explicit: it stood in parentheses or in
+    `\text{}`, so that short words count.
+    """
+    explicit = explicit or bool(_TEXT.search(text))
+    text = re.sub(r"\s+\^", "^", _TEXT.sub(r" \1 ", text)).strip()
+    if text[:1] == "(" and text[-1:] == ")" and text.count("(") == 1:
+        text = text[1:-1]
+    for pattern, plain in _SIGNS.items():
+        text = re.sub(pattern, plain, text)
+    tokens = [name for token in text.split() for name in _RATES.get(token.casefold().strip("."), token).split()]
+    if len(tokens) > 8:
+        return None
+    parts: list[list[Word]] = [[]]
+    plain = [token.casefold().strip(".,") for token in tokens]
+    for i, token in enumerate(tokens):
+        if plain[i] in ("/", "per") or (plain[i] in ("a", "an") and parts[-1] and i + 1 < len(tokens)):
+            parts.append([])
+            continue
+        matched = _WORD.fullmatch(token)
+        if matched is None or plain[i] in _NO_UNIT:
+            return None
+        if plain[i] == "of" and parts[-1]:
+            break
+        if plain[i] in ("of", "in") and i + 1 < len(tokens):  # "of them", "in total"; alone it is the inch
+            continue
+        word = _word(matched)
+        if word.forms.isdisjoint(_FILLERS):
+            if not _is_word(matched[1], word, variables, explicit):
+                return None
+            parts[-1].append(word)
+    tail = _word_list(plain, tokens) if "of" in plain else []
+    if tail is None or len(parts) > 2:
+        return None
+    per = _unit(parts[1], []) if len(parts) > 1 else None
+    return _unit(parts[0], tail)._replace(per=per if per and per.thing else None)
+
+
+def is_known(written: str) -> bool:
+    """Whether a word is a unit of the tables here."""
+    matched = _WORD.fullmatch(written)
+    return written.casefold() in _RATES or (matched is not None and not _word(matched).forms.isdisjoint(_NAMES))
+
+
+def _word_list(plain: list[str], tokens: list[str]) -> list[Word] | None:
+    """The words behind `of`."""
+    rest = tokens[plain.index("of") + 1 :]
+    matched = [_WORD.fullmatch(token) for token in rest]
+    if not rest or any(match is None or match[1].casefold() in _NO_UNIT for match in matched):
+        return None
+    return [word for match in matched if match for word in [_word(match)] if word.forms.isdisjoint(_FILLERS)]
+
+
+def _word(matched: re.Match[str]) -> Word:
+    written = matched[1].casefold()
+    forms = {written}
+    if len(written) > 2 and written.endswith("s"):
+        forms.add(written[:-1])
+        forms |= {written[:-2]} if written.endswith("es") else set()
+        forms |= {written[:-3] + "y"} if written.endswith("ies") else set()
+        forms |= {written[:-3] + "f", written[:-3] + "fe"} if written.endswith("ves") else set()
+    spelled = {re.sub("(met|lit)re$", r"\1er", form) for form in forms}
+    names = {_NAMES[form] for form in spelled if form in _NAMES}
+    return Word(frozenset(names or spelled), int(matched[2] or 1))
+
+
+def _is_word(written: str, word: Word, variables: frozenset[str], explicit: bool) -> bool:
+    """Whether letters are a word or a known abbreviation, no product of variables."""
+    if not written.isalpha():
+        return True
+    known = not word.forms.isdisjoint(_NAMES) or written.casefold() == "percent"
+    if set(written) <= variables and not explicit:
+        return False
+    return known or len(written) > 2
+
+
+def _unit(words: list[Word], tail: list[Word]) -> Unit:
+    if not words:
+        return Unit()
+    if any("percent" in word.forms or "pct" in word.forms for word in words):
+        return Unit(words[0], percent=True)
+    degree = [word for word in words if "degree" in word.forms or not word.forms.isdisjoint(("celsius", "fahrenheit"))]
+    thing = Word(frozenset({"degree"}), 1) if degree else words[-1]
+    described = [word for word in words if word is not words[-1] or degree]
+    described = [word for word in described if "degree" not in word.forms]
+    return Unit(thing, (*described, *tail))
