@@ -45,12 +45,15 @@ _PLAIN_SIGNS = {
 _SIGNS = str.maketrans(_PLAIN_SIGNS)
 _SURROUNDING = re.compile(
     r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`|\\boxed\{([^{}]*)\}|"
-    r"\\(?:text|math)(?:bf|it|rm)?\s*\{([^{}]*)\}",
+    r"\\(?:underline|(?:text|math)(?:bf|it|rm)?)\s*\{([^{}]*)\}",
     re.S,
 )
-_SPACING = re.compile(r"\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\[;: ]|~")
+_SPACING = re.compile(
+    r"\\hspace\*?\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\[;: ]|~"
+)
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\d|[A-Za-z]|\\[A-Za-z]+))"
+_SHORT_FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
 # The point of `1./3` and `2.x`, where no digits follow it; that of `0.\\overline{3}` and `0.(3)` has some.
 _BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.]|\s*\\(?:overline|bar|[lc]?dots)|\(\d+\))")
 _ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
@@ -67,14 +70,17 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     a, b = clean(wanted), clean(given)
     if _key(a) == _key(b):
         return "right"
-    clocks = read_clock(a), read_clock(b)
+    clocks = read_clock(_right_side(a)), read_clock(_right_side(b))
     number = read_number(_right_side(a), variables)
     other = read_number(_right_side(b, any_left=number is not None), variables)
     if any(clocks):
         return _compare_times(clocks, (number, other))
+    if number is not None and number.unit.thing and other is None:
+        other = read_number(_GLUED.sub(r"\1 \2", b), variables)  # 9m, where metres are wanted
+        other = other if other and other.unit.thing else None
     if number is not None and other is not None:
         return "right" if _same_variable(a, b) and number.equals(other) else "wrong"
-    terms = _ratio(a), _ratio(b)
+    terms = _ratio(_right_side(a)), _ratio(_right_side(b))
     if any(terms):
         first, second = (term or _terms(text) for term, text in zip(terms, (a, b), strict=True))
         same = len(first) == len(second) and all(compare(*pair, asked) == "right" for pair in zip(first, second))
@@ -82,6 +88,9 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     if number is not None and (number.places or 0) < 6:
         return "wrong"
     return _compare_parts(a, b, asked, variables)
+
+
+_GLUED = re.compile(r"(\d)([A-Za-z])\Z")
 
 
 def _compare_times(clocks: tuple[Clock | None, Clock | None], numbers: tuple[Number | None, Number | None]) -> Outcome:
@@ -134,7 +143,7 @@ def _compare_single(a: str, b: str, asked: str, variables: frozenset[str]) -> Ou
         return "wrong"
     if _key(a) == _key(b):
         return "right"
-    if not _is_formula(b, a):
+    if _UNREADABLE.search(a) or not _is_formula(b, a):
         return "wrong"
     from steerable.chains.symbolic import equivalent
 
@@ -211,7 +220,7 @@ def clean(text: str) -> str:
     text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
-    text = _BARE_POINT.sub("", text)
+    text = _BARE_POINT.sub("", text).strip().removeprefix(r"\approx ")
     return " ".join(text.split())
 
 
@@ -245,7 +254,7 @@ def _words(text: str, variables: frozenset[str]) -> str | None:
     return re.sub(r"\b(\w) +(?=\w\b)", r"\1", " ".join(text.replace(".", " ").split())) if is_words else None
 
 
-_FORMULAS = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULAS = re.compile(r"\$(?!\s)((?:\\.|[^$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{4,}")  # between the dollars of two prices
 _LETTERS = r"(?<![A-Za-z\\])([A-Za-z]{1,3})(?![A-Za-z])"
 _SIGN = r"(?:[+=^<>]|(?<!\*)\*(?!\*))"
@@ -266,9 +275,11 @@ _ASSIGNED = re.compile(rf"({_VARIABLE})\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 
 
 def _right_side(text: str, any_left: bool = False) -> str:
-    """`3` of `x = 3`; with `any_left`, of `1 + 2 = 3` too."""
+    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` too."""
     if found := _ASSIGNED.fullmatch(text):
         return found[2].strip()
+    if label := re.fullmatch(r"[A-Za-z][A-Za-z ]{2,30}: (.+)", text):
+        return label[1]
     left, equal, right = text.partition("=")
     is_one = equal and left.strip() and "=" not in right and not re.search(r",|\b(?:or|and)\b", left)
     return right.strip() if any_left and is_one else text
@@ -289,6 +300,8 @@ def split(text: str) -> tuple[str, list[str]]:
     `\pm` stands for two answers, `2 hours 30 minutes` has two parts.
     """
     text = _right_side(text)
+    if r"\end" in text:
+        text = _without_unit(text)[0]
     if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[2]:
         rows = [row.split("&") for row in matrix[2].strip().removesuffix(r"\\").split(r"\\")]
         return f"matrix of {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]

@@ -92,8 +92,8 @@ def find_marks(text: str) -> list[Mark]:
             outer.append(mark)
     telling = [mark for mark in outer if _bare(mark) not in _PLACEHOLDERS]
     marks = telling or outer
-    last = max((mark.start for mark in closed if mark.content is not None and mark in outer), default=-1)
-    return marks + [mark for mark in unclosed[-1:] if mark.start > last]
+    end = outer[-1].end if outer else 0
+    return marks + [mark for mark in unclosed[-1:] if mark.start >= end]
 
 
 def _bare(mark: Mark) -> str:
@@ -102,15 +102,18 @@ def _bare(mark: Mark) -> str:
 
 
 def _boxes(text: str) -> list[Mark]:
-    marks, braces = [], []
+    marks: list[Mark] = []
+    braces: list[tuple[int, int] | None] = []  # the open ones: start and end of a box's beginning, None for others
     for part in _BOX_PARTS.finditer(text):
         if part[0] == "}":
-            if braces and (opened := braces.pop()).group() != "{":
-                marks.append(Mark(opened.start(), part.end(), text[opened.end() : part.start()]))
+            box = braces.pop() if braces else None
+            if box and not text[box[0] - 1] == text[box[1]] == "`":
+                marks.append(Mark(box[0], part.end(), text[box[1] : part.start()]))
+        elif part[0] == "{":
+            braces.append(None)
         elif part[0][-1] == "{" and part[0] != r"\{":
-            braces.append(part)
-    named = [box for box in braces if box[0] != "{" and not _NAMED.match(text, box.end())]
-    marks += [Mark(box.start(), len(text), None) for box in named]
+            braces.append(part.span())
+    marks += [Mark(box[0], len(text), None) for box in braces if box and not _NAMED.match(text, box[1])]
     return marks + [Mark(box.start(), box.end(), box[1]) for box in _BARE_BOX.finditer(text)]
 
 
@@ -154,6 +157,7 @@ def unboxed(content: str) -> str:
 _STATED = re.compile(r"\banswer[*_ ]{0,6}(?:(?<=[*_ ])(?:is|are)\b|:|=)[ ]{0,4}:?[ \t*_]{0,8}", re.IGNORECASE)
 _FORMULA = re.compile(r"\$(?!\s)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)|\\\(((?:\\[^)]|[^\\\n])+)\\\)")
 _STOP = re.compile(r"\.(?=[*_]*(?:\s|$))")
+_LAST_WORD = re.compile(r"[A-Za-z.]*\Z")
 _TITLES = frozenset("mr mrs ms mx dr prof st mt gen col capt lt sgt rev hon gov sen rep vs".split())
 #: Abbreviations that end no sentence where a small letter or a digit follows.
 _SHORT = frozenset(
@@ -184,9 +188,10 @@ def _stated(text: str) -> str | None:
 def _sentence(line: str) -> str:
     """A line up to the full stop that ends its first sentence; `Mrs.`, `p.m.` and `3.5` have inner ones."""
     for stop in _STOP.finditer(line):
-        begin = line.rfind(" ", 0, stop.start()) + 1
+        word = _LAST_WORD.search(line, max(0, stop.start() - 20), stop.start())
+        before = line[max(0, stop.start() - 40) : word.start() if word else 0]
         rest = line[stop.end() : stop.end() + 40].lstrip("*_ \t")
-        if not rest or not _is_abbreviation(line[begin : stop.start()].lstrip("(\"'*_"), rest, line[:begin][-40:]):
+        if not rest or not _is_abbreviation(word[0] if word else "", rest, before):
             return line[: stop.start()]
     return line
 
@@ -203,5 +208,5 @@ def _is_abbreviation(word: str, rest: str, before: str) -> bool:
     if re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word):
         return small or goes_on
     if re.fullmatch("[A-Z]", word):  # an initial: `J. K. Rowling`, `George W. Bush`, but no choice `B.`
-        return bool(re.match(r"[A-Z]\.\s", rest)) or (goes_on and bool(re.search(r"[A-Z](?:\.|[a-z]+)\s$", before)))
+        return bool(re.match(r"[A-Z]\.\s", rest)) or (goes_on and bool(re.search(r"[A-Z][a-z]*\.?\s\Z", before)))
     return False

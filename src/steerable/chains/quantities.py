@@ -46,7 +46,7 @@ class Number:
 
         By `same_value`, and of "50" and "50%" either reading counts, and a unit may be left out.
         """
-        if not self.unit.same(given.unit):
+        if not self.unit.same(given.unit) or (given.unit.thing and self.unit.in_dozens != given.unit.in_dozens):
             return False
         if not given.lowest and self.value == given.value:
             return False  # 26/2 for 13 may be the question
@@ -162,6 +162,8 @@ def _unit_behind(rest: str, variables: frozenset[str] | None) -> Unit | None:
     written = rest.strip()
     if not written:
         return Unit()
+    if re.fullmatch(r"\^?\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)[\s}]*", written):
+        return Unit()  # an ordinal
     explicit = bool(re.match(r"\(|\\(?:text|mbox|mathrm)", written))
     bare = written.strip("()")
     if explicit and written[0] == "(" and len(bare) < 3 and read_unit(bare, explicit=False) is None:
@@ -194,7 +196,7 @@ def _integer(digits: str) -> int:
 
 _HALF = r"(?:\(?\s*(?P<half>[AaPp])\.?\s*[Mm]\.?\s*\)?)"
 _CLOCK = re.compile(rf"(?P<hour>\d{{1,2}})\s*:\s*(?P<minute>[0-5]\d)(?:\s*:\s*(?P<second>[0-5]\d))?\s*{_HALF}?")
-_HOUR = re.compile(rf"(?P<hour>\d{{1,2}})\s*(?:o'clock\s*{_HALF}?|{_HALF.replace('half', 'only')})")
+_HOUR = re.compile(rf"(?P<hour>\d{{1,2}})\s*(?:\(?o'clock\)?\s*{_HALF}?|{_HALF.replace('half', 'only')})")
 
 
 class Clock(NamedTuple):
@@ -216,8 +218,8 @@ class Clock(NamedTuple):
 
     @property
     def is_full_hour(self) -> bool:
-        """Whether it is written as 3 p.m. or 3:00 p.m., for which the hour alone may stand."""
-        return bool(self.half) and self.minute == self.second == 0
+        """Whether it is 3 o'clock, for which the hour alone may stand."""
+        return self.minute == self.second == 0
 
     def _of_24(self) -> int:
         return self.hour % 12 + 12 * (self.half == "p") if self.half else self.hour

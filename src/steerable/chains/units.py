@@ -31,15 +31,16 @@ _NAMES = {
     for word in (name, *words.split())
 }
 _RATES = {"mph": "mile / hour", "kph": "kilometer / hour", "kmph": "kilometer / hour", "kmh": "kilometer / hour"}
+_TIMES = frozenset("second minute hour day week month year".split())
 #: Words that say nothing about the unit.
 _FILLERS = frozenset(
     "the a an total all altogether together left remaining more extra other each apiece away long tall wide high "
-    "deep old overall unit".split()
+    "deep old overall unit us".split()
 )
 #: Words that are no unit: what stands with them is not the number alone.
 _NO_UNIT = frozenset(
-    "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan sec csc cot arcsin arccos arctan "
-    "infinity infty dozen squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
+    "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan csc cot arcsin arccos arctan "
+    "infinity infty squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
     "wrong below negative approximately about remainder hundred thousand million billion trillion where since because "
     "for when which so with without than at least most per by am pm".split()
 )
@@ -51,6 +52,9 @@ _SIGNS = {
     r"\\?%": " percent ",
     r"\\?([$\u20ac\u00a3\u00a5\u20b9\u00a2])": r" \1 ",
     r"\\cdot|\*": " ",
+    r"([A-Za-z]+)\s*\^\s*\{?-1\}?": r" / \1",
+    r"\b([cmk]?m|in|ft)([23])\b": r"\1^\2",
+    r"\(s\)|(?<=[A-Za-z])'s\b": "s",
     r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}": r"\1/\2",
     r"/": " / ",
     r"\b(?:square|sq\.?)\s+(\w+)": r"\1^2",
@@ -95,9 +99,15 @@ class Unit(NamedTuple):
             return False
         if self.per is None or other.per is None:
             per = self.per or other.per
-            both = per is not None and per.thing is not None and per.thing.is_measure and self.thing.is_measure
-            return not both and self._describes(other)  # 5 m is no 5 m/s, but $12 may be $12 per ticket
+            is_rate = per is not None and per.thing is not None and per.thing.is_measure and self.thing.is_measure
+            # 5 m is no 5 m/s, but $12 may be $12 per ticket, and 9 hours 9 hours a day.
+            return (not is_rate or not self.thing.forms.isdisjoint(_TIMES)) and self._describes(other)
         return self.per.same(other.per) and self._describes(other)
+
+    @property
+    def in_dozens(self) -> bool:
+        """Whether twelve are counted as one."""
+        return any("dozen" in word.forms for word in (self.thing, *self.described) if word)
 
     def _describes(self, other: Unit) -> bool:
         few, many = sorted((self.described, other.described), key=len)
@@ -112,7 +122,9 @@ def read_unit(text: str, variables: frozenset[str] = frozenset(), explicit: bool
     """
     explicit = explicit or bool(_TEXT.search(text))
     text = re.sub(r"\s+\^", "^", _TEXT.sub(r" \1 ", text)).strip()
-    if text[:1] == "(" and text[-1:] == ")" and text.count("(") == 1:
+    text = re.sub(r"^\{(?:\\rm)?([^{}]*)\}", r"\1", text)
+    in_parentheses = text[:1] == "(" and text[-1:] == ")"
+    if in_parentheses:
         text = text[1:-1]
     for pattern, plain in _SIGNS.items():
         text = re.sub(pattern, plain, text)
@@ -124,6 +136,9 @@ def read_unit(text: str, variables: frozenset[str] = frozenset(), explicit: bool
     for i, token in enumerate(tokens):
         if plain[i] in ("/", "per") or (plain[i] in ("a", "an") and parts[-1] and i + 1 < len(tokens)):
             parts.append([])
+            continue
+        if in_parentheses and token.isdecimal() and i + 1 < len(tokens):  # (5-pound bags)
+            parts[-1].append(Word(frozenset({token}), 1))
             continue
         matched = _WORD.fullmatch(token)
         if matched is None or plain[i] in _NO_UNIT:
@@ -185,7 +200,7 @@ def _is_word(written: str, word: Word, variables: frozenset[str], explicit: bool
 def _unit(words: list[Word], tail: list[Word]) -> Unit:
     if not words:
         return Unit()
-    if any("percent" in word.forms or "pct" in word.forms for word in words):
+    if any(not word.forms.isdisjoint(("percent", "percentage", "pct")) for word in words):
         return Unit(words[0], percent=True)
     degree = [word for word in words if "degree" in word.forms or not word.forms.isdisjoint(("celsius", "fahrenheit"))]
     thing = Word(frozenset({"degree"}), 1) if degree else words[-1]
