@@ -1,8 +1,10 @@
 """What a careful human marker would say of answers, as a table; the judge has to say the same."""
 
+# ruff: noqa: E501
+
 import pytest
 
-from steerable.chains.tasks import extract_answer, judge
+from steerable.chains.tasks import judge
 
 # A reference, what is the same answer, what is another one. Each answer is judged in a box and behind "The answer is".
 SAME_OR_NOT = {
@@ -55,7 +57,7 @@ SAME_OR_NOT = {
     "5 m/s": (["5", "5 meters per second", r"5\text{ m/s}", "5 m/sec"], ["5 m", "5 km/h", "5 s", "5 cm/s"]),
     "60 km/h": (["60 kph", "60 kilometers per hour", r"60\ \frac{\text{km}}{\text{h}}", "60 km per hour"], ["60 km", "60 mph"]),
     "12 (dollars)": (
-        ["12", "$12", r"\$12", "12 dollars", "$12.00", "12$", "12 dollars each", "$12 per ticket", "12 USD", "US$12", "USD 12", r"12\$"],
+        ["12", "$12", r"\$12", "12 dollars", "$12.00", "12$", "12 dollars each", "$12 a day", "12 US dollars", "$12 per ticket", "12 USD", "US$12", "USD 12", r"12\$"],
         ["12 cents", "€12", "£12", "12 euros", "$1.2", "$120", "12 apples"],
     ),
     "$18.90": (["18.9", "18.90", "$18.90", "18.9 dollars", r"18.90\text{ dollars}"], ["$18.09", "1890 cents", "£18.90"]),

@@ -1,5 +1,7 @@
 """Where a text says its answer: marks that are open or only named, think blocks, sentences, and degenerate text."""
 
+# ruff: noqa: E501
+
 import itertools
 import random
 import time

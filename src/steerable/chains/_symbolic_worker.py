@@ -2,8 +2,8 @@
 
 It imports nothing of the library, so that it starts fast and holds little memory.
 
-math-verify's `parse` is not used: what it cannot read as LaTeX it searches for the first number (`1./3` gives 1), and it
-takes letters behind a number for units (`3 + 2t` gives 3 + 2). Its reader of LaTeX takes all of a text or raises.
+math-verify's `parse` is not used: what it cannot read as LaTeX it searches for a number (`1./3` gives 1), and letters
+behind a number are units to it (`3 + 2t` gives 3 + 2). Its reader of LaTeX takes all of a text or raises.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ answer by a list of guesses: symbolic equivalence alone would pay a model for bo
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Literal
 
@@ -49,7 +50,8 @@ _SURROUNDING = re.compile(
     re.S,
 )
 _SPACING = re.compile(
-    r"\\hspace\*?\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\[;: ]|~"
+    r"\\hspace\*?\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|"
+    r"(?<!\\)\\[;: ]|~"
 )
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\d|[A-Za-z]|\\[A-Za-z]+))"
@@ -83,7 +85,9 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     terms = _ratio(_right_side(a)), _ratio(_right_side(b))
     if any(terms):
         first, second = (term or _terms(text) for term, text in zip(terms, (a, b), strict=True))
-        same = len(first) == len(second) and all(compare(*pair, asked) == "right" for pair in zip(first, second))
+        same = len(first) == len(second) and all(
+            compare(*pair, asked) == "right" for pair in zip(first, second, strict=True)
+        )
         return "right" if same else "wrong"
     if number is not None and (number.places or 0) < 6:
         return "wrong"
@@ -151,7 +155,8 @@ def _compare_single(a: str, b: str, asked: str, variables: frozenset[str]) -> Ou
 
 
 _UNIT_BEHIND = re.compile(
-    r"(.*?[^-+*/^=(\s\\])((?:\\ |\s)*(?:\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\([A-Za-z ./^23]{2,30}\))"
+    r"(.*?[^-+*/^=(\s\\])"
+    r"(\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\s*\([A-Za-z ./^23]{2,30}\)"
     r"|\s+[A-Za-z]{2,12}\.?(?:\^\{?[23]\}?)?|\s*(?:%|\^\\circ))",
     re.DOTALL,
 )
@@ -159,8 +164,7 @@ _UNIT_BEHIND = re.compile(
 
 def _without_unit(text: str) -> tuple[str, Unit]:
     """A formula and the unit behind it, if there is one: in `\\text{}`, in parentheses, or a known word."""
-    found = _UNIT_BEHIND.fullmatch(text)
-    if found:
+    if found := _UNIT_BEHIND.fullmatch(text):
         word = found[2].strip()
         plain = re.fullmatch(r"([A-Za-z]+)\.?(?:\^\{?[23]\}?)?", word)
         if plain is None or is_known(plain[1]):
@@ -173,31 +177,36 @@ def _without_unit(text: str) -> tuple[str, Unit]:
 
 
 _FUNCTIONS = frozenset(
-    "sin cos tan sec csc cot log exp sqrt arcsin arccos arctan sinh cosh tanh min max gcd lcm mod".split()
+    re.findall(r"\w+", "sin cos tan sec csc cot log exp sqrt arcsin arccos arctan sinh cosh tanh min max gcd lcm mod")
 )
 #: What math-verify passes over in silence, and what it cannot read.
 _UNREADABLE = re.compile(r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|\d\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d")
 
 
+_CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\^\s*\{?[^{}^]{0,20}\^")
+
+
 def _is_formula(text: str, wanted: str) -> bool:
-    """Whether a text may go to math-verify."""
-    if _UNREADABLE.search(text) or not _is_balanced(text):
+    """Whether a text may go to math-verify: a finished formula that it reads to its end, in a short time. Sums, towers
+    of powers and the like are none unless the reference has some, too."""
+    if _UNREADABLE.search(text) or len(text) > 3 * len(wanted) + 100 or _depth(text) > max(5, _depth(wanted)):
         return False
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text)
-    return {word.casefold() for word in words} <= _FUNCTIONS | {
-        w.casefold() for w in re.findall("[A-Za-z]{3,}", wanted)
-    }
+    if len(_CALCULATIONS.findall(text)) > len(_CALCULATIONS.findall(wanted)):
+        return False
+    words = {word.casefold() for word in re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text)}
+    return words <= _FUNCTIONS | {word.casefold() for word in re.findall("[A-Za-z]{3,}", wanted)}
 
 
-def _is_balanced(text: str, deepest: int = 12) -> bool:
-    """Whether parentheses and braces are closed; a bracket of an interval may be of either kind."""
-    depth = braces = 0
+def _depth(text: str) -> float:
+    """How deep the brackets are nested; infinite where they are not closed."""
+    depth = deepest = braces = 0
     for character in text:
         depth += (character in "([") - (character in ")]")
         braces += (character == "{") - (character == "}")
-        if depth < 0 or braces < 0 or depth + braces > deepest:
-            return False
-    return depth == braces == 0
+        deepest = max(deepest, depth + braces)
+        if depth < 0 or braces < 0:
+            return math.inf
+    return math.inf if depth or braces else deepest
 
 
 def _formula(text: str) -> str:
@@ -249,9 +258,9 @@ def _words(text: str, variables: frozenset[str]) -> str | None:
     if set(text.replace(" ", "")) <= variables and text == bare.casefold() and text not in ("no", "up", "on"):
         return None  # a product
     is_words = re.fullmatch(r"[^\W\d_][^\d\\^_=+*/<>{}()\[\]|]*", text)
-    is_words = is_words and not re.search(r"\b\w\s*-|-\s*\w\b|\s-\s", text)
+    is_plain = is_words and not re.search(r"\b\w\s*-|-\s*\w\b|\s-\s", text)
     # Full stops say nothing: U.S. is US, and J. K. is JK.
-    return re.sub(r"\b(\w) +(?=\w\b)", r"\1", " ".join(text.replace(".", " ").split())) if is_words else None
+    return re.sub(r"\b(\w) +(?=\w\b)", r"\1", " ".join(text.replace(".", " ").split())) if is_plain else None
 
 
 _FORMULAS = re.compile(r"\$(?!\s)((?:\\.|[^$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)

@@ -26,8 +26,8 @@ class Verdict:
     """How right an answer is, in [0, 1], and why; the score is None where there is nothing to judge by.
 
     Reasons: `right` (1.0) and `wrong` (0, or less than 1 where reasoning-gym's scorer gives partial credit);
-    `no-answer`: nothing is there, or the last mark was opened and never closed; `several-boxes`: different boxes side by side,
-    so no single answer; `parse-error`: not readable for the judge; `timeout`: no decision in time (all 0);
+    `no-answer`: nothing is there, or the last mark was opened and never closed; `several-boxes`: different boxes side
+    by side, so no single answer; `parse-error`: not readable for the judge; `timeout`: no decision in time (all 0);
     `unjudged`: the task has no reference (None).
     """
 

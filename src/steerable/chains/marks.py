@@ -158,14 +158,20 @@ _STATED = re.compile(r"\banswer[*_ ]{0,6}(?:(?<=[*_ ])(?:is|are)\b|:|=)[ ]{0,4}:
 _FORMULA = re.compile(r"\$(?!\s)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)|\\\(((?:\\[^)]|[^\\\n])+)\\\)")
 _STOP = re.compile(r"\.(?=[*_]*(?:\s|$))")
 _LAST_WORD = re.compile(r"[A-Za-z.]*\Z")
-_TITLES = frozenset("mr mrs ms mx dr prof st mt gen col capt lt sgt rev hon gov sen rep vs".split())
+_TITLES = frozenset(re.findall(r"\w+", "mr mrs ms mx dr prof st mt gen col capt lt sgt rev hon gov sen rep vs"))
 #: Abbreviations that end no sentence where a small letter or a digit follows.
 _SHORT = frozenset(
-    "sq cu in ft yd yds mi hr hrs min mins sec secs lb lbs oz pt qt gal mm cm m km mg g kg ml l approx ca jr sr".split()
+    re.findall(
+        r"\w+",
+        "sq cu in ft yd yds mi hr hrs min mins sec secs lb lbs oz pt qt gal mm cm m km mg g kg ml l approx ca jr sr",
+    )
 )
 _OPENERS = frozenset(
-    "it the this that these those so then therefore thus since because he she they we i in if but and as however hence "
-    "now there you to for our my his her their its here let which when note".split()
+    re.findall(
+        r"\w+",
+        "it the this that these those so then therefore thus since because he she they we i in if but and as however "
+        "hence now there you to for our my his her their its here let which when note",
+    )
 )
 
 

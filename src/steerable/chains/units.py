@@ -1,8 +1,8 @@
 """Units of answers, as people write them: which words behind a number are one, and which two are the same.
 
 Nothing is converted: 9 cm is not 90 mm here. Two units are the same if they name the same thing in the same power, in
-any spelling: `hours`, `hour`, `hr`, `(hours)`. Words that only describe the thing (`red`, `of rice`, `per ticket`) may be
-left out, but not contradict each other.
+any spelling: `hours`, `hour`, `hr`, `(hours)`. Words that only describe the thing (`red`, `of rice`, `per ticket`)
+may be left out, but not contradict each other.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ _MEASURES = {
     "year": "yr", "acre": "", "hectare": "ha", "radian": "rad", "degree": "deg", "hertz": "hz", "watt": "",
     "joule": "", "newton": "", "volt": "", "kilowatt": "kw", "celsius": "centigrade", "fahrenheit": "",
 }  # fmt: skip
-_MONEY = {"dollar": "usd buck $", "euro": "eur \u20ac", "pound": "gbp \u00a3", "yen": "jpy \u00a5", "rupee": "inr rs \u20b9",
-          "cent": "\u00a2"}  # fmt: skip
-_OTHER = {"child": "children kid", "person": "people", "man": "men", "woman": "women", "tooth": "teeth", "mouse": "mice",
-          "goose": "geese"}  # fmt: skip
+_MONEY = {
+    "dollar": "usd buck $", "euro": "eur \u20ac", "pound": "gbp \u00a3", "yen": "jpy \u00a5", "rupee": "inr rs \u20b9",
+    "cent": "\u00a2",
+}  # fmt: skip
+_OTHER = {
+    "child": "children kid", "person": "people", "man": "men", "woman": "women", "tooth": "teeth", "mouse": "mice",
+    "goose": "geese",
+}  # fmt: skip
 _NAMES = {
     word: name
     for table in (_OTHER, _MONEY, _MEASURES)
@@ -31,18 +35,26 @@ _NAMES = {
     for word in (name, *words.split())
 }
 _RATES = {"mph": "mile / hour", "kph": "kilometer / hour", "kmph": "kilometer / hour", "kmh": "kilometer / hour"}
-_TIMES = frozenset("second minute hour day week month year".split())
+_DEGREES = ("degree", "celsius", "fahrenheit")
+_PERCENT = ("percent", "percentage", "pct")
+_TIMES = frozenset(re.findall(r"\w+", "second minute hour day week month year"))
 #: Words that say nothing about the unit.
 _FILLERS = frozenset(
-    "the a an total all altogether together left remaining more extra other each apiece away long tall wide high "
-    "deep old overall unit us".split()
+    re.findall(
+        r"\w+",
+        "the a an total all altogether together left remaining more extra other each apiece away long tall wide high "
+        "deep old overall unit us",
+    )
 )
 #: Words that are no unit: what stands with them is not the number alone.
 _NO_UNIT = frozenset(
-    "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan csc cot arcsin arccos arctan "
-    "infinity infty squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
-    "wrong below negative approximately about remainder hundred thousand million billion trillion where since because "
-    "for when which so with without than at least most per by am pm".split()
+    re.findall(
+        r"\w+",
+        "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan csc cot arcsin arccos arctan "
+        "infinity infty squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
+        "wrong below negative approximately about remainder hundred thousand million billion trillion where since "
+        "because for when which so with without than at least most per by am pm",
+    )
 )
 _SIGNS = {
     r"\^\s*\\circ": " degree ",
@@ -118,60 +130,62 @@ def read_unit(text: str, variables: frozenset[str] = frozenset(), explicit: bool
     r"""The unit that a text names, in LaTeX or plain words; None for anything else.
 
     variables: letters that are variables of the task, so `m` is no metre. explicit: it stood in parentheses or in
-    `\text{}`, so that short words count.
+    `\text{}`, where letters are no variables.
     """
-    explicit = explicit or bool(_TEXT.search(text))
+    variables = frozenset() if explicit or _TEXT.search(text) else variables
     text = re.sub(r"\s+\^", "^", _TEXT.sub(r" \1 ", text)).strip()
     text = re.sub(r"^\{(?:\\rm)?([^{}]*)\}", r"\1", text)
-    in_parentheses = text[:1] == "(" and text[-1:] == ")"
-    if in_parentheses:
+    has_numbers = text[:1] == "(" and text[-1:] == ")"  # 7 (5-pound bags)
+    if has_numbers:
         text = text[1:-1]
     for pattern, plain in _SIGNS.items():
         text = re.sub(pattern, plain, text)
-    tokens = [name for token in text.split() for name in _RATES.get(token.casefold().strip("."), token).split()]
-    if len(tokens) > 8:
-        return None
-    parts: list[list[Word]] = [[]]
-    plain = [token.casefold().strip(".,") for token in tokens]
-    for i, token in enumerate(tokens):
-        if plain[i] in ("/", "per") or (plain[i] in ("a", "an") and parts[-1] and i + 1 < len(tokens)):
+    tokens = [word for token in text.split() for word in _RATES.get(token.casefold().strip("."), token).split()]
+    parts: list[list[str]] = [[]]
+    for i, token in enumerate(tokens[:9]):
+        if token in ("/", "per") or (token.casefold() in ("a", "an") and parts[-1] and i + 1 < len(tokens)):
             parts.append([])
-            continue
-        if in_parentheses and token.isdecimal() and i + 1 < len(tokens):  # (5-pound bags)
-            parts[-1].append(Word(frozenset({token}), 1))
-            continue
-        matched = _WORD.fullmatch(token)
-        if matched is None or plain[i] in _NO_UNIT:
-            return None
-        if plain[i] == "of" and parts[-1]:
-            break
-        if plain[i] in ("of", "in") and i + 1 < len(tokens):  # "of them", "in total"; alone it is the inch
-            continue
-        word = _word(matched)
-        if word.forms.isdisjoint(_FILLERS):
-            if not _is_word(matched[1], word, variables, explicit):
-                return None
-            parts[-1].append(word)
-    tail = _word_list(plain, tokens) if "of" in plain else []
-    if tail is None or len(parts) > 2:
+        else:
+            parts[-1].append(token)
+    units = [_read_part(part, variables, has_numbers) for part in parts]
+    unit, per = units[0], units[-1]
+    if len(tokens) > 8 or len(units) > 2 or unit is None or per is None:
         return None
-    per = _unit(parts[1], []) if len(parts) > 1 else None
-    return _unit(parts[0], tail)._replace(per=per if per and per.thing else None)
+    return unit._replace(per=per) if len(units) > 1 and per.thing else unit
+
+
+def _read_part(tokens: list[str], variables: frozenset[str], has_numbers: bool) -> Unit | None:
+    """The unit of words without `per`: `pairs of red shoes` counts pairs."""
+    words: list[Word] = []
+    behind_of: list[Word] | None = None
+    for i, token in enumerate(tokens):
+        matched, written = _WORD.fullmatch(token), token.casefold().strip(".,")
+        is_last = i + 1 == len(tokens)
+        if written == "of" and words:
+            behind_of = []
+        elif not is_last and (written in ("of", "in") or (has_numbers and token.isdecimal())):
+            # "of them", "in total"; alone it is the inch
+            words += [Word(frozenset({token}), 1)] if token.isdecimal() else []
+        elif matched is None or written in _NO_UNIT:
+            return None
+        elif (word := _word(matched)).forms.isdisjoint(_FILLERS):
+            if not _is_word(matched, variables):
+                return None
+            (words if behind_of is None else behind_of).append(word)
+    if not words or (behind_of == [] and tokens[-1] == "of"):
+        return None if behind_of is not None else Unit()
+    if any(not word.forms.isdisjoint(_PERCENT) for word in words):
+        return Unit(words[0], percent=True)
+    *described, thing = words
+    if any(not word.forms.isdisjoint(_DEGREES) for word in words):
+        described, thing = [word for word in words if "degree" not in word.forms], Word(frozenset({"degree"}), 1)
+    return Unit(thing, (*described, *(behind_of or [])))
 
 
 def is_known(written: str) -> bool:
     """Whether a word is a unit of the tables here."""
     matched = _WORD.fullmatch(written)
     return written.casefold() in _RATES or (matched is not None and not _word(matched).forms.isdisjoint(_NAMES))
-
-
-def _word_list(plain: list[str], tokens: list[str]) -> list[Word] | None:
-    """The words behind `of`."""
-    rest = tokens[plain.index("of") + 1 :]
-    matched = [_WORD.fullmatch(token) for token in rest]
-    if not rest or any(match is None or match[1].casefold() in _NO_UNIT for match in matched):
-        return None
-    return [word for match in matched if match for word in [_word(match)] if word.forms.isdisjoint(_FILLERS)]
 
 
 def _word(matched: re.Match[str]) -> Word:
@@ -187,23 +201,7 @@ def _word(matched: re.Match[str]) -> Word:
     return Word(frozenset(names or spelled), int(matched[2] or 1))
 
 
-def _is_word(written: str, word: Word, variables: frozenset[str], explicit: bool) -> bool:
-    """Whether letters are a word or a known abbreviation, no product of variables."""
-    if not written.isalpha():
-        return True
-    known = not word.forms.isdisjoint(_NAMES) or written.casefold() == "percent"
-    if set(written) <= variables and not explicit:
-        return False
-    return known or len(written) > 2
-
-
-def _unit(words: list[Word], tail: list[Word]) -> Unit:
-    if not words:
-        return Unit()
-    if any(not word.forms.isdisjoint(("percent", "percentage", "pct")) for word in words):
-        return Unit(words[0], percent=True)
-    degree = [word for word in words if "degree" in word.forms or not word.forms.isdisjoint(("celsius", "fahrenheit"))]
-    thing = Word(frozenset({"degree"}), 1) if degree else words[-1]
-    described = [word for word in words if word is not words[-1] or degree]
-    described = [word for word in described if "degree" not in word.forms]
-    return Unit(thing, (*described, *tail))
+def _is_word(matched: re.Match[str], variables: frozenset[str]) -> bool:
+    """Whether letters are a sign, a word or a known abbreviation, and no product of variables."""
+    written = matched[1].casefold()
+    return not written.isalpha() or (not set(written) <= variables and (len(written) > 2 or is_known(written)))
