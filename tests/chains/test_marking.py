@@ -16,7 +16,7 @@ SAME_OR_NOT = {
     ),
     "9": (
         ["9", "9 apples", "$9", "9 dollars", "9 (apples)", "9%", r"9^\circ", "9 km/h", "9 cm", "9 cm^2", "+9", "9 m"],
-        ["19", "-9", "9x", "9 (x+1)", "9i", "9 dozen", "9 dozen eggs", "9 million", "9 mod 5", "9:00:01", "9 or 8", "9/2"],
+        ["19", "-9", "9x", "9 (x+1)", "9i", "9 dozen", "9 dozen eggs", "9 tenths", "9 (or 8)", "9 (not 8)", "9 (ab)", "9 halves", "9 a", "9ab", "9 sin x", "9 root two", "9 million", "9 mod 5", "9:00:01", "9 or 8", "9/2"],
     ),
     "9 (cookies)": (
         [r"9\ cookies", r"9~\text{cookies}", r"9\mathrm{~cookies}", r"\text{9 cookies}", "(9 cookies)", "**9 cookies**", r"9\;(\text{cookies})"]
@@ -32,6 +32,10 @@ SAME_OR_NOT = {
     "9 (m/s)": ([r"9\frac{m}{s}", r"9\text{ m}\cdot\text{s}^{-1}", r"9\,\frac{\text{m}}{\text{s}}"], ["9 m", "9 m/h"]),
     "8 (o'clock)": (["8", "8:00", "8 o'clock"], ["8:30", "20", "9 o'clock"]),
     "5th": (["5", "5th", r"5^{\text{th}}"], ["6th", "15"]),
+    "5 (left over)": (["5", "5 (left over)", "5 left over"], ["4", "5 (too many)"]),
+    "4 (and 2 left)": (["4"], ["2", "4 (and 3 left)", "6"]),
+    "5 (times)": (["5", "5 times"], ["4 times"]),
+    "7 (quarters)": (["7", "7 quarters"], ["7 dimes", "7/4"]),
     "12 (years)": (["12-year-old", "12 years of age"], ["12 months"]),
     "9 (red apples)": (["9 apples", "9 red apples", "9"], ["9 green apples", "9 red pears"]),
     "5 (pairs of shoes)": (["5", "5 pairs", "5 pairs of shoes"], ["5 shoes", "5 boxes"]),

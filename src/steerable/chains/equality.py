@@ -15,7 +15,7 @@ import math
 import re
 from typing import Literal
 
-from steerable.chains.quantities import Clock, Number, is_one_pair, read_clock, read_number
+from steerable.chains.quantities import Clock, Number, is_one_pair, read_clock, read_number, read_reference
 from steerable.chains.units import Unit, is_known, read_unit
 
 __all__ = ["Outcome", "clean", "compare", "is_list", "read_number", "split"]
@@ -73,7 +73,7 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     if _key(a) == _key(b):
         return "right"
     clocks = read_clock(_right_side(a)), read_clock(_right_side(b))
-    number = read_number(_right_side(a), variables)
+    number = read_reference(_right_side(a), variables)
     other = read_number(_right_side(b, any_left=number is not None), variables)
     if any(clocks):
         return _compare_times(clocks, (number, other))

@@ -3,11 +3,11 @@ r"""What is read exactly in an answer and needs no algebra: plain numbers with t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from steerable.chains.units import Unit, is_known, read_unit
+from steerable.chains.units import Unit, Word, is_known, read_unit
 
 # --- numbers ---
 
@@ -46,7 +46,7 @@ class Number:
 
         By `same_value`, and of "50" and "50%" either reading counts, and a unit may be left out.
         """
-        if not self.unit.same(given.unit) or (given.unit.thing and self.unit.in_dozens != given.unit.in_dozens):
+        if not self.unit.same(given.unit) or (given.unit.thing and self.unit.factor != given.unit.factor):
             return False
         if not given.lowest and self.value == given.value:
             return False  # 26/2 for 13 may be the question
@@ -125,6 +125,19 @@ def read_number(text: str, variables: frozenset[str] | None = None) -> Number | 
         else:
             unit = Unit(money.thing, unit.described, unit.per)
     return Number(number * 10**power, None if places is None else max(0, places - power), unit, lowest)
+
+
+_REMARK = re.compile(r"([^()]*\S) \(((?!mod|base|in base)[^()=+*^]*[A-Za-z]{3}[^()=+*^]*)\)")
+
+
+def read_reference(text: str, variables: frozenset[str]) -> Number | None:
+    """As `read_number`, for a reference, which may say anything in parentheses behind its number."""
+    number = read_number(text, variables)
+    if number is None and (remark := _REMARK.fullmatch(text)):
+        number = read_number(remark[1], variables)
+        words = Word(frozenset({remark[2].casefold()}), 1)
+        number = replace(number, unit=read_unit(f"({remark[2]})") or Unit(words)) if number else None
+    return number
 
 
 def _value(found: re.Match[str]) -> tuple[Fraction, int | None, bool] | None:

@@ -37,12 +37,15 @@ _NAMES = {
 _RATES = {"mph": "mile / hour", "kph": "kilometer / hour", "kmph": "kilometer / hour", "kmh": "kilometer / hour"}
 _DEGREES = ("degree", "celsius", "fahrenheit")
 _PERCENT = ("percent", "percentage", "pct")
+_FACTORS = frozenset(
+    re.findall(r"\w+", "dozen score half third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth")
+)
 _TIMES = frozenset(re.findall(r"\w+", "second minute hour day week month year"))
 #: Words that say nothing about the unit.
 _FILLERS = frozenset(
     re.findall(
         r"\w+",
-        "the a an total all altogether together left remaining more extra other each apiece away long tall wide high "
+        "the a an total all altogether together left over remaining more extra other each apiece away long tall wide high "
         "deep old overall unit us",
     )
 )
@@ -51,7 +54,7 @@ _NO_UNIT = frozenset(
     re.findall(
         r"\w+",
         "or and not but is are was to mod modulo base pi sqrt log ln exp sin cos tan csc cot arcsin arccos arctan "
-        "infinity infty squared cubed half third quarter minus plus times divided over choose factorial if then maybe "
+        "infinity infty squared cubed half third quarter minus plus divided root choose factorial if then maybe "
         "wrong below negative approximately about remainder hundred thousand million billion trillion where since "
         "because for when which so with without than at least most per by am pm",
     )
@@ -117,9 +120,9 @@ class Unit(NamedTuple):
         return self.per.same(other.per) and self._describes(other)
 
     @property
-    def in_dozens(self) -> bool:
-        """Whether twelve are counted as one."""
-        return any("dozen" in word.forms for word in (self.thing, *self.described) if word)
+    def factor(self) -> frozenset[str]:
+        """The words that change the number: 3 dozen is not 3."""
+        return frozenset().union(*(word.forms & _FACTORS for word in (self.thing, *self.described) if word))
 
     def _describes(self, other: Unit) -> bool:
         few, many = sorted((self.described, other.described), key=len)
@@ -166,7 +169,7 @@ def _read_part(tokens: list[str], variables: frozenset[str], has_numbers: bool) 
         elif not is_last and (written in ("of", "in") or (has_numbers and token.isdecimal())):
             # "of them", "in total"; alone it is the inch
             words += [Word(frozenset({token}), 1)] if token.isdecimal() else []
-        elif matched is None or written in _NO_UNIT:
+        elif matched is None or written in _NO_UNIT or (is_last and written in ("a", "an")):
             return None
         elif (word := _word(matched)).forms.isdisjoint(_FILLERS):
             if not _is_word(matched, variables):
