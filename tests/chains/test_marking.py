@@ -32,7 +32,7 @@ SAME_OR_NOT = {
     "9 (m/s)": ([r"9\frac{m}{s}", r"9\text{ m}\cdot\text{s}^{-1}", r"9\,\frac{\text{m}}{\text{s}}"], ["9 m", "9 m/h"]),
     "8 (o'clock)": (["8", "8:00", "8 o'clock"], ["8:30", "20", "9 o'clock"]),
     "5th": (["5", "5th", r"5^{\text{th}}"], ["6th", "15"]),
-    "5 (left over)": (["5", "5 (left over)", "5 left over"], ["4", "5 (too many)"]),
+    "5 (left over)": (["5", "5 (left over)", "5 left over"], ["4", "5 apples and 1"]),
     "4 (and 2 left)": (["4"], ["2", "4 (and 3 left)", "6"]),
     "5 (times)": (["5", "5 times"], ["4 times"]),
     "7 (quarters)": (["7", "7 quarters"], ["7 dimes", "7/4"]),

@@ -45,8 +45,8 @@ _TIMES = frozenset(re.findall(r"\w+", "second minute hour day week month year"))
 _FILLERS = frozenset(
     re.findall(
         r"\w+",
-        "the a an total all altogether together left over remaining more extra other each apiece away long tall wide high "
-        "deep old overall unit us",
+        "the a an total all altogether together left over remaining more extra other each apiece away long tall wide "
+        "high deep old overall unit us",
     )
 )
 #: Words that are no unit: what stands with them is not the number alone.
