@@ -10,10 +10,15 @@ answer by a list of guesses: symbolic equivalence alone would pay a model for bo
 
 from __future__ import annotations
 
+import functools
+import math
 import re
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
+
+from steerable.chains.quantities import Clock, Number, is_one_pair, read_clock, read_number, read_reference
+from steerable.chains.units import Unit, is_known, read_unit
+
+__all__ = ["Outcome", "clean", "compare", "is_list", "read_number", "split"]
 
 Outcome = Literal["right", "wrong", "parse-error", "timeout"]
 
@@ -41,12 +46,18 @@ _PLAIN_SIGNS = {
 _SIGNS = str.maketrans(_PLAIN_SIGNS)
 _SURROUNDING = re.compile(
     r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`|\\boxed\{([^{}]*)\}|"
-    r"\\(?:text|math)(?:bf|it|rm)?\s*\{([^{}]*)\}",
+    r"\\(?:underline|(?:text|math)(?:bf|it|rm)?)\s*\{([^{}]*)\}",
     re.S,
 )
-_SPACING = re.compile(r"\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\[;: ]|~")
+_SPACING = re.compile(
+    r"\\hspace\*?\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|"
+    r"(?<!\\)\\[;: ]|~"
+)
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\d|[A-Za-z]|\\[A-Za-z]+))"
+_SHORT_FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
+# The point of `1./3` and `2.x`, where no digits follow it; that of `0.\\overline{3}` and `0.(3)` has some.
+_BARE_POINT = re.compile(r"(?<=\d)\.(?![\d.]|\s*\\(?:overline|bar|[lc]?dots)|\(\d+\))")
 _ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
 
 
@@ -57,55 +68,151 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     """
     if len(given) > _LONGEST + len(wanted):
         return "wrong"
+    variables = _variables(asked) | _variables(wanted if _SURROUNDING.fullmatch(wanted.strip()) else "")
     a, b = clean(wanted), clean(given)
     if _key(a) == _key(b):
         return "right"
-    number = read_number(_right_side(a))
-    if number is not None:
-        other = read_number(_right_side(b, any_left=True))
-        same = other is not None and _same_variable(a, b) and number.equals(other)
+    clocks = read_clock(_right_side(a)), read_clock(_right_side(b))
+    number = read_reference(_right_side(a), variables)
+    other = read_number(_right_side(b, any_left=number is not None), variables)
+    if any(clocks):
+        return _compare_times(clocks, (number, other))
+    if number is not None and number.unit.thing and other is None:
+        other = read_number(_GLUED.sub(r"\1 \2", b), variables)  # 9m, where metres are wanted
+        other = other if other and other.unit.thing else None
+    if number is not None and other is not None:
+        return "right" if _same_variable(a, b) and number.equals(other) else "wrong"
+    terms = _ratio(_right_side(a)), _ratio(_right_side(b))
+    if any(terms):
+        first, second = (term or _terms(text) for term, text in zip(terms, (a, b), strict=True))
+        same = len(first) == len(second) and all(
+            compare(*pair, asked) == "right" for pair in zip(first, second, strict=True)
+        )
         return "right" if same else "wrong"
-    return _compare_parts(a, b, asked)
+    if number is not None and (number.places or 0) < 6:
+        return "wrong"
+    return _compare_parts(a, b, asked, variables)
 
 
-def _compare_parts(a: str, b: str, asked: str) -> Outcome:
+_GLUED = re.compile(r"(\d)([A-Za-z])\Z")
+
+
+def _compare_times(clocks: tuple[Clock | None, Clock | None], numbers: tuple[Number | None, Number | None]) -> Outcome:
+    """Where one is a time of day: it is no ratio, but its hour may be given alone, as 3 of 3 p.m."""
+    if clocks[0] and clocks[1]:
+        return "right" if clocks[0].same(clocks[1]) else "wrong"
+    clock, number = (clocks[0], numbers[1]) if clocks[0] else (clocks[1], numbers[0])
+    if clock is None or number is None or number.unit != Unit() or number.places != 0:
+        return "wrong"
+    return "right" if clock.is_full_hour and clock.hour == number.value else "wrong"
+
+
+def _compare_parts(a: str, b: str, asked: str, variables: frozenset[str]) -> Outcome:
     (kind, wanted), (given_kind, given) = split(a), split(b)
     if len(wanted) != len(given):
         return "wrong"  # a list of guesses for one answer, or a part for the whole
     if len(wanted) == 1 and kind == given_kind == "":
-        return _compare_single(wanted[0], given[0], asked)
+        return _compare_single(wanted[0], given[0], asked, variables)
     if kind != given_kind and {kind, given_kind} != {"", "{}"}:
         return "wrong"
     worst: Outcome = "right"
     left = list(given)
     for part in wanted:
-        found: Outcome = "wrong"
+        verdict: Outcome = "wrong"
         for other in left if kind in ("", "{}", "u") else left[:1]:
             outcome = compare(part, other, asked)
             if outcome == "right":
-                found = "right"
+                verdict = "right"
                 left.remove(other)
                 break
-            found = outcome if found == "wrong" else found
-        if found != "right":
-            if found == "wrong":
+            verdict = outcome if verdict == "wrong" else verdict
+        if verdict != "right":
+            if verdict == "wrong":
                 return "wrong"
-            worst = found
+            worst = verdict
     return worst
 
 
-def _compare_single(a: str, b: str, asked: str) -> Outcome:
+def _compare_single(a: str, b: str, asked: str, variables: frozenset[str]) -> Outcome:
     a, b = _right_side(a), _right_side(b)
-    if (words := _words(a)) is not None:
-        return "right" if _words(b) == words else "wrong"
+    if (words := _words(a, variables)) is not None:
+        return "right" if _words(b, variables) == words else "wrong"
     if re.fullmatch(r"-?[\dA-Fa-f]+_\w+", _key(a)):  # a numeral with its base: sympy would take it for a symbol
         return "wrong"
     written = _key(b)
     if len(written) > 2 and re.search(r"[-+*/^=(\\]", written) and written in _key(clean(asked)):
         return "wrong"  # the question itself, which is of course equivalent to its answer
+    (a, unit), (b, given_unit) = _without_unit(a), _without_unit(b)
+    if not unit.same(given_unit):
+        return "wrong"
+    if _key(a) == _key(b):
+        return "right"
+    if _UNREADABLE.search(a) or not _is_formula(b, a):
+        return "wrong"
     from steerable.chains.symbolic import equivalent
 
-    return equivalent(a, b)
+    return equivalent(_formula(a), _formula(b))
+
+
+_UNIT_BEHIND = re.compile(
+    r"(.*?[^-+*/^=(\s\\])"
+    r"(\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\s*\([A-Za-z ./^23]{2,30}\)"
+    r"|\s+[A-Za-z]{2,12}\.?(?:\^\{?[23]\}?)?|\s*(?:%|\^\\circ))",
+    re.DOTALL,
+)
+
+
+def _without_unit(text: str) -> tuple[str, Unit]:
+    """A formula and the unit behind it, if there is one: in `\\text{}`, in parentheses, or a known word."""
+    if found := _UNIT_BEHIND.fullmatch(text):
+        word = found[2].strip()
+        plain = re.fullmatch(r"([A-Za-z]+)\.?(?:\^\{?[23]\}?)?", word)
+        if plain is None or is_known(plain[1]):
+            unit = read_unit(word)
+            if unit is not None:
+                return found[1].strip(), unit
+    if text.startswith("$"):
+        return text[1:].strip(), read_unit("$") or Unit()
+    return text, Unit()
+
+
+_FUNCTIONS = frozenset(
+    re.findall(r"\w+", "sin cos tan sec csc cot log exp sqrt arcsin arccos arctan sinh cosh tanh min max gcd lcm mod")
+)
+#: What math-verify passes over in silence, and what it cannot read.
+_UNREADABLE = re.compile(r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|\d\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d")
+
+
+_CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\^\s*\{?[^{}^]{0,20}\^")
+
+
+def _is_formula(text: str, wanted: str) -> bool:
+    """Whether a text may go to math-verify: a finished formula that it reads to its end, in a short time. Sums, towers
+    of powers and the like are none unless the reference has some, too."""
+    if _UNREADABLE.search(text) or len(text) > 3 * len(wanted) + 100 or _depth(text) > max(5, _depth(wanted)):
+        return False
+    if len(_CALCULATIONS.findall(text)) > len(_CALCULATIONS.findall(wanted)):
+        return False
+    words = {word.casefold() for word in re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text)}
+    return words <= _FUNCTIONS | {word.casefold() for word in re.findall("[A-Za-z]{3,}", wanted)}
+
+
+def _depth(text: str) -> float:
+    """How deep the brackets are nested; infinite where they are not closed."""
+    depth = deepest = braces = 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        braces += (character == "{") - (character == "}")
+        deepest = max(deepest, depth + braces)
+        if depth < 0 or braces < 0:
+            return math.inf
+    return math.inf if depth or braces else deepest
+
+
+def _formula(text: str) -> str:
+    """A formula as math-verify reads it: `1e5` and `10^12` are no products there."""
+    text = re.sub(r"(?<![A-Za-z\\\d.])(\d[\d.]*)[eE]([-+]?\d{1,3})(?!\d)", r"\1 \\times 10^{\2}", text)
+    return re.sub(r"\^(-?\d{2,})", r"^{\1}", text)
 
 
 # --- text ---
@@ -122,6 +229,7 @@ def clean(text: str) -> str:
     text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
+    text = _BARE_POINT.sub("", text).strip().removeprefix(r"\approx ")
     return " ".join(text.split())
 
 
@@ -139,17 +247,36 @@ def _key(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text.replace("$", "")).casefold()
 
 
-def _words(text: str) -> str | None:
-    """What a text of words alone says, None for anything else. A letter of a choice may stand in parentheses."""
+def _words(text: str, variables: frozenset[str]) -> str | None:
+    """What a text of words alone says, None for anything else. A letter of a choice may stand in parentheses. Letters
+    that the task calculates with are no words."""
     bare = text
     text = _TEXT.sub(r"\1", text)
     text = " ".join(re.sub(r"^\\(?:lbrace|\()|[.:]$", "", text).replace("$", "").split()).casefold()
     if choice := re.fullmatch(r"\(?([a-z])\)?[.:]?", text):
         return choice[1]
-    if len(text) < 3 and text == bare.casefold() and text not in ("no", "up", "on"):
-        return None  # a product of two variables
+    if set(text.replace(" ", "")) <= variables and text == bare.casefold() and text not in ("no", "up", "on"):
+        return None  # a product
     is_words = re.fullmatch(r"[^\W\d_][^\d\\^_=+*/<>{}()\[\]|]*", text)
-    return text if is_words and not re.search(r"\b\w\s*-|-\s*\w\b|\s-\s", text) else None
+    is_plain = is_words and not re.search(r"\b\w\s*-|-\s*\w\b|\s-\s", text)
+    # Full stops say nothing: U.S. is US, and J. K. is JK.
+    return re.sub(r"\b(\w) +(?=\w\b)", r"\1", " ".join(text.replace(".", " ").split())) if is_plain else None
+
+
+_FORMULAS = re.compile(r"\$(?!\s)((?:\\.|[^$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{4,}")  # between the dollars of two prices
+_LETTERS = r"(?<![A-Za-z\\])([A-Za-z]{1,3})(?![A-Za-z])"
+_SIGN = r"(?:[+=^<>]|(?<!\*)\*(?!\*))"
+_OPERAND = re.compile(rf"{_LETTERS}(?=\s*{_SIGN})|{_SIGN}\s*{_LETTERS}|(?<=\d)([a-fi-kn-rt-z])(?![A-Za-z])")
+
+
+@functools.lru_cache(maxsize=256)
+def _variables(asked: str) -> frozenset[str]:
+    """The letters that a task calculates with: those alone in a formula, or beside an operator or digit."""
+    formulas = [_TEXT.sub(" ", next(filter(None, found.groups()))) for found in _FORMULAS.finditer(asked)]
+    alone = [letters for formula in formulas if not _PROSE.search(formula) for letters in re.findall(_LETTERS, formula)]
+    beside = [next(filter(None, found.groups())) for found in _OPERAND.finditer(asked)]
+    return frozenset("".join([*alone, *beside]).casefold())
 
 
 _VARIABLE = r"(?:\\?[A-Za-z]{1,7}(?:_\{?\w+\}?)?'?(?:\([\w, ]*\))?)"
@@ -157,9 +284,11 @@ _ASSIGNED = re.compile(rf"({_VARIABLE})\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 
 
 def _right_side(text: str, any_left: bool = False) -> str:
-    """`3` of `x = 3`; with `any_left`, of `1 + 2 = 3` too."""
+    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` too."""
     if found := _ASSIGNED.fullmatch(text):
         return found[2].strip()
+    if label := re.fullmatch(r"[A-Za-z][A-Za-z ]{2,30}: (.+)", text):
+        return label[1]
     left, equal, right = text.partition("=")
     is_one = equal and left.strip() and "=" not in right and not re.search(r",|\b(?:or|and)\b", left)
     return right.strip() if any_left and is_one else text
@@ -170,31 +299,58 @@ def _same_variable(a: str, b: str) -> bool:
     return not (first and second) or _key(first[1]) == _key(second[1])
 
 
-_OPENING = {"(": ")", "[": "]", "{": "}"}
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 
 
 def split(text: str) -> tuple[str, list[str]]:
-    r"""The parts of a list `a, b`, a set `{}`, a tuple or an interval (its brackets), a union `u`; with them, which.
+    r"""The parts of a list `a, b`, a set `{}`, a tuple or an interval (its brackets), a union `u`, a matrix; with them,
+    which.
 
-    `\pm` stands for two answers.
+    `\pm` stands for two answers, `2 hours 30 minutes` has two parts.
     """
     text = _right_side(text)
+    if r"\end" in text:
+        text = _without_unit(text)[0]
+    if (matrix := _MATRIX.fullmatch(text)) and r"\begin" not in matrix[2]:
+        rows = [row.split("&") for row in matrix[2].strip().removesuffix(r"\\").split(r"\\")]
+        return f"matrix of {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
     unions = _top_level(text, r"\cup")
     if len(unions) > 1:
         return "u", unions
     kind, inner = "", text
     if text.startswith(r"\lbrace") and text.endswith(r"\rbrace") and text.count(r"\lbrace") == 1:
         kind, inner = "{}", text[len(r"\lbrace") : -len(r"\rbrace")]
-    elif text[:1] in ("(", "[") and text[-1:] in (")", "]") and _is_one_pair(text):
+    elif text[:1] in ("(", "[") and text[-1:] in (")", "]") and is_one_pair(text):
         kind, inner = text[0] + text[-1], text[1:-1]
     parts = _top_level(inner, ",")
     if kind in ("", "{}"):
         inner = re.sub(r"\\text\{\s*(and|or)\s*\}|(?<=\s)(?:and|or)(?=\s)|;", ",", inner)
         parts = [part for part in _top_level(inner, ",") if part]
         parts = [sign for part in parts for sign in _both_signs(part)]
+        if len(parts) == 1 and len(quantities := _COMPOUND.sub(",", inner).split(",")) > 1:
+            numbers = [read_number(part.strip(), frozenset()) for part in quantities]
+            parts = quantities if all(number and number.unit.thing for number in numbers) else parts
     elif len(parts) == 1:  # parentheses around one thing
         return "", [inner.strip()] if kind == "()" else [text]
     return kind, parts or [inner]
+
+
+_COMPOUND = re.compile(r"(?<=[a-z.)}])\s+(?=\d)")
+
+
+def _ratio(text: str) -> list[str]:
+    """The terms of `1:2`, or `1 to 2`; none for anything else."""
+    text = _TEXT.sub(r"\1", text).replace(r"\colon", ":").replace("{:}", ":")
+    if found := re.fullmatch(r"(\d[\d.,]*) +to +(\d[\d.,]*)", text.strip()):
+        return [found[1], found[2]]
+    terms = _top_level(text, ":") if ":" in text and "|" not in text and r"\lbrace" not in text else []
+    return terms if len(terms) > 1 and all(terms) else []
+
+
+def _terms(text: str) -> list[str]:
+    """The two terms of a fraction, which may be written for a ratio; else the text alone."""
+    found = re.fullmatch(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|([^/\s]+) ?/ ?([^/\s]+)", text)
+    return [term for term in found.groups() if term] if found else [text]
 
 
 def is_list(text: str) -> bool:
@@ -219,146 +375,3 @@ def _top_level(text: str, separator: str) -> list[str]:
             continue
         position += 1
     return [*parts, text[start:].strip()]
-
-
-def _is_one_pair(text: str) -> bool:
-    """Whether the first bracket is closed by the last character."""
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            return position == len(text) - 1
-    return False
-
-
-# --- plain numbers ---
-
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+(?![\d/])|\d+)"
-_NUMBER = re.compile(
-    rf"""
-    (?P<minus>[-+]?)\s*(?P<money>[$\u20ac\u00a3\u00a5]?)\s*(?P<late>[-+]?)\s*
-    (?:
-      (?:(?P<whole>{_DIGITS})\s*(?:\+\s*)?(?=\\frac)|(?P<whole_plain>\d+)\s+(?=\d+/))?
-      (?:\\frac\{{\s*(?P<sign>-?)\s*(?P<top>{_DIGITS})\s*\}}\{{\s*(?P<bottom>{_DIGITS})\s*\}}
-        |(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS}))
-      |(?P<integer>{_DIGITS})?(?:\.(?P<places>\d+))?
-       (?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{{?\s*(?P<power>[-+]?\d{{1,2}})\s*\}}?|[eE](?P<e>[-+]?\d{{1,2}}))?
-    )
-    (?P<rest>.*)
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-#: Words that are no unit: what stands with them is not the number alone.
-_NO_UNIT = (
-    "or and not but is are was to of in mod modulo base pi sqrt log ln exp sin cos tan sec csc cot arcsin arccos "
-    "arctan infinity infty dozen squared cubed half third quarter minus plus times divided over choose factorial if "
-    "then maybe wrong below negative approximately about remainder"
-)
-_SHORT_UNITS = frozenset("mgshl")
-_UNIT_WORD = re.compile(r"([A-Za-z]+)\.?(?:\^\{?[23]\}?)?")
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number as it was written: exact value, digits after the point (None for a fraction), unit, lowest terms."""
-
-    value: Fraction
-    places: int | None
-    percent: bool
-    unit: str
-    lowest: bool
-
-    def equals(self, given: Number) -> bool:
-        """Whether `given` is this number, finished.
-
-        Exact, but: of "50" and "50%" either reading counts, a unit may be left out, and a fraction with no finite
-        decimal may be given (or wanted) as a decimal rounded correctly to 6 places or more.
-        """
-        if self.unit and given.unit and self.unit != given.unit:
-            return False
-        if not given.lowest and self.value == given.value:
-            return False  # 26/2 for 13 may be the question
-        values = [self.value]
-        if self.percent != given.percent:
-            values = [self.value, self.value / 100 if self.percent else self.value * 100]
-        return any(value == given.value or _rounded(value, self.places, given) for value in values)
-
-
-def _rounded(wanted: Fraction, places: int | None, given: Number) -> bool:
-    if places is None and given.places is not None:
-        exact, decimal, digits = wanted, given.value, given.places
-    elif places is not None and given.places is None:
-        exact, decimal, digits = given.value, wanted, places
-    else:
-        return False
-    return exact.denominator > 1 and digits >= 6 and abs(exact - decimal) * 2 <= Fraction(1, 10**digits)
-
-
-def read_number(text: str) -> Number | None:
-    """A plain number in a cleaned text; None for anything else, such as an expression that gives one."""
-    while _is_one_pair(text) and text[0] in "({":
-        text = text[1:-1].strip()
-    found = _NUMBER.fullmatch(text)
-    if found is None or len(text) > 200 or (found["minus"] and found["late"]):
-        return None
-    scale, percent, unit = _rest(found["rest"])
-    if unit is None:
-        return None
-    top, bottom = found["top"] or found["over"], found["bottom"] or found["under"]
-    places: int | None = None
-    lowest = True
-    if top:
-        if (denominator := _integer(bottom)) == 0:
-            return None
-        value = Fraction(_integer(top), denominator)
-        lowest = value.denominator == denominator > 1
-        whole = found["whole"] or found["whole_plain"]
-        if whole:
-            if found["sign"] or value >= 1:
-                return None
-            value += _integer(whole)
-        value = -value if found["sign"] else value
-    else:
-        if not (found["integer"] or found["places"]):
-            return None
-        places = len(found["places"] or "")
-        value = Fraction(_integer((found["integer"] or "0") + (found["places"] or "")), 10**places)
-        power = found["power"] or found["e"]
-        if power:
-            if not 1 <= value < 10:
-                return None  # 20 \times 10^1 is a calculation
-            value *= Fraction(10) ** int(power)
-    sign = -1 if "-" in (found["minus"] + found["late"]) else 1
-    if found["money"]:
-        unit = unit or "dollar"
-    return Number(value * sign * scale, places, percent, unit, lowest)
-
-
-def _integer(digits: str) -> int:
-    return int(re.sub("[, ]", "", digits))
-
-
-def _rest(rest: str) -> tuple[int, bool, str | None]:
-    """Scale, percent and unit that stand behind a number; the unit is None if it is something else."""
-    spaced = rest[:1].isspace()
-    explicit = bool(_TEXT.search(rest))
-    rest = re.sub(r"\s+\^", "^", _TEXT.sub(r" \1 ", rest.replace(r"^\circ", " degrees "))).strip()
-    percent = bool(re.match(r"%|percent\b", rest))
-    rest = re.sub(r"^(?:%|percent\b)", "", rest).strip()
-    scale = 1
-    if (found := re.match(r"[a-z]+\b", rest)) and found[0] in _SCALES:
-        scale, rest = _SCALES[found[0]], rest[found.end() :].strip()
-    words = rest.replace("/", " per ").replace("-", " ").split()
-    if len(words) > 4:
-        return 1, False, None
-    unit: list[str] = []
-    for word in words:
-        matched = _UNIT_WORD.fullmatch(word)
-        if matched is None or matched[1].lower() in _NO_UNIT.split() or matched[1].lower() in _SCALES:
-            return 1, False, None
-        short = len(matched[1]) == 1 and not (explicit or (spaced and matched[1] in _SHORT_UNITS and unit))
-        if short:
-            return 1, False, None
-        unit.append(re.sub(r"[{}.]", "", word).lower().removesuffix("s"))
-    return scale, percent, " ".join(unit)

@@ -1,0 +1,218 @@
+r"""Where a text says its answer: `\boxed{}`, `<answer>`, a line of `####`, "the answer is".
+
+Everything here takes time that grows with the length of the text and no faster, whatever a policy writes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from steerable.chains.units import read_unit
+from steerable.think import KNOWN
+
+
+class Mark(NamedTuple):
+    """A place where an answer is marked; the content is None for a mark that was opened and never closed."""
+
+    start: int
+    end: int
+    content: str | None
+
+
+def extract_answer(text: str) -> str:
+    r"""The final answer in a text: what is marked last by `\boxed{}`, `<answer>` or `####`, else what is stated by "the
+    answer is", else all of it. Boxes inside it are opened; a mark that was never closed is passed over.
+    """
+    text = after_thinking(text)
+    marks = find_marks(text)
+    if closed := [mark for mark in marks if mark.content is not None]:
+        return unboxed(closed[-1].content or "")
+    return (None if marks else _stated(text)) or text.strip()
+
+
+def is_marked(text: str) -> bool:
+    r"""Whether a text marks an answer: a closed `\boxed{}` or `<answer>`, or a line of `####`."""
+    return any(mark.content is not None for mark in find_marks(after_thinking(text)))
+
+
+def final_answer(reference: str) -> str:
+    """The final answer of a reference solution or answer: its mark is read, or else it is the answer as it stands."""
+    hashed = [line.strip().removeprefix("####").strip() for line in reference.splitlines() if _HASHES.match(line)]
+    if any(hashed):
+        return [answer for answer in hashed if answer][-1]
+    closed = [mark.content for mark in find_marks(reference) if mark.content is not None]
+    return unboxed(closed[-1]) if closed else reference.strip()
+
+
+# --- the think block ---
+
+_OPENING = {tags[0]: tags for tags in KNOWN}
+_ENDS = {tags[-1] for tags in KNOWN}
+_TAGS = re.compile("|".join(re.escape(tag) for tags in KNOWN for tag in (tags[0], tags[-1])))
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last think block, with any of the known tags. A block that was never closed is thinking to its
+    end, so only what precedes it is left."""
+    start, block, opened = 0, "", len(text)
+    for tag in _TAGS.finditer(text):
+        if block:
+            if tag[0] == block:
+                start, block, opened = tag.end(), "", len(text)
+        elif tag[0] in _OPENING:
+            block, opened = _OPENING[tag[0]][-1], tag.start()
+        elif tag[0] in _ENDS:  # the template has opened it
+            start = tag.end()
+    return text[start:opened]
+
+
+# --- marks ---
+
+_BOX_PARTS = re.compile(r"\\f?boxed\b\s*\{|\\.|[{}]", re.DOTALL)
+# Without braces a box holds a number or one letter; `the \boxed command` is prose.
+_BARE_BOX = re.compile(r"\\boxed[ ]{1,4}(-?\d[\d.,/]{0,30}(?<![.,])|[A-Za-z](?=[ ]?(?:\$|\\\)|\.|\n|\Z)))|\\boxed\s?\Z")
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_HASHES = re.compile(r"[ \t]*####(?!#)")
+# A number alone: models write headings with four signs, too.
+_HASHED = re.compile(r"-?[ \t]?\\?[$\u20ac\u00a3]?-?\d[\d,.]*(?:/\d+)?[ \t]?\\?%?")
+#: Contents by which a text names a mark and answers nothing: "I have put it in \boxed{}".
+_PLACEHOLDERS = ("", "...", "\u2026", r"\ldots", r"\dots", "answer", "your answer", "final answer", "the answer")
+_NAMED = re.compile(r"\s*[`'\"]|\s+tags?\b|\s+and\b")
+
+
+def find_marks(text: str) -> list[Mark]:
+    """The marks in order of their ends: closed ones that lie in no other, and behind them the open one, if it is the
+    last. Those that only name a mark are left out where there are others."""
+    closed = sorted([*_boxes(text), *_tagged(text), *_hashed(text)], key=lambda mark: (mark.start, -mark.end))
+    outer: list[Mark] = []
+    unclosed = [mark for mark in closed if mark.content is None]
+    for mark in closed:
+        if mark.content is not None and (not outer or mark.start >= outer[-1].end):
+            outer.append(mark)
+    telling = [mark for mark in outer if _bare(mark) not in _PLACEHOLDERS]
+    marks = telling or outer
+    end = outer[-1].end if outer else 0
+    return marks + [mark for mark in unclosed[-1:] if mark.start >= end]
+
+
+def _bare(mark: Mark) -> str:
+    content = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", (mark.content or "")[:60])
+    return content.strip().casefold()
+
+
+def _boxes(text: str) -> list[Mark]:
+    marks: list[Mark] = []
+    braces: list[tuple[int, int] | None] = []  # the open ones: start and end of a box's beginning, None for others
+    for part in _BOX_PARTS.finditer(text):
+        if part[0] == "}":
+            box = braces.pop() if braces else None
+            if box and not text[box[0] - 1] == text[box[1]] == "`":
+                marks.append(Mark(box[0], part.end(), text[box[1] : part.start()]))
+        elif part[0] == "{":
+            braces.append(None)
+        elif part[0][-1] == "{" and part[0] != r"\{":
+            braces.append(part.span())
+    marks += [Mark(box[0], len(text), None) for box in braces if box and not _NAMED.match(text, box[1])]
+    return marks + [Mark(box.start(), box.end(), box[1]) for box in _BARE_BOX.finditer(text)]
+
+
+def _tagged(text: str) -> list[Mark]:
+    marks, opened = [], None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            opened = tag
+        elif opened:
+            marks.append(Mark(opened.start(), tag.end(), text[opened.end() : tag.start()]))
+            opened = None
+    if opened and not _NAMED.match(text, opened.end()):
+        marks.append(Mark(opened.start(), len(text), None))
+    return marks
+
+
+def _hashed(text: str) -> list[Mark]:
+    marks, position, before = [], 0, ""
+    for line in text.splitlines(keepends=True):
+        content = line[4:].strip()
+        if line.startswith("####") and not line.startswith("#####"):
+            if len(content) <= 60 and _HASHED.fullmatch(content):
+                marks.append(Mark(position, position + len(line), content))
+            elif not content and re.search("[A-Za-z]{2}|####|^$", before):  # no line of a maze
+                marks.append(Mark(position, position + len(line), None))
+        position += len(line)
+        before = line.strip() or before
+    if marks and marks[-1].content is None and text[marks[-1].end :].strip():
+        marks.pop()  # a rule or an empty heading
+    return [mark for mark in marks[:-1] if mark.content is not None] + marks[-1:]
+
+
+def unboxed(content: str) -> str:
+    """A content without the boxes in it: what the last one holds."""
+    inner = [mark for mark in _boxes(content) if mark.content is not None]
+    return (max(inner).content or "").strip() if inner else content.strip()
+
+
+# --- what a sentence states ---
+
+_STATED = re.compile(r"\banswer[*_ ]{0,6}(?:(?<=[*_ ])(?:is|are)\b|:|=)[ ]{0,4}:?[ \t*_]{0,8}", re.IGNORECASE)
+_FORMULA = re.compile(r"\$(?!\s)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)|\\\(((?:\\[^)]|[^\\\n])+)\\\)")
+_STOP = re.compile(r"\.(?=[*_]*(?:\s|$))")
+_LAST_WORD = re.compile(r"[A-Za-z.]*\Z")
+_TITLES = frozenset(re.findall(r"\w+", "mr mrs ms mx dr prof st mt gen col capt lt sgt rev hon gov sen rep vs"))
+#: Abbreviations that end no sentence where a small letter or a digit follows.
+_SHORT = frozenset(
+    re.findall(
+        r"\w+",
+        "sq cu in ft yd yds mi hr hrs min mins sec secs lb lbs oz pt qt gal mm cm m km mg g kg ml l approx ca jr sr",
+    )
+)
+_OPENERS = frozenset(
+    re.findall(
+        r"\w+",
+        "it the this that these those so then therefore thus since because he she they we i in if but and as however "
+        "hence now there you to for our my his her their its here let which when note",
+    )
+)
+
+
+def _stated(text: str) -> str | None:
+    """What follows the last "the answer is", up to the end of the sentence."""
+    for anchor in reversed(list(_STATED.finditer(text))):
+        end = text.find("\n", anchor.end())
+        line = text[anchor.end() : len(text) if end < 0 else end]
+        if not line.strip():
+            continue
+        formula = _FORMULA.match(line)
+        if formula is None:
+            return _sentence(line).strip().rstrip("*_").rstrip()
+        answer = (formula[1] or formula[2]).strip()
+        unit = _sentence(line[formula.end() :]).strip(" *_.")
+        return f"{answer} {unit}" if unit and len(unit) < 60 and read_unit(unit) is not None else answer
+    return None
+
+
+def _sentence(line: str) -> str:
+    """A line up to the full stop that ends its first sentence; `Mrs.`, `p.m.` and `3.5` have inner ones."""
+    for stop in _STOP.finditer(line):
+        word = _LAST_WORD.search(line, max(0, stop.start() - 20), stop.start())
+        before = line[max(0, stop.start() - 40) : word.start() if word else 0]
+        rest = line[stop.end() : stop.end() + 40].lstrip("*_ \t")
+        if not rest or not _is_abbreviation(word[0] if word else "", rest, before):
+            return line[: stop.start()]
+    return line
+
+
+def _is_abbreviation(word: str, rest: str, before: str) -> bool:
+    """Whether the full stop behind a word belongs to it, with what follows and what stands before."""
+    follower = re.match(r"[A-Za-z]*", rest)
+    goes_on = follower is not None and follower[0].casefold() not in _OPENERS and follower[0][:1].isupper()
+    small = rest[0].islower() or rest[0].isdigit()
+    if word.casefold() in _TITLES:
+        return True
+    if re.fullmatch(r"[ap]\.m", word, re.IGNORECASE) or word.casefold() in _SHORT:
+        return small or (word.casefold() in ("jr", "sr") and goes_on)
+    if re.fullmatch(r"(?:[A-Za-z]\.)+[A-Za-z]", word):
+        return small or goes_on
+    if re.fullmatch("[A-Z]", word):  # an initial: `J. K. Rowling`, `George W. Bush`, but no choice `B.`
+        return bool(re.match(r"[A-Z]\.\s", rest)) or (goes_on and bool(re.search(r"[A-Z][a-z]*\.?\s\Z", before)))
+    return False
