@@ -159,8 +159,7 @@ def lines(rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def _shown(reply: str) -> str:
-    short = reply.replace("\n", " ").replace("|", " ").replace("`", "'")
-    return f"`{short if len(short) <= 16 else short[:15] + '...'}`"
+    return f"`{reply}`" if reply in CONSTANTS else "an answer"
 
 
 def page(rows: Mapping[str, Row]) -> str:
@@ -217,7 +216,7 @@ What remains is what a constant *answer* earns: the share of items that it solve
 high, as `P \u2228 Q` follows from most premises. Reinforcement learning refuses tasks of which one constant reply is
 right for more than 60 % (see [Training](training.md)).
 
-Columns: the constant reply with the highest mean score, of a list that holds the items' right answers, too; which of
+Columns: the constant reply with the highest mean score, where the items' own answers are tried, too; which of
 the six forms lose full marks on some item; mean scores of replies without an answer; what the scorer raises. Of
 `rush_hour` and `boxnet` no right answer is given; `graph_color`, `propositional_logic` and `rubiks_cube` have an
 example. `intermediate_integration` was not asked for wrong answers: its scorer may need 15 seconds for one.

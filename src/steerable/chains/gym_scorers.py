@@ -54,23 +54,13 @@ def _peeled(text: str) -> str:
     if text.endswith((".", "\u3002")) and not text.endswith("..."):
         return text[:-1]
     for pattern in (_BRACED, _FENCED):
-        if (found := pattern.fullmatch(text)) and (pattern is _FENCED or _is_balanced(found[1])):
+        if found := pattern.fullmatch(text):
             return found[1]
     for left, right in _QUOTED:
         inside = text[len(left) : -len(right)]
         if inside and text.startswith(left) and text.endswith(right):
             return inside
     return text
-
-
-def _is_balanced(content: str) -> bool:
-    """Whether every brace of the content is closed in it: `a}{b` is the inside of no single pair."""
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", content):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 # --- formulas that may reach sympy ---
