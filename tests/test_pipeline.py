@@ -314,6 +314,83 @@ def test_a_wrong_annotator(copy, tmp_path, monkeypatch, body, text):
     assert (copy / "spans.jsonl").read_bytes() == before
 
 
+@pytest.fixture
+def annotator(tmp_path, monkeypatch):
+    """`annotator(body)`: the option of an annotator whose function has this body; it may call `pocket(chain)`."""
+
+    def make(body):
+        (tmp_path / "own_annotator.py").write_text(
+            f"from steerable.pocket.language import annotate as pocket\ndef spans(chain): {body}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        sys.modules.pop("own_annotator", None)
+        return "--annotator=own_annotator:spans"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "lacking", [["backtracking"], ["example-testing", "backtracking", "adding-knowledge"]], ids=["one", "three"]
+)
+def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annotator, steerable):
+    option = annotator(f"return [span for span in pocket(chain) if span['label'] not in {lacking}]")
+    out = tmp_path / "run"
+    said = steerable("run", "--workers", 1, "--out", out, *tiny, option)
+    assert said.code == 0, said.err
+    report, page = read_json(out / "report.json"), (out / "report.html").read_text()
+    for label in lacking:
+        assert f"extract: no span in 24 chains is labelled {label}: the run goes on without it" in said.err
+        assert report["missing"][label] == "in 24 chains no span is labelled so"
+        assert f"no vector for {label.replace('-', ' ')}, as in 24 chains no span is labelled so" in page
+        assert not (out / f"vectors/{label}.safetensors").exists()
+    left = {"uncertainty-estimation", "backtracking", "example-testing", "adding-knowledge"} - {*lacking}
+    assert set(read_json(out / "selection.json")) == set(report["selection"]) == left
+    assert {cell["behaviour"] for cell in report["cells"]} == left and set(report["missing"]) == {*lacking}
+    before = (out / "timings.json").read_bytes()
+    assert steerable("run", "--workers", 1, "--out", out, *tiny, option).code == 0
+    assert (out / "timings.json").read_bytes() == before, "it is finished"
+
+
+def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator):
+    option = annotator("return [span for span in pocket(chain) if span['label'] != 'backtracking']")
+    assert (copy / "vectors/backtracking.safetensors").exists()
+    for stage in ("annotate", "extract", "attribute", "select"):
+        assert steerable(stage, "--out", copy, option).code == 0
+    assert not (copy / "vectors/backtracking.safetensors").exists()
+    assert "backtracking" not in read_json(copy / "selection.json")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            "return [span for span in pocket(chain) if span['label'] == 'deduction']",
+            "no span in 24 chains is labelled adding-knowledge or example-testing or "
+            "uncertainty-estimation or backtracking",
+        ),
+        ("return []", "the annotator 'own_annotator:spans' found no span in 24 chains"),
+    ],
+)
+def test_no_behaviour_is_left(body, sentence, tiny, tmp_path, annotator, steerable):
+    said = steerable("run", "--workers", 1, "--out", tmp_path / "run", *tiny, annotator(body))
+    assert said.code == 1 and said.err.splitlines()[-1].startswith("steerable: ")
+    assert sentence in said.err
+
+
+@pytest.mark.parametrize("silent", [24, 10])
+def test_chains_without_a_think_block_are_no_fault_of_the_annotator(silent, copy, steerable):
+    chains = [json.loads(line) for line in (copy / "chains.jsonl").read_text().splitlines()]
+    for chain in chains[:silent]:
+        chain |= {"thinking": "", "thinking_tokens": 0, "closed": False}
+    (copy / "chains.jsonl").write_text("".join(json.dumps(chain) + "\n" for chain in chains))
+    said = steerable("annotate", "--out", copy)
+    if silent == 24:
+        assert said.code == 1 and "annotator" not in said.err
+        assert "the model wrote nothing in a think block in any of 24 chains" in said.err
+    else:
+        assert said.code == 0 and "annotate: 10 of 24 chains have no think block, and so no span" in said.err
+
+
 def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
     for name in ("spans.jsonl", "cells.json", "selection.json"):
         (copy / name).unlink()

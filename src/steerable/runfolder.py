@@ -140,15 +140,20 @@ class RunFolder:
         try:
             content = json.loads((self / f"stages/{stage}.json").read_text())
             return content["key"] == key and all(
-                (self / name).exists() and sha256(self / name) == digest for name, digest in content["outputs"].items()
+                self._digest(name) == digest for name, digest in content["outputs"].items()
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False  # no stamp, or none of ours
 
     def finish(self, stage: str, key: str, outputs: Sequence[str]) -> None:
-        content = {"key": key, "hashes": "sha256sum", "outputs": {name: sha256(self / name) for name in outputs}}
+        digests = {name: self._digest(name) for name in outputs}
+        content = {"key": key, "hashes": "sha256sum", "outputs": digests}
         write_json(self / f"stages/{stage}.json", content)
         self._sweep(stage)
+
+    def _digest(self, name: str) -> str | None:
+        """The hash of an output; None where the stage had none to write (a behaviour that no chain shows)."""
+        return sha256(self / name) if (self / name).exists() else None
 
     def partial(self, stage: str, key: str) -> Path:
         """Where the stage keeps finished pieces (made by the first of them); those of its other keys go."""

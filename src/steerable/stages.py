@@ -45,11 +45,11 @@ def annotate(run: Run, partial: Path) -> None:
     spans = [span for some in kept for span in some or ()]
     counts = Counter(span["label"] for span in spans)
     annotated = sum(map(bool, found))
+    silent = sum(not chain["thinking"].strip() for chain in chains)
     if not spans:
-        raise SteerableError(
-            f"the annotator {run.config.annotator!r} found no span in {len(chains)} chains: it does not know this "
-            "model's language; choose another --annotator"
-        )
+        raise SteerableError(_why_no_span(run.config, len(chains), silent, any(found)))
+    if silent:
+        run.display.say(f"annotate: {silent} of {len(chains)} chains have no think block, and so no span")
     # What stands between spans is white space; it belongs to nobody.
     text = sum(len("".join(chain["thinking"].split())) for chain in chains)
     spoken = sum(len("".join(_text(chain, span).split())) for chain, span in _pairs(chains, spans))
@@ -66,6 +66,21 @@ def annotate(run: Run, partial: Path) -> None:
             "spans": {label: counts[label] for label in LABELS},
             "annotator": account,
         },
+    )
+
+
+def _why_no_span(config: Config, chains: int, silent: int, any_found: bool) -> str:
+    if silent == chains:
+        return (
+            f"the model wrote nothing in a think block in any of {chains} chains, so there is nothing to annotate: "
+            "take a model that reasons in one (docs/real-models.md)"
+        )
+    if any_found:
+        return f"no span in {chains} chains is as stable as --stability {config.stability:g} asks: lower it"
+    without = f" ({silent} of them have no think block)" if silent else ""
+    return (
+        f"the annotator {config.annotator!r} found no span in {chains} chains{without}: it does not know this "
+        "model's language; choose another --annotator"
     )
 
 
@@ -91,10 +106,13 @@ def extract(run: Run, partial: Path) -> None:
     data = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
     missing = [label for label in STEERABLE if not means.count(label)]
-    if missing:
+    if len(missing) == len(STEERABLE):
         raise SteerableError(
-            f"no span is labelled {missing[0]!r} in {len(chains)} chains: give more tasks with --limit"
+            f"no span in {len(chains)} chains is labelled {' or '.join(missing)}: give more tasks with --limit, or "
+            "choose another --annotator"
         )
+    for label in missing:
+        run.display.say(f"extract: no span in {len(chains)} chains is labelled {label}: the run goes on without it")
     for kind in ("candidates", "shuffled"):  # a run with other settings may have left more labels there
         shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
     for label in LABELS:
@@ -143,7 +161,8 @@ def attribute(run: Run, partial: Path) -> None:
     chains = run.aligned()
     result = {}
     for window in _windows(c):
-        directions = {b: Direction.load(run.folder / plan.candidate_path(window, c.baseline, b)) for b in STEERABLE}
+        paths = {b: run.folder / plan.candidate_path(window, c.baseline, b) for b in STEERABLE}
+        directions = {b: Direction.load(path) for b, path in paths.items() if path.exists()}
         measured = measure(
             run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread_reading
         )
@@ -169,9 +188,9 @@ def select(run: Run, partial: Path) -> None:
         raise UsageError(
             f"{run.folder / 'attribution.json'} lacks the window {c.window!r}: run `steerable attribute` with it"
         )
-    layers = len(next(iter(effects.values()))[STEERABLE[0]]["exact"]["mean"])
+    layers = len(next(iter(next(iter(effects.values())).values()))["exact"]["mean"])
     candidates: dict[str, list[dict[str, Any]]] = {}
-    for b in STEERABLE:
+    for b in [b for b in STEERABLE if all(b in effect for effect in effects.values())]:
         for window, effect in effects.items():
             curve = effect[b]["exact"]["mean"]
             tried = rules.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
@@ -179,7 +198,13 @@ def select(run: Run, partial: Path) -> None:
                 {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]} for layer in tried
             )
         if not candidates[b]:
-            raise SteerableError(f"no effect of {b!r} was measured: give more chains with --patched, or a layer")
+            del candidates[b]
+            run.display.say(f"select: no effect of {b} was measured in {c.patched} chains: the run goes on without it")
+    if not candidates:
+        raise SteerableError("no effect of any behaviour was measured: give more chains with --patched, or a layer")
+    for b in STEERABLE:
+        if b not in candidates:  # a run with other settings may have left a vector
+            (run.folder / plan.selected_path(b)).unlink(missing_ok=True)
     cells = plan.validation_cells(c, candidates)
     files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
     experiment.generate_cells(run, cells, "validation", files, partial)

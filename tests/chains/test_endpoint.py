@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Barrier, Lock, Thread
 
 import pytest
 
@@ -38,13 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             server.keys.add(self.headers["Authorization"])
             count = server.texts.count(text)
             server.texts.append(text)
-            server.busy += 1
-            server.most = max(server.most, server.busy)
-        try:
-            server.act(self, request, text, count)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        server.act(self, request, text, count)
 
     def send(self, status, body, headers=(), length=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -83,7 +77,7 @@ def server(monkeypatch):
     for name in ("OPENAI_API_KEY", "STEERABLE_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     server = Server(("127.0.0.1", 0), Handler)
-    server.lock, server.busy, server.most = Lock(), 0, 0
+    server.lock = Lock()
     server.times, server.requests, server.texts, server.keys = [], [], [], set()
     server.act = echo
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -414,9 +408,22 @@ def test_a_killed_run_resumes(server, tmp_path, how):
 
 
 def test_concurrency_is_bounded_and_used(server):
-    server.act = lambda *a: (time.sleep(0.05), echo(*a))
-    client(server, concurrency=5).complete(say(*map(str, range(30))))
-    assert 3 <= server.most <= 5
+    five = Barrier(5)  # nobody is answered before five are there: a client that sends fewer at once gets no answer
+    inside, most = 0, 0
+
+    def act(handler, request, text, count):
+        nonlocal inside, most
+        with server.lock:
+            inside += 1
+            most = max(most, inside)
+        five.wait(timeout=30)
+        with server.lock:
+            inside -= 1  # before the answer: the next request may come as soon as that is read
+        echo(handler, request, text, count)
+
+    server.act = act
+    client(server, concurrency=5, timeout=60.0, tries=1).complete(say(*map(str, range(30))))
+    assert len(server.texts) == 30 and most == 5
 
 
 def test_requests_per_minute(server):

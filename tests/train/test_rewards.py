@@ -1,9 +1,11 @@
 """Rewards: the table of verdicts that a policy must not be able to bend."""
 
+import re
+
 import pytest
 
 from steerable.errors import UsageError
-from steerable.train.rewards import REASONS, format_only, random_reward, reward, reward_of
+from steerable.train.rewards import REASONS, format_only, random_reward, refuse_constants, reward, reward_of
 
 
 def task(answer, prompt="What is it?"):
@@ -77,3 +79,39 @@ def test_names_of_rewards():
     with pytest.raises(UsageError, match="expected correct, format, random"):
         reward_of("wrong", 0)
     assert set(REASONS) == {"right", "wrong", "no-answer", "several-boxes", "parse-error", "timeout"}
+
+
+def numbered(answers):
+    return [{"id": f"t{i}", "prompt": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reply"),
+    [(["yes"] * 9 + ["no"], "yes"), ([r"\text{east}"] * 4 + ["west"], r"\text{east}"), (["12 apples"], "12 apples")],
+)
+def test_tasks_that_a_constant_reply_wins_are_refused(answers, reply):
+    with pytest.raises(UsageError, match=f"the constant reply {re.escape(repr(reply))} is right for") as caught:
+        refuse_constants(numbered(answers * 40))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answers", [["yes", "no"] * 20, ["2"] * 6, [str(i) for i in range(40)], ["yes", "yes", "no"] * 4, ["a", "a", "b"]]
+)
+def test_tasks_that_no_reply_wins_are_taken(answers):
+    refuse_constants(numbered(answers))
+
+
+@pytest.mark.parametrize("family", ["propositional_logic", "syllogism"])
+def test_a_data_set_that_a_constant_reply_wins_is_refused(family):
+    from steerable.chains.tasks import make_tasks
+
+    with pytest.raises(UsageError, match="the constant reply .* is right for"):
+        refuse_constants(make_tasks(f"reasoning-gym:{family}", 1000 if family == "syllogism" else 60, seed=3))
+
+
+@pytest.mark.parametrize("family", ["coin_flip", "game_of_life_halting", "complex_arithmetic"])
+def test_a_data_set_whose_scorer_likes_a_constant_is_taken(family):
+    from steerable.chains.tasks import make_tasks
+
+    refuse_constants(make_tasks(f"reasoning-gym:{family}", 60, seed=3))

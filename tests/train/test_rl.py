@@ -72,6 +72,15 @@ def test_tensorboard_is_written(run):
     assert list((run / "tensorboard").glob("events*"))
 
 
+def test_tasks_that_a_constant_reply_wins(tmp_path, steerable):
+    tasks = [{"id": f"a{i}", "prompt": f"Is {i} small?", "answer": "no" if i % 8 else "yes"} for i in range(40)]
+    write_jsonl(tmp_path / "tasks.jsonl", tasks)
+    options = ("train", "rl", "--out", tmp_path / "run", "--tasks", tmp_path / "tasks.jsonl", "--limit", 32)
+    said = steerable(*options, "--evaluation", 8, "--prompts", 4)
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "the constant reply 'no' is right for" in said.err and not (tmp_path / "run/tasks.jsonl").exists()
+
+
 def test_a_finished_run_is_not_done_again(run, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("it trains again"))
     before = (run / "bias.safetensors").read_bytes()

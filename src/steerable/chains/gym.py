@@ -1,20 +1,20 @@
-"""reasoning-gym: its families under the ten task categories of the paper, streams of tasks, guarded scorers.
+"""reasoning-gym: its families under the ten task categories of the paper, streams of tasks, its scorers.
 
 The categories are those of Venhoff et al. 2025 (arXiv 2506.18167), appendix on task generation.
 """
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from steerable.chains.gym_scorers import COMPARISONS, GUARDS, bare_forms
 from steerable.chains.records import Record
 from steerable.errors import UsageError
 from steerable.pocket.families import FAMILIES, held_out
@@ -130,71 +130,59 @@ def _create(family: str, **kwargs: Any) -> Any:
 
 
 def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
-    """reasoning-gym's own score of an answer in [0, 1]; None for an answer that its scorer cannot read."""
-    family = entry["metadata"]["source_dataset"]
-    if family in _PAYS_ANYTHING:
-        return float(given.strip(" .").casefold() == str(entry["answer"]).casefold())
-    is_harmless = _HARMLESS.get(family)
-    if is_harmless and not is_harmless(given):
+    """1.0 where an answer is right, 0.0 where it is wrong, None where nothing can read it.
+
+    Right is the entry's own answer, and what gets full marks from reasoning-gym's scorer, as it stands or in a bare
+    form (`gym_scorers.bare_forms`). Less than full marks is wrong: the scorers give it for any text, or for a constant
+    that happens to lie near (docs/scorers.md). Raises UsageError for an entry of no known family.
+    """
+    family = _family(entry)
+    reference = entry.get("answer")
+    if not isinstance(given, str) or len(given) > max(LONGEST, 4 * len(str(reference))):
         return None
+    forms = bare_forms(given)
+    if isinstance(reference, str) and not set(forms).isdisjoint(bare_forms(reference)):
+        return 1.0
+    verdicts = []
+    for form in forms:
+        verdicts.append(_is_right(family, entry, form))
+        if verdicts[-1]:
+            return 1.0
+    return None if all(verdict is None for verdict in verdicts) else 0.0
+
+
+#: Characters of an answer that a scorer is given to read, or four times those of the entry's own answer.
+LONGEST = 4000
+
+
+def _family(entry: Mapping[str, Any]) -> str:
     try:
-        return float(_scorer(family)(answer=given, entry=entry))
-    except UsageError:
-        raise
-    except Exception:  # scorers parse free text and raise what they like
+        return str(entry["metadata"]["source_dataset"])
+    except (KeyError, TypeError):
+        raise UsageError(
+            "a task's entry names no data set of reasoning-gym: expected what reasoning-gym made, with "
+            "metadata.source_dataset"
+        ) from None
+
+
+def _is_right(family: str, entry: Mapping[str, Any], form: str) -> bool | None:
+    """Whether one form of an answer is right; None where it cannot be read."""
+    compare, guard = COMPARISONS.get(family), GUARDS.get(family)
+    scorer = None if compare else _scorer(family)
+    try:
+        if compare:
+            return compare(entry, form)
+        if guard and not guard(entry, form):
+            return None
+        # Some scorers write into the entry, and some print.
+        copy = {**entry, "metadata": {**entry["metadata"]}}
+        with contextlib.redirect_stdout(io.StringIO()):
+            return float(scorer(answer=form, entry=copy)) >= 1.0  # type: ignore[misc]
+    except Exception:  # they parse free text, and raise what they like
         return None
-
-
-# Scorers of reasoning-gym 0.1.25 that give full marks to any text (this one compares `bool(answer)`, true for "False").
-_PAYS_ANYTHING = ("game_of_life_halting",)
 
 
 @functools.cache
 def _scorer(family: str) -> Callable[..., float]:
     scorer: Callable[..., float] = _create(family, size=1, seed=0).score_answer
     return scorer
-
-
-# Some scorers run the answer as Python (`eval`, or sympy's `parse_expr`, which is `eval` too). Sampled text
-# must neither run as a program nor ask for a number of 10^9 digits, so it has to be a plain formula or
-# literal first.
-_FORMULA = re.compile(r"(?:\d{1,12}|\b(?:[A-Za-z]|exp|log|sqrt|a?sin|a?cos|a?tan|sinh|cosh|tanh|pi)\b|[-+*/^().,\s])*")
-_POWER = re.compile(r"(\)?)\s*(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
-# A tower such as 9**9**9 nests to the right, so the product of its exponents says nothing about its size.
-_TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")
-
-
-def _is_formula(answer: str) -> bool:
-    if len(answer) > 500 or not _FORMULA.fullmatch(answer) or _TOWER.search(answer):
-        return False
-    powers = [(nests, plain or bracketed) for nests, plain, bracketed in _POWER.findall(answer)]
-    if not all(exponent for _, exponent in powers):
-        return False
-    # Only the power of a parenthesis multiplies with those inside it.
-    outer = math.prod(max(1, int(exponent)) for nests, exponent in powers if nests)
-    return outer * max((int(exponent) for nests, exponent in powers if not nests), default=1) <= 10_000
-
-
-def _is_literal(answer: str) -> bool:
-    if len(answer) > 10_000:
-        return False
-    if re.fullmatch(r"[\w\s,]*", answer):  # bare words and numbers: nothing that eval could run
-        return True
-    try:
-        ast.literal_eval(answer)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return True
-
-
-_HARMLESS: dict[str, Callable[[str], bool]] = {
-    "countdown": _is_formula,
-    "puzzle24": _is_formula,
-    "simple_integration": _is_formula,
-    "intermediate_integration": _is_formula,
-    "polynomial_multiplication": _is_formula,
-    "string_insertion": _is_literal,
-    "spiral_matrix": _is_literal,
-    "binary_matrix": _is_literal,
-    "n_queens": _is_literal,
-}

@@ -49,9 +49,22 @@ def assemble(run: Run) -> dict[str, Any]:
         "attribution": {b: effects[chosen["window"]][b] for b, chosen in selection.items()},
         "attribution_by_window": effects,
         "selection": selection,
+        **({"missing": missing} if (missing := _missing(run, selection)) else {}),
         "cells": read_json(folder / "cells.json"),
         "examples": [example for b in selection if (example := _example(run, b))],
         "lens": {b: _lens(run, b) for b in selection},
+    }
+
+
+def _missing(run: Run, selection: Mapping[str, Any]) -> dict[str, str]:
+    """Why a behaviour has no vector, of those that have none."""
+    coverage = read_json(run.folder / "coverage.json")
+    return {
+        b: f"in {coverage['chains']} chains no span is labelled so"
+        if not coverage["spans"].get(b)
+        else f"no effect was measured on {run.config.patched} chains"
+        for b in STEERABLE
+        if b not in selection
     }
 
 

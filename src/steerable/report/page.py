@@ -162,6 +162,8 @@ def _facts(report: Report) -> list[str]:
         tasks, samples = max((c["tasks"], c.get("samples") or 1) for c in cells)
         each = f" × {samples:g} samples" if samples > 1 else ""
         facts.append(f"judged on {tasks} other tasks{each}")
+    for behaviour, why in (report.get("missing") or {}).items():
+        facts.append(f"no vector for {words.short(behaviour)}, as {why}")
     if config.get("seed") is not None:
         facts.append(f"seed {config['seed']}")
     return facts

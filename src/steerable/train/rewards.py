@@ -9,10 +9,12 @@ question, or several guesses, is not paid.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from steerable.chains.judging import judge
+from steerable.chains.judging import final_answer, judge
 from steerable.errors import UsageError
 
 REASONS = ("right", "wrong", "no-answer", "several-boxes", "parse-error", "timeout")
@@ -59,3 +61,44 @@ def reward_of(name: str, seed: int) -> Reward:
     if name not in rewards:
         raise UsageError(f"unknown reward {name!r}: expected {', '.join(rewards)}")
     return rewards[name]
+
+
+#: A reply that is right for more of the tasks than this is what a policy would learn to write, whatever is asked.
+MOST = 0.6
+CONSTANTS = ("0", "1", "2", "yes", "no", "True", "False", "A", "B", "None", "[]", "{}", "nan", "banana")
+"""Replies that are tried beside the commonest answers of the tasks."""
+
+
+def refuse_constants(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError where one constant reply is right for more than 60 % of the tasks.
+
+    The share is that of the tasks given, less what the luck of a few of them may bring: the lower end of its 99 %
+    interval (Wilson 1927, "Probable inference, the law of succession, and statistical inference") must lie above.
+    """
+    answers = Counter(_reference(task) for task in tasks)
+    commonest = [answer for answer, _ in answers.most_common(6) if answer]
+    some = tasks[:: max(1, len(tasks) // 40)]
+    for reply in dict.fromkeys([*commonest, *CONSTANTS]):
+        if _share(reply, some) >= MOST / 2 and _low(share := _share(reply, tasks), len(tasks)) > MOST:
+            raise UsageError(
+                f"the constant reply {reply!r} is right for {share:.0%} of {len(tasks)} tasks, so training would teach "
+                f"to write it whatever is asked: give tasks of which no reply is right for more than {MOST:.0%}"
+            )
+
+
+def _reference(task: Mapping[str, Any]) -> str:
+    entry = task.get("entry")
+    if entry is None:
+        return final_answer(str(task.get("answer") or ""))
+    # Where many answers are right, reasoning-gym gives one as an example.
+    return str(entry.get("answer") or entry.get("metadata", {}).get("example_answer") or "")
+
+
+def _share(reply: str, tasks: Sequence[Mapping[str, Any]]) -> float:
+    return sum(reward(task, f"\\boxed{{{reply}}}")[0] > 0 for task in tasks) / len(tasks)
+
+
+def _low(share: float, count: int, z: float = 2.576) -> float:
+    """The lower end of Wilson's interval."""
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)

@@ -25,6 +25,7 @@ from steerable.runfolder import RunFolder, read_json, write_json
 from steerable.train import controls
 from steerable.train.judged import DECODINGS, answer, chains_of, report
 from steerable.train.parameters import artefact
+from steerable.train.rewards import refuse_constants
 from steerable.train.settings import RLSettings, TrainSettings, from_dict, read_recipe
 
 Stage = Callable[[str, Sequence[str], str, Sequence[str], Any], None]
@@ -173,6 +174,8 @@ def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
             f"{s.tasks} has {left} tasks with an answer that can be checked, but a step takes {s.prompts}: give tasks "
             "with reference answers (docs/tasks.md)"
         )
+    if s.reward == "correct":
+        refuse_constants([task for task in kept if task["split"] == "train"])
     if dropped := len(drawn) - len(kept):
         display.say(f"tasks: {dropped} of {s.limit} were left out, as their reference answer cannot be checked")
     write_jsonl(folder / "tasks.jsonl", kept)

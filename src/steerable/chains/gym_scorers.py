@@ -1,0 +1,236 @@
+r"""What stands between a sampled reply and reasoning-gym's scorers: its bare forms, guards, and comparisons of our own.
+
+Written from the source of all 105 scorers of reasoning-gym 0.1.25; docs/scorers.md has what they pay, measured. A
+scorer is guarded where it runs the reply or a field of the entry as Python (`eval`, or sympy's `parse_expr`, which is
+`eval` too), or where a short reply asks for endless work. It is replaced where it pays replies that hold no answer, or
+where it evaluates a reply only to give it less than full marks.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+Entry = Mapping[str, Any]
+
+# --- the forms in which people write one answer ---
+
+_BRACED = re.compile(r"\\(?:f?boxed|text(?:bf|it|rm|tt)?|math(?:bf|it|rm|tt))\s*\{(.*)\}", re.DOTALL)
+_FENCED = re.compile(r"```[a-z]*\n(.*?)\n?```", re.DOTALL)
+_QUOTED = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("***", "***"),
+    ("**", "**"),
+    ("*", "*"),
+    ("`", "`"),
+)
+
+#: Nobody wraps an answer in more; a degenerate policy does.
+LAYERS = 10
+
+
+def bare_forms(text: str) -> list[str]:
+    r"""A text and what is left of it, layer by layer, without white space around it, a full stop at its end, and
+    `\boxed{}`, `\text{}`, dollars, asterisks or back quotes around all of it."""
+    forms = [text.replace("\r\n", "\n")]
+    for _ in range(LAYERS):
+        if not (inner := _peeled(forms[-1])) or inner == forms[-1]:
+            break
+        forms.append(inner)
+    return forms
+
+
+def _peeled(text: str) -> str:
+    """The text without its outermost layer; the text itself where it has none."""
+    if (stripped := re.sub(r"[ \t]+\n", "\n", text).strip()) != text:
+        return stripped
+    if text.endswith((".", "\u3002")) and not text.endswith("..."):
+        return text[:-1]
+    for pattern in (_BRACED, _FENCED):
+        if found := pattern.fullmatch(text):
+            return found[1]
+    for left, right in _QUOTED:
+        inside = text[len(left) : -len(right)]
+        if inside and text.startswith(left) and text.endswith(right):
+            return inside
+    return text
+
+
+# --- formulas that may reach sympy ---
+
+_TOKEN = re.compile(r"\d+\.?\d*|\.\d+|[A-Za-z]+|\s+|.", re.DOTALL | re.ASCII)
+_FUNCTIONS = frozenset(
+    (
+        "exp",
+        "log",
+        "sqrt",
+        "pi",
+        *("sin", "cos", "tan", "asin", "acos", "atan"),
+        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+    )
+)
+#: Letters that are functions or tables for sympy, not variables: `N(pi, 10**9)` would compute digits for hours.
+_TAKEN = frozenset("NOQS")
+#: 1e999999999 is short to write and long to print.
+_EXPONENT = re.compile(r"[\d.][A-Za-z]")
+_POWER = re.compile(r"(\)?)\s*(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
+# A tower such as 9**9**9 nests to the right, so the product of its exponents says nothing about its size.
+_TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")
+
+
+def _is_formula(text: str) -> bool:
+    """A formula in single letters and known functions, without a power that asks for more than 10,000 digits."""
+    if len(text) > 500 or _TOWER.search(text) or _EXPONENT.search(text):
+        return False
+    if not all(map(_is_harmless_token, _TOKEN.findall(text))):
+        return False
+    powers = [(nests, plain or bracketed) for nests, plain, bracketed in _POWER.findall(text)]
+    if not all(exponent for _, exponent in powers):
+        return False
+    # Only the power of a parenthesis multiplies with those inside it.
+    outer = math.prod(max(1, int(exponent)) for nests, exponent in powers if nests)
+    return outer * max((int(exponent) for nests, exponent in powers if not nests), default=1) <= 10_000
+
+
+def _is_harmless_token(token: str) -> bool:
+    if token.isascii() and token.isalpha():
+        return token in _FUNCTIONS or (len(token) == 1 and token not in _TAKEN)
+    return token.isspace() or token in "+-*/^()" or (token[-1] in ".0123456789" and token != "." and len(token) <= 14)
+
+
+def _is_arithmetic(text: str) -> bool:
+    """A formula of numbers alone."""
+    return not re.search(r"[^-+*/^().\d\s]", text, re.ASCII) and _is_formula(text)
+
+
+# --- guards: whether the scorer may see the reply ---
+
+
+def _uses_the_numbers(entry: Entry, reply: str) -> bool:
+    """puzzle24's scorer takes any four numbers of 1 to 10, so that `1*2*3*4` would solve every puzzle."""
+    used = [int(number) for number in re.findall(r"\b\d+\b", reply)]
+    return _is_arithmetic(reply) and sorted(used) == sorted(entry["metadata"]["numbers"])
+
+
+def _is_proposition(entry: Entry, reply: str) -> bool:
+    """The scorer's truth table doubles with every name, and it takes any text for a name but a foreign capital."""
+    names = "".join(entry["metadata"]["variables"])
+    return len(reply) <= 300 and not reply.strip(f"{names}()\u2228\u2227\u2192\u2194\u00ac \t\n")
+
+
+def _is_short_walk(entry: Entry, reply: str) -> bool:
+    """Moves with a count (`U999999999`, `A+999999999`) are done one by one."""
+    counts = re.findall(r"\d+", reply)
+    return all(len(count) <= 3 for count in counts) and sum(map(int, counts)) <= 1000
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+#: May the scorer of a family see this reply to this entry? Where not, the reply is not readable.
+GUARDS: dict[str, Callable[[Entry, str], bool]] = {
+    # They evaluate the reply, the last one the entry's answer as well, and number_sorting that alone.
+    "countdown": lambda entry, reply: _is_arithmetic(reply),
+    "puzzle24": _uses_the_numbers,
+    "polynomial_multiplication": lambda entry, reply: _is_formula(reply) and _is_formula(entry["answer"]),
+    "number_sorting": lambda entry, reply: _is_literal(entry["answer"]),
+    # Endless work.
+    "propositional_logic": _is_proposition,
+    "rubiks_cube": _is_short_walk,
+    "rush_hour": _is_short_walk,
+    # `nan` is at distance nan from the answer, and min(1, nan) is 1: full marks.
+    "complex_arithmetic": lambda entry, reply: bool(re.fullmatch(r"[-+\d.eij()\s]*", reply, re.IGNORECASE)),
+    # They pick letters out of any text, so that words are taken for moves.
+    "quantum_lock": lambda entry, reply: bool(re.fullmatch(r"[A-C\s,>\u2192-]*", reply, re.IGNORECASE)),
+    "sokoban": lambda entry, reply: bool(re.fullmatch(r"[UDLR\s,]*", reply, re.IGNORECASE)),
+}
+
+
+# --- comparisons in the place of a scorer ---
+
+
+def _is_the_word(entry: Entry, reply: str) -> bool:
+    return reply.casefold() == str(entry["answer"]).casefold()
+
+
+def _is_the_answer(entry: Entry, reply: str) -> bool:
+    return reply == str(entry["answer"]).strip()
+
+
+def _is_probability(entry: Entry, reply: str) -> bool | None:
+    """Within 0.0001, as in the scorer; which also gives full marks to every beginning of the answer, so to "0"."""
+    if not re.fullmatch(r"\d{1,12}(\.\d{0,30})?(\s*/\s*\d{1,12})?|\.\d{1,30}", reply):
+        return None
+    above, _, below = reply.partition("/")
+    value = Fraction(above.strip()) / Fraction(below.strip() or 1)
+    return abs(value - Fraction(entry["answer"])) <= Fraction(1, 10_000)
+
+
+def _is_equal_integer(entry: Entry, reply: str) -> bool:
+    """The scorer evaluates the entry's problem; its answer says the same."""
+    return int(reply, 0) == int(entry["answer"], 0)
+
+
+def _is_a_placement(entry: Entry, reply: str) -> bool:
+    return reply in entry["metadata"]["valid_answers"]
+
+
+def _is_antiderivative(entry: Entry, reply: str) -> bool | None:
+    """Whether its derivative is the integrand, at points that are in the domain of both.
+
+    The scorer asks sympy to simplify the difference, which takes up to 15 seconds for a wrong answer.
+    """
+    import sympy
+
+    integrand, name = entry["metadata"]["integrand"], entry["metadata"]["variable"]
+    if not (_is_formula(reply) and _is_formula(integrand) and len(name) == 1 and name.isalpha()):
+        return None
+    x = sympy.Symbol(name)
+    slope = sympy.diff(sympy.parse_expr(reply, local_dict={name: x, "C": sympy.Symbol("C")}), x)
+    wanted = sympy.parse_expr(integrand, local_dict={name: x})
+    if slope.free_symbols - {x}:
+        return False
+    pairs = list(_values([sympy.lambdify(x, formula, "cmath") for formula in (slope, wanted)]))
+    return len(pairs) >= 3 and all(abs(a - b) <= 1e-7 * max(1, abs(b)) for a, b in pairs)
+
+
+def _values(functions: list[Callable[[complex], complex]]) -> Iterator[list[complex]]:
+    for point in (-2.71, -1.37, -0.61, -0.23, 0.19, 0.47, 0.83, 1.31, 2.17, 3.43):
+        try:
+            found = [complex(function(complex(point))) for function in functions]
+        except (ArithmeticError, ValueError):
+            continue
+        if all(map(_is_finite, found)):
+            yield found
+
+
+def _is_finite(value: complex) -> bool:
+    return math.isfinite(value.real) and math.isfinite(value.imag)
+
+
+#: Is this reply to this entry right? None: not readable.
+COMPARISONS: dict[str, Callable[[Entry, str], bool | None]] = {
+    # Full marks for any text: it compares `bool(answer)`, which is true for "False".
+    "game_of_life_halting": _is_the_word,
+    "coin_flip": _is_probability,
+    # These evaluate what is not the answer itself, for a tenth or half of the marks.
+    "binary_matrix": _is_the_answer,
+    "spiral_matrix": _is_the_answer,
+    "string_insertion": _is_the_answer,
+    "n_queens": _is_a_placement,
+    "bitwise_arithmetic": _is_equal_integer,
+    "simple_integration": _is_antiderivative,
+    "intermediate_integration": _is_antiderivative,
+}
