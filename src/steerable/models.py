@@ -333,6 +333,11 @@ def width(model: nn.Module) -> int:
     return int(_text_config(model).hidden_size)
 
 
+def vocabulary(model: nn.Module) -> int:
+    """Number of token ids that the model embeds."""
+    return int(_text_config(model).vocab_size)
+
+
 def n_heads(model: nn.Module) -> int:
     """Number of attention heads; `head_in` is that many equal parts."""
     return int(_text_config(model).num_attention_heads)
