@@ -149,7 +149,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
     device = models.device(model)
-    watches = {site: _Watch(reader, sinks) for site, reader in readers.items()}
+    watches = {site: _Watch(site.kind, reader, sinks) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
             batch = batch.to(device)
@@ -187,13 +187,13 @@ class _Watch:
     do not depend on how a text is cut.
     """
 
-    def __init__(self, reader: Reader, sinks: Sinks) -> None:
-        self.reader, self.drops = reader, sinks == "drop"
+    def __init__(self, kind: str, reader: Reader, sinks: Sinks) -> None:
+        self.kind, self.reader, self.drops = kind, reader, sinks == "drop"
 
     def start(self, text: _Text) -> None:
         self.text, self.done = text, 0
         self.held: list[Tensor] = []
-        self.ordinary: Tensor | None = None
+        self.limits: tuple[Tensor, Tensor] | None = None
 
     def see(self, h: Tensor) -> None:
         self.held.append(h)
@@ -210,12 +210,12 @@ class _Watch:
     def _mark(self, h: Tensor, piece: Batch) -> None:
         assert piece.position is not None
         position, norms = piece.position.to(h.device), attention_sinks.norms_of(h)
-        if self.ordinary is None:
-            early = position < EARLY
-            if piece.mask is not None:
-                early &= piece.mask.bool().to(h.device)
-            self.ordinary = attention_sinks.ordinary(norms, early)
-        piece.sinks = attention_sinks.massive(norms, self.ordinary, position)
+        if self.limits is None:
+            valid = (
+                torch.ones_like(position, dtype=torch.bool) if piece.mask is None else piece.mask.bool().to(h.device)
+            )
+            self.limits = attention_sinks.limits(norms, position, valid, self.kind)
+        piece.sinks = attention_sinks.massive(norms, position, self.limits)
 
 
 def remaining(totals: Tensor, sunk: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 In most pretrained models the first token is one, in many also a delimiter or a repeated word, and often from some
 layer in the middle on. Such a token says nothing about its text and would rule every mean, norm and component that it
 enters. A token counts as one at a site where its norm exceeds that of the text's ordinary tokens there by a factor,
-smaller for the first token, where sinks are expected. What is ordinary is the median over the beginning of the same
+smallest for the first token, where sinks are expected. What is ordinary is the median over the beginning of the same
 text: the answer does not depend on batches, padding or pieces, and costs no second pass.
 
 Sun et al. 2024, "Massive Activations in Large Language Models" (arXiv 2402.17762); Xiao et al. 2023 (arXiv 2309.17453).
@@ -21,11 +21,12 @@ from .errors import UsageError
 
 Sinks = Literal["drop", "keep"]
 
-#: How many times the median norm. Measured: ordinary tokens stay below 2.7 in the streams of SmolLM2, stories260K and
-#: the bundled model, below 5 in what attention and MLP add; sinks have 4 to 11 in SmolLM2's early, 35 to 190 in its
-#: middle and 6 to 20 in its last layers.
-FIRST, ELSEWHERE = 3.0, 5.0
-ROWS = 10.0  # where nothing but the rows is known: they need not be single tokens of a stream
+#: How many times the ordinary norm, in the residual stream: of the first token, and of others. Measured: a text's first
+#: token has up to 4.2 where there are no sinks (the bundled model, stories260K), in SmolLM2 4 to 11 in early, 35 to 190
+#: in middle and 6 to 20 in the last layers. Others have up to 12 (line breaks of the bundled model, which matter), in
+#: SmolLM2 up to 2.7 but for a few of 5 to 10 in early layers, which are as long as the first and go with it.
+FIRST, ELSEWHERE = 5.0, 20.0
+SPREAD = 4.0  # what attention and MLP add varies more than the stream, by so much
 EARLY = 64  # tokens at a text's beginning whose norms say what is ordinary
 COMPANY = 8  # shorter texts than this many tokens cannot say it: others of so many tokens are read behind them
 
@@ -45,24 +46,32 @@ def ranks(mask: Tensor) -> Tensor:
     return mask.cumsum(1) - 1
 
 
-def ordinary(norms: Tensor, early: Tensor) -> Tensor:
-    """[B, 1]: the lower median of each row's norms [B, T] where `early`."""
-    length = int(early.shape[1])
-    ranked = norms.masked_fill(~early, torch.inf).sort(1).values
-    middle = ((early.sum(1, keepdim=True) - 1) // 2).clamp(0, length - 1)
-    return ranked.gather(1, middle)
+def limits(norms: Tensor, position: Tensor, valid: Tensor, kind: str = "resid_post") -> tuple[Tensor, Tensor]:
+    """The norms above which a text's first token and its others are attention sinks, both [B, 1].
+
+    norms, position, valid (False on padding): [B, T], of the text's first EARLY tokens at least, at a site of this kind.
+    The ordinary norm is the lower median. Where the first token is a sink, others half as long as it are, too.
+    """
+    early = valid & (position < EARLY)
+    middle = ((early.sum(1, keepdim=True) - 1) // 2).clamp(min=0)
+    ordinary = norms.masked_fill(~early, torch.inf).sort(1).values.gather(1, middle)
+    ordinary = ordinary.masked_fill(ordinary == 0, torch.inf)  # most activations are zero: nothing can be said
+    first = norms.masked_fill(~(early & (position == 0)), 0.0).amax(1, keepdim=True)
+    spread = 1.0 if kind.startswith("resid") else SPREAD
+    low, high = FIRST * spread * ordinary, ELSEWHERE * spread * ordinary
+    return low, torch.where(first > low, (first / 2).clamp(low, high), high)
 
 
-def massive(norms: Tensor, ordinary: Tensor, position: Tensor) -> Tensor:
-    """Which tokens are attention sinks, [B, T] bool, from their norms and positions."""
-    return (norms > ordinary * torch.where(position == 0, FIRST, ELSEWHERE)) & (ordinary > 0)
+def massive(norms: Tensor, position: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
+    """Which tokens are attention sinks, [B, T] bool."""
+    return norms > torch.where(position == 0, *limits)
 
 
 def massive_rows(activations: Tensor) -> Tensor:
     """Which rows of [n, d], whose positions are not known, are attention sinks beside the others."""
     norms = norms_of(activations)
     middle = norms.double().quantile(0.5)
-    return (norms > ROWS * middle) & (middle > 0)
+    return (norms > ELSEWHERE * middle) & (middle > 0)
 
 
 def company(row: list[int], vocabulary: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from steerable.capture import length_batches
 from steerable.chunks import new_cache, pieces
 from steerable.engines.hooks import Handle, steer
-from steerable.errors import UsageError
+from steerable.engines.precision import dtype_of, is_narrow
+from steerable.errors import SteerableWarning, UsageError
 from steerable.gates import SequenceState, Tokens
 from steerable.think import ThinkTags, think_tags
 
@@ -36,10 +38,18 @@ def divergence(
     whole answers. `prompts` gives each task's text after the chat template (generation prompt included);
     `direction`, `strength`, `layers`, `where` and `rescale` are those of `steerable.steer`. At most
     `max_logits` numbers of logits are held at a time for each of the two; a chain that has more is read in pieces.
-    None for a chain without a generated token.
+    None for a chain without a generated token. The logits are compared in float32, but a 16-bit model's rounding is in
+    them: small divergences are then noise, which a SteerableWarning says.
     """
     if not chains:
         return []
+    if is_narrow(dtype := dtype_of(model)):
+        warnings.warn(
+            f"KL divergences of a {str(dtype).removeprefix('torch.')} model hold its rounding noise, which is more "
+            "than a weak vector does: load the model with dtype='float32' to measure small ones",
+            SteerableWarning,
+            stacklevel=2,
+        )
     tags = think_tags(tokenizer)
     texts = [_text(prompts, chain, tags) for chain in chains]
     if not getattr(tokenizer, "is_fast", False):

@@ -65,6 +65,7 @@ def _model(run: Run) -> dict[str, Any]:
         "width": models.width(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": run.weights,
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
