@@ -49,7 +49,7 @@ def ranks(mask: Tensor) -> Tensor:
 def limits(norms: Tensor, position: Tensor, valid: Tensor, kind: str = "resid_post") -> tuple[Tensor, Tensor]:
     """The norms above which a text's first token and its others are attention sinks, both [B, 1].
 
-    norms, position, valid (False on padding): [B, T], of the text's first EARLY tokens at least, at a site of this kind.
+    norms, position, valid (False on padding): [B, T], of a text's first EARLY tokens at least, at a site of this kind.
     The ordinary norm is the lower median. Where the first token is a sink, others half as long as it are, too.
     """
     early = valid & (position < EARLY)
