@@ -248,3 +248,10 @@ def test_numbers_and_texts_that_cannot_be_written_again(tmp_path, meta):
 def test_texts_must_be_unicode():
     with pytest.raises(UsageError, match="Unicode"):
         make(behaviour="\ud800").to_bytes()
+
+
+def test_dose():
+    """||s v|| / ||h|| at every site whose norm is known."""
+    a, b = Site("resid_post", 1), Site("resid_post", 2)
+    direction = Direction({a: torch.full((4,), 3.0), b: torch.ones(4)}, norms={a: 24.0}, strength=-2.0)
+    assert direction.dose() == {a: 0.5} and direction.dose(1) == {a: 0.25} and direction.dose(0) == {a: 0.0}

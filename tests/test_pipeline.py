@@ -16,6 +16,7 @@ from safetensors import safe_open
 from steerable import models, pipeline
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.config import Config
+from steerable.directions import Direction
 from steerable.errors import SteerableError, UsageError
 from steerable.runfolder import RunFolder, read_json
 
@@ -456,3 +457,55 @@ def test_wrong_arguments_of_the_function(tmp_path):
         with pytest.raises(UsageError):
             pipeline.run(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+def scale_candidates(folder, factor):
+    for path in (folder / "vectors/candidates").rglob("*.safetensors"):
+        Direction.load(path).scaled(factor).save(path)
+
+
+def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(copy, steerable):
+    scale_candidates(copy, 100)
+    said = steerable("select", "--out", copy, "--workers", "1")
+    assert said.code == 0 and "backtracking: none passed: at \N{PLUS-MINUS SIGN}1" in said.err
+    selection = read_json(copy / "selection.json")
+    for behaviour, chosen in selection.items():
+        tried = chosen["candidates"]
+        assert [c["strength"] for c in tried] == [1.0, 0.5, 0.25] and all(c["loops"] > 0.1 for c in tried)
+        assert chosen["passed"] is False and chosen["rule"].startswith("none passed")
+        assert min(c["loops"] for c in tried) == next(c["loops"] for c in tried if c["strength"] == chosen["strength"])
+        assert chosen["dose"] > 5
+        assert Direction.load(copy / f"vectors/{behaviour}.safetensors").strength == chosen["strength"]
+    for stage in ("steer", "evaluate", "report"):
+        assert steerable(stage, "--out", copy, "--workers", "1").code == 0
+    report, page = read_json(copy / "report.json"), (copy / "report.html").read_text()
+    assert "one passed" in page and "kept its loops within the limit" in page
+    for cell in report["cells"]:
+        if cell["control"] is None and cell["strength"]:
+            assert abs(cell["strength"]) == selection[cell["behaviour"]]["strength"]
+
+
+def test_the_largest_strength_at_which_a_candidate_does_not_loop(copy, steerable):
+    """At a quarter of 1, vectors that are four times as long have the dose that the bundled model takes."""
+    scale_candidates(copy, 4)
+    said = steerable("select", "--out", copy, "--workers", "1")
+    assert said.code == 0
+    for chosen in read_json(copy / "selection.json").values():
+        tried = {c["strength"]: c["loops"] for c in chosen["candidates"]}
+        quiet = [s for s, loops in tried.items() if loops <= 0.1]
+        assert chosen["passed"] == bool(quiet)
+        if quiet:
+            assert chosen["strength"] == max(quiet) == min(tried)
+
+
+def test_the_dose_of_every_cell_is_told(finished):
+    report, page = read_json(finished / "report.json"), (finished / "report.html").read_text()
+    for cell in report["cells"]:
+        assert set(cell["dose"]) == ({str(layer) for layer in cell["layers"]} if cell["strength"] else set())
+    chosen = report["selection"]["backtracking"]
+    direction = Direction.load(finished / "vectors/backtracking.safetensors")
+    (dose,) = direction.dose().values()
+    assert dose == chosen["dose"] and 0.1 < dose < 1
+    (cell,) = (c for c in report["cells"] if c["name"] == "backtracking.+1")
+    assert list(cell["dose"].values()) == [pytest.approx(dose)]
+    assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from steerable.selection import candidate_layers, choose, interior, is_gentle, separation
+from steerable.selection import candidate_layers, choose, interior, is_gentle, pick, separation
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,28 @@ def test_what_was_not_measured():
 def test_a_fraction_of_zero_is_not_worth_infinitely_much():
     assert math.isfinite(separation(candidate(0.2, 0.0)))
     assert separation(candidate(0.4, 0.01)) > separation(candidate(0.1, 0.0))
+
+
+def tried(*rows):
+    return [candidate(up, 0.1, loops, accuracy) | {"strength": s} for s, up, loops, accuracy in rows]
+
+
+def test_the_largest_strength_that_does_not_loop_is_picked():
+    found = tried((1.0, 0.9, 0.4, 0.5), (1.0, 0.3, 0.05, 0.5), (0.5, 0.8, 0.0, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[1] and passed and "larger strengths" not in rule
+    found = tried((1.0, 0.9, 0.4, 0.5), (1.0, 0.8, 0.97, 0.5), (0.5, 0.3, 0.05, 0.5), (0.5, 0.2, 0.0, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[2] and passed and "at +0.5 minus fraction at -0.5" in rule and "all looped more" in rule
+
+
+def test_where_none_passes_the_least_harmful_is_picked_and_said():
+    found = tried((1.0, 0.9, 0.97, 0.5), (0.5, 0.9, 0.6, 0.5), (0.25, 0.3, 0.2, 0.5), (0.25, 0.4, 0.3, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[2] and not passed
+    assert rule.startswith("none passed") and "20%" in rule and "±0.25" in rule
+
+
+def test_a_lost_accuracy_is_said():
+    _, rule, passed = pick(tried((1.0, 0.9, 0.0, 0.1)), 0.5)
+    assert passed and "no candidate kept the accuracy" in rule

@@ -134,13 +134,7 @@ def _direction(source: str) -> Direction:
     from steerable.formats import import_file
 
     direction = import_file(source)
-    return replace(direction, model_id=_base_name(direction.model_id))
-
-
-def _base_name(name: str) -> str:
-    """As `models.model_id` names a model, where PEFT names the folder on the machine that trained."""
-    parts = Path(name).parts
-    return "pocket" if parts[-2:] == ("pocket", "weights") else parts[-1] if Path(name).is_absolute() else name
+    return replace(direction, model_id=models.short_name(direction.model_id))
 
 
 def opener(arm: Arm, base: Loaded) -> Callable[[], Loaded]:
@@ -191,9 +185,9 @@ def _check_adapter(arm: Arm, base: Any) -> None:
         raise UsageError(
             f"arm {arm.name!r}: {folder} has no {_WEIGHTS} (an adapter_model.bin is a pickle and not read)"
         )
-    named = _base_name(str(_adapter_config(folder).get("base_model_name_or_path") or ""))
+    named = models.short_name(str(_adapter_config(folder).get("base_model_name_or_path") or ""))
     known = models.model_id(base)
-    if named and known and named != known:
+    if not models.is_named(base, named):
         warnings.warn(
             f"arm {arm.name!r} is an adapter of {named!r}, the base is {known!r}: it may do nothing good here",
             SteerableWarning,

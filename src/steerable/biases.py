@@ -100,7 +100,7 @@ def placed(model: nn.Module, direction: Direction, strength: float | None = None
         what = f"map {direction.map!r}" if direction.map != "shift" else f"gate {direction.gate!r}"
         raise UsageError(f"a bias adds the same vector at every token, but this direction has the {what}: use a hook")
     name = models.model_id(model)
-    if name and direction.model_id and name != direction.model_id:
+    if not models.is_named(model, direction.model_id):
         text = f"this direction was made on {direction.model_id!r}, the model is {name!r}: it may do nothing here"
         warnings.warn(text, SteerableWarning, stacklevel=3)
     factor = direction.strength if strength is None else float(strength)

@@ -35,7 +35,8 @@ _JSON = ("strength", "norms", "stats")
 class Direction:
     """Vectors at sites of one model.
 
-    vectors: float32 [d], or [k, d] for a subspace. norms: mean ||h|| at each site, in the model's own units.
+    vectors: float32 [d], or [k, d] for a subspace. norms: mean ||h|| of ordinary tokens (attention sinks left out) at
+    each site, in the model's own units.
     strength and gate are the defaults of `steer`. stats: anything JSON can hold.
     """
 
@@ -93,6 +94,17 @@ class Direction:
 
     def scaled(self, factor: float) -> Direction:
         return self._with({site: v * factor for site, v in self.vectors.items()})
+
+    def dose(self, strength: float | None = None) -> dict[Site, float]:
+        """The relative dose ||s v|| / ||h|| at each site whose norm is known, h being an ordinary token's activation.
+
+        strength: None takes the direction's own. A fixed strength is another dose in every model; about 0.1 is mild,
+        and at a dose near 1 the vector is as long as the activation that it is added to.
+        """
+        s = abs(self.strength if strength is None else float(strength))
+        return {
+            site: s * float(v.double().norm()) / n for site, v in self.vectors.items() if (n := self.norms.get(site))
+        }
 
     def rescaled_to(self, norms: Mapping[Site, float] | None = None) -> Direction:
         """Each vector with the given norm at its site (default: `self.norms`). Raises UsageError for a zero

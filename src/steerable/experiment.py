@@ -101,6 +101,13 @@ def divergence(run: Run, cell: Cell, path: Path) -> list[float] | None:
     return mean_interval(by_task(pairs), run.config.seed)
 
 
+def dose(run: Run, cell: Cell) -> dict[str, float]:
+    """The relative dose ||s v|| / ||h|| at each layer where the cell adds a vector; of several parts, the mean."""
+    doses = [_direction(run, part).dose(part.strength) for part in cell.parts if part.direction is not None]
+    sites = {site: [one[site] for one in doses if site in one] for site in (doses[0] if doses else ())}
+    return {str(site.layer): sum(values) / len(values) for site, values in sites.items()}
+
+
 def _direction(run: Run, part: Part) -> Direction:
     assert part.direction is not None
     return Direction.load(run.folder / part.direction).only(part.layers)

@@ -241,10 +241,30 @@ def model_id(model: nn.Module) -> str:
     """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that
     the same model has the same name on every machine. Empty for a model made from a bare config."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    path = Path(name)
-    if not name or not path.is_dir():
-        return name
-    return "pocket" if path.resolve() == _POCKET.resolve() else path.resolve().name
+    return short_name(str(Path(name).resolve()) if name and Path(name).is_dir() else name)
+
+
+def short_name(name: str) -> str:
+    """A model's name without the place where a machine keeps it: "pocket", the hub name, also of a folder in the hub's
+    cache, or a path's last part."""
+    path = name.replace("\\", "/").rstrip("/")
+    parts = path.split("/")
+    if parts[-2:] == ["pocket", "weights"]:
+        return "pocket"
+    for part in parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    is_path = len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[0].endswith(":")
+    return parts[-1] if is_path else path
+
+
+def is_named(model: nn.Module, name: str) -> bool:
+    """Whether a file's model_id may mean this model: the same name, or the same last part where one of the two does not
+    say whose it is (a folder against a hub name). True where either is empty."""
+    own, other = model_id(model), short_name(name)
+    if not own or not other or own == other:
+        return True
+    return not ("/" in own and "/" in other) and own.rpartition("/")[2] == other.rpartition("/")[2]
 
 
 def model_revision(model: nn.Module) -> str:
@@ -334,6 +354,11 @@ def n_layers(model: nn.Module) -> int:
 def width(model: nn.Module) -> int:
     """d, the width of the residual stream."""
     return int(_text_config(model).hidden_size)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Number of token ids that the model embeds."""
+    return int(_text_config(model).vocab_size)
 
 
 def n_heads(model: nn.Module) -> int:

@@ -71,8 +71,10 @@ def _cell(
     return Cell(name, tuple(behaviours), control, strength, tuple(layers), where, tuple(parts))
 
 
-def validation_cells(config: Config, candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cell]:
-    """Unsteered, and -1 and +1 of every candidate (`window`, `baseline`, `layer`) of every behaviour.
+def validation_cells(
+    config: Config, candidates: Mapping[str, Sequence[Mapping[str, Any]]], size: float = 1.0
+) -> list[Cell]:
+    """Unsteered, and -size and +size of every candidate (`window`, `baseline`, `layer`) of every behaviour.
 
     Two samples a task; greedy ones would be equal.
     """
@@ -89,13 +91,14 @@ def validation_cells(config: Config, candidates: Mapping[str, Sequence[Mapping[s
                     [Part(samples, path, strength, layers)],
                     layers=layers,
                 )
-                for strength in (-1.0, 1.0)
+                for strength in (-size, size)
             ]
     return cells
 
 
 def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
-    """Every cell of the report, from the selection (`layer`, `layers`, `window`, `baseline` of each behaviour)."""
+    """Every cell of the report, from the selection (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
+    `strength` of each behaviour)."""
     main = (0,) if config.greedy else tuple(range(config.samples))
     side = main[: config.side_samples]
     behaviours = [b for b in STEERABLE if b in selection]
@@ -104,7 +107,8 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
         chosen = selection[b]
         layer, several = (chosen["layer"],), tuple(chosen["layers"])
         path = candidate_path(chosen["window"], chosen["baseline"], b)
-        for s in (-1.0, 1.0):
+        size = chosen.get("strength", 1.0)
+        for s in (-size, size):
             cells.append(_cell(f"{b}.{s:+g}", [b], s, [Part(main, path, s, layer)], layers=layer))
             shared = [Part(side, path, s / len(several), several)]
             cells.append(_cell(f"{b}.{s:+g}.layers", [b], s, shared, layers=several))
@@ -114,11 +118,14 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
             control = _control(shuffles, main, s, layer)
             cells.append(_cell(f"{b}.{s:+g}.shuffled", [b], s, control, control="shuffled", layers=layer))
         for s in config.strengths:
+            if abs(s) == size:
+                continue
             cells.append(_cell(f"{b}.{s:+g}", [b], s, [Part(side, path, s, layer)], layers=layer))
     # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
-    for layer in sorted({selection[b]["layer"] for b in behaviours}):
-        here = [b for b in behaviours if selection[b]["layer"] == layer]
-        for s in (-1.0, 1.0):
+    places = {b: (selection[b]["layer"], selection[b].get("strength", 1.0)) for b in behaviours}
+    for layer, size in sorted(set(places.values())):
+        here = [b for b in behaviours if places[b] == (layer, size)]
+        for s in (-size, size):
             parts = _control([random_path(layer, k) for k in range(config.controls)], main, s, (layer,))
             cells.append(_cell(f"random.layer{layer}.{s:+g}", here, s, parts, control="random", layers=(layer,)))
     return cells

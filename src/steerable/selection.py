@@ -1,16 +1,18 @@
-"""Which window and layer steer each behaviour: candidates by attribution, the choice by validation.
+"""Which window, layer and strength steer each behaviour: candidates by attribution, the choice by validation.
 
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
 2. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest
    difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1
-   keeps accuracy within 10 points of the unsteered model; among all of them, where none does.
+   keeps accuracy within 10 points of the unsteered model; where none does both, among those that do not loop.
+3. Where all loop at 1, the candidates are tried at a half and at a quarter of it. Where all loop there, too, none has
+   passed: the one with the fewest loops is taken, and `rule` says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 RULE = (
@@ -18,6 +20,7 @@ RULE = (
     "minus fraction at -1 on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
+STRENGTHS = (1.0, 0.5, 0.25)  # those tried, as far as the candidates loop at the one before
 
 
 def interior(layers: int) -> range:
@@ -30,6 +33,37 @@ def candidate_layers(effect: Sequence[float | None], count: int) -> list[int]:
     """The `count` interior layers with the largest effect, lowest first."""
     inner = [layer for layer in interior(len(effect)) if effect[layer] is not None]
     return sorted(sorted(inner, key=lambda layer: -(effect[layer] or 0.0))[:count])
+
+
+def pick(tried: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> tuple[Mapping[str, Any], str, bool]:
+    """The best of everything that was measured, each with its `strength`; the rule that chose it in words; and
+    whether it keeps loops under the limit. The largest strength at which some candidate does not loop is taken."""
+    strengths = sorted({c["strength"] for c in tried}, reverse=True)
+    for strength in strengths:
+        quiet = [c for c in tried if c["strength"] == strength and does_not_loop(c)]
+        if not quiet:
+            continue
+        best = choose(quiet, unsteered_accuracy)
+        rule = RULE if strength == 1 else RULE.replace("+1", f"+{strength:g}").replace("-1", f"-{strength:g}")
+        if strength != strengths[0]:
+            rule += f"; at the larger strengths tried ({_listed(s for s in strengths if s > strength)}) all looped more"
+        if not is_gentle(best, unsteered_accuracy):
+            rule += "; no candidate kept the accuracy"
+        return best, rule, True
+    best = min(tried, key=lambda c: (c["loops"], -separation(c)))
+    rule = (
+        f"none passed: at {_listed(strengths)} every candidate looped in more than {LOOPS:.0%} of the chains; taken is "
+        f"the one with the fewest loops, {best['loops']:.0%} at {_listed([best['strength']])}"
+    )
+    return best, rule, False
+
+
+def _listed(strengths: Iterable[float]) -> str:
+    return ", ".join(f"\N{PLUS-MINUS SIGN}{s:g}" for s in strengths)
+
+
+def does_not_loop(candidate: Mapping[str, Any]) -> bool:
+    return (candidate["loops"] or 0.0) <= LOOPS
 
 
 def choose(candidates: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> Mapping[str, Any]:
@@ -46,7 +80,7 @@ def is_gentle(candidate: Mapping[str, Any], unsteered_accuracy: float | None) ->
     """Whether a candidate keeps within the allowed side effects."""
     accuracy = candidate["accuracy_down"]
     cheap = accuracy is None or unsteered_accuracy is None or accuracy >= unsteered_accuracy - ACCURACY_COST
-    return cheap and (candidate["loops"] or 0.0) <= LOOPS
+    return cheap and does_not_loop(candidate)
 
 
 def separation(candidate: Mapping[str, Any]) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerable import annotation, experiment, plan
 from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
 from steerable.config import Config
-from steerable.errors import SteerableError, UsageError
+from steerable.errors import SteerableError, SteerableWarning, UsageError
 from steerable.files import write_atomic
 from steerable.runfolder import read_json, sha256, write_json
 
@@ -205,41 +207,70 @@ def select(run: Run, partial: Path) -> None:
     for b in STEERABLE:
         if b not in candidates:  # a run with other settings may have left a vector
             (run.folder / plan.selected_path(b)).unlink(missing_ok=True)
-    cells = plan.validation_cells(c, candidates)
-    files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
-    experiment.generate_cells(run, cells, "validation", files, partial)
-    measured = {name: experiment.measure(run, path, "validation") for name, path in files.items()}
-    base = measured["unsteered"]
+    validated, unsteered = _validated(run, candidates, partial)
     chosen = {}
     shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
-    for b, found in candidates.items():
-        for candidate in found:
-            name = f"{b}.{candidate['window']}.layer{candidate['layer']}"
-            down, up = measured[f"{name}.-1"], measured[f"{name}.+1"]
-            candidate |= {
-                "fraction_unsteered": _first(base["fractions"][b]),
-                "fraction_up": _first(up["fractions"][b]),
-                "fraction_down": _first(down["fractions"][b]),
-                "accuracy_up": _first(up["accuracy"]),
-                "accuracy_down": _first(down["accuracy"]),
-                "loops": max(up["loops"][0], down["loops"][0]),
-            }
-        best = rules.choose(found, _first(base["accuracy"]))
+    for b, found in validated.items():
+        best, rule, passed = rules.pick(found, unsteered)
+        if c.chosen_layer is not None:
+            rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == rules.RULE else f"; {rule}")
+        if not passed:
+            warnings.warn(f"{b}: {rule}", SteerableWarning, stacklevel=2)
+        direction = Direction.load(run.folder / plan.candidate_path(best["window"], best["baseline"], b))
+        selected = replace(direction.only([best["layer"]]), strength=best["strength"])
         chosen[b] = {
             "layer": best["layer"],
             "layers": list(rules.interior(layers)),
             "window": best["window"],
             "baseline": best["baseline"],
-            "rule": rules.RULE if c.chosen_layer is None else f"layer {c.chosen_layer} was asked for",
+            "strength": best["strength"],
+            "dose": next(iter(selected.dose().values()), None),
+            "passed": passed,
+            "rule": rule,
             "candidates": found,
         }
-        direction = Direction.load(run.folder / plan.candidate_path(best["window"], best["baseline"], b))
-        selected = direction.only([best["layer"]])
         selected.save(run.folder / plan.selected_path(b))
         for k in range(c.controls):
             seed = (c.seed * 1000 + best["layer"]) * 1000 + k
             selected.random_like(seed).save(run.folder / plan.random_path(best["layer"], k))
     write_json(run.folder / "selection.json", chosen)
+
+
+def _validated(
+    run: Run, candidates: dict[str, list[dict[str, Any]]], partial: Path
+) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
+    """What each candidate of each behaviour did on the validation tasks, at strength 1 and, as long as all of them
+    loop, at weaker ones; and the accuracy of the unsteered model."""
+    from steerable import selection as rules
+
+    tried: dict[str, list[dict[str, Any]]] = {b: [] for b in candidates}
+    base: dict[str, Any] = {}
+    for size in rules.STRENGTHS:
+        left = {b: found for b, found in candidates.items() if not any(map(rules.does_not_loop, tried[b]))}
+        if not left:
+            break
+        cells = [cell for cell in plan.validation_cells(run.config, left, size) if cell.strength or not base]
+        files = {cell.name: partial / f"{cell.name}.jsonl" for cell in cells}
+        experiment.generate_cells(run, cells, "validation", files, partial if size == 1 else partial / f"{size:g}")
+        measured = {name: experiment.measure(run, path, "validation") for name, path in files.items()}
+        base = base or measured["unsteered"]
+        for b, found in left.items():
+            for candidate in found:
+                name = f"{b}.{candidate['window']}.layer{candidate['layer']}"
+                down, up = measured[f"{name}.{-size:+g}"], measured[f"{name}.{size:+g}"]
+                tried[b].append(
+                    candidate
+                    | {
+                        "strength": size,
+                        "fraction_unsteered": _first(base["fractions"][b]),
+                        "fraction_up": _first(up["fractions"][b]),
+                        "fraction_down": _first(down["fractions"][b]),
+                        "accuracy_up": _first(up["accuracy"]),
+                        "accuracy_down": _first(down["accuracy"]),
+                        "loops": max(up["loops"][0], down["loops"][0]),
+                    }
+                )
+    return tried, _first(base["accuracy"])
 
 
 def _first(value: list[float] | None) -> float | None:
@@ -267,6 +298,7 @@ def evaluate(run: Run, partial: Path) -> None:
         head = {
             "control": cell.control,
             "strength": cell.strength,
+            "dose": experiment.dose(run, cell),
             "layers": list(cell.layers),
             "where": cell.where,
         }

@@ -32,6 +32,7 @@ from ..interventions import Intervention, shift
 from ..sites import Site, check_site, heed_hooks, tap, uncompiled, width_at
 from ..think import think_tags
 from .meter import Count, Meter
+from .precision import rounding_watched
 
 Strength = float | Tensor
 Steering = Direction | Intervention
@@ -61,8 +62,9 @@ def steer(
     track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
     Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector
-    with NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model,
-    and at the end about sites where no token was touched.
+    with NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model, about a
+    relative dose ||s v|| / ||h|| that a 16-bit model does not resolve (`precision`), and at the end about sites where
+    no token was touched.
     """
     items = [directions] if isinstance(directions, (Direction, Intervention)) else list(directions)
     if not items:
@@ -76,7 +78,8 @@ def steer(
     heed_hooks()
     before = models.base(model).register_forward_pre_hook(uncompiled(handle._before_forward), with_kwargs=True)
     try:
-        with tap(model, {site: steered.change for site, steered in handle._sites.items()}):
+        changes = {site: steered.change for site, steered in handle._sites.items()}
+        with rounding_watched(model, items, interventions), tap(model, changes):
             yield handle
     finally:
         before.remove()
@@ -97,7 +100,7 @@ def _interventions(
     else:
         name = models.model_id(model)
         # widths are checked below: a model of another width is an error
-        if name and item.model_id and name != item.model_id:
+        if not models.is_named(model, item.model_id):
             text = f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
             warnings.warn(text, SteerableWarning, stacklevel=4)
         chosen = item if layers is None else item.only(layers)
@@ -202,8 +205,9 @@ class Handle:
         self._is_fed = True
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """For each site ("resid_post.3"): `tokens` touched, and over these the mean `relative_change`
-        ||h' - h|| / ||h|| and the mean `angle` between h and h' in degrees (None where not measured)."""
+        """For each site ("resid_post.3"): `tokens` touched, and over these, attention sinks left out, the mean
+        `relative_change` ||h' - h|| / ||h|| and the mean `angle` between h and h' in degrees (None where not
+        measured)."""
         return {str(site): steered.report() for site, steered in self._sites.items()}
 
     @property

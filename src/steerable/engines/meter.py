@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..sinks import ELSEWHERE
+
 
 class Count:
     """A running sum of numbers that may be tensors: added up only now and then, as each read waits for the
@@ -29,10 +31,9 @@ class Count:
 
 
 class Meter:
-    """Mean relative change and angle over the touched tokens, from the activations before and after. They are
-    kept
-    until there are enough to measure at once: at one token a call the calls would cost more than the
-    numbers."""
+    """Mean relative change and angle over the touched tokens, attention sinks left out, from the activations before
+    and after. They are kept until there are enough to measure at once: at one token a call the calls would cost more
+    than the numbers."""
 
     ENOUGH = 256  # tokens
 
@@ -66,6 +67,8 @@ class Meter:
             )
         self._kept, self._tokens = [], 0
         norm, new_norm = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
+        touched = norm.masked_fill(weights == 0, torch.nan)
+        weights = weights * ~(norm > ELSEWHERE * touched.nanmedian())  # beside a massive activation all change is small
         change = torch.linalg.vector_norm(after - before, dim=-1)
         relative = change / norm.clamp_min(1e-30)
         # sin^2(angle / 2) from the triangle's three sides: precise for small angles, unlike acos of a cosine

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from .. import sinks as attention_sinks
 from ..directions import Direction
 from ..errors import UsageError
+from ..sinks import Sinks
 from ..sites import Site
-from .difference_of_means import Activations, paired_sites
+from .difference_of_means import Activations, ordinary_rows, paired_sites
 
 
 def pca(
@@ -18,6 +20,7 @@ def pca(
     *,
     site: Site | str | None = None,
     centre: bool = True,
+    sinks: Sinks = "drop",
     **about: Any,
 ) -> Direction:
     """The first principal component, a unit vector at each site.
@@ -28,15 +31,20 @@ def pca(
     themselves, with the sign that makes their mean project positively. centre=False leaves the mean in.
 
     positive, negative: {site: [n, d]}, or [n, d] with `site`; float64 inside. `stats["explained"]` is the
-    component's share of the variance at each site. about: further fields of `Direction`.
+    component's share of the variance at each site. sinks: as in `difference_of_means`; a pair goes as a whole.
+    about: further fields of `Direction`.
 
     Zou et al. 2023, "Representation Engineering" (arXiv 2310.01405).
     """
     paired = negative is not None
     vectors, norms, explained = {}, {}, {}
-    for where, (a, b) in paired_sites(positive, positive if negative is None else negative, site).items():
+    pairs = paired_sites(positive, positive if negative is None else negative, site)
+    for where, (a, b) in pairs.items():
         if paired and len(a) != len(b):
             raise UsageError(f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {where}")
+    groups, told = ordinary_rows(pairs if paired else {s: (a,) for s, (a, _) in pairs.items()}, sinks, paired)
+    for where, group in groups.items():
+        a, b = group[0], group[-1]
         signs = 1 - 2 * (torch.arange(len(a)) % 2)[:, None]
         data = (a - b) * signs if paired else a
         if centre:
@@ -49,4 +57,6 @@ def pca(
         vectors[where] = (component * (-1 if above < 0 else 1)).float()
         norms[where] = float((torch.cat([a, b]) if paired else a).norm(dim=1).mean())
         explained[str(where)] = float(singular[0] ** 2 / (singular**2).sum())
-    return Direction(vectors, norms=norms, **{"method": "pca", "stats": {"explained": explained}, **about})
+    left_out = attention_sinks.stats(getattr(positive, "sinks", {}), getattr(negative, "sinks", {}), told)
+    stats = {"explained": explained, **left_out}
+    return Direction(vectors, norms=norms, **{"method": "pca", "stats": stats, **about})

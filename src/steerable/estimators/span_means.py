@@ -16,12 +16,15 @@ Source: Venhoff et al. 2025, arXiv 2506.18167, section 3.2: window `published`, 
 as above; the code differs from the text (per span, not per prompt; annotated stretch, not all tokens), and
 the code is followed. Difference of means as such: Marks & Tegmark 2023, arXiv 2310.06824; Rimsky et al. 2023,
 arXiv 2312.06681.
+
+Attention sinks (`sinks`) stay out of all means and norms unless asked; a span with one weighs that much less.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,12 +33,14 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..capture import Batch, WeightedSums, batch_tokens, length_batches, pad, stream
+from .. import sinks as attention_sinks
+from ..capture import Batch, WeightedSums, batch_tokens, length_batches, pad, remaining, stream
 from ..chains.windows import OVERALL, WINDOWS, AlignedChain, Group, TokenSpan, groups, shuffle_labels, weights
 from ..chunks import CHUNK
 from ..directions import Direction
 from ..engines.workers import MapBlocks, Report, default_threads, loader, map_blocks
-from ..errors import UsageError
+from ..errors import SteerableWarning, UsageError
+from ..sinks import Sinks, Tally
 from ..sites import Site, width_at
 
 BASELINES = ("overall", "pooled")
@@ -49,7 +54,7 @@ class SpanMeans:
 
     `means` float64 [L, G, d] (NaN for a group without spans), `counts` [G] the number of spans (chains for
     `overall`), `norms` [L] mean ||h|| with the weights of `overall`; rows G as `chains.windows.groups(labels,
-    windows, shuffles)`.
+    windows, shuffles)`. `sinks`: where attention sinks were left out, as in `capture.Captured`.
     """
 
     sites: tuple[Site, ...]
@@ -61,6 +66,7 @@ class SpanMeans:
     norms: Tensor
     model_id: str = ""
     model_revision: str = ""
+    sinks: dict[Site, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def overall(self) -> Tensor:
@@ -116,6 +122,7 @@ class SpanMeans:
                 "chains": round(float(self.counts[0])),
                 "norm_of_mean": {str(s): n for s, n in zip(self.sites, target.tolist(), strict=True)},
                 "norm_before_rescaling": {str(s): n for s, n in zip(self.sites, length.tolist(), strict=True)},
+                **attention_sinks.stats(self.sinks),
             },
         )
 
@@ -144,6 +151,7 @@ def span_means(
     shuffles: int = 1,
     seed: int = 0,
     kind: str = "resid_post",
+    sinks: Sinks = "drop",
     max_tokens: int | None = None,
     chunk: int = CHUNK,
     workers: int = 1,
@@ -154,14 +162,16 @@ def span_means(
 
     Chains without spans are skipped. `shuffles` label shuffles (seeds `seed`, `seed + 1`, ...) are taken in
     the same pass. Memory does not depend on the number of chains, and on the length of one only by its key/value
-    cache: chains longer than `chunk` tokens are read in pieces. Raises UsageError for no usable chain or an unknown
-    label.
+    cache: chains longer than `chunk` tokens are read in pieces. sinks: "drop" leaves attention sinks out of all means
+    and norms, with a SteerableWarning where there were any; "keep" takes them in. Raises UsageError for no usable chain
+    or an unknown label.
 
     workers: more than one need a model that was loaded by name or folder. spread: where they run, here or
     (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster. The chains are cut into blocks and the blocks' float64
     sums added up in order, whatever the number of workers: what they compute being equal, so is the result, bit by
     bit. Small models are computed on one thread here too.
     """
+    attention_sinks.check(sinks)
     used = [chain for chain in chains if chain.spans]
     if not used:
         raise UsageError("extraction needs at least one chain with annotated spans, got none")
@@ -182,7 +192,15 @@ def span_means(
     total = _InOrder()
     workers = min(workers, len(blocks))
     spread(
-        partial(_sums, labels=tuple(labels), windows=tuple(windows), shuffles=shuffles, kind=kind, chunk=chunk),
+        partial(
+            _sums,
+            labels=tuple(labels),
+            windows=tuple(windows),
+            shuffles=shuffles,
+            kind=kind,
+            chunk=chunk,
+            sinks=sinks,
+        ),
         blocks,
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
@@ -193,16 +211,22 @@ def span_means(
     )
     found = total.sums
     counts = found.weights.round()  # a span's weight is spread over its tokens, and the parts add up to nearly 1
+    means_over = remaining(counts, found.sunk)
+    sites = tuple(Site(kind, layer) for layer in range(models.n_layers(model)))
+    dropped = {site: about for i, site in enumerate(sites) if (about := found.tally.summary(i))}
+    if said := attention_sinks.sentence(dropped):
+        warnings.warn(said, SteerableWarning, stacklevel=2)
     return SpanMeans(
-        sites=tuple(Site(kind, layer) for layer in range(models.n_layers(model))),
+        sites=sites,
         labels=tuple(labels),
         windows=tuple(windows),
         shuffles=shuffles,
-        means=found.sums / counts[:, None],
+        means=found.sums / means_over[:, :, None],
         counts=counts,
-        norms=found.norms / counts[0],
+        norms=found.norms / means_over[:, 0],
         model_id=models.model_id(model),
         model_revision=str(getattr(model.config, "_commit_hash", None) or ""),
+        sinks=dropped,
     )
 
 
@@ -217,15 +241,23 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Sums:
-    """A block's part of the result, float64: weighted sums [L, G, d], their weights [G], and the sum of the norms
-    weighted as `overall` [L]."""
+    """A block's part of the result, float64: weighted sums [L, G, d], their weights [G], the part of these that fell on
+    attention sinks [L, G], and the sum of the norms weighted as `overall` [L]."""
 
     sums: Tensor
     weights: Tensor
+    sunk: Tensor
     norms: Tensor
+    tally: Tally
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.sums + other.sums, self.weights + other.weights, self.norms + other.norms)
+        return _Sums(
+            self.sums + other.sums,
+            self.weights + other.weights,
+            self.sunk + other.sunk,
+            self.norms + other.norms,
+            self.tally + other.tally,
+        )
 
 
 class _InOrder:
@@ -254,6 +286,7 @@ def _sums(
     shuffles: int,
     kind: str,
     chunk: int,
+    sinks: Sinks,
 ) -> _Sums:
     """One block, each of whose parts is a batch."""
     model = loaded[0]
@@ -270,18 +303,20 @@ def _sums(
             batch.weights = torch.from_numpy(matrix)
             yield batch
 
-    stream(model, batches(), [sums, norms], kind=kind, chunk=chunk)
-    return _Sums(sums.sums.cpu(), sums.totals.cpu(), norms.sums.cpu())
+    stream(model, batches(), [sums, norms], kind=kind, chunk=chunk, sinks=sinks)
+    return _Sums(sums.sums.cpu(), sums.totals.cpu(), sums.sunk.cpu(), norms.sums.cpu(), sums.tally.cpu())
 
 
 class _StretchNorms:
-    """Sums of ||h|| of each layer with the weights of group `overall`: the prompt, and with it the first token's
-    huge activation, stays out, and the result compares with the norm of the mean."""
+    """Sums of ||h|| of each layer with the weights of group `overall`, so that the result compares with the norm of the
+    mean."""
 
     def __init__(self, layers: int, device: torch.device | str) -> None:
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         assert batch.weights is not None
-        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
-        self.sums[index] += (batch.weights[0].to(h.device) * norms).sum().to(self.sums.device)
+        weighed = batch.weights[0].to(h.device)
+        if batch.sinks is not None:
+            weighed = weighed.masked_fill(batch.sinks.to(h.device), 0.0)
+        self.sums[index] += (weighed * attention_sinks.norms_of(h)).sum().to(self.sums.device)

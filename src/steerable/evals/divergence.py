@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from steerable.capture import length_batches
 from steerable.chains.offsets import chain_tokens
 from steerable.chunks import new_cache, pieces
 from steerable.engines.hooks import Handle, steer
+from steerable.engines.precision import dtype_of, is_narrow
+from steerable.errors import SteerableWarning
 from steerable.gates import SequenceState, Tokens
 
 
@@ -36,10 +39,18 @@ def divergence(
     (generation prompt included), for chains without `prompt_ids`; `direction`, `strength`, `layers`, `where` and
     `rescale` are those of `steerable.steer`. At most `max_logits` numbers of logits are held at a time for each of the
     two; a chain that has more is read in pieces.
-    None for a chain without a generated token.
+    None for a chain without a generated token. The logits are compared in float32, but a 16-bit model's rounding is in
+    them: small divergences are then noise, which a SteerableWarning says.
     """
     if not chains:
         return []
+    if is_narrow(dtype := dtype_of(model)):
+        warnings.warn(
+            f"KL divergences of a {str(dtype).removeprefix('torch.')} model hold its rounding noise, which is more "
+            "than a weak vector does: load the model with dtype='float32' to measure small ones",
+            SteerableWarning,
+            stacklevel=2,
+        )
     tokens = chain_tokens(tokenizer, chains, prompts)
     ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
     layers = layers if layers is None or isinstance(layers, int) else list(layers)

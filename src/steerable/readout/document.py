@@ -100,7 +100,7 @@ def check_model(model: Any, direction: Direction, width: int) -> None:
             f"the vectors have width {width}, but the model's residual stream {expected}: use the model they belong to"
         )
     name = models.model_id(model)
-    if name and direction.model_id and name != direction.model_id:
+    if not models.is_named(model, direction.model_id):
         text = f"this direction was made on {direction.model_id!r}, the model is {name!r}: its tokens may mean nothing"
         warnings.warn(text, SteerableWarning, stacklevel=3)
 

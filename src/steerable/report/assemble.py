@@ -51,7 +51,9 @@ def assemble(run: Run) -> dict[str, Any]:
         "selection": selection,
         **({"missing": missing} if (missing := _missing(run, selection)) else {}),
         "cells": read_json(folder / "cells.json"),
-        "examples": [example for b in selection if (example := _example(run, b))],
+        "examples": [
+            example for b, chosen in selection.items() if (example := _example(run, b, chosen.get("strength", 1.0)))
+        ],
         "lens": {b: _lens(run, b) for b in selection},
     }
 
@@ -77,6 +79,7 @@ def _model(run: Run) -> dict[str, Any]:
         "width": models.width(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": run.weights,
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
@@ -104,10 +107,10 @@ def _lens(run: Run, behaviour: str) -> dict[str, Any]:
     }
 
 
-def _example(run: Run, behaviour: str) -> dict[str, Any] | None:
+def _example(run: Run, behaviour: str, strength: float) -> dict[str, Any] | None:
     """One task unsteered, up and down: the one whose three chains show the behaviour nearest to the cells' means."""
     tasks = {task["id"]: task for task in run.tasks("evaluation")}
-    files = {"unsteered": "unsteered", "plus": f"{behaviour}.+1", "minus": f"{behaviour}.-1"}
+    files = {"unsteered": "unsteered", "plus": f"{behaviour}.{strength:+g}", "minus": f"{behaviour}.{-strength:+g}"}
     chains = {
         name: {(c["task_id"], c["sample"]): c for c in read_jsonl(run.folder / f"steered/{file}.jsonl", "chain")}
         for name, file in files.items()

@@ -151,8 +151,11 @@ def effect(cells: list[Cell], behaviour: str, setting: Setting, strength: float)
 
 
 def extremes(cells: list[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:
-    """The two strengths that the headline names: -1 and +1, or the outermost measured ones."""
-    strengths = [s for s in doses(cells, behaviour, None, setting) if s]
+    """The two strengths that the headline names: -1 and +1, or the outermost measured ones, those with controls
+    before others."""
+    own = {s for s in doses(cells, behaviour, None, setting) if s}
+    controlled = {s for control in CONTROLS for s in doses(cells, behaviour, control, setting)}
+    strengths = (own & controlled) or own
     negative, positive = [s for s in strengths if s < 0], [s for s in strengths if s > 0]
     down = -1.0 if -1.0 in negative or not negative else min(negative)
     up = 1.0 if 1.0 in positive or not positive else max(positive)

@@ -15,6 +15,7 @@ from steerable.report.cells import (
     CONTROLS,
     Cell,
     Effect,
+    doses,
     effect,
     extremes,
     main_setting,
@@ -102,7 +103,7 @@ def _view(report: Report) -> dict[str, Any]:
         "bars": panels.fractions(report, behaviours),
         "doses": panels.dose_response(report, behaviours),
         "places": panels.places(report, behaviours),
-        "place_legend": [("−1", "bar-down hue-any"), ("+1", "bar-up hue-any")],
+        "place_legend": [(name, f"bar-{side} hue-any") for name, side in _strengths(report, behaviours)],
         "layer_effects": panels.layer_effects(report, behaviours),
         "side_effects": panels.side_effects(report, behaviours),
         "norms": panels.norms(report),
@@ -181,7 +182,9 @@ def _card(report: Report, behaviour: str, behaviours: list[str]) -> Card | None:
         share = words.percent(done.fraction.mean) if done.fraction else words.MISSING
         rows.append((done, words.signed(done.strength), words.times(done.ratio), share))
     name, hue = words.short(behaviour), words.hue(behaviour, behaviours)
-    return Card(name, hue, words.setting(where), words.percent(base.mean) if base else words.MISSING, rows)
+    at: dict[str, Any] = next((c for c in doses(cells, behaviour, None, where).get(up, []) if c.get("dose")), {})
+    place = words.setting(where) + (f"; dose {words.dose(at['dose'])} of ‖h‖ at {words.signed(up)}" if at else "")
+    return Card(name, hue, place, words.percent(base.mean) if base else words.MISSING, rows)
 
 
 def _headline(cards: list[Card]) -> str:
@@ -210,12 +213,13 @@ def _cost(report: Report, behaviours: list[str]) -> str:
     """The price of the headline's effects, at its worst: accuracy, loops, unclosed chains."""
     cells, said = report.get("cells") or [], []
     for index in (1, 0):
-        changes, loops, strength = [], [], 0.0
+        changes, loops, strengths = [], [], set()
         for behaviour in behaviours:
             where = main_setting(cells, behaviour, (report.get("selection") or {}).get(behaviour))
             if where is None:
                 continue
             strength = extremes(cells, behaviour, where)[index]
+            strengths.add(words.signed(strength))
             at = [c for c in _own(cells, behaviour) if setting_of(c) == where and c["strength"] == strength]
             base = measured(unsteered(cells, behaviour), "accuracy")
             if base and (got := measured(at, "accuracy")):
@@ -226,9 +230,22 @@ def _cost(report: Report, behaviours: list[str]) -> str:
             low, high = (f"{words.signed(round(100 * c, 1))}" for c in (min(changes), max(changes)))
             most = f", loops at most {words.percent(max(loops))}" if loops else ""
             span = low if low == high else f"{low} to {high}"
-            said.append(f"at {words.signed(strength)} accuracy changes by {span} points{most}")
+            said.append(f"at {'/'.join(sorted(strengths))} accuracy changes by {span} points{most}")
     joined = "; ".join(said)
-    return f"Cost: {joined}." if joined else ""
+    selection = report.get("selection") or {}
+    failed = [words.short(b) for b in behaviours if (selection.get(b) or {}).get("passed") is False]
+    parts = [f"Cost: {joined}."] if joined else []
+    if failed:
+        parts.append(f"No candidate for {', '.join(failed)} kept its loops within the limit on the validation tasks.")
+    return " ".join(parts)
+
+
+def _strengths(report: Report, behaviours: list[str]) -> list[tuple[str, str]]:
+    """The strengths that the headline names, of all behaviours: downwards and upwards."""
+    cells = report.get("cells") or []
+    pairs = [extremes(cells, b, where) for b in behaviours for where in settings(cells, b)[:1]]
+    named = ["/".join(dict.fromkeys(words.signed(s) for s in side)) for side in zip(*pairs, strict=True)]
+    return list(zip(named, ("down", "up"), strict=True)) if named else []
 
 
 def _own(cells: list[Cell], behaviour: str) -> list[Cell]:
@@ -258,6 +275,7 @@ def _cell_table(report: Report, behaviours: list[str], *, main_only: bool) -> Ta
         for cell in [*unsteered(cells, behaviour), *mine]:
             steered = bool(cell.get("strength"))
             head = [words.short(behaviour), words.signed(cell["strength"]) if steered else "unsteered"]
+            head.append(words.dose(cell.get("dose")) if steered else "")
             if not main_only:
                 head += [cell.get("control") or "vector", words.setting(setting_of(cell))] if steered else ["", ""]
             head.append(words.with_interval(measured([cell], f"fractions.{behaviour}"), "percent"))
@@ -267,7 +285,7 @@ def _cell_table(report: Report, behaviours: list[str], *, main_only: bool) -> Ta
                 strong.add(len(rows))
             rows.append(head)
     extra = [] if main_only else ["Vector", "Where"]
-    head = ["Behaviour", "Strength", *extra, "Fraction", *(title for title, _, _ in panels.METRICS.values())]
+    head = ["Behaviour", "Strength", "Dose", *extra, "Fraction", *(title for title, _, _ in panels.METRICS.values())]
     return Table(head, rows, frozenset(strong))
 
 
@@ -309,7 +327,7 @@ def _selection(report: Report, behaviours: list[str]) -> tuple[list[str], Table,
     selection = {b: s for b in behaviours if (s := (report.get("selection") or {}).get(b))}
     rules = dict.fromkeys(words.value(chosen.get("rule")) for chosen in selection.values())
     shared = len(rules) == 1
-    keys = ["layer", "layers", "window", "baseline"] + ([] if shared else ["rule"])
+    keys = ["layer", "layers", "window", "baseline", "strength", "dose"] + ([] if shared else ["rule"])
     rows = [[words.short(b), *(words.value(s.get(key)) for key in keys)] for b, s in selection.items()]
     chosen_table = Table(["Behaviour", *map(_title, keys)], rows)
     every = [(b, one) for b, s in selection.items() for one in s.get("candidates") or []]
@@ -325,7 +343,9 @@ def _title(key: str) -> str:
 
 
 def _is_chosen(candidate: dict[str, Any], chosen: dict[str, Any]) -> bool:
-    shared = [key for key in ("window", "baseline", "layer") if key in candidate and chosen.get(key) is not None]
+    shared = [
+        key for key in ("window", "baseline", "layer", "strength") if key in candidate and chosen.get(key) is not None
+    ]
     return bool(shared) and all(candidate[key] == chosen[key] for key in shared)
 
 

@@ -207,6 +207,9 @@ def side_effects(report: Report, behaviours: list[str]) -> list[Panel]:
                 reference=reference,
                 x_title="strength",
             )
+        kind = (report.get("model") or {}).get("dtype") or "float32"
+        if metric == "kl" and kind != "float32":
+            what += f"; the model ran in {kind}, whose rounding noise is in it"
         panels.append(Panel(title, figure, what))
     return panels
 

@@ -80,6 +80,14 @@ def with_interval(read: Interval | None, style: str) -> str:
     return f"{number(read.mean)} ({number(read.low)} to {number(read.high)})"
 
 
+def dose(by_layer: dict[str, float] | None) -> str:
+    """The relative dose at the layers of a setting: `0.3`, or the range over several."""
+    if not by_layer:
+        return MISSING
+    low, high = (number(side(by_layer.values()), 2) for side in (min, max))
+    return low if low == high else f"{low} to {high} each"
+
+
 def layers(indices: Sequence[int]) -> str:
     """`layer 3`, `layers 2–4` (a run), `layers 1, 4`."""
     if not indices:

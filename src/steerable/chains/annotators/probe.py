@@ -80,7 +80,7 @@ class Probe:
     def check(self, model: nn.Module) -> None:
         """UsageError where this probe was trained on another model."""
         name = models.model_id(model)
-        if name and self.model_id and name != self.model_id:
+        if not models.is_named(model, self.model_id):
             raise UsageError(f"this probe reads {self.model_id!r}, the model is {name!r}: train one for it")
         found = models.n_layers(model), models.width(model)
         if found != (self.model_layers, self.width):
