@@ -22,7 +22,7 @@ from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.display import Display
-from steerable.engines.sampling import Decoding, decoding_of
+from steerable.engines.sampling import Decoding, decoding_of, warn_if_endless
 from steerable.engines.workers import Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
 from steerable.evals.intervals import by_task, mean_interval
@@ -83,6 +83,7 @@ def passk(
     prompting = Prompting(system=system, template=template)
     prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
     check_arms(found, base)
+    warn_if_endless(base.model)
     with folder.locked(), Display(quiet) as display:
         drawn = draw(folder, source, limit, seed, exclude)
         common = {

@@ -17,7 +17,7 @@ from steerable.engines.sampling import Decoding
 from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
-from steerable.models import Loaded
+from steerable.models import Loaded, stop_ids
 from steerable.think import ThinkTags, render, think_tags_if_any
 
 Progress = Callable[[int, int], None]
@@ -229,7 +229,7 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
         completions = [Completion([*prompting.prefix, *c.ids], c.finished) for c in completions]
     return [
         {"task_id": task["id"], "sample": sample}
-        | split_chain(tokenizer, tags, completion)
+        | split_chain(tokenizer, tags, completion, endless=not stop_ids(model))
         | ({"ids": completion.ids} if settings.ids else {})
         for (task, sample, _), completion in zip(items, completions, strict=True)
     ]
@@ -274,12 +274,13 @@ def request_seed(seed: int, task_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) -> Record:
+def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion, *, endless: bool = False) -> Record:
     """`thinking`, `answer`, `closed`, `tokens` (new ones, the stop token included) and `thinking_tokens`.
 
     `thinking` is the text between the tags untouched, so that character offsets stay valid. Without a think
     block everything is the answer. See `ThinkTags.split`. A model that has no such block (tags None) thinks aloud: its
-    text is both, and closed where it stopped by itself or marked an answer.
+    text is both, and closed where it stopped by itself or marked an answer. endless: the model has no token to stop at,
+    so that the longest length cuts nothing off: such a text is closed as it stands.
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
     if tags is None:
@@ -287,7 +288,7 @@ def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) 
         return {
             "thinking": text,
             "answer": text,
-            "closed": completion.finished or is_marked(text),
+            "closed": completion.finished or endless or is_marked(text),
             "tokens": len(completion.ids),
             "thinking_tokens": len(ids),
         }

@@ -19,6 +19,7 @@ from steerable.chains.records import Record, content_hash, write_jsonl
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.directions import Direction
 from steerable.display import Display
+from steerable.engines.sampling import warn_if_endless
 from steerable.errors import UsageError
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, read_json, write_json
@@ -136,6 +137,7 @@ def check(s: TrainSettings, loaded: Loaded) -> None:
         for place in places(loaded.model, layers, s.after):
             biases.linear(loaded.model, place)
     Prompting(s.system, s.template or "").text(loaded.tokenizer, "")
+    warn_if_endless(loaded.model)
     config = loaded.model.config.get_text_config()
     if (longest := getattr(config, "max_position_embeddings", None)) and s.max_new_tokens >= longest:
         raise UsageError(f"--max-new-tokens is {s.max_new_tokens}, but this model reads at most {longest}: lower it")
