@@ -152,7 +152,7 @@ def load(
     if device_map is not None or quantized is not None:  # quantised weights cannot be moved afterwards
         placed["device_map"] = device_map if device_map is not None else {"": device}
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             config = AutoConfig.from_pretrained(source, **options)
             known = FAMILIES.get(config.model_type)
@@ -222,8 +222,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' own bar for reading weights: it takes a moment, and every worker would draw one."""
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bar for reading and writing weights: it takes a moment, and every worker would draw
+    one."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
