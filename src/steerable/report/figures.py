@@ -17,8 +17,7 @@ from markupsafe import Markup, escape
 Format = Callable[[float], str]
 
 _NARROW = 180  # pixels: the width of the plot area in a panel on a phone
-_BESIDE, _RIGHT = 42, 6  # pixels beside the plot area, in the style sheet
-_EDGE = 14  # pixels by which a label may stand over the plot area's right edge: it is still inside its panel
+_LEFT, _RIGHT = 48, 14  # pixels that labels have beside the plot area, of its own padding and a little of the panel's
 _LONGEST = 14  # characters of a name below bars
 
 MARKERS = {
@@ -99,7 +98,7 @@ def whisker(x: float, low: float, high: float, cap: float = 4) -> str:
 
 def width(words: str, size: float = 12) -> float:
     """Pixels that a text takes at most, at a font size in pixels; of letters and digits of common fonts."""
-    return size * sum(0.35 if char in ".,:" else 0.9 if char in "%mwMW" else 0.6 for char in words)
+    return size * sum(0.35 if char in ".,:" else 0.95 if char in "%+−×mwMW" else 0.65 for char in words)
 
 
 def _padding(y_labels: Iterable[str], x_labels: Iterable[tuple[float, str]]) -> str:
@@ -107,8 +106,8 @@ def _padding(y_labels: Iterable[str], x_labels: Iterable[tuple[float, str]]) -> 
     left = max((width(words) + 9 for words in y_labels), default=0)
     left = max([left, *(width(words) / 2 - at / 100 * _NARROW for at, words in x_labels)])
     right = max((width(words) / 2 - (1 - at / 100) * _NARROW for at, words in x_labels), default=0)
-    wider = [f"padding-left:{math.ceil(left)}px"] * (left > _BESIDE)
-    wider += [f"padding-right:{math.ceil(right)}px"] * (right > max(_RIGHT, _EDGE))
+    wider = [f"padding-left:{math.ceil(left)}px"] * (left > _LEFT)
+    wider += [f"padding-right:{math.ceil(right)}px"] * (right > _RIGHT)
     return f' style="{";".join(wider)}"' if wider else ""
 
 
