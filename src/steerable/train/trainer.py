@@ -173,6 +173,18 @@ class VectorTrainer(GRPOTrainer):
                 self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
         self.seconds["kl"] += time.perf_counter() - began
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, which begins again with the first epoch's order where a training goes on in a later one."""
+        sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+        sampler.set_epoch = set_epoch
+        return sampler
+
     # The update
 
     @property
@@ -256,9 +268,10 @@ def _padding(tokenizer: Any, model: Any) -> Any:
         named.eos_token = None
     if named.pad_token_id != pad_id(model, named):
         # What is named becomes a special token, which texts are split at: an ordinary one is the last resort.
-        special = sorted(i for i in named.all_special_ids if i < model.config.get_text_config().vocab_size)
+        size = min(len(named), model.config.get_text_config().vocab_size)
+        special = sorted(i for i in named.all_special_ids if i < size)
         stops = [i for i in stop_ids(model) if i in special]
-        named.pad_token = named.convert_ids_to_tokens([*stops, *special, len(named) - 1][0])
+        named.pad_token = named.convert_ids_to_tokens([*stops, *special, size - 1][0])
     return named
 
 
