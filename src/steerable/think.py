@@ -390,8 +390,8 @@ def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "")
     name = tokenizer.name_or_path or "this model"
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{name!r} has no chat template: choose a model with one, or give --template, a text with {{prompt}}, where "
-            "the command has it"
+            f"{name!r} has no chat template: choose a model with one, or, where the command has it, give --template, a "
+            "text with {prompt}"
         )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})

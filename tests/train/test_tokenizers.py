@@ -44,7 +44,7 @@ def tokenizer(template=TEMPLATE, **special):
 
 
 def folder(path, generation=None, eos=None, template=TEMPLATE, model=(LlamaConfig, LlamaForCausalLM), **special):
-    """A model folder whose replies are digits; generation: the content of generation_config.json, None: no such file."""
+    """A model whose replies are digits, mostly; generation: the content of generation_config.json, None: no file."""
     made = build(*model, vocab_size=len(WORDS), num_hidden_layers=2, eos_token_id=eos, pad_token_id=None)
     with torch.no_grad():  # an output embedding that makes digits likely and the rest unlikely
         made.lm_head.weight.normal_(std=0.02)

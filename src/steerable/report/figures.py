@@ -16,9 +16,8 @@ from markupsafe import Markup, escape
 
 Format = Callable[[float], str]
 
-_NARROW = 180  # pixels: the width of the plot area in a panel on a phone
+_NARROW = 160  # pixels: the width of the plot area in the narrowest panel, a quarter of a small laptop
 _LEFT, _RIGHT = 48, 14  # pixels that labels have beside the plot area, of its own padding and a little of the panel's
-_LONGEST = 14  # characters of a name below bars
 
 MARKERS = {
     "circle": '<circle r="4"/>',
@@ -113,7 +112,7 @@ def _padding(y_labels: Iterable[str], x_labels: Iterable[tuple[float, str]]) -> 
 
 def _thinned(labels: Sequence[tuple[float, str]]) -> Sequence[tuple[float, str]]:
     """Every label, every second one, ..., so that none stands upon its neighbour in a narrow panel."""
-    room = max((width(words) + 6 for _, words in labels), default=0)
+    room = max((width(words) + 3 for _, words in labels), default=0)
     gaps = [b - a for (a, _), (b, _) in pairwise(labels)]
     least = min(gaps, default=100.0) / 100 * _NARROW
     return labels[:: max(1, math.ceil(room / max(least, 1.0)))]
@@ -166,6 +165,7 @@ def bars(
     """
     parts, x_labels = [], []
     slot = 100 / max(len(groups), 1)
+    longest = 14 if len(groups) < 3 else 9  # characters of a name below bars
     if reference is not None:
         at = 100 - y(reference)
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{at:g}%" y2="{at:g}%"/>')
@@ -173,7 +173,7 @@ def bars(
         sizes = [0.2 if "thin" in css.split() else 0.36 for css, _ in members]
         left = slot * (index + 0.5 - sum(sizes) / 2)
         middle = slot * (index + 0.5)
-        x_labels.append((middle, words if len(words) <= _LONGEST else f"{words[: _LONGEST - 1]}…"))
+        x_labels.append((middle, words if len(words) <= longest else f"{words[: longest - 1]}…"))
         parts.append(place(middle, 0, text(below, "value middle", dy=38)))
         for (css, point), size in zip(members, sizes, strict=True):
             if not math.isfinite(point.y):
