@@ -8,7 +8,7 @@ variables of the page, so the same drawing serves light and dark. Nothing here k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -100,21 +100,24 @@ def width(words: str, size: float = 12) -> float:
     return size * sum(0.35 if char in ".,:" else 0.95 if char in "%+−×mwMW" else 0.65 for char in words)
 
 
-def _padding(y_labels: Iterable[str], x_labels: Iterable[tuple[float, str]]) -> str:
-    """The style of a plot whose labels need more room beside the plot area than most do."""
-    left = max((width(words) + 9 for words in y_labels), default=0)
-    left = max([left, *(width(words) / 2 - at / 100 * _NARROW for at, words in x_labels)])
-    right = max((width(words) / 2 - (1 - at / 100) * _NARROW for at, words in x_labels), default=0)
+def _left(y_format: Format, y: Scale) -> float:
+    """Pixels that the labels of the y axis take."""
+    return max(_LEFT, *(width(y_format(tick)) + 9 for tick in y.ticks))
+
+
+def _padding(left: float, labels: Sequence[tuple[float, str]]) -> str:
+    """The style of a plot whose labels, of which some stand above or below it, need more room beside it than most."""
+    left = max([left, *(width(words) / 2 - at / 100 * _NARROW for at, words in labels)])
+    right = max([_RIGHT, *(width(words) / 2 - (1 - at / 100) * _NARROW for at, words in labels)])
     wider = [f"padding-left:{math.ceil(left)}px"] * (left > _LEFT)
     wider += [f"padding-right:{math.ceil(right)}px"] * (right > _RIGHT)
     return f' style="{";".join(wider)}"' if wider else ""
 
 
-def _thinned(labels: Sequence[tuple[float, str]]) -> Sequence[tuple[float, str]]:
+def _thinned(labels: Sequence[tuple[float, str]], left: float) -> Sequence[tuple[float, str]]:
     """Every label, every second one, ..., so that none stands upon its neighbour in a narrow panel."""
     room = max((width(words) + 3 for _, words in labels), default=0)
-    gaps = [b - a for (a, _), (b, _) in pairwise(labels)]
-    least = min(gaps, default=100.0) / 100 * _NARROW
+    least = min((b - a for (a, _), (b, _) in pairwise(labels)), default=100.0) / 100 * (_NARROW - (left - _LEFT))
     return labels[:: max(1, math.ceil(room / max(least, 1.0)))]
 
 
@@ -142,7 +145,7 @@ def frame(
     if x_title:
         parts.append(place(50, 0, text(x_title, "tick middle quiet", dy=37)))
     css = "plot titled" if x_title or two_lines else "plot"
-    style = _padding(map(y_format, y.ticks), [*x_labels, *above])
+    style = _padding(_left(y_format, y), [*x_labels, *above])
     return Markup(
         f'<div class="{css}"{style}><svg role="img" aria-label="{escape(label)}" height="{height}">'
         f"{''.join(parts)}{drawing}</svg></div>"
@@ -238,7 +241,7 @@ def curves(
                 parts.append(whisker(at, y(point.low), y(point.high), cap=3))
             parts.append(place(at, level, f'<g class="marker">{MARKERS[one.marker]}</g>') + "</g>")
         parts.append("</g>")
-    x_labels = _thinned([(x(tick), x_format(tick)) for tick in x.ticks])
+    x_labels = _thinned([(x(tick), x_format(tick)) for tick in x.ticks], _left(y_format, y))
     above = [(x(value), words) for value, words in marked]
     return frame("".join(parts), y, x_labels, y_format, label=label, height=height, x_title=x_title, above=above)
 
