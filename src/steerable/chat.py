@@ -26,6 +26,7 @@ from steerable.engines.hooks import steer as steering
 from steerable.engines.routes import check_length
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
+from steerable.plurals import plural
 from steerable.pocket import language
 from steerable.sites import parse_layers
 from steerable.think import think_tags
@@ -208,4 +209,4 @@ class _Screen:
 
 def _verdict(said: dict[str, Any]) -> str:
     mark = {True: ", right", False: ", wrong", None: ""}[said.get("correct")]
-    return f"{said['tokens']} tokens{'' if said['closed'] else ', not closed'}{mark}"
+    return f"{said['tokens']} {plural(said['tokens'], 'token')}{'' if said['closed'] else ', not closed'}{mark}"

@@ -32,6 +32,7 @@ from steerable.evals.perplexity import perplexity, ratio, score
 from steerable.files import write_atomic
 from steerable.judged_tasks import draw
 from steerable.models import Loaded
+from steerable.plurals import counted
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
 _BLOCK = 256  # chains that are computed, and kept, as one piece: what a killed run may lose
@@ -133,7 +134,8 @@ def _checked_ks(ks: str | Sequence[int] | None, samples: int) -> list[int]:
         raise UsageError(f"--ks is {ks!r}: expected whole numbers from 1 up, separated by commas, e.g. 1,8,64")
     if found[-1] > samples:
         raise UsageError(
-            f"pass@{found[-1]} cannot be had from {samples} samples: give --samples {found[-1]} or smaller --ks"
+            f"pass@{found[-1]} cannot be had from {counted(samples, 'sample')}: give --samples {found[-1]} or smaller "
+            "--ks"
         )
     return found
 

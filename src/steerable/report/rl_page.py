@@ -217,9 +217,8 @@ def what(report: Report) -> str:
     config, layers = report["config"], (report.get("model") or {}).get("layers")
     where = "attention" if config.get("after") == "attention" else "MLP"
     chosen, rank = config.get("layers"), config.get("rank")
-    count = len(chosen.split(",")) if chosen else layers
     if chosen:
-        every = f"{plural(count, 'layer')} {chosen}"
+        every = f"{plural(len(chosen.split(',')), 'layer')} {chosen}"
     else:
         every = "the one layer" if layers == 1 else " ".join(f"each of the {layers or ''} layers".split())
     return {
