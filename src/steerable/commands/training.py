@@ -88,7 +88,9 @@ def _skipped(training: dict[str, Any]) -> list[str]:
         return []
     why = "as in every group all rewards were equal"
     if skipped == steps:
-        return [f"Every step was skipped, {why}: nothing was learnt; give easier or harder tasks, or a larger --group"]
+        cut = (training.get("last") or {}).get("truncated") == 1
+        cure = "raise --max-new-tokens, which cut off every reply" if cut else "give easier or harder tasks"
+        return [f"Every step was skipped, {why}: nothing was learnt; {cure}, or use a larger --group"]
     return [f"{skipped} of {steps} steps {plural(skipped, 'was', 'were')} skipped, {why}"]
 
 
