@@ -24,9 +24,9 @@ from steerable.directions import Direction
 from steerable.engines.hooks import Handle
 from steerable.engines.hooks import steer as steering
 from steerable.engines.routes import check_length
-from steerable.engines.sampling import stop_ids
 from steerable.engines.transformers import Completion
 from steerable.errors import UsageError
+from steerable.plurals import plural
 from steerable.pocket import language
 from steerable.printable import printable
 from steerable.sites import parse_layers
@@ -120,12 +120,12 @@ def _stream(
     model, tokenizer = loaded
     tags = think_tags(tokenizer)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
-    stops = stop_ids(model)
+    stops = models.stop_ids(model)
     check_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
     ids: list[int] = []
 
     def said() -> Record:
-        return split_chain(tokenizer, tags, Completion(ids, finished=bool(ids) and ids[-1] in stops))
+        return split_chain(tokenizer, tags, Completion(ids, finished=bool(ids) and ids[-1] in stops), endless=not stops)
 
     class Streamer(BaseStreamer):
         """Passes on new tokens; the first call brings the prompt."""
@@ -211,4 +211,4 @@ class _Screen:
 
 def _verdict(said: dict[str, Any]) -> str:
     mark = {True: ", right", False: ", wrong", None: ""}[said.get("correct")]
-    return f"{said['tokens']} tokens{'' if said['closed'] else ', not closed'}{mark}"
+    return f"{said['tokens']} {plural(said['tokens'], 'token')}{'' if said['closed'] else ', not closed'}{mark}"

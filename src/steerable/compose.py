@@ -16,6 +16,7 @@ from torch import Tensor
 from steerable import models
 from steerable.directions import Direction
 from steerable.errors import UsageError
+from steerable.plurals import counted
 from steerable.sites import Site
 
 
@@ -96,8 +97,8 @@ def transferred(direction: Direction, model: Any, layers: int) -> Direction:
     if count != layers or own - {width}:
         wide = f" of width {own.pop()}" if own else ""
         raise UsageError(
-            f"a direction of a model with {layers} layers{wide} cannot be used on one with {count} layers of width "
-            f"{width}: expected a sibling of the same shape"
+            f"a direction of a model with {counted(layers, 'layer')}{wide} cannot be used on one with "
+            f"{counted(count, 'layer')} of width {width}: expected a sibling of the same shape"
         )
     return replace(
         direction,

@@ -22,7 +22,7 @@ from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.display import Display
-from steerable.engines.sampling import Decoding, decoding_of
+from steerable.engines.sampling import Decoding, decoding_of, warn_if_endless
 from steerable.engines.workers import Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
 from steerable.evals.intervals import by_task, mean_interval
@@ -32,6 +32,7 @@ from steerable.evals.perplexity import perplexity, ratio, score
 from steerable.files import write_atomic
 from steerable.judged_tasks import draw
 from steerable.models import Loaded
+from steerable.plurals import counted
 from steerable.runfolder import RunFolder, read_json, sha256, write_json
 
 _BLOCK = 256  # chains that are computed, and kept, as one piece: what a killed run may lose
@@ -86,6 +87,7 @@ def passk(
     prompting = Prompting(system=system, template=template)
     prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
     check_arms(found, base)
+    warn_if_endless(base.model)
     with folder.locked(), Display(quiet) as display:
         drawn = draw(folder, source, limit, seed, exclude)
         settings = {
@@ -137,7 +139,8 @@ def _checked_ks(ks: str | Sequence[int] | None, samples: int) -> list[int]:
         raise UsageError(f"--ks is {ks!r}: expected whole numbers from 1 up, separated by commas, e.g. 1,8,64")
     if found[-1] > samples:
         raise UsageError(
-            f"pass@{found[-1]} cannot be had from {samples} samples: give --samples {found[-1]} or smaller --ks"
+            f"pass@{found[-1]} cannot be had from {counted(samples, 'sample')}: give --samples {found[-1]} or smaller "
+            "--ks"
         )
     return found
 

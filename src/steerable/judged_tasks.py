@@ -8,6 +8,7 @@ from pathlib import Path
 from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.errors import UsageError
+from steerable.plurals import counted, plural
 from steerable.runfolder import RunFolder, sha256
 
 
@@ -27,8 +28,8 @@ def draw(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequenc
         drawn = make_tasks(source, limit, seed, seen)
         if open_ended := sum(task.get("answer") is None and task.get("entry") is None for task in drawn):
             raise UsageError(
-                f"{open_ended} of {len(drawn)} tasks have neither an answer nor an entry, so nobody can judge them: "
-                "give tasks with reference answers (docs/tasks.md)"
+                f"{open_ended} of {counted(len(drawn), 'task')} {plural(open_ended, 'has', 'have')} neither an answer "
+                "nor an entry, so nobody can judge them: give tasks with reference answers (docs/tasks.md)"
             )
         write_jsonl(folder / "tasks.jsonl", drawn)
 

@@ -7,7 +7,7 @@ Think tags belong to the tokenizer, whatever the family: their table is `think.K
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -132,6 +132,7 @@ def load(
     quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
     revision: a branch, tag or commit of the hub. trust_remote_code: run the code that comes with the model.
 
+    The model's `generation_config` then stops at the tokenizer's end token, too, whether or not its files say so.
     Raises UsageError when there is no such model, device or quantisation library.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -152,7 +153,7 @@ def load(
     if device_map is not None or quantized is not None:  # quantised weights cannot be moved afterwards
         placed["device_map"] = device_map if device_map is not None else {"": device}
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             config = AutoConfig.from_pretrained(source, **options)
             known = FAMILIES.get(config.model_type)
@@ -173,7 +174,33 @@ def load(
             raise UsageError(
                 f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'"
             ) from error
+    _adopt_end_token(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def stop_ids(model: Any) -> list[int]:
+    """The tokens at which the model's `generation_config` stops."""
+    return _ids(getattr(model.generation_config, "eos_token_id", None))
+
+
+def _ids(eos: int | Sequence[int] | None) -> list[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _adopt_end_token(model: Any, tokenizer: Any) -> None:
+    """Have `generation_config`, which all generation reads, name every token that ends a text: its own ones (else the
+    config's) and the tokenizer's, where vLLM and TRL stop, too."""
+    if model.generation_config is None:
+        return
+    config = model.config.get_text_config()
+    ids = stop_ids(model) or _ids(getattr(config, "eos_token_id", None))
+    end = getattr(tokenizer, "eos_token_id", None)
+    # A name that the vocabulary lacks is read as the unknown token, which ends nothing.
+    if end is not None and tokenizer.convert_ids_to_tokens(end) == str(tokenizer.eos_token):
+        ids.append(end)
+    ids = [i for i in dict.fromkeys(ids) if 0 <= i < config.vocab_size]
+    if ids != stop_ids(model):
+        model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
 
 
 def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
@@ -198,8 +225,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' own bar for reading weights: it takes a moment, and every worker would draw one."""
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bar for reading and writing weights: it takes a moment, and every worker would draw
+    one."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -38,6 +38,7 @@ class Run:
     def loaded(self) -> Any:
         from steerable import models
         from steerable.chains.generation import prompt_text
+        from steerable.engines.sampling import warn_if_endless
         from steerable.think import think_tags
 
         c = self.config
@@ -58,6 +59,7 @@ class Run:
         # A model that cannot be used is refused before anything is done.
         think_tags(loaded.tokenizer)
         prompt_text(loaded.tokenizer, "?")
+        warn_if_endless(loaded.model)
         layers = models.n_layers(loaded.model)
         if (layer := self.config.chosen_layer) is not None and layer >= layers:
             raise UsageError(f"--layers is {layer}, but {self.config.model} has layers 0 to {layers - 1}")

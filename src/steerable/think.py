@@ -325,7 +325,10 @@ def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "")
 
     name = tokenizer.name_or_path or "this model"
     if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(f"{name!r} has no chat template: choose a reasoning model with one")
+        raise UsageError(
+            f"{name!r} has no chat template: choose a model with one, or, where the command has it, give --template, a "
+            "text with {prompt}"
+        )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     switches = {"enable_thinking": thinking, "thinking": thinking}

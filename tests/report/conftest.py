@@ -252,5 +252,11 @@ def report() -> dict[str, Any]:
 
 
 @pytest.fixture
+def report_of() -> Any:
+    """The same of a model with so many layers."""
+    return fake_report
+
+
+@pytest.fixture
 def timings() -> dict[str, Any]:
     return fake_timings()

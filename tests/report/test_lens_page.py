@@ -5,6 +5,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from labels import check_labels
 
 from steerable.report.lens_page import page, section
 
@@ -126,3 +127,11 @@ def test_many_layers_and_one(tmp_path):
     one = DOCUMENT | {"vectors": [vector(3)], "singular_values": [2.0], "stable_rank": 1.0}
     one["cosines"] = {"labels": [], "matrix": [[1.0]], "random": 0.1}
     assert "One vector." in page(one) and "Singular values" not in page(one)
+
+
+@pytest.mark.parametrize("layers", [2, 130])
+def test_labels_stay_in_their_panels(layers):
+    document = copy.deepcopy(DOCUMENT) | {"vectors": [vector(layer) for layer in range(layers)]}
+    names = [one["name"] for one in document["vectors"]]
+    document["cosines"] = {"labels": names, "matrix": [[0.5] * layers] * layers, "random": 0.14}
+    check_labels(str(section(document)))

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from labels import check_labels
 
 from steerable.errors import SteerableError, UsageError
 from steerable.report import render, words, write_report
@@ -206,3 +207,16 @@ def test_words(made, wanted):
 def test_the_page_has_no_colour_outside_its_variables(report):
     drawings = re.sub(r"<style>.*?</style>", "", render(report), flags=re.S)
     assert not re.search(r"(fill|stroke|color)=|#[0-9a-f]{6}\b", drawings.replace("url(#hatch)", ""))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("layers", [6, 40, 120])
+def test_labels_stay_in_their_panels(report_of, layers, scale):
+    report = report_of(layers)
+    report["norms"] = {at: {k: v * scale for k, v in both.items()} for at, both in report["norms"].items()}
+    for cell in report["cells"]:
+        cell["where"] = "thinking & ~onset:backtracking" if cell["where"] == "thinking" else cell["where"]
+        cell["strength"] *= 0.123456
+        for metric in ("tokens", "kl"):
+            cell[metric] = cell[metric] and [x * scale for x in cell[metric]]
+    check_labels(render(report))

@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from labels import check_labels
 
 from steerable.elicitation import against, summary
 from steerable.report import words
@@ -90,3 +91,21 @@ def test_the_tables(result):
     alone = result | {"arms": {"base": result["arms"]["base"]}}
     assert len(tables(alone)) == 2 and findings(alone) == []
     assert "nothing was compared" in render(alone)
+
+
+@pytest.mark.parametrize("samples", [1, 8, 1024])
+def test_labels_stay_in_their_panels(result, samples):
+    ks = [2**i for i in range(samples.bit_length())]
+    same = {"tokens": 10, "loops": 0.0, "closed": True, "nats": 2.0}
+    rows = [
+        same | {"task_id": f"t{task}", "sample": i, "correct": i % 7 == task}
+        for task in range(2)
+        for i in range(samples)
+    ]
+    as_text = lambda curve: {str(k): v for k, v in curve.items()}  # noqa: E731
+    found = summary(rows, ks)
+    beside = against("arm", rows, rows, ks)
+    arm = {"kind": "base", "source": "x"} | found | {"passk": as_text(found["passk"])}
+    other = arm | {"against_base": beside | {"difference": as_text(beside["difference"])}}
+    arms = {"base": arm, "a-method-with-a-very-long-name-indeed": other}
+    check_labels(render(result | {"arms": arms, "settings": result["settings"] | {"samples": samples, "ks": ks}}))

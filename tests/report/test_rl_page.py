@@ -1,11 +1,13 @@
 """The page of a training says what report.json and log.jsonl of its run folder say."""
 
+import copy
 import json
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+from labels import check_labels
 
 from steerable.chains.records import LABELS
 from steerable.errors import UsageError
@@ -223,3 +225,43 @@ def test_what_is_no_training_is_refused(tmp_path):
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(UsageError, match="not the report of a training"):
         write_page(tmp_path)
+
+
+def extreme(steps, scale, **more):
+    return [
+        LOG[0] | {"step": step, "gradient_norm": scale * (1 + 0.3 * math.sin(step)), "kl": scale * step} | more
+        for step in range(1, steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 39, 500])
+@pytest.mark.parametrize("scale", [1e-9, 3.7e-5, 0.00025, 1.0, 1e6, -0.123456])
+def test_labels_stay_in_their_panels(steps, scale):
+    check_labels(render(REPORT, extreme(steps, scale, tokens=123456.0, entropy=-scale)))
+
+
+def test_steps_are_whole_numbers():
+    ticks = re.findall(r'class="tick middle">([^<]*)<', render(REPORT, extreme(1, 1.0)))
+    assert "1" in ticks and not [tick for tick in ticks if "." in tick]
+
+
+def test_what_is_no_number_is_not_drawn():
+    rows = [LOG[i] | {"kl": None, "entropy": math.nan, "gradient_norm": math.inf if i else 1e-300} for i in range(3)]
+    drawn = render(REPORT, rows)
+    check_labels(drawn)
+    panels = re.findall(r"<figcaption>(.*?)</figcaption>", drawn)
+    assert "Gradient" in panels and "Entropy" not in panels and "Divergence" not in panels
+
+
+def test_one_of_a_thing_is_no_plural():
+    report = copy.deepcopy(REPORT)
+    report["training"] |= {"steps": 1, "steps_skipped": 1, "trainable_parameters": 1}
+    report["model"]["layers"] = 1
+    for decoding in ("greedy", "sampled"):
+        report["base"][decoding] |= {"tasks": 1, "samples": 1}
+    said = render(report, extreme(1, 1.0))
+    assert re.findall(r"\b1 (?:\w+ )?(?:steps|tasks|chains|layers|numbers)\b", said) == []
+    assert "trained for 1 step " in said and "1 layer<" in said and "judged on 1 unseen task<" in said
+    assert "1 chain for each of 1 task" in said and "after the MLP of the one layer" in said
+    report["training"] |= {"steps": 3}
+    assert "1 step was skipped" in render(report, extreme(3, 1.0))

@@ -17,7 +17,7 @@ from steerable.engines.sampling import Decoding
 from steerable.engines.transformers import Completion, Request, generate
 from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.errors import UsageError
-from steerable.models import Loaded
+from steerable.models import Loaded, stop_ids
 from steerable.think import ThinkTags, render, think_tags_if_any
 from steerable.vocabulary import with_first
 
@@ -227,13 +227,14 @@ def _run_block(loaded: Loaded, block: Any, report: Report) -> list[Record]:
             steering=handle,
             progress=lambda chains, tokens: report((chains, tokens)),
         )
-    chains = []
+    chains, endless = [], not stop_ids(model)
     for (task, sample, _), request, completion in zip(items, requests, completions, strict=True):
         # the prefix counts as the model's own
         prompt = list(request.prompt[: len(request.prompt) - len(prompting.prefix)])
         written = Completion([*prompting.prefix, *completion.ids], completion.finished)
         ids = {"prompt_ids": prompt, "ids": written.ids}
-        chains.append({"task_id": task["id"], "sample": sample} | ids | split_chain(tokenizer, tags, written))
+        text = split_chain(tokenizer, tags, written, endless=endless)
+        chains.append({"task_id": task["id"], "sample": sample} | ids | text)
     return chains
 
 
@@ -276,12 +277,13 @@ def request_seed(seed: int, task_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) -> Record:
+def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion, *, endless: bool = False) -> Record:
     """`thinking`, `answer`, `closed`, `tokens` (new ones, the stop token included) and `thinking_tokens`.
 
     `thinking` is the text between the tags untouched, so that character offsets stay valid. Without a think
     block everything is the answer. See `ThinkTags.split`. A model that has no such block (tags None) thinks aloud: its
-    text is both, and closed where it stopped by itself or marked an answer.
+    text is both, and closed where it stopped by itself or marked an answer. endless: the model has no token to stop at,
+    so that the longest length cuts nothing off: such a text is closed as it stands.
     """
     ids = completion.ids[:-1] if completion.finished else completion.ids
     if tags is None:
@@ -289,7 +291,7 @@ def split_chain(tokenizer: Any, tags: ThinkTags | None, completion: Completion) 
         return {
             "thinking": text,
             "answer": text,
-            "closed": completion.finished or is_marked(text),
+            "closed": completion.finished or endless or is_marked(text),
             "tokens": len(completion.ids),
             "thinking_tokens": len(ids),
         }

@@ -16,6 +16,7 @@ from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, judge, score
 from steerable.chains.records import Record, content_hash
 from steerable.errors import UsageError
+from steerable.plurals import plural
 from steerable.pocket.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -95,9 +96,8 @@ def _draw(
     for n in sizes:
         groups.append(_take([stream() for stream in streams], n, seen, excluded))
         if len(groups[-1]) < n:
-            raise UsageError(
-                f"{source} gives only {len(groups[-1])} more distinct tasks, but {n} were asked for: ask for fewer"
-            )
+            few = f"{len(groups[-1])} more distinct {plural(len(groups[-1]), 'task')}"
+            raise UsageError(f"{source} gives only {few}, but {n} {plural(n, 'was', 'were')} asked for: ask for fewer")
     return groups
 
 

@@ -11,6 +11,7 @@ import typer
 from steerable.commands.shared import Json, Out, Overwrite, Workers, given, print_json, print_tables, say, with_settings
 from steerable.config import PAPER
 from steerable.errors import UsageError
+from steerable.plurals import plural
 
 RUN = Path("runs/pocket")
 Paper = Annotated[
@@ -173,7 +174,8 @@ def probe(
         return
     scores, layers = trained.scores, ", ".join(map(str, trained.layers))
     say(
-        f"{to}: layer {layers}, {scores['sentences']} sentences of {scores['tasks']} tasks; on held-out tasks accuracy "
+        f"{to}: layer {layers}, {scores['sentences']} {plural(scores['sentences'], 'sentence')} of "
+        f"{scores['tasks']} {plural(scores['tasks'], 'task')}; on held-out tasks accuracy "
         f"{scores['accuracy']:.3f} (the most frequent label alone: {scores['majority']:.3f}), macro-F1 "
         f"{scores['macro_f1']:.3f}, kappa {scores['kappa']:.3f}, calibration error {scores['ece']:.3f}"
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from steerable.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, say, with_settings
+from steerable.plurals import plural
 from steerable.train.settings import RLSettings, UPFTSettings
 
 
@@ -79,7 +80,21 @@ def _tell_outcome(folder: Path, as_json: bool) -> None:
             f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
             f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
         )
-    say(f"The report is {(folder / 'report.html').resolve()}")
+    for line in (*_skipped(found["training"]), f"The report is {(folder / 'report.html').resolve()}"):
+        say(line)
+
+
+def _skipped(training: dict[str, Any]) -> list[str]:
+    """What is said of steps that taught nothing."""
+    steps, skipped = training["steps"], training.get("steps_skipped")
+    if not skipped:
+        return []
+    why = "as in every group all rewards were equal"
+    if skipped == steps:
+        cut = (training.get("last") or {}).get("truncated") == 1
+        cure = "raise --max-new-tokens, which cut off every reply" if cut else "give easier or harder tasks"
+        return [f"Every step was skipped, {why}: nothing was learnt; {cure}, or use a larger --group"]
+    return [f"{skipped} of {steps} steps {plural(skipped, 'was', 'were')} skipped, {why}"]
 
 
 def passk(

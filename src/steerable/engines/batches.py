@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from steerable.engines.hooks import Handle
-from steerable.engines.sampling import Decoding, choose, mark, signed, stop_ids
+from steerable.engines.sampling import Decoding, choose, mark, signed
 from steerable.errors import SteerableError
 from steerable.gates import SequenceState
+from steerable.models import stop_ids
 
 
 class Row(Protocol):

@@ -8,13 +8,16 @@ workers and the order of the queue change nothing.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from steerable.errors import UsageError
+from steerable.errors import SteerableWarning, UsageError
+from steerable.models import stop_ids
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _HEAD = 1024  # likeliest tokens that are tried before the whole vocabulary is sorted
@@ -90,10 +93,21 @@ def decoding_of(model: PreTrainedModel, *, greedy: bool | None = None) -> Decodi
     )
 
 
-def stop_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens at which the model's `generation_config` stops."""
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def warn_if_endless(model: PreTrainedModel) -> None:
+    """SteerableWarning for a model without an end token."""
+    if not stop_ids(model):
+        warnings.warn(
+            "this model has no end token, so every chain runs to --max-new-tokens and is judged as it stands then: if "
+            "one of its tokens ends a text, name it as eos_token_id in its generation_config.json",
+            SteerableWarning,
+            stacklevel=2,
+        )
+
+
+def pad_id(model: PreTrainedModel, tokenizer: Any) -> int:
+    """A token for places that are masked: the tokenizer's padding, or any other where the model has no such token."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if pad is not None and 0 <= pad < model.config.get_text_config().vocab_size else 0
 
 
 def signed(seed: int) -> int:

@@ -20,11 +20,11 @@ from torch import Tensor
 from steerable.engines.batches import in_batches
 from steerable.engines.hooks import Handle
 from steerable.engines.routes import Route, check_length, layer_kinds, route, window
-from steerable.engines.sampling import Decoding, choose, decoding_of, mark, signed, stop_ids
+from steerable.engines.sampling import Decoding, choose, decoding_of, mark, pad_id, signed
 from steerable.engines.slots import ATTENTION, PAGE, Reach, SlotCache, arrange
 from steerable.errors import SteerableError, UsageError
 from steerable.gates import SequenceState
-from steerable.models import base
+from steerable.models import base, stop_ids
 
 _SORTED = 8  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
@@ -88,7 +88,7 @@ def generate(
     longest -= 1  # the last new token is never fed
     way = route(model, longest)
     decoding = decoding or decoding_of(model, greedy=greedy)
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    pad = pad_id(model, tokenizer)
     with own_strengths(steering, requests) as default:
         if not way.slots:
             new = in_batches(

@@ -21,6 +21,7 @@ import numpy as np
 
 from steerable.errors import UsageError
 from steerable.evals.intervals import Interval, difference_interval, mean_interval, resampled
+from steerable.plurals import counted
 
 Counts = Mapping[str, tuple[int, int]]
 """Task id -> (n samples, c right ones)."""
@@ -38,7 +39,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         )
     if not 1 <= k <= n:
         raise UsageError(
-            f"pass@{k} cannot be estimated from {n} samples: expected k from 1 to {n}, so draw more samples"
+            f"pass@{k} cannot be estimated from {counted(n, 'sample')}: expected k from 1 to {n}, so draw more samples"
         )
     if n - c < k:
         return 1.0

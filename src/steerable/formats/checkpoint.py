@@ -81,7 +81,7 @@ def as_checkpoint(
     empty.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         empty.generation_config = copy.deepcopy(model.generation_config)
-    with _whole(folder) as unfinished, models._no_progress_bar():
+    with _whole(folder) as unfinished, models.no_progress_bar():
         if tokenizer is not None:
             empty.config.save_pretrained(unfinished)  # the tokenizer's class goes by it
             _save_tokenizer(tokenizer, unfinished)

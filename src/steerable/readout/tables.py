@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from steerable.plurals import plural
 from steerable.readout.tokens import visible
 
 Document = dict[str, Any]
@@ -114,7 +115,9 @@ _NAMES = {
 def _persistence(found: dict[str, Any], name: str) -> Table:
     """Rows: the layer whose vector is added; columns: the layer behind which the shift is read."""
     count = len(found[name][0])
-    table = Table(title=_NAMES[name], caption=f"{found['tokens']:,} tokens of {found['texts']} texts")
+    table = Table(
+        title=_NAMES[name], caption=f"{found['tokens']:,} tokens of {found['texts']} {plural(found['texts'], 'text')}"
+    )
     table.add_column("added at", no_wrap=True)
     for layer in range(count):
         table.add_column(str(layer), justify="right")

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
 Format = Callable[[float], str]
+
+_NARROW = 160  # pixels: the width of the plot area in the narrowest panel, a quarter of a small laptop
+_LEFT, _RIGHT = 48, 14  # pixels that labels have beside the plot area, of its own padding and a little of the panel's
 
 MARKERS = {
     "circle": '<circle r="4"/>',
@@ -58,7 +62,8 @@ class Scale(NamedTuple):
 
 
 def nice_scale(values: Sequence[float], *, floor: float | None = 0.0, ceiling: float | None = None) -> Scale:
-    """An axis with three to six round ticks that covers the values, from `floor` when it is given."""
+    """An axis with three to six round ticks that covers the finite values, from `floor` when it is given."""
+    values = [value for value in values if math.isfinite(value)]
     low = min(values, default=0.0) if floor is None else min(floor, *values, floor)
     high = max(values, default=1.0)
     if high <= low:
@@ -69,7 +74,7 @@ def nice_scale(values: Sequence[float], *, floor: float | None = 0.0, ceiling: f
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if ceiling is not None:
         last = min(last, math.floor(ceiling / step + 1e-9))
-    ticks = [round(i * step, 12) for i in range(first, last + 1)]
+    ticks = [float(f"{i * step:.12g}") for i in range(first, last + 1)]
     return Scale(ticks[0], max(ticks[-1], high if ceiling is not None else ticks[-1]), ticks)
 
 
@@ -90,6 +95,32 @@ def whisker(x: float, low: float, high: float, cap: float = 4) -> str:
     return f'<g class="whisker">{stem}{caps}</g>'
 
 
+def width(words: str, size: float = 12) -> float:
+    """Pixels that a text takes at most, at a font size in pixels; of letters and digits of common fonts."""
+    return size * sum(0.35 if char in ".,:" else 0.95 if char in "%+−×mwMW" else 0.65 for char in words)
+
+
+def _left(y_format: Format, y: Scale) -> float:
+    """Pixels that the labels of the y axis take."""
+    return max(_LEFT, *(width(y_format(tick)) + 9 for tick in y.ticks))
+
+
+def _padding(left: float, labels: Sequence[tuple[float, str]]) -> str:
+    """The style of a plot whose labels, of which some stand above or below it, need more room beside it than most."""
+    left = max([left, *(width(words) / 2 - at / 100 * _NARROW for at, words in labels)])
+    right = max([_RIGHT, *(width(words) / 2 - (1 - at / 100) * _NARROW for at, words in labels)])
+    wider = [f"padding-left:{math.ceil(left)}px"] * (left > _LEFT)
+    wider += [f"padding-right:{math.ceil(right)}px"] * (right > _RIGHT)
+    return f' style="{";".join(wider)}"' if wider else ""
+
+
+def _thinned(labels: Sequence[tuple[float, str]], left: float) -> Sequence[tuple[float, str]]:
+    """Every label, every second one, ..., so that none stands upon its neighbour in a narrow panel."""
+    room = max((width(words) + 3 for _, words in labels), default=0)
+    least = min((b - a for (a, _), (b, _) in pairwise(labels)), default=100.0) / 100 * (_NARROW - (left - _LEFT))
+    return labels[:: max(1, math.ceil(room / max(least, 1.0)))]
+
+
 def frame(
     drawing: str,
     y: Scale,
@@ -100,8 +131,10 @@ def frame(
     height: int,
     x_title: str = "",
     two_lines: bool = False,
+    above: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """Axes, grid and drawing. `x_labels` are (percent, words); `label` is what a screen reader says."""
+    """Axes, grid and drawing. `x_labels`, and those `above` the plot, are (percent, words); `label` is what a screen
+    reader says."""
     parts = []
     for tick in y.ticks:
         at = y(tick)
@@ -112,8 +145,9 @@ def frame(
     if x_title:
         parts.append(place(50, 0, text(x_title, "tick middle quiet", dy=37)))
     css = "plot titled" if x_title or two_lines else "plot"
+    style = _padding(_left(y_format, y), [*x_labels, *above])
     return Markup(
-        f'<div class="{css}"><svg role="img" aria-label="{escape(label)}" height="{height}">'
+        f'<div class="{css}"{style}><svg role="img" aria-label="{escape(label)}" height="{height}">'
         f"{''.join(parts)}{drawing}</svg></div>"
     )
 
@@ -133,17 +167,21 @@ def bars(
     inside a group; a thin bar has the class `thin`. `reference` draws one dashed level across the plot.
     """
     parts, x_labels = [], []
-    width = 100 / max(len(groups), 1)
+    slot = 100 / max(len(groups), 1)
+    longest = 14 if len(groups) < 3 else 9  # characters of a name below bars
     if reference is not None:
         at = 100 - y(reference)
         parts.append(f'<line class="reference" x1="0" x2="100%" y1="{at:g}%" y2="{at:g}%"/>')
     for index, (words, below, members) in enumerate(groups):
         sizes = [0.2 if "thin" in css.split() else 0.36 for css, _ in members]
-        left = width * (index + 0.5 - sum(sizes) / 2)
-        x_labels.append((width * (index + 0.5), words))
-        parts.append(place(width * (index + 0.5), 0, text(below, "value middle", dy=38)))
+        left = slot * (index + 0.5 - sum(sizes) / 2)
+        middle = slot * (index + 0.5)
+        x_labels.append((middle, words if len(words) <= longest else f"{words[: longest - 1]}…"))
+        parts.append(place(middle, 0, text(below, "value middle", dy=38)))
         for (css, point), size in zip(members, sizes, strict=True):
-            span = width * size
+            if not math.isfinite(point.y):
+                continue
+            span = slot * size
             middle, top = left + span / 2, y(point.y)
             parts.append(f'<g class="mark {css}"><title>{escape(point.tip)}</title>')
             parts.append(
@@ -194,7 +232,7 @@ def curves(
         parts.append(f'<line class="marked" x1="{at:g}%" x2="{at:g}%" y1="0" y2="100%"/>')
         parts.append(place(at, 100, text(words, "tick middle", dy=-6)))
     for one in series:
-        places = [(x(p.x), y(p.y), p) for p in one.points]
+        places = [(x(p.x), y(p.y), p) for p in one.points if math.isfinite(p.x) and math.isfinite(p.y)]
         parts.append(f'<g class="mark {one.css}">')
         parts.append(_paths(one, places, y))
         for at, level, point in places:
@@ -203,8 +241,9 @@ def curves(
                 parts.append(whisker(at, y(point.low), y(point.high), cap=3))
             parts.append(place(at, level, f'<g class="marker">{MARKERS[one.marker]}</g>') + "</g>")
         parts.append("</g>")
-    x_labels = [(x(tick), x_format(tick)) for tick in x.ticks]
-    return frame("".join(parts), y, x_labels, y_format, label=label, height=height, x_title=x_title)
+    x_labels = _thinned([(x(tick), x_format(tick)) for tick in x.ticks], _left(y_format, y))
+    above = [(x(value), words) for value, words in marked]
+    return frame("".join(parts), y, x_labels, y_format, label=label, height=height, x_title=x_title, above=above)
 
 
 def _paths(one: Series, places: Sequence[tuple[float, float, Point]], y: Scale) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from steerable.plurals import plural
 from steerable.readout.tokens import visible
 from steerable.report import panels, words
 from steerable.report.figures import Point, Scale, Series, curves, nice_scale
@@ -60,7 +61,7 @@ def page(document: Document) -> str:
     """The section on a page of its own."""
     direction = document["direction"]
     facts = [
-        f"{len(document['vectors'])} vectors of width {document['width']}",
+        f"{len(document['vectors'])} {plural(len(document['vectors']), 'vector')} of width {document['width']}",
         f"{words.number(document['vocabulary'])} tokens",
     ]
     facts += [direction[key] for key in ("behaviour", "method") if direction[key]]
@@ -161,7 +162,9 @@ def _group_panel(document: Document, group: str) -> panels.Panel:
         )  # fmt: skip
     about = document["groups"][group]
     tokens = ", ".join(visible(t) for t in about["examples"][:6])
-    return panels.Panel(group, figure, f"{words.number(about['tokens'])} tokens: {tokens}, …")
+    return panels.Panel(
+        group, figure, f"{words.number(about['tokens'])} {plural(about['tokens'], 'token')}: {tokens}, …"
+    )
 
 
 def _group_rows(document: Document) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from steerable.errors import SteerableError, UsageError
 from steerable.files import write_atomic
+from steerable.plurals import plural
 from steerable.report import examples, panels, templates, words
 from steerable.report.cells import (
     CONTROLS,
@@ -153,16 +154,16 @@ def _facts(report: Report) -> list[str]:
     model, config = report.get("model") or {}, report.get("config") or {}
     coverage, facts = report.get("coverage") or {}, []
     if model.get("layers") and model.get("width"):
-        facts.append(f"{model['layers']} layers of width {model['width']}")
+        facts.append(f"{model['layers']} {plural(model['layers'], 'layer')} of width {model['width']}")
     if model.get("parameters"):
         facts.append(f"{words.number(model['parameters'] / 1e6)} M parameters")
     if coverage.get("chains"):
-        facts.append(f"vectors from {words.number(coverage['chains'])} chains")
+        facts.append(f"vectors from {words.number(coverage['chains'])} {plural(coverage['chains'], 'chain')}")
     cells = [c for c in report.get("cells") or [] if c.get("tasks") and c.get("control") is None]
     if cells:
         tasks, samples = max((c["tasks"], c.get("samples") or 1) for c in cells)
         each = f" × {samples:g} samples" if samples > 1 else ""
-        facts.append(f"judged on {tasks} other tasks{each}")
+        facts.append(f"judged on {tasks} other {plural(tasks, 'task')}{each}")
     for behaviour, why in (report.get("missing") or {}).items():
         facts.append(f"no vector for {words.short(behaviour)}, as {why}")
     if config.get("seed") is not None:
@@ -200,11 +201,13 @@ def _headline(cards: list[Card]) -> str:
         spread = f" ({words.times(min(ratios))} to {words.times(max(ratios))})" if ratios else ""
         if not any(b is not None for e in done for b in e.beats.values()):
             beyond = f"beside no measured control{spread}"
-            sentences.append(f"at {'/'.join(strengths)} the {len(done)} vectors stand {beyond}")
+            which = plural(len(done), "vector stands", f"{len(done)} vectors stand")
+            sentences.append(f"at {'/'.join(strengths)} the {which} {beyond}")
         else:
             count = f"all {len(done)}" if clear == len(done) > 1 else f"{clear} of {len(done)}"
-            did = f"{verb} their behaviour beyond both controls{spread}"
-            sentences.append(f"at {'/'.join(strengths)}, {count} vectors {did}")
+            did = f"{verb} their behaviour" if clear != 1 else f"{verb}s its behaviour"
+            which = f"{count} {plural(len(done), 'vector')}"
+            sentences.append(f"at {'/'.join(strengths)}, {which} {did} beyond both controls{spread}")
     joined = "; ".join(sentences)
     return joined[0].upper() + joined[1:] + "."
 

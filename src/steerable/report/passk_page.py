@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from steerable.plurals import plural
 from steerable.report import templates, words
 from steerable.report.cells import Interval
 from steerable.report.figures import Point, Scale, Series, curves, nice_scale
@@ -32,7 +33,11 @@ def render(result: Result) -> str:
     return templates.render(
         "passk.html",
         model=result["model"],
-        facts=[f"{tasks} tasks of {settings['tasks']}", f"{settings['samples']} samples each", _decoding(settings)],
+        facts=[
+            f"{tasks} {plural(tasks, 'task')} of {settings['tasks']}",
+            f"{settings['samples']} {plural(settings['samples'], 'sample')} each",
+            _decoding(settings),
+        ],
         findings=findings(result),
         legend=[(name, *_sign(result, name)) for name in arms],
         curves=_curves(result),

@@ -6,12 +6,14 @@ The page is a pure function of `report.json`, `log.jsonl` and `lens.json`; what 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerable.errors import UsageError
 from steerable.files import write_atomic
+from steerable.plurals import plural
 from steerable.readout.tokens import visible
 from steerable.report import templates, words
 from steerable.report.cells import Interval
@@ -215,9 +217,10 @@ def what(report: Report) -> str:
     config, layers = report["config"], (report.get("model") or {}).get("layers")
     where = "attention" if config.get("after") == "attention" else "MLP"
     chosen, rank = config.get("layers"), config.get("rank")
-    count = len(chosen.split(",")) if chosen else layers
-    every = f"{'layer' if count == 1 else 'layers'} {chosen}" if chosen else f"each of the {layers or ''} layers"
-    every = " ".join(every.split())
+    if chosen:
+        every = f"{plural(len(chosen.split(',')), 'layer')} {chosen}"
+    else:
+        every = "the one layer" if layers == 1 else " ".join(f"each of the {layers or ''} layers".split())
     return {
         "bias": f"one vector after the {where} of {every}" + (f", of rank {rank} together" if rank else ""),
         "adaptive": f"an adapter of rank {rank or 1} on the {where}’s last projection in {every}",
@@ -231,15 +234,17 @@ def headline(report: Report) -> str:
     """One sentence: what was trained, how many numbers, and accuracy before and after by both decodings."""
     config, training = report["config"], report.get("training") or {}
     if "prefix_tokens" in config:
-        how = f"on the first {config['prefix_tokens']} tokens of own solutions, without a reward"
+        tokens = config["prefix_tokens"]
+        first = "token" if tokens == 1 else f"{tokens} tokens"
+        how = f"on the first {first} of own solutions, without a reward"
     else:
         paid = {"random": "rewards drawn by lot", "format": "readable answers"}.get(
             config.get("reward", ""), "right answers"
         )
         how = f"by reinforcement learning on {paid}"
     count = training.get("trainable_parameters")
-    numbers = f" ({words.number(count)} numbers)" if count else ""
-    steps = f" for {training['steps']} steps" if training.get("steps") else ""
+    numbers = f" ({words.number(count)} {plural(count, 'number')})" if count else ""
+    steps = f" for {training['steps']} {plural(training['steps'], 'step')}" if training.get("steps") else ""
     said = what(report)
     parts = []
     for decoding in DECODINGS:
@@ -254,9 +259,10 @@ def headline(report: Report) -> str:
 def _facts(report: Report) -> list[str]:
     config, model = report["config"], report.get("model") or {}
     cell = (report.get("base") or {}).get("greedy") or {}
-    facts = [f"{model['layers']} layers"] if model.get("layers") else []
+    facts = [f"{model['layers']} {plural(model['layers'], 'layer')}"] if model.get("layers") else []
     facts += [f"tasks of {Path(str(config['tasks'])).name}"] if config.get("tasks") else []
-    facts += [f"judged on {cell['tasks']} unseen tasks"] if cell.get("tasks") else []
+    if tasks := cell.get("tasks"):
+        facts.append(f"judged on {tasks} unseen {plural(tasks, 'task')}")
     return [*facts, f"seed {config['seed']}"] if config.get("seed") is not None else facts
 
 
@@ -266,10 +272,11 @@ def _card(report: Report, decoding: str) -> Card | None:
         return None
     gap = _difference(report, decoding, "accuracy")
     cell = report["base"][decoding]
-    each = f"{cell['tasks']} tasks"
+    each = f"{cell['tasks']} {plural(cell['tasks'], 'task')}"
     if decoding == "sampled":
         temperature = report["config"].get("temperature", 1.0)
-        each = f"temperature {words.number(float(temperature))}, {cell['samples']:g} chains for each of {each}"
+        chains = f"{cell['samples']:g} {plural(cell['samples'], 'chain')}"
+        each = f"temperature {words.number(float(temperature))}, {chains} for each of {each}"
     return Card(
         decoding.capitalize(),
         each,
@@ -378,7 +385,7 @@ def _training(rows: Rows) -> list[Panel]:
     # The loss of reinforcement learning says nothing: its gradient is what counts, its value is near zero.
     hidden = {"loss"} if any("reward" in row for row in rows) else set()
     for name, (title, style, note) in CURVES.items():
-        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None and name not in hidden]
+        found = [(row["step"], row[name]) for row in rows if _is_number(row.get(name)) and name not in hidden]
         if not found:
             continue
         write = words.percent if style == "percent" else words.number
@@ -392,11 +399,15 @@ def _training(rows: Rows) -> list[Panel]:
         if name == "reward":
             y = Scale(-1, 1, (-1, -0.5, 0, 0.5, 1))
         x = nice_scale([points[-1].x])
-        x = Scale(0, max(points[-1].x, 1), [t for t in x.ticks if t <= points[-1].x])
+        x = Scale(0, max(points[-1].x, 1), [t for t in x.ticks if t <= points[-1].x and t == int(t)])
         tick = words.percent_tick if style == "percent" else words.number
         figure = curves(series, x, y, words.number, tick, label=f"{title} by step", height=150, x_title="step")
         panels.append(Panel(title, figure, note))
     return panels
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _smooth(points: Sequence[Point]) -> list[Point]:
@@ -426,8 +437,9 @@ def _costs(report: Report, log: Rows) -> list[str]:
         said.append(f"rollouts at {words.number(round(rates[len(rates) // 2]))} tokens a second (median)")
     if training.get("optimizer_bytes") is not None:
         said.append(f"the optimiser’s state is {_size(training['optimizer_bytes'])}")
-    if training.get("steps_skipped"):
-        said.append(f"{training['steps_skipped']} steps were skipped, as all rewards were equal in every group")
+    if skipped := training.get("steps_skipped"):
+        steps = "all steps" if skipped == training.get("steps") else f"{skipped} {plural(skipped, 'step')}"
+        said.append(f"{steps} {plural(skipped, 'was', 'were')} skipped, as all rewards were equal in every group")
     return said
 
 
@@ -449,7 +461,7 @@ def _reasons(log: Rows) -> Table | None:
     def share(part: Rows, reason: str) -> str:
         return words.percent(sum(row.get(reason) or 0.0 for row in part) / len(part))
 
-    head = ["", *(f"{end} {tenth} steps" if tenth > 1 else f"{end} step" for end in ("First", "Last")), "All"]
+    head = ["", *(f"{end} step" if tenth == 1 else f"{end} {tenth} steps" for end in ("First", "Last")), "All"]
     names = dict.fromkeys(name for row in rows for name in row)
     table = [[name.replace("-", " "), *(share(p, name) for p in (rows[:tenth], rows[-tenth:], rows))] for name in names]
     return Table(head, table)

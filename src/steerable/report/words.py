@@ -38,10 +38,11 @@ def number(value: float, digits: int = 3) -> str:
     """A number with so many significant digits, a true minus sign and thin spaces between thousands."""
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
         text = f"{int(value):,}"
+    elif abs(value) < 1e-4 or abs(value) >= 1e15:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{power}" if power else mantissa  # "inf" has no power
     elif abs(value) >= 10**digits:
         text = f"{value:,.0f}"
-    elif abs(value) < 1e-4:
-        text = f"{value:.{digits - 1}e}"
     else:
         text = f"{value:.{digits}g}"
     return text.replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", MINUS)

@@ -17,8 +17,7 @@ import torch
 from steerable import models
 from steerable.arms import Arm
 from steerable.directions import Direction
-from steerable.engines.sampling import stop_ids
-from steerable.models import Loaded
+from steerable.models import Loaded, stop_ids
 from steerable.runfolder import write_json
 
 NAMES = ("shuffled", "random", "prefix")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         self.seconds = now
         row, note = self.line(logs, seconds)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step} | row) + "\n")
+            file.write(json.dumps({"step": state.global_step} | _plain(row)) + "\n")
         self.display.advance(1, note=note)
 
     def line(self, logs: dict[str, Any], seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
@@ -63,10 +64,11 @@ class Rollouts(Journal):
             "reward": logs["reward"],
             "accuracy": logs.get("reason/right"),
             "tokens": logs["completions/mean_length"],
-            "truncated": logs["completions/clipped_ratio"],
+            "truncated": logs.get("cut off"),
             "kl": logs.get("kl"),
             "entropy": logs.get("entropy"),
             "flat_groups": logs["frac_reward_zero_std"],
+            "skipped": self.trainer.nothing_learnt,
             "loss": float(logs["loss"]),
             "gradient_norm": float(logs.get("grad_norm") or 0.0),
             "learning_rate": float(logs["learning_rate"]),
@@ -75,6 +77,11 @@ class Rollouts(Journal):
             "tokens_per_second": round(made / max(seconds.get("generation", 0.0), 1e-9), 1) if made else None,
         }
         return row, note(row)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinite numbers: such a measurement is missing."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def note(row: dict[str, Any]) -> str:

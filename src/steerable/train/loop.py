@@ -26,7 +26,7 @@ from steerable.chains.generation import Prompting
 from steerable.chains.records import read_jsonl
 from steerable.display import Display
 from steerable.engines.routes import position_table, positions
-from steerable.errors import SteerableError, UsageError
+from steerable.errors import SteerableError, SteerableWarning, UsageError
 from steerable.models import Loaded
 from steerable.runfolder import read_json, write_json
 from steerable.train import sync
@@ -271,7 +271,7 @@ def summary(root: Path, trainer: Any, trained: Trained) -> dict[str, Any]:
         "trainable_parameters": trained.count(),
         "optimizer_bytes": optimizer_bytes(trainer),
         "seconds_per_step": {name: sum(row["seconds"].get(name, 0.0) for row in rows) / len(rows) for name in parts},
-        "steps_skipped": sum(row["flat_groups"] == 1 for row in rows),
+        "steps_skipped": sum(row.get("skipped", False) for row in rows),
         "curve": {
             name: [row[name] for row in rows] for name in ("step", "reward", "accuracy", "tokens", "kl", "entropy")
         },
@@ -327,7 +327,9 @@ def quietly() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # A warning counts as the library's through which it came here; ours, the last and so the first rule, never do.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(trl|peft|torch|transformers)\.")
+        warnings.simplefilter("always", SteerableWarning)
         try:
             yield
         finally:

@@ -27,6 +27,7 @@ from steerable import biases, edits, models
 from steerable.directions import Direction
 from steerable.errors import SteerableError, UsageError
 from steerable.files import folder_target, write_atomic
+from steerable.plurals import plural
 
 METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
 #: The published ranks; for `tinylora` how many numbers are trained.
@@ -57,6 +58,7 @@ class Trained:
     def __init__(self, model: Any, method: str, peft_config: Any = None, factors: Factors | None = None) -> None:
         self.model, self.method, self.peft_config, self.factors = model, method, peft_config, factors
         self._first: dict[str, Tensor] = {}
+        self._padding = model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -125,9 +127,12 @@ class Trained:
             return self.direction(**about).save(path)
         target = folder_target(path)
         partial = target.with_name(f".{target.name}.tmp")
-        self.model.save_pretrained(partial)
-        if self.method == "full":
+        if self.method == "full":  # TRL has written its padding into the model, which may have none
+            config, generation = self.model.config.get_text_config(), self.model.generation_config
+            config.pad_token_id, generation.pad_token_id = self._padding
             tokenizer.save_pretrained(partial)
+        with models.no_progress_bar():
+            self.model.save_pretrained(partial)
         if target.exists():
             _remove(target)
         partial.rename(target)
@@ -166,6 +171,7 @@ def attach(
         return Trained(model, method)
     chosen = places(model, layers, after)
     if method == "bias":
+        check_vectors(model, chosen, rank, reference)
         if rank:
             return Trained(model, method, factors=_factorised(model, chosen, rank))
         if not reference:
@@ -179,10 +185,22 @@ def places(model: Any, layers: Sequence[int] | None, after: str) -> list[biases.
     return [biases.Place(layer, after) for layer in (range(models.n_layers(model)) if layers is None else layers)]
 
 
+def check_vectors(model: Any, chosen: Sequence[biases.Place], rank: int | None, reference: bool) -> None:
+    """Raises UsageError where vectors at these places cannot have the rank, or, with a `reference`, be an adapter."""
+    most = min(len(chosen), models.width(model))
+    if (rank or 0) > most:
+        vectors, dimensions = plural(len(chosen), "vector spans", "vectors span"), plural(most, "dimension")
+        raise UsageError(f"--rank is {rank}: {len(chosen)} {vectors} no more than {most} {dimensions}")
+    kinds = [type(biases.linear(model, place)) for place in chosen if reference and not rank]
+    if other := next((kind for kind in kinds if not issubclass(kind, nn.Linear)), None):
+        raise UsageError(
+            "--beta with --method bias makes the vectors an adapter of PEFT, which this model's "
+            f"{other.__name__} cannot take: leave --beta out, or use --method lora"
+        )
+
+
 def _factorised(model: Any, chosen: Sequence[biases.Place], rank: int) -> Factors:
     linears = [biases.linear(model, place) for place in chosen]
-    if rank > min(len(chosen), models.width(model)):
-        raise UsageError(f"--rank is {rank}: {len(chosen)} vectors span no more than {len(chosen)} dimensions")
     factors = Factors(len(chosen), rank, models.width(model), linears[0].weight.device)
     model.steering, model.steering_places = factors, tuple(chosen)
 

@@ -19,8 +19,10 @@ from steerable.chains.records import Record, content_hash, write_jsonl
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.directions import Direction
 from steerable.display import Display
+from steerable.engines.sampling import warn_if_endless
 from steerable.errors import UsageError
 from steerable.models import Loaded
+from steerable.plurals import plural
 from steerable.runfolder import RunFolder, read_json, write_json
 from steerable.train import controls
 from steerable.train.judged import DECODINGS, answer, chains_of, report
@@ -132,13 +134,17 @@ def check(s: TrainSettings, loaded: Loaded) -> None:
     """Refuse what this model cannot be trained with, before anything is written. Raises UsageError."""
     _need_libraries()
     from steerable import biases
-    from steerable.train.parameters import places
+    from steerable.train.parameters import check_vectors, places
 
     layers = s.chosen_layers
     if s.method in ("bias", "adaptive", "lora"):
-        for place in places(loaded.model, layers, s.after):
+        chosen = places(loaded.model, layers, s.after)
+        for place in chosen:
             biases.linear(loaded.model, place)
+        if s.method == "bias":
+            check_vectors(loaded.model, chosen, s.rank, getattr(s, "beta", 0.0) > 0)
     Prompting(s.system, s.template or "").text(loaded.tokenizer, "")
+    warn_if_endless(loaded.model)
     config = loaded.model.config.get_text_config()
     if (longest := getattr(config, "max_position_embeddings", None)) and s.max_new_tokens > longest:
         raise UsageError(f"--max-new-tokens is {s.max_new_tokens}, but this model reads at most {longest}: lower it")
@@ -169,15 +175,21 @@ def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
     drawn = draw_tasks(s)
     kept = [task for task in drawn if task["split"] != "train" or is_verifiable(task)]
     left = sum(task["split"] == "train" for task in kept)
-    if left < s.prompts or not any(is_verifiable(task) for task in kept if task["split"] == "evaluation"):
+    if left < s.prompts:
         raise UsageError(
-            f"{s.tasks} has {left} tasks with an answer that can be checked, but a step takes {s.prompts}: give tasks "
-            "with reference answers (docs/tasks.md)"
+            f"{s.tasks} has {left} {plural(left, 'task')} with an answer that can be checked, but a step takes "
+            f"{s.prompts}: give tasks with reference answers (docs/tasks.md), or fewer --prompts"
+        )
+    if not any(is_verifiable(task) for task in kept if task["split"] == "evaluation"):
+        raise UsageError(
+            f"none of the tasks of {s.test or s.tasks} to judge on has an answer that can be checked: give tasks with "
+            "reference answers (docs/tasks.md)"
         )
     if s.reward == "correct":
         refuse_constants([task for task in kept if task["split"] == "train"])
     if dropped := len(drawn) - len(kept):
-        display.say(f"tasks: {dropped} of {s.limit} were left out, as their reference answer cannot be checked")
+        verb = plural(dropped, "was", "were")
+        display.say(f"tasks: {dropped} of {s.limit} {verb} left out, as no reply could be checked against the answer")
     write_jsonl(folder / "tasks.jsonl", kept)
 
 

@@ -11,6 +11,7 @@ times (G - 1) / G, a constant that Adam does not see.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -24,9 +25,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from steerable.chains.generation import request_seed, split_chain
-from steerable.engines.sampling import Decoding
+from steerable.engines.sampling import Decoding, pad_id
 from steerable.engines.transformers import Completion, Request, generate
 from steerable.errors import SteerableError, SteerableWarning
+from steerable.models import stop_ids
 from steerable.think import think_tags_if_any
 from steerable.train.parameters import Trained
 from steerable.train.rewards import REASONS, Reward
@@ -48,6 +50,7 @@ class VectorTrainer(GRPOTrainer):
         self,
         trained: Trained,
         *args: Any,
+        processing_class: Any,
         tasks: Sequence[Mapping[str, Any]],
         reward: Reward,
         own_engine: bool = True,
@@ -59,24 +62,29 @@ class VectorTrainer(GRPOTrainer):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.counted: Counter[str] = Counter()
         self.nothing_learnt = False
+        self.stops, self.tokenizer = stop_ids(trained.model), processing_class
         super().__init__(
             trained.model,
             [self.pay],
             *args,
+            processing_class=_padding(processing_class, trained.model),
             peft_config=trained.peft_config,
             rollout_func=self.roll_out if own_engine else None,
             **kwargs,
         )
+        self.eos_token_ids = self.stops  # TRL adds the tokenizer's end token, though it may have none
+        if hasattr(self, "generation_config"):
+            self.generation_config.eos_token_id = self.stops or None
         trained.model = self.model
         trained.remember()
-        self.tags = think_tags_if_any(self.processing_class)
+        self.tags = think_tags_if_any(processing_class)
 
     # Rollouts and rewards
 
     def roll_out(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Completions of the prompts, each of which comes as often as it has samples."""
         began = time.perf_counter()
-        ids = [list(self.processing_class(text, add_special_tokens=False)["input_ids"]) for text in prompts]
+        ids = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts]
         place = f"{self.state.global_step}/{self.accelerator.process_index}"
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -85,7 +93,7 @@ class VectorTrainer(GRPOTrainer):
         try:
             done = generate(
                 model,
-                self.processing_class,
+                self.tokenizer,
                 [Request(row, request_seed(self.args.seed, place, i)) for i, row in enumerate(ids)],
                 max_new_tokens=self.max_completion_length,
                 rows=self.rows,
@@ -106,15 +114,18 @@ class VectorTrainer(GRPOTrainer):
     def pay(self, completion_ids: list[list[int]], task: list[int], log_metric: Any, **_: Any) -> list[float]:
         """The rewards of a batch; shares of the reasons are logged."""
         began = time.perf_counter()
-        stops = set(self.eos_token_ids)
-        rewards, reasons = [], Counter(dict.fromkeys(REASONS, 0))
+        rewards, reasons, cut = [], Counter(dict.fromkeys(REASONS, 0)), 0
         for ids, number in zip(completion_ids, task, strict=True):
-            chain = split_chain(self.processing_class, self.tags, Completion(ids, bool(ids) and ids[-1] in stops))
+            completion = Completion(ids, bool(ids) and ids[-1] in self.stops)
+            cut += not completion.finished
+            chain = split_chain(self.tokenizer, self.tags, completion, endless=not self.stops)
             value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
             rewards.append(value)
             reasons[reason] += 1
         for reason, count in sorted(reasons.items()):
             log_metric(f"reason/{reason}", count / len(rewards))
+        if self.stops:  # without an end token nothing is cut off
+            log_metric("cut off", cut / len(rewards))
         self.counted += reasons
         self.counted["tokens"] += sum(map(len, completion_ids))
         self.seconds["reward"] += time.perf_counter() - began
@@ -135,12 +146,13 @@ class VectorTrainer(GRPOTrainer):
         self.counted["groups without a difference"] += int(flat)
         if self.nothing_learnt:
             self.counted["steps skipped"] += 1
-            warnings.warn(
-                f"step {self.state.global_step + 1} is skipped: in every group all rewards are equal, so there is "
-                "nothing to learn from; tasks of middling difficulty, or more samples a task (--group), would help",
-                SteerableWarning,
-                stacklevel=2,
-            )
+            why = "in every group all rewards are equal"
+            if self.counted["steps skipped"] == 1:
+                why += (
+                    ", so there is nothing to learn from; tasks of middling difficulty, or more samples a task "
+                    "(--group), would help"
+                )
+            warnings.warn(f"step {self.state.global_step + 1} is skipped: {why}", SteerableWarning, stacklevel=2)
         return found
 
     @torch.no_grad()
@@ -160,6 +172,18 @@ class VectorTrainer(GRPOTrainer):
                 ratio = first - policy
                 self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
         self.seconds["kl"] += time.perf_counter() - began
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, which begins again with the first epoch's order where a training goes on in a later one."""
+        sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+        sampler.set_epoch = set_epoch
+        return sampler
 
     # The update
 
@@ -234,6 +258,21 @@ class VectorTrainer(GRPOTrainer):
     def restore(self, checkpoint: Path) -> None:
         """Take the trained parameters from a checkpoint; call it before `train(resume_from_checkpoint=...)`."""
         self.trained.restore(checkpoint / WEIGHTS)
+
+
+def _padding(tokenizer: Any, model: Any) -> Any:
+    """A copy of the tokenizer whose padding token the model has, since TRL pads with it and writes it into the model's
+    config; and without an end token that the model does not stop at."""
+    named = copy.deepcopy(tokenizer)
+    if named.eos_token_id not in stop_ids(model):
+        named.eos_token = None
+    if named.pad_token_id != pad_id(model, named):
+        # What is named becomes a special token, which texts are split at: an ordinary one is the last resort.
+        size = min(len(named), model.config.get_text_config().vocab_size)
+        special = sorted(i for i in named.all_special_ids if i < size)
+        stops = [i for i in stop_ids(model) if i in special]
+        named.pad_token = named.convert_ids_to_tokens([*stops, *special, size - 1][0])
+    return named
 
 
 def _wide(x: Tensor | None, width: int) -> Any:

@@ -30,7 +30,7 @@ from torch import Tensor
 from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.display import Display
-from steerable.engines.sampling import Decoding
+from steerable.engines.sampling import Decoding, pad_id
 from steerable.errors import SteerableError
 from steerable.models import Loaded
 from steerable.runfolder import RunFolder, write_json
@@ -214,7 +214,7 @@ def _trainer() -> Callable[..., Any]:
         def __init__(self, trained: Trained, args: Any, rows: Any, tokenizer: Any) -> None:
             self.trained = trained
             self.seconds: dict[str, float] = {"update": 0.0}
-            pad = getattr(tokenizer, "pad_token_id", None) or 0
+            pad = pad_id(trained.model, tokenizer)
             super().__init__(
                 trained.model,
                 args,
