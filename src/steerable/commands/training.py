@@ -80,8 +80,7 @@ def _tell_outcome(folder: Path, as_json: bool) -> None:
             f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
             f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
         )
-    for line in (*_skipped(found["training"]), f"The report is {(folder / 'report.html').resolve()}"):
-        say(line)
+    say(*_skipped(found["training"]), f"The report is {(folder / 'report.html').resolve()}")
 
 
 def _skipped(training: dict[str, Any]) -> list[str]:
