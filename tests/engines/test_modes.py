@@ -21,7 +21,7 @@ from tiny_families import VOCABULARY, tiny
 from steerable import models
 from steerable.directions import Direction
 from steerable.engines.hooks import steer
-from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.errors import SteerableError, SteerableWarning
 from steerable.sites import Site, tap
 
 OPEN, CLOSE, BREAK = 1, 2, 3
