@@ -128,6 +128,7 @@ Reader = Callable[[Tensor, Batch], None]
 def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Reader], chunk: int) -> None:
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
+    model = models.unwrap_to_run(model)
     device = models.device(model)
     current: list[Batch] = []
 

@@ -236,7 +236,9 @@ def _hooks_mid(entry: nn.Module, attention: nn.Module, fn: Tap) -> Iterator[Hook
 
     def on_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         out = first(output)
-        mid = stream.pop(get_ident()) + out
+        if (x := stream.pop(get_ident(), None)) is None:
+            return None  # another thread was between the two modules when the hooks came
+        mid = x + out
         new = fn(mid)
         # the difference is exactly 0 where fn changed nothing, so those positions stay bit-identical
         return None if new is None else _replaced(output, out + (new - mid))

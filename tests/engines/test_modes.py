@@ -45,6 +45,7 @@ def right_places(gate, row, prompt):
         "generated": list(range(prompt, len(row))),
         "last_prompt": [prompt - 1],
         "last_prompt | generated": list(range(prompt - 1, len(row))),
+        "thinking | generated": sorted({*thinking, *range(prompt, len(row))}),
         "thinking": thinking,
         "answer": answer,
         "boundary": [place for place, token in enumerate(row) if token == BREAK],
@@ -128,6 +129,13 @@ def greedy(**more):
     return mode
 
 
+def sampling(case, handle):
+    out = generate(case, prompts(), do_sample=True, top_k=0, num_return_sequences=3, output_logits=True,
+                   return_dict_in_generate=True)  # fmt: skip
+    for row, found in zip(out.sequences.tolist(), torch.stack(out.logits, 1), strict=True):
+        torch.testing.assert_close(found, case.logits(row, 6)[5:-1], atol=1e-3, rtol=1e-3)
+
+
 def beams(**more):
     def mode(case, handle):
         ids = prompts()
@@ -208,14 +216,13 @@ def second_turn(case, handle):
 def shared_prefix(case, handle):
     """The cache of a prompt is copied for each text that goes on from it."""
     prompt = prompts(1)
-    cache = case.model(prompt[:, :5], past_key_values=DynamicCache(config=case.model.config)).past_key_values
     handle.prompt_lengths([6])
+    cache = case.model(prompt[:, :5], past_key_values=DynamicCache(config=case.model.config)).past_key_values
     for token in (7, OPEN):
         text = torch.cat([prompt[:, :5], torch.tensor([[token]])], 1)
         handle.prompt_lengths([6])
         for row in generate(case, text, past_key_values=copy.deepcopy(cache)).tolist():
-            if case.gate not in ("generated", "last_prompt"):  # the prefix's own last token was another's
-                case.check_greedy(row, 6)
+            case.check_greedy(row, 6)
 
 
 def rows_by_hand(case, handle):
@@ -299,7 +306,8 @@ PIECES = (
 
 # name -> (mode, gates that are refused, the sentence)
 MODES = {
-    "greedy search and sampling": (greedy(), (), ""),
+    "greedy search": (greedy(), (), ""),
+    "sampling": (sampling, (), ""),
     "a static cache": (greedy(cache_implementation="static"), (), ""),
     "`use_cache=False`": (greedy(use_cache=False), (), ""),
     "beam search": (beams(), (), ""),
@@ -367,3 +375,65 @@ def render():
         for text in sentences
     ]
     return "\n".join([*lines, "", *(f"{i}. {text}." for i, text in enumerate(numbered, 1))])
+
+
+def test_the_page():
+    assert render() in PAGE.read_text(), "run `python tests/engines/test_modes.py --write`"
+
+
+def test_the_first_generated_token(twins, tokenizer):
+    """It is predicted at the last prompt token: `generated` leaves its logits as they are, `last_prompt | generated`
+    does not."""
+    llama, twin = twins
+    row, direction = prompts(1)[0].tolist(), direction_for(llama)
+    plain = twin(torch.tensor([row])).logits[0, -1]
+    out = {}
+    for gate in ("generated", "last_prompt | generated"):
+        with steer(llama, direction, where=gate, tokenizer=tokenizer):
+            out[gate] = generate(
+                Case(llama, twin, direction, gate), torch.tensor([row]), output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        Case(llama, twin, direction, gate).check_greedy(out[gate].sequences[0].tolist(), 6)
+    torch.testing.assert_close(out["generated"].logits[0][0], plain, atol=1e-4, rtol=1e-4)
+    assert (out["last_prompt | generated"].logits[0][0] - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma3_text", "qwen2", "deepseek_v3"])
+def test_families(name, tokenizer):
+    """Learned positions, sliding windows in some or all layers, latent attention: beams and candidates."""
+    llama, twin = tiny(name, seed=1), tiny(name, seed=1)
+    direction = direction_for(llama)
+    for mode in (beams(), speculative(prompt_lookup_num_tokens=3)):
+        with steer(llama, direction, where="thinking | generated", tokenizer=tokenizer) as handle:
+            mode(Case(llama, twin, direction, "thinking | generated"), handle)
+
+
+@pytest.mark.parametrize("gate", ["prompt", "last_prompt", "generated"])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_sizes_of_prefill_chunks(twins, tokenizer, size, gate):
+    """The last chunk may be one token, as a decoding step is; also where no views are tracked."""
+    llama, twin = twins
+    direction = direction_for(llama)
+    with torch.inference_mode(size == 2), steer(llama, direction, where=gate, tokenizer=tokenizer) as handle:
+        chunked(size)(Case(llama, twin, direction, gate), handle)
+
+
+def test_padded_beams(twins, tokenizer):
+    llama, twin = twins
+    direction, gate = direction_for(llama), "thinking | generated"
+    ids = torch.cat([torch.tensor([[0, 0], [7, OPEN]]), prompts()], 1)
+    with steer(llama, direction, where=gate, tokenizer=tokenizer):
+        out = llama.generate(
+            ids, attention_mask=(ids > 0).long(), num_beams=4, length_penalty=0.0, return_dict_in_generate=True,
+            output_scores=True, **options(),
+        )  # fmt: skip
+    case = Case(llama, twin, direction, gate)
+    for row, score, pad in zip(out.sequences.tolist(), out.sequences_scores.tolist(), (2, 0), strict=True):
+        assert score == pytest.approx(case.log_probability(row[pad:], 8 - pad), abs=1e-3)
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    text = PAGE.read_text()
+    begin, end = "<!-- modes -->\n", "\n<!-- /modes -->"
+    PAGE.write_text(text[: text.index(begin) + len(begin)] + render() + text[text.index(end) :])
