@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 METRICS = ("published", "published_rescaled", "fisher", "exact")
 ONSETS = ("other", "own", "all")
+
+_EXPERTS = RLock()
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def attribute(
             else f"onsets {onsets!r}: expected one of {ONSETS}"
         )
         raise UsageError(f"unknown {what}")
+    model = models.unwrap_to_run(model)
     used = [chain for chain in chains if chain.spans][:limit]
     if not used:
         raise UsageError("attribution needs at least one chain with annotated spans, got none")
@@ -314,13 +318,15 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
 def _plain_experts(model: Any) -> Iterator[None]:
     """Mixtures of experts expert by expert instead of by a grouped matrix product."""
     config = model.config.get_text_config()
-    before = getattr(config, "_experts_implementation", None)
-    if before is not None:
-        config._experts_implementation = "eager"
-    try:
+    if getattr(config, "_experts_implementation", None) is None:
         yield
-    finally:
-        if before is not None:
+        return
+    with _EXPERTS:  # one thread at a time: the next would take "eager" for the model's own
+        before = config._experts_implementation
+        config._experts_implementation = "eager"
+        try:
+            yield
+        finally:
             config._experts_implementation = before
 
 

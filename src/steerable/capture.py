@@ -149,6 +149,7 @@ Reader = Callable[[Tensor, Batch], None]
 def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Reader], chunk: int, sinks: Sinks) -> None:
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
+    model = models.unwrap_to_run(model)
     device = models.device(model)
     watches = {site: _Watch(site.kind, reader, sinks) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):

@@ -265,10 +265,46 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return found
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside whatever wraps it (PEFT, DistributedDataParallel, DataParallel, torch.compile, a
+    value head, ...), whose blocks are the same objects; the model itself where there is none.
+
+    Raises UsageError where a wrapper holds several language models.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model
+    inside = _outermost(model, PreTrainedModel)
+    speaking = [m for m in inside if m.get_output_embeddings() is not None] or inside
+    if len(speaking) > 1:
+        names = ", ".join(type(m).__name__ for m in speaking)
+        raise UsageError(f"{type(model).__name__} holds several models ({names}): give the one that is meant")
+    return speaking[0] if speaking else model
+
+
+def _outermost(module: nn.Module, kind: type) -> list[Any]:
+    if isinstance(module, kind):
+        return [module]
+    return list({id(m): m for child in module.children() for m in _outermost(child, kind)}.values())
+
+
+def unwrap_to_run(model: nn.Module) -> Any:
+    """`unwrap` for those who run the model themselves. Raises UsageError for a PEFT adapter that lives in the wrapper's
+    own pass (prompt and prefix tuning), which the model inside would leave out."""
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise UsageError(
+            f"a {adapter.peft_type.value} adapter works only through its PeftModel: steer that model's own calls "
+            "(`with steer(model, ...): model.generate(...)`)"
+        )
+    return unwrap(model)
+
+
 def model_id(model: nn.Module) -> str:
     """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that
     the same model has the same name on every machine. Empty for a model made from a bare config."""
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(getattr(_config(model), "_name_or_path", "") or "")
     return short_name(str(Path(name).resolve()) if name and Path(name).is_dir() else name)
 
 
@@ -297,12 +333,13 @@ def is_named(model: nn.Module, name: str) -> bool:
 
 def model_revision(model: nn.Module) -> str:
     """The hub commit that the model was loaded from, empty where there is none."""
-    return str(getattr(model.config, "_commit_hash", None) or "")
+    return str(getattr(_config(model), "_commit_hash", None) or "")
 
 
 def base(model: nn.Module) -> nn.Module:
     """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last
     norm."""
+    model = unwrap(model)
     inner = getattr(model, "base_model", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -317,6 +354,7 @@ def _has(root: nn.Module, path: str) -> bool:
 def family(model: nn.Module) -> Family:
     """Where the parts are: by `model_type`; for an unknown type by the structure, with a SteerableWarning (once a
     model) that says what was found, or a UsageError where that fails."""
+    model = unwrap(model)
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -339,7 +377,7 @@ def part(model: nn.Module, layer: int, path: str | None) -> nn.Module | None:
 def is_parallel(model: nn.Module) -> bool:
     """Whether attention and MLP read the same input, so that nothing lies between them."""
     switch = family(model).parallel
-    return switch == "always" or bool(switch and getattr(model.config, switch))
+    return switch == "always" or bool(switch and getattr(_config(model), switch))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -352,7 +390,7 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def unembed(model: nn.Module) -> nn.Module:
     """The linear map from the normed last state to logits (before a soft-cap)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise UsageError(f"{type(model).__name__} has no unembedding: load it as a causal language model")
     return head
@@ -360,7 +398,7 @@ def unembed(model: nn.Module) -> nn.Module:
 
 def soft_cap(model: nn.Module, logits: Tensor) -> Tensor:
     """What the model does to the unembedding's output: c tanh(logits / c) in Gemma, nothing in most others."""
-    cap = getattr(_text_config(model), "final_logit_softcapping", None)
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -370,9 +408,13 @@ def device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
+def _config(model: nn.Module) -> Any:
+    return unwrap(model).config
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, also where it is a part of a multimodal one."""
+    return _config(model).get_text_config()
 
 
 def n_layers(model: nn.Module) -> int:
@@ -381,14 +423,14 @@ def n_layers(model: nn.Module) -> int:
 
 def width(model: nn.Module) -> int:
     """d, the width of the residual stream."""
-    return int(_text_config(model).hidden_size)
+    return int(text_config(model).hidden_size)
 
 
 def vocabulary(model: nn.Module) -> int:
     """Number of token ids that the model embeds."""
-    return int(_text_config(model).vocab_size)
+    return int(text_config(model).vocab_size)
 
 
 def n_heads(model: nn.Module) -> int:
     """Number of attention heads; `head_in` is that many equal parts."""
-    return int(_text_config(model).num_attention_heads)
+    return int(text_config(model).num_attention_heads)

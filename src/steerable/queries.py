@@ -38,8 +38,8 @@ class Queries:
     """
 
     def __init__(self, model: Any, ids: Sequence[int], positions: Sequence[int], *, chunk: int = CHUNK) -> None:
-        self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        self.model = model = models.unwrap_to_run(model)
+        self.device = models.device(model.get_input_embeddings())
         self.ids = torch.tensor(ids, device=self.device)
         self.positions = torch.tensor(positions, device=self.device)
         if not len(positions) or min(positions) < 0 or max(positions) >= len(ids):

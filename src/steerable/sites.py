@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import total_ordering
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import models
-from .errors import UsageError
+from .errors import SteerableError, UsageError
 
 # in the order in which a block computes them
 KINDS = ("resid_pre", "head_in", "attn_out", "resid_mid", "mlp_act", "mlp_out", "resid_post")
@@ -138,28 +139,62 @@ def _replaced(output: Any, new: Tensor | None) -> Any:
 
 @contextmanager
 def tap(model: nn.Module, taps: Mapping[Site, Tap]) -> Iterator[None]:
-    """Call `fn(h)` with the activation `h` [B, T, width] at each site, in every forward pass inside the
+    """Call `fn(h)` with the activation `h` [B, T, width] at each site, in every forward pass of this thread inside the
     context.
 
     Where `fn` returns a tensor, it takes the activation's place; None leaves it as it is. The hooks are
     removed at the end, also after an exception. Raises UsageError for a site that the model does not have. Compiled
     models are heard too: the hooks run outside the compiled parts.
     """
-    for site in taps:
-        check_site(model, site)
-    heed_hooks()
-    handles: list[Any] = []
-    try:
-        for site in sorted(taps):  # in order of computation, so that an edit is seen by the sites after it
-            handles += _register(model, site, taps[site])
+    thread = get_ident()
+
+    def here(fn: Tap) -> Tap:
+        # autograd may run the second pass of a checkpointed block in a thread of its own
+        return lambda h: fn(h) if get_ident() == thread or in_backward() else None
+
+    with Taps(model, {site: here(fn) for site, fn in taps.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _register(model: nn.Module, site: Site, fn: Tap) -> list[Any]:
-    where, block = models.family(model), models.blocks(model)[site.layer]
+class Taps:
+    """Hooks at sites, of all threads, that are removed at the end of the `with`."""
+
+    def __init__(self, model: nn.Module, taps: Mapping[Site, Tap]) -> None:
+        for site in taps:
+            check_site(model, site)
+        self.model, self.taps = model, taps
+        self._hooks: dict[Site, tuple[nn.Module, list[Hook]]] = {}
+
+    def __enter__(self) -> Taps:
+        heed_hooks()
+        try:
+            self.refresh()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+
+    def refresh(self) -> None:
+        """Follow modules that were exchanged since: an adapter that is merged takes its wrappers, and the hooks on
+        them, out of the model."""
+        for site in sorted(self.taps):  # in order of computation, so that an edit is seen by the sites after it
+            module, hooks = self._hooks.get(site, (None, []))
+            now = _module(self.model, site) if site.layer < models.n_layers(self.model) else None
+            if now is not None and now is not module:
+                for hook in hooks:
+                    hook.remove()
+                self._hooks[site] = now, list(_hooks(self.model, site, now, self.taps[site]))
+
+
+def _module(model: nn.Module, site: Site) -> nn.Module | None:
+    """The module whose input or output is the site."""
+    where = models.family(model)
     path = {
         "head_in": where.attention_out,
         "attn_out": where.attention_added,
@@ -167,9 +202,11 @@ def _register(model: nn.Module, site: Site, fn: Tap) -> list[Any]:
         "mlp_act": where.mlp_out,
         "mlp_out": where.mlp_added,
     }.get(site.kind)
-    module: Any = block if path is None else models.part(model, site.layer, path)
+    return models.blocks(model)[site.layer] if path is None else models.part(model, site.layer, path)
 
-    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+
+def _hooks(model: nn.Module, site: Site, module: nn.Module, fn: Tap) -> Iterator[Hook]:
+    def on_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return _replaced(output, fn(first(output)))
 
     def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -181,33 +218,87 @@ def _register(model: nn.Module, site: Site, fn: Tap) -> list[Any]:
 
     match site.kind:
         case "resid_pre" | "head_in" | "mlp_act":
-            return [module.register_forward_pre_hook(uncompiled(on_input), with_kwargs=True)]
+            yield Hook.before(module, on_input)
         case "resid_mid":
-            entry: Any = models.part(model, site.layer, where.entry)
-            return _register_mid(entry, module, fn)
+            entry: Any = models.part(model, site.layer, models.family(model).entry)
+            yield from _hooks_mid(entry, module, fn)
         case _:
-            return [module.register_forward_hook(uncompiled(on_output))]
+            yield Hook.behind(module, on_output)
 
 
-def _register_mid(entry: nn.Module, attention: nn.Module, fn: Tap) -> list[Any]:
+def _hooks_mid(entry: nn.Module, attention: nn.Module, fn: Tap) -> Iterator[Hook]:
     # No module returns the sum x + attn_out, so it is formed here and a change to it is added to attn_out.
     # x is read where the block first uses it: there it is final whatever hooks the block has.
-    stream: list[Tensor] = []
+    stream: dict[int, Tensor] = {}  # by thread
 
     def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stream[:] = [args[0] if args else kwargs["hidden_states"]]
+        stream[get_ident()] = args[0] if args else kwargs["hidden_states"]
 
-    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+    def on_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         out = first(output)
-        mid = stream.pop() + out
+        if (x := stream.pop(get_ident(), None)) is None:
+            return None  # another thread was between the two modules when the hooks came
+        mid = x + out
         new = fn(mid)
         # the difference is exactly 0 where fn changed nothing, so those positions stay bit-identical
         return None if new is None else _replaced(output, out + (new - mid))
 
-    return [
-        entry.register_forward_pre_hook(uncompiled(keep_input), with_kwargs=True),
-        attention.register_forward_hook(uncompiled(on_output)),
-    ]
+    yield Hook.before(entry, keep_input)
+    yield Hook.behind(attention, on_output)
+
+
+class Hook:
+    """A forward hook that belongs to the module that it was registered on: a deep copy of the module has none, and a
+    module with one is not pickled."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = uncompiled(fn)
+        self._handle: Any = None
+
+    @classmethod
+    def before(cls, module: nn.Module, fn: Callable[..., Any]) -> Hook:
+        """Call `fn(module, args, kwargs)` before the module's forward pass."""
+        hook = cls(fn)
+        hook._handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        return hook
+
+    @classmethod
+    def behind(cls, module: nn.Module, fn: Callable[..., Any]) -> Hook:
+        """Call `fn(module, args, kwargs, output)` behind it: after the hooks of this class that are there, but before
+        all others. transformers leaves a hook on a block from the first `output_hidden_states=True` on, which would
+        record the output as it was before a change that came later."""
+        hook = cls(fn)
+        hook._handle = module.register_forward_hook(hook, with_kwargs=True)
+        ours = [key for key, other in module._forward_hooks.items() if isinstance(other, cls)]
+        for key in reversed(ours):
+            module._forward_hooks.move_to_end(key, last=False)
+        return hook
+
+    def remove(self) -> None:
+        handle, self._handle = self._handle, None
+        handle.remove()
+
+    def __call__(self, *args: Any) -> Any:
+        # a pass of another thread may still call what is being removed
+        return None if self._handle is None else self._fn(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        raise SteerableError(
+            "this model is being steered or read, and a pickled copy would be so for ever: pickle it outside of the "
+            "`with`, or save it by `save_pretrained`"
+        )
+
+
+def _nothing(*args: Any) -> None:
+    """What a copied module has in a hook's place."""
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: a module that is called now is called again, by gradient checkpointing."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:

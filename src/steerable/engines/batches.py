@@ -4,8 +4,8 @@ positions, in batches that stay together until their last row has finished. Toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -95,8 +95,7 @@ def _continue(
         valid[row, width - len(request.prompt) :] = True
     ids, valid = ids.to(device), valid.to(device)
     chooser = _Chooser(ids, valid, [r.seed for r in requests], decoding, eos, limit, steering)
-    with _only(model, limit, eos, pad):
-        out = model.generate(input_ids=ids, attention_mask=valid.long(), logits_processor=[chooser])
+    out = _only(model, limit, eos, pad).generate(input_ids=ids, attention_mask=valid.long(), logits_processor=[chooser])
     chooser.check()
     stops = set(eos)
     new = out[:, width:].tolist()
@@ -104,19 +103,16 @@ def _continue(
     return [row[:end] for row, end in zip(new, ends, strict=True)]
 
 
-@contextmanager
-def _only(model: Any, limit: int, eos: Sequence[int], pad: int) -> Iterator[None]:
-    """The model's `generation_config` reduced to what is not done here: it fills in whatever a call leaves open."""
+def _only(model: Any, limit: int, eos: Sequence[int], pad: int) -> Any:
+    """The model with a `generation_config` of what is not done here: the model's own fills in whatever a call leaves
+    open. It is the outermost module's copy, so that other threads may run the model."""
     from transformers import GenerationConfig
 
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
+    alone = copy(model)
+    alone.generation_config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(eos) or None, pad_token_id=pad
     )
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    return alone
 
 
 class _Chooser:

@@ -4,10 +4,11 @@
         model.generate(**inputs)
     handle.report()
 
-Limits: `where` other than "all" needs input_ids, and rows that keep their place, so no beam search. A call
-with an empty cache starts new sequences, whose tokens count as the prompt; later calls feed generated tokens.
-A loop without a cache, which feeds the whole text again and one token more, is recognised as the same
-sequence.
+`where` other than "all" needs input_ids. Which of the tokens are prompt and which sequence a row goes on with is told
+from the cache (`sequences.py`): a call with an empty one starts new sequences. A loop without a cache, which feeds the
+whole text again and one token more, is recognised as the same sequence.
+
+Steering belongs to the thread that entered the `with`: passes of other threads are left alone.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
+from threading import get_ident, local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import models
 from ..directions import Direction
 from ..errors import SteerableError, SteerableWarning, UsageError
 from ..gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
 from ..interventions import Intervention, shift
-from ..sites import Site, check_site, heed_hooks, tap, uncompiled, width_at
+from ..sites import Hook, Site, Taps, check_site, in_backward, width_at
 from ..think import think_tags
 from .meter import Count, Meter
 from .precision import rounding_watched
+from .sequences import Follower, cached_tokens
+from .threads import waits_for_batch
 
 Strength = float | Tensor
 Steering = Direction | Intervention
@@ -61,11 +66,14 @@ def steer(
     rescale: keep each token's norm. tokenizer: needed by `thinking`, `answer` and `boundary`.
     track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
+    model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
+
     Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector
     with NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model, about a
     relative dose ||s v|| / ||h|| that a 16-bit model does not resolve (`precision`), and at the end about sites where
     no token was touched.
     """
+    model = models.unwrap(model)
     items = [directions] if isinstance(directions, (Direction, Intervention)) else list(directions)
     if not items:
         raise UsageError("steer needs one direction at least")
@@ -75,15 +83,9 @@ def steer(
     for item in items:
         interventions += _interventions(model, item, strength, wanted, selector, rescale)
     handle = Handle(model, interventions, tokenizer, track)
-    heed_hooks()
-    before = models.base(model).register_forward_pre_hook(uncompiled(handle._before_forward), with_kwargs=True)
-    try:
-        changes = {site: steered.change for site, steered in handle._sites.items()}
-        with rounding_watched(model, items, interventions), tap(model, changes):
-            yield handle
-    finally:
-        before.remove()
-    handle._warn_if_untouched()
+    with rounding_watched(model, items, interventions), handle._listening():
+        yield handle
+    handle._check_end()
 
 
 def _interventions(
@@ -136,21 +138,21 @@ class Handle:
         self.tags = think_tags(tokenizer) if thinks else None
         self.breaks = next((s.breaks for s in used if s.uses("boundary")), None)
         self.needs_tokens = any(s != selectors.all for s in used)
-        self.tokens: Tokens | None = None
-        self._state = SequenceState(self.tags, self.breaks)
-        self._columns = 0  # of the sequences in the state, padding included
-        self._whole: Tensor | None = None  # ids of the last call without a cache, and where its prompts end
-        self._whole_prompt: Tensor | None = None
-        self._next_lengths: Tensor | None = None
+        prompts = any(s.uses("prompt", "generated", "last_prompt") for s in used)
+        self._model = model
+        self._follower = Follower(lambda: SequenceState(self.tags, self.breaks), prompts)
+        self._local = _Local()
+        self._threads = {get_ident()}
+        self._strange = 0  # passes of other threads
+        self._refused: SteerableError | None = None  # what a thread of transformers was told, which keeps it to itself
+        self._passes = WeakTensorKeyDictionary()  # of inputs that autograd may compute with once more
+        self._is_over = False
         self._is_fed = False
+        self._asked: int | None = None  # of the next pass: the last tokens whose logits are wanted
         self._fed = Count()
         self._active = False
         self._rows: Tensor | None = None
         self._selectors: list[Selector] = []
-        self._masks: list[Tensor | None] = []
-        self._moved: dict[tuple[int, torch.device], Tensor] = {}  # of this forward pass, on other devices
-        self._counts: list[int | Tensor] = []
-        self._valid: Tensor | None = None
         self._sites: dict[Site, _SteeredSite] = {}
         blocks = models.blocks(model)
         for site in sorted({i.site for i in interventions}):
@@ -158,7 +160,40 @@ class Handle:
             union = self._index(_union([self._selectors[index] for _, index in here]))
             device = models.device(blocks[site.layer])
             self._sites[site] = _SteeredSite(self, site, here, union, device, track)
+        self._taps = Taps(model, {site: steered.change for site, steered in self._sites.items()})
         self._bind(None)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """With the hooks in place."""
+        base, blocks = models.base(self._model), models.blocks(self._model)
+        hooks = [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
+        if base is not self._model:
+            hooks.append(Hook.before(self._model, self._before_logits))
+        try:
+            for layer in {site.layer for site in self._sites}:
+                hooks.append(Hook.before(blocks[layer], self._before_block))
+                hooks.append(Hook.behind(blocks[layer], self._after_block))
+            with self._taps:
+                yield
+        finally:
+            self._is_over = True
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Steer the passes of this thread as well, which is another one than that of the `with`: for a thread that
+        `generate` runs in while its text is streamed. One thread at a time."""
+        thread = get_ident()
+        is_new = thread not in self._threads
+        self._threads.add(thread)
+        try:
+            yield
+        finally:
+            if is_new:
+                self._threads.discard(thread)
+                self._local.now = None
 
     @property
     def strength(self) -> Strength:
@@ -195,13 +230,13 @@ class Handle:
         self._rows = None if bool(rows.all()) or not self._active else rows[:, None]
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> None:
-        """Where each row's prompt ends (in tokens, padding not counted) in the sequences that start next; for
-        replays of whole texts and for prompts fed in chunks."""
-        self._next_lengths = torch.as_tensor(lengths, dtype=torch.long)
+        """Where each row's prompt ends (in tokens from the row's start, padding not counted) in the sequences that the
+        next pass starts or goes on with; for replays of whole texts and prompts fed in pieces by hand."""
+        self._follower.lengths = torch.as_tensor(lengths, dtype=torch.long)
 
     def feed(self, tokens: Tokens) -> None:
         """For engines: what the next forward pass feeds. Its own reading of the inputs is then left out."""
-        self._set_tokens(tokens)
+        self._local.fed = self._some_tokens(tokens)
         self._is_fed = True
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -221,97 +256,147 @@ class Handle:
             self._selectors.append(selector)
         return self._selectors.index(selector)
 
+    def _before_logits(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        asked = kwargs.get("logits_to_keep")
+        self._asked = asked if isinstance(asked, int) and asked > 0 and get_ident() in self._threads else None
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_fed:
-            self._is_fed = False
+        if in_backward():
+            self._local.now = self._again(args[0] if args else kwargs.get("input_ids"))
             return
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        self._local.now = None
+        if get_ident() not in self._threads and not (packed and any(map(waits_for_batch, list(self._threads)))):
+            self._strange += 1
+            return
+        if getattr(module, "_is_replica", False):
+            raise SteerableError(
+                "DataParallel runs copies of the model side by side, which steering cannot follow: use "
+                "DistributedDataParallel, or one device"
+            )
+        self._taps.refresh()
+        if self._is_fed:
+            self._is_fed, self._local.now = False, self._local.fed
+            return
+        self._local.now = self._read(args, kwargs, packed)
+
+    def _read(self, args: Any, kwargs: Any, packed: bool) -> _Pass | None:
+        """What the next pass feeds, from the inputs of the model."""
+        asked, self._asked = self._asked, None
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = cached_tokens(cache)
         fed = ids if ids is not None else kwargs.get("inputs_embeds")
         if fed is None:
-            return  # the model itself will complain
-        valid = _valid(kwargs.get("attention_mask"), past, fed.shape[0], fed.shape[1])
+            return None  # the model itself will complain
+        rows, length = fed.shape[:2]
+        valid = None if packed else _valid(kwargs.get("attention_mask"), past, rows, length)
         if not self.needs_tokens:
-            self._set_all(fed.shape[0], fed.shape[1], valid, fed.device)
+            current = self._all_tokens(rows, length, valid, fed.device)
+        elif packed:
+            self._refused = SteerableError(
+                "`generate_batch` packs all sequences into one row, in which only the selector 'all' can be followed: "
+                "use `generate`, or where='all'"
+            )
+            raise self._refused
         elif ids is None:
             raise UsageError("a selector other than 'all' needs input_ids, but only inputs_embeds were given")
         else:
-            if past == 0 and self._next_lengths is None:  # a text that is read in pieces, see `chunks`
-                self._next_lengths = getattr(cache, "prompt_lengths", None)
-            self._set_tokens(self._follow(ids, valid, past, cache is None))
+            ends = _piece(kwargs.get("position_ids"), length) if asked == 1 else None
+            current = self._some_tokens(self._follower.follow(ids, valid, cache, asked, ends))
+        if torch.is_grad_enabled():
+            self._remember(fed, current)
+        return current
 
-    def _follow(self, ids: Tensor, valid: Tensor | None, past: int, no_cache: bool) -> Tokens:
-        """Keep the state in step with the caller's cache."""
-        rows, length = ids.shape
-        if past == 0:
-            lengths, self._next_lengths = self._next_lengths, None
-            if lengths is None and no_cache and self._is_longer(ids):
-                lengths = self._whole_prompt
-            if lengths is not None and len(lengths) != rows:
-                raise UsageError(f"prompt_lengths has {len(lengths)} rows, the batch {rows}")
-            self._state.start(rows, ids.device, lengths)
-            self._columns = 0
-        elif past != self._columns or rows != len(self._state.seen):
-            raise SteerableError(
-                f"the cache holds {past} tokens, but steering has seen {self._columns} of these sequences: "
-                "start them inside the `with`, without beam search, assisted generation or a prefix cache"
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if get_ident() in self._threads and not in_backward():
+            cache = kwargs.get("past_key_values")
+            self._follower.after(getattr(output, "past_key_values", None) if cache is None else cache)
+
+    # Gradient checkpointing runs a block once more in the backward pass, when the mask and the strength may be others.
+
+    def _before_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        h = args[0] if args else kwargs.get("hidden_states")
+        if in_backward():
+            self._local.now = self._again(h)
+        elif torch.is_grad_enabled():
+            if self._local.now is not None:
+                self._remember(h, self._local.now)
+        elif h.requires_grad and self._local.now is not None:
+            raise UsageError(
+                "gradient checkpointing with use_reentrant=True forgets how a pass was steered: switch it on by "
+                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
-        tokens = self._state.advance(ids, valid)
-        self._columns += length
-        if no_cache:
-            known = self._state.prompt_lengths
-            self._whole, self._whole_prompt = ids, self._state.seen if known is None else known
-        return tokens
 
-    def _is_longer(self, ids: Tensor) -> bool:
-        """Whether this is the last call's text with one token more (a loop without a cache)."""
-        old = self._whole
-        return old is not None and ids[:, :-1].shape == old.shape and torch.equal(ids[:, :-1], old)
+    def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        h = output if isinstance(output, Tensor) else output[0]
+        if self._local.now is not None and not in_backward() and h.requires_grad and _is_checkpointed():
+            h.register_hook(self._refuse_when_over)
 
-    def _set_all(self, rows: int, length: int, valid: Tensor | None, device: torch.device) -> None:
+    def _refuse_when_over(self, gradient: Tensor) -> None:
+        if self._is_over:
+            raise SteerableError(
+                "the pass was steered and is checkpointed, so that its backward pass runs the blocks once more: call "
+                "`backward` inside of the `with`, or switch gradient checkpointing off"
+            )
+
+    def _remember(self, h: Tensor, current: _Pass) -> None:
+        known = self._passes.get(h, current)
+        self._passes[h] = current if known is current else None
+
+    def _again(self, h: Any) -> _Pass | None:
+        """The pass that autograd repeats; None where that was not steered."""
+        if h not in self._passes:
+            return None
+        if (found := self._passes[h]) is None:
+            raise SteerableError(
+                "two steered passes had the very same input tensor, and gradient checkpointing repeats one of them: "
+                "give each pass a copy (`.clone()`)"
+            )
+        return found  # type: ignore[no-any-return]
+
+    def _all_tokens(self, rows: int, length: int, valid: Tensor | None, device: torch.device) -> _Pass:
         self._check_rows(rows)
         if valid is None and self._rows is not None:
             valid = torch.ones(rows, length, dtype=torch.bool, device=device)
-        self._valid = valid
-        self._moved.clear()
-        self._masks = [None] * len(self._selectors)
         count = rows * length if valid is None else self._and_rows(valid).sum()
-        self._counts = [count] * len(self._selectors)
         if self._active:
             self._fed.add(rows * length if valid is None else valid.sum())
+        several = len(self._selectors)
+        return _Pass(valid, [None] * several, [count] * several, self._rows, self._runs())
 
-    def _set_tokens(self, tokens: Tokens) -> None:
+    def _some_tokens(self, tokens: Tokens) -> _Pass:
         self._check_rows(len(tokens.ids))
-        self.tokens, self._valid = tokens, tokens.valid
-        self._moved.clear()
         # "all" needs no mask: what happens on padding reaches no token
-        self._masks = [None if s == selectors.all else s(tokens) for s in self._selectors]
-        touched = [tokens.valid if mask is None else mask for mask in self._masks]
-        self._counts = [self._and_rows(mask).sum() for mask in touched]
+        masks = [None if s == selectors.all else s(tokens) for s in self._selectors]
+        touched = [tokens.valid if mask is None else mask for mask in masks]
+        counts: list[int | Tensor] = [self._and_rows(mask).sum() for mask in touched]
         if self._active:
             self._fed.add(tokens.valid.sum())
+        return _Pass(tokens.valid, masks, counts, self._rows, self._runs())
 
-    def _mask(self, index: int, device: torch.device) -> Tensor | None:
-        """A selector's mask where a layer wants it: the layers may be spread over devices."""
-        mask = self._masks[index]
-        if mask is None or mask.device == device:
-            return mask
-        if (index, device) not in self._moved:
-            self._moved[index, device] = mask.to(device)
-        return self._moved[index, device]
+    def _runs(self) -> dict[Site, list[tuple[_Run, int]]]:
+        return {site: steered.runs for site, steered in self._sites.items()}
 
     def _and_rows(self, mask: Tensor) -> Tensor:
-        if self._rows is not None and self._rows.device != mask.device:
-            self._rows = self._rows.to(mask.device)
-        return mask if self._rows is None else mask & self._rows
+        return mask if self._rows is None else mask & self._rows.to(mask.device)
 
     def _check_rows(self, rows: int) -> None:
         if self._strengths not in (None, rows):
             raise SteerableError(f"the strength has {self._strengths} rows, but the batch has {rows}")
 
-    def _warn_if_untouched(self) -> None:
+    def _check_end(self) -> None:
+        """Say what went otherwise than intended."""
+        if self._refused is not None:
+            raise self._refused
         if not self.tokens_fed:
+            if self._strange and self._active:
+                warnings.warn(
+                    f"steering touched nothing: all {self._strange} forward passes came from threads other than the "
+                    "`with`'s own; enter `handle.here()` in the thread that runs the model",
+                    SteerableWarning,
+                    stacklevel=4,
+                )
             return
         idle = [s for s in self._sites.values() if s.was_on and not s.touched.total()]
         if idle:
@@ -321,6 +406,37 @@ class Handle:
                 SteerableWarning,
                 stacklevel=4,
             )
+
+
+_Run = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class _Pass:
+    """How one forward pass is steered: fixed when it begins, and the same when autograd repeats a part of it."""
+
+    valid: Tensor | None
+    masks: list[Tensor | None]  # one for each selector
+    counts: list[int | Tensor]  # tokens touched, by selector
+    rows: Tensor | None  # rows that are steered at all; None: all of them
+    runs: dict[Site, list[tuple[_Run, int]]]
+    _moved: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    def mask(self, index: int, device: torch.device) -> Tensor | None:
+        """A selector's mask where a layer wants it: the layers may be spread over devices."""
+        mask = self.masks[index]
+        if mask is None or mask.device == device:
+            return mask
+        if (index, device) not in self._moved:
+            self._moved[index, device] = mask.to(device)
+        return self._moved[index, device]
+
+
+class _Local(local):
+    """What belongs to the pass of one thread."""
+
+    now: _Pass | None = None
+    fed: _Pass | None = None
 
 
 class _SteeredSite:
@@ -340,7 +456,7 @@ class _SteeredSite:
         self.strength: Strength | None = None
         self.was_on = False  # at any time
         self.meter = Meter() if track else None
-        self.runs: list[tuple[Callable[[Tensor, Tensor | None], Tensor], int]] = []
+        self.runs: list[tuple[_Run, int]] = []
 
     def bind(self, strength: Strength | None) -> None:
         self.strength = strength
@@ -354,27 +470,39 @@ class _SteeredSite:
 
     def change(self, h: Tensor) -> Tensor | None:
         handle = self.handle
-        if not self.runs:
+        current = handle._local.now
+        if current is None:
+            if self.runs and get_ident() in handle._threads and not in_backward():
+                raise SteerableError(
+                    f"{self.site} ran outside the model's forward pass: call the model, not its blocks"
+                )
             return None
-        if not handle._masks:
-            raise SteerableError(f"{self.site} ran outside the model's forward pass: call the model, not its blocks")
+        if not (runs := current.runs[self.site]):
+            return None
         if h.device != self.device:  # offloaded weights, or a model that was moved since
             self.device = h.device
             self.bind(self.strength)
+            runs = current.runs[self.site] = self.runs
         new = h
-        for run, index in self.runs:
-            mask = handle._mask(index, h.device)
+        for run, index in runs:
+            mask = current.mask(index, h.device)
             if mask is not None and mask.shape != h.shape[:2]:
                 raise SteerableError(
                     f"steering was told of {tuple(mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
                 )
             new = run(new, mask)
-        self.touched.add(handle._counts[self.union])
-        if self.meter is not None:
-            mask = handle._masks[self.union]
-            weights = handle._valid if mask is None else mask
-            self.meter.add(h, new, None if weights is None else handle._and_rows(weights).to(h.device))
+        if not in_backward():
+            self._measure(current, h, new)
         return new
+
+    def _measure(self, current: _Pass, h: Tensor, new: Tensor) -> None:
+        self.touched.add(current.counts[self.union])
+        if self.meter is not None:
+            mask = current.masks[self.union]
+            weights = current.valid if mask is None else mask
+            if weights is not None and current.rows is not None:
+                weights = weights & current.rows.to(weights.device)
+            self.meter.add(h, new, None if weights is None else weights.to(h.device))
 
     def report(self) -> dict[str, Any]:
         change, angle = self.meter.means() if self.meter is not None else (None, None)
@@ -390,6 +518,20 @@ def resolved(selector: Selector) -> bool:
 def _union(parts: list[Selector]) -> Selector:
     distinct = list(dict.fromkeys(parts))
     return selectors.all if selectors.all in distinct else reduce(or_, distinct)
+
+
+def _piece(position: Any, length: int) -> tuple[int, int] | None:
+    """Where this call's tokens end in the prompt, and where the prompt does, if it comes in pieces: `generate` (with
+    `prefill_chunk_size`) cuts their positions from those of the whole, and makes fresh ones otherwise."""
+    if position is None or position.dim() != 2 or (total := position.stride(0)) <= length:
+        return None
+    return position.storage_offset() % total + length, total
+
+
+def _is_checkpointed() -> bool:
+    """Whether what autograd saves now is computed once more when it is needed."""
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return saving is not None and saving[0].__module__ == "torch.utils.checkpoint"
 
 
 def _valid(mask: Any, past: int, rows: int, length: int) -> Tensor | None:

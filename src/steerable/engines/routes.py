@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from steerable.errors import UsageError
+from steerable.models import text_config, unwrap
 
 #: Families whose attention is plain softmax attention, which `slots.slot_attention` computes.
 PLAIN = {"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "olmo2"}
@@ -43,7 +44,7 @@ class Route(NamedTuple):
 
 def route(model: Any, longest: int = 0) -> Route:
     """How `generate` computes texts of at most `longest` tokens, prompt included, with this model."""
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    inner: Any = unwrap(model)
     config = inner.config.get_text_config()
     kind, attention = config.model_type, config._attn_implementation
     if (limit := _changing_rope(config)) is not None and longest > limit:
@@ -54,6 +55,8 @@ def route(model: Any, longest: int = 0) -> Route:
         return Route("padded batches", f"the attention implementation {attention!r} takes no ready mask")
     if odd := layer_kinds(config) - {"full_attention", "sliding_attention"}:
         return Route("padded batches", f"it has layers of {sorted(odd)[0]}")
+    if any("forward" in vars(module) for module in model.modules()):  # which are bound to these very modules
+        return Route("slots, own attention", "its modules were given other forward passes (compiled, offloaded)")
     if kind in PLAIN:
         return Route("slots", f"{kind} has plain softmax attention")
     return Route("slots, own attention", f"{kind} stores keys and values by `Cache.update` and takes a ready mask")
@@ -100,13 +103,13 @@ def check_length(model: Any, longest: int) -> None:
 
 def positions(model: Any) -> int | None:
     """Tokens that the model was made to read; None where it does not say."""
-    limit = getattr(getattr(model, "_orig_mod", model).config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 
 def position_table(model: Any) -> nn.Embedding | None:
     """The table of learned positions, beyond which the model cannot read; None for a model without one."""
-    limit, words = positions(model), model.get_input_embeddings()
+    limit, words = positions(model), unwrap(model).get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     # some tables begin at 2
     return next((m for m in tables if limit is not None and limit <= m.num_embeddings <= limit + 2), None)

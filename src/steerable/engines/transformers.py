@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from steerable.engines.sampling import Decoding, choose, decoding_of, mark, pad_
 from steerable.engines.slots import ATTENTION, PAGE, Reach, SlotCache, arrange
 from steerable.errors import SteerableError, UsageError
 from steerable.gates import SequenceState
-from steerable.models import base, stop_ids
+from steerable.models import base, stop_ids, unwrap_to_run
 
 _SORTED = 8  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
@@ -79,6 +80,8 @@ def generate(
     """
     if not requests:
         return []
+    if not hasattr(model, "_orig_mod"):  # a compiled model runs as it is
+        model = unwrap_to_run(model)
     if max_new_tokens < 1 or rows < 1:
         raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({rows}) must be at least 1")
     if any(len(request.prompt) == 0 for request in requests):
@@ -107,12 +110,13 @@ def generate(
             stops = stop_ids(model)
             return [Completion(ids, ids[-1] in stops) for ids in new]
         size = min(rows, len(requests))
+        if way.name == "slots":
+            model = _with_own_attention(model)
         batch = _Batch(model, requests, max_new_tokens, size, longest, way, decoding, steering, default, pad)
-        with _attention(model, way):
-            while batch.refill():
-                finished, tokens = batch.run()
-                if progress:
-                    progress(finished, tokens)
+        while batch.refill():
+            finished, tokens = batch.run()
+            if progress:
+                progress(finished, tokens)
     return batch.results()
 
 
@@ -134,17 +138,23 @@ def own_strengths(steering: Handle | None, requests: Sequence[Request]) -> Itera
         steering.set_strength(default)
 
 
-@contextmanager
-def _attention(model: Any, way: Route) -> Iterator[None]:
-    """Exchanges plain attention for ours; families with their own attention keep it."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    if way.name == "slots":
-        config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def _with_own_attention(model: Any) -> Any:
+    """The model with this package's attention: its parameters, buffers and hooks, in modules of their own whose config
+    names another attention. The model itself stays as it is, so that other threads may run it."""
+    text = model.config.get_text_config()
+    ours = copy(text)
+    ours._attn_implementation = ATTENTION
+    done: dict[int, Any] = {}
+
+    def twin(module: Any) -> Any:
+        if id(module) not in done:
+            done[id(module)] = new = copy(module)
+            new._modules = {name: part and twin(part) for name, part in module._modules.items()}
+            if getattr(module, "config", None) is text:
+                new.config = ours
+        return done[id(module)]
+
+    return twin(model)
 
 
 class _Batch:

@@ -225,7 +225,7 @@ def span_means(
         counts=counts,
         norms=found.norms / means_over[:, 0],
         model_id=models.model_id(model),
-        model_revision=str(getattr(model.config, "_commit_hash", None) or ""),
+        model_revision=models.model_revision(model),
         sinks=dropped,
     )
 

@@ -16,6 +16,8 @@ from steerable.engines.hooks import Handle, steer
 from steerable.engines.precision import dtype_of, is_narrow
 from steerable.errors import SteerableWarning
 from steerable.gates import SequenceState, Tokens
+from steerable.models import device as device_of
+from steerable.models import text_config, unwrap_to_run
 
 
 def divergence(
@@ -54,7 +56,8 @@ def divergence(
     tokens = chain_tokens(tokenizer, chains, prompts)
     ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
     layers = layers if layers is None or isinstance(layers, int) else list(layers)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    model = unwrap_to_run(model)
+    vocabulary = int(text_config(model).vocab_size)
     most = max(1, max_logits // vocabulary)
     result: list[float | None] = [None] * len(chains)
     with steer(
@@ -77,7 +80,7 @@ def _batch(
     Both models go through the text side by side, so that neither's logits have to be kept: the unsteered one is the
     steered one at strength 0, which is bit-exact. More than `most` tokens (only ever one row) are read in pieces.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
     lengths = torch.tensor([len(row) for row in ids], device=device)

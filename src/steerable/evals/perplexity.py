@@ -42,6 +42,7 @@ def score(
     call. Raises UsageError for an empty prompt or text, and for an id that the model's vocabulary does not hold;
     SteerableError where the model's logits are not finite.
     """
+    model = models.unwrap_to_run(model)
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
     if any(not prompt or not text for prompt, text in zip(prompts, texts, strict=True)):
         raise UsageError("there is an empty prompt or text: expected at least one token of each")
