@@ -192,7 +192,7 @@ def _is_antiderivative(entry: Entry, reply: str) -> bool | None:
 
     The scorer asks sympy to simplify the difference, which takes up to 15 seconds for a wrong answer.
     """
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     integrand, name = entry["metadata"]["integrand"], entry["metadata"]["variable"]
     if not (_is_formula(reply) and _is_formula(integrand) and len(name) == 1 and name.isalpha()):
