@@ -180,7 +180,9 @@ _FUNCTIONS = frozenset(
     re.findall(r"\w+", "sin cos tan sec csc cot log exp sqrt arcsin arccos arctan sinh cosh tanh min max gcd lcm mod")
 )
 #: What math-verify passes over in silence, and what it cannot read.
-_UNREADABLE = re.compile(r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|\d\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d")
+_UNREADABLE = re.compile(
+    r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|(?<![_\d])\d+\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d"
+)
 
 
 _CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\^\s*\{?[^{}^]{0,20}\^")
