@@ -231,7 +231,7 @@ def clean(text: str) -> str:
     text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
-    text = _BARE_POINT.sub("", text).strip().removeprefix(r"\approx ")
+    text = re.sub(r"^\s*\\approx(?![A-Za-z])", "", _BARE_POINT.sub("", text))
     return " ".join(text.split())
 
 
