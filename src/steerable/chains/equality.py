@@ -180,7 +180,9 @@ _FUNCTIONS = frozenset(
     re.findall(r"\w+", "sin cos tan sec csc cot log exp sqrt arcsin arccos arctan sinh cosh tanh min max gcd lcm mod")
 )
 #: What math-verify passes over in silence, and what it cannot read.
-_UNREADABLE = re.compile(r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|\d\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d")
+_UNREADABLE = re.compile(
+    r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|(?<![_\d])\d+\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d"
+)
 
 
 _CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\^\s*\{?[^{}^]{0,20}\^")
@@ -229,7 +231,7 @@ def clean(text: str) -> str:
     text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
-    text = _BARE_POINT.sub("", text).strip().removeprefix(r"\approx ")
+    text = re.sub(r"^\s*\\approx(?![A-Za-z])", "", _BARE_POINT.sub("", text))
     return " ".join(text.split())
 
 
