@@ -23,9 +23,9 @@ Reason = Literal["right", "wrong", "no-answer", "several-boxes", "parse-error", 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How right an answer is, in [0, 1], and why; the score is None where there is nothing to judge by.
+    """Whether an answer is right (1.0) or not (0.0), and why; the score is None where there is nothing to judge by.
 
-    Reasons: `right` (1.0) and `wrong` (0, or less than 1 where reasoning-gym's scorer gives partial credit);
+    Reasons: `right`; `wrong`, also where reasoning-gym's scorer would give partial credit (see `gym_score`);
     `no-answer`: nothing is there, or the last mark was opened and never closed; `several-boxes`: different boxes side
     by side, so no single answer; `parse-error`: not readable for the judge; `timeout`: no decision in time (all 0);
     `unjudged`: the task has no reference (None).
@@ -65,7 +65,7 @@ def score(task: Mapping[str, Any], answer: str | None) -> float | None:
 
 
 def correct(task: Mapping[str, Any], answer: str | None) -> bool | None:
-    """Whether `judge` gives full marks: partial credit is no right answer. None: nothing to judge by."""
+    """Whether `judge` calls it right. None: nothing to judge by."""
     mark = score(task, answer)
     return None if mark is None else mark >= 1.0
 
