@@ -81,8 +81,8 @@ def test_steering_by_it_gives_french(smol, languages):
     model, tokenizer = smol
     direction = st.difference_of_means(*languages).only([15])
     questions = ["Tell me about your city.", "What did you eat today?", "Describe your best friend."]
-    shares = []
-    for strength in (0.0, 1.0):
+    found = []
+    for strength in (0.0, 0.5):
         words = []
         for question in questions:
             chat = tokenizer.apply_chat_template(
@@ -94,8 +94,10 @@ def test_steering_by_it_gives_french(smol, languages):
             with st.steer(model, direction, strength=strength):
                 output = model.generate(**chat, max_new_tokens=30, do_sample=False)
             words += re.findall(r"[\w'’]+", tokenizer.decode(output[0, chat["input_ids"].shape[1] :]).lower())
-        shares.append(sum(word in FRENCH_WORDS.split() for word in words) / max(1, len(words)))
-    assert shares[0] < 0.05 and shares[1] > 0.2
+        found.append(([word for word in words if word in FRENCH_WORDS.split()], len(words)))
+    (plain, count), (french, steered_count) = found
+    assert len(plain) < 0.05 * count and len(french) > 0.2 * steered_count
+    assert len(set(french)) >= 3  # words of the language, not one of them for ever
 
 
 @pytest.mark.parametrize(
