@@ -292,7 +292,7 @@ def _outermost(module: nn.Module, kind: type) -> list[Any]:
 def unwrap_to_run(model: nn.Module) -> Any:
     """`unwrap` for those who run the model themselves. Raises UsageError for a PEFT adapter that lives in the wrapper's
     own pass (prompt and prefix tuning), which the model inside would leave out."""
-    adapter = getattr(model, "active_peft_config", None)
+    adapter: Any = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UsageError(
             f"a {adapter.peft_type.value} adapter works only through its PeftModel: steer that model's own calls "

@@ -256,10 +256,10 @@ class Hook:
         self._handle: Any = None
 
     @classmethod
-    def before(cls, module: nn.Module, fn: Callable[..., Any]) -> Hook:
-        """Call `fn(module, args, kwargs)` before the module's forward pass."""
+    def before(cls, module: nn.Module, fn: Callable[..., Any], first: bool = False) -> Hook:
+        """Call `fn(module, args, kwargs)` before the module's forward pass; first: before all such hooks."""
         hook = cls(fn)
-        hook._handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        hook._handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
         return hook
 
     @classmethod
@@ -269,9 +269,9 @@ class Hook:
         record the output as it was before a change that came later."""
         hook = cls(fn)
         hook._handle = module.register_forward_hook(hook, with_kwargs=True)
-        ours = [key for key, other in module._forward_hooks.items() if isinstance(other, cls)]
-        for key in reversed(ours):
-            module._forward_hooks.move_to_end(key, last=False)
+        hooks: Any = module._forward_hooks  # an OrderedDict
+        for key in reversed([key for key, other in hooks.items() if isinstance(other, cls)]):
+            hooks.move_to_end(key, last=False)
         return hook
 
     def remove(self) -> None:

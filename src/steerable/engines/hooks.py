@@ -146,6 +146,8 @@ class Handle:
         self._strange = 0  # passes of other threads
         self._refused: SteerableError | None = None  # what a thread of transformers was told, which keeps it to itself
         self._passes = WeakTensorKeyDictionary()  # of inputs that autograd may compute with once more
+        self._hooks: list[Hook] = []
+        self._hears_blocks = False
         self._is_over = False
         self._is_fed = False
         self._asked: int | None = None  # of the next pass: the last tokens whose logits are wanted
@@ -160,25 +162,23 @@ class Handle:
             union = self._index(_union([self._selectors[index] for _, index in here]))
             device = models.device(blocks[site.layer])
             self._sites[site] = _SteeredSite(self, site, here, union, device, track)
+        self._blocks = {blocks[site.layer] for site in self._sites}
         self._taps = Taps(model, {site: steered.change for site, steered in self._sites.items()})
         self._bind(None)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """With the hooks in place."""
-        base, blocks = models.base(self._model), models.blocks(self._model)
-        hooks = [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
+        base = models.base(self._model)
+        self._hooks += [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
         if base is not self._model:
-            hooks.append(Hook.before(self._model, self._before_logits))
+            self._hooks.append(Hook.before(self._model, self._before_logits))
         try:
-            for layer in {site.layer for site in self._sites}:
-                hooks.append(Hook.before(blocks[layer], self._before_block))
-                hooks.append(Hook.behind(blocks[layer], self._after_block))
             with self._taps:
                 yield
         finally:
             self._is_over = True
-            for hook in hooks:
+            for hook in self._hooks:
                 hook.remove()
 
     @contextmanager
@@ -305,6 +305,7 @@ class Handle:
             ends = _piece(kwargs.get("position_ids"), length) if asked == 1 else None
             current = self._some_tokens(self._follower.follow(ids, valid, cache, asked, ends))
         if torch.is_grad_enabled():
+            self._hear_blocks()
             self._remember(fed, current)
         return current
 
@@ -314,6 +315,13 @@ class Handle:
             self._follower.after(getattr(output, "past_key_values", None) if cache is None else cache)
 
     # Gradient checkpointing runs a block once more in the backward pass, when the mask and the strength may be others.
+
+    def _hear_blocks(self) -> None:
+        if not self._hears_blocks:
+            self._hears_blocks = True
+            for block in self._blocks:
+                self._hooks.append(Hook.before(block, self._before_block, first=True))
+                self._hooks.append(Hook.behind(block, self._after_block))
 
     def _before_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         h = args[0] if args else kwargs.get("hidden_states")
