@@ -53,4 +53,8 @@ surprise = own[True, False] == 0 and later[True, False] > 0.5 and rows[True, Fal
 expected = all(own[key] > 0.5 for key in rows if key != (True, False))
 raise SystemExit(0 if surprise and expected else 1)
 PYTHON
-# Output seen:
+# Output seen (the third line is the surprise):
+#   recorded before: False  prepend: False  shift of entries 0-4: [0.0, 0.0, 1.0, 1.02, 3.41]  of logits: 0.456
+#   recorded before: False  prepend: True   shift of entries 0-4: [0.0, 0.0, 1.0, 1.02, 3.41]  of logits: 0.456
+#   recorded before: True   prepend: False  shift of entries 0-4: [0.0, 0.0, 0.0, 1.02, 3.41]  of logits: 0.456
+#   recorded before: True   prepend: True   shift of entries 0-4: [0.0, 0.0, 1.0, 1.02, 3.41]  of logits: 0.456
