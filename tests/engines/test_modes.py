@@ -48,7 +48,7 @@ def right_places(gate, row, prompt):
         "thinking | generated": sorted({*thinking, *range(prompt, len(row))}),
         "thinking": thinking,
         "answer": answer,
-        "boundary": [place for place, token in enumerate(row) if token == BREAK],
+        "boundary": [i for i, token in enumerate(row) if token == BREAK and BREAK not in row[max(0, i - 1) : i]],
         "positions(3, 9)": list(range(3, min(9, len(row)))),
     }[gate]
 
