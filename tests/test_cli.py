@@ -126,7 +126,7 @@ def test_mistakes(steerable, tmp_path, monkeypatch, arguments, text):
         ('{"id":"a"}\n', "record 1 has no prompt"),
         ('{"id":"a","prompt":7}\n', "record 1"),
         ('{"id":"a","prompt":"b"}\n{"id":"a","prompt":"c"}\n', "two tasks with the id 'a'"),
-        ('{"id":"a","prompt":"b"}\n', "gives only 1 more distinct tasks, but 24 were asked for"),
+        ('{"id":"a","prompt":"b"}\n', "gives only 1 more distinct task, but 24 were asked for"),
     ],
 )
 def test_task_files(steerable, tiny, tmp_path, content, text):

@@ -151,7 +151,8 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
     model = models.unwrap_to_run(model)
     device = models.device(model)
-    watches = {site: _Watch(site.kind, reader, sinks) for site, reader in readers.items()}
+    first = sinks == "drop" and attention_sinks.first_is_massive(model)
+    watches = {site: _Watch(site.kind, reader, sinks, first) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
             batch = batch.to(device)
@@ -189,8 +190,8 @@ class _Watch:
     do not depend on how a text is cut.
     """
 
-    def __init__(self, kind: str, reader: Reader, sinks: Sinks) -> None:
-        self.kind, self.reader, self.drops = kind, reader, sinks == "drop"
+    def __init__(self, kind: str, reader: Reader, sinks: Sinks, first: bool) -> None:
+        self.kind, self.reader, self.drops, self.first = kind, reader, sinks == "drop", first
 
     def start(self, text: _Text) -> None:
         self.text, self.done = text, 0
@@ -216,7 +217,7 @@ class _Watch:
             valid = (
                 torch.ones_like(position, dtype=torch.bool) if piece.mask is None else piece.mask.bool().to(h.device)
             )
-            self.limits = attention_sinks.limits(norms, position, valid, self.kind)
+            self.limits = attention_sinks.limits(norms, position, valid, self.kind, self.first)
         piece.sinks = attention_sinks.massive(norms, position, self.limits)
 
 

@@ -4,7 +4,9 @@ In most pretrained models the first token is one, in many also a delimiter or a 
 layer in the middle on. Such a token says nothing about its text and would rule every mean, norm and component that it
 enters. A token counts as one at a site where its norm exceeds that of the text's ordinary tokens there by a factor,
 smallest for the first token, where sinks are expected. What is ordinary is the median over the beginning of the same
-text: the answer does not depend on batches, padding or pieces, and costs no second pass.
+text: the answer does not depend on batches, padding or pieces, and costs no second pass. A first token that is massive
+in some layer grows to it over the layers before, where it is still of no use: in a model that has such first tokens
+(`first_is_massive`) they count as sinks at every site.
 
 Sun et al. 2024, "Massive Activations in Large Language Models" (arXiv 2402.17762); Xiao et al. 2023 (arXiv 2309.17453).
 """
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import models
 from .errors import UsageError
+from .sites import Site, tap
 
 Sinks = Literal["drop", "keep"]
 
@@ -46,11 +51,14 @@ def ranks(mask: Tensor) -> Tensor:
     return mask.cumsum(1) - 1
 
 
-def limits(norms: Tensor, position: Tensor, valid: Tensor, kind: str = "resid_post") -> tuple[Tensor, Tensor]:
+def limits(
+    norms: Tensor, position: Tensor, valid: Tensor, kind: str = "resid_post", first_is_sink: bool = False
+) -> tuple[Tensor, Tensor]:
     """The norms above which a text's first token and its others are attention sinks, both [B, 1].
 
     norms, position, valid (False on padding): [B, T], of a text's first EARLY tokens at least, at a site of this kind.
-    The ordinary norm is the lower median. Where the first token is a sink, others half as long as it are, too.
+    The ordinary norm is the lower median. Where the first token is a sink (first_is_sink: whatever its norm), others
+    half as long as it are, too.
     """
     early = valid & (position < EARLY)
     middle = ((early.sum(1, keepdim=True) - 1) // 2).clamp(min=0)
@@ -59,12 +67,36 @@ def limits(norms: Tensor, position: Tensor, valid: Tensor, kind: str = "resid_po
     first = norms.masked_fill(~(early & (position == 0)), 0.0).amax(1, keepdim=True)
     spread = 1.0 if kind.startswith("resid") else SPREAD
     low, high = FIRST * spread * ordinary, ELSEWHERE * spread * ordinary
-    return low, torch.where(first > low, (first / 2).clamp(low, high), high)
+    others = torch.where((first > low) | first_is_sink, (first / 2).clamp(low, high), high)
+    return torch.zeros_like(low) if first_is_sink else low, others
 
 
 def massive(norms: Tensor, position: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
     """Which tokens are attention sinks, [B, T] bool."""
     return norms > torch.where(position == 0, *limits)
+
+
+_FIRST_IS_MASSIVE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def first_is_massive(model: nn.Module) -> bool:
+    """Whether the residual stream of a text's first token is massive in some layer, measured once for each model on
+    ids spread over the vocabulary."""
+    model = models.unwrap_to_run(model)
+    if model not in _FIRST_IS_MASSIVE:
+        rows = [[first, *company([first], models.vocabulary(model))] for first in (0, 1, 2)]
+        ids = torch.tensor(rows, device=models.device(model)) % models.vocabulary(model)
+        ratios: list[float] = []
+
+        def see(h: Tensor) -> None:
+            norms = norms_of(h)
+            ratios.append(float((norms[:, 0] / norms[:, 1:].median(1).values.clamp_min(1e-30)).median()))
+
+        with tap(model, {Site("resid_post", layer): see for layer in range(models.n_layers(model))}):
+            models.base(model)(input_ids=ids, use_cache=False)
+        _FIRST_IS_MASSIVE[model] = max(ratios) > ELSEWHERE
+    return _FIRST_IS_MASSIVE[model]
 
 
 def massive_rows(activations: Tensor) -> Tensor:

@@ -264,14 +264,15 @@ class Hook:
 
     @classmethod
     def behind(cls, module: nn.Module, fn: Callable[..., Any]) -> Hook:
-        """Call `fn(module, args, kwargs, output)` behind it: after the hooks of this class that are there, but before
-        all others. transformers leaves a hook on a block from the first `output_hidden_states=True` on, which would
-        record the output as it was before a change that came later."""
+        """Call `fn(module, args, kwargs, output)` behind it and behind all hooks that are there, but before those by
+        which transformers records outputs: they stay on a block from the first `output_hidden_states=True` on, and
+        would record the output as it was before a change that came later."""
         hook = cls(fn)
         hook._handle = module.register_forward_hook(hook, with_kwargs=True)
         hooks: Any = module._forward_hooks  # an OrderedDict
-        for key in reversed([key for key, other in hooks.items() if isinstance(other, cls)]):
-            hooks.move_to_end(key, last=False)
+        for key, other in list(hooks.items()):
+            if getattr(other, "__module__", "").startswith("transformers."):
+                hooks.move_to_end(key)
         return hook
 
     def remove(self) -> None:
