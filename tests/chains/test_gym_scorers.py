@@ -101,7 +101,7 @@ def test_constants_that_a_scorer_likes(family, reply, first):
 
 @each(
     ("family", "change"),
-    [
+    [  # the first one was made all at once, 2^31 tasks
         ("gsm_symbolic", "-{}"),
         ("gsm_symbolic", "{} or 8"),
         ("gsm_symbolic", "from {} to 9999"),
