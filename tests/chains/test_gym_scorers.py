@@ -131,6 +131,7 @@ def test_answers_that_are_right_in_another_way():
     assert gym_score(entry("puzzle24", "10*4*3/5", numbers=[10, 5, 4, 3]), "(10*3)/5*4") == 1.0
     assert gym_score(entry("coin_flip", "0.875"), "7/8") == gym_score(entry("coin_flip", "0.875"), "0.87500") == 1.0
     assert gym_score(entry("coin_flip", "0.875"), "0.87") == 0.0
+    assert gym_score(entry("coin_flip", "3.0517578125e-05"), "0") == 0.0, "a small chance is one"
     assert gym_score(entry("bitwise_arithmetic", "0x1f", problem="(0x1e + 0x1)"), "31") == 1.0
     halting = entry("game_of_life_halting", "False")
     assert gym_score(halting, "false") == 1.0 and gym_score(halting, "True") == 0.0

@@ -198,12 +198,14 @@ def _is_the_answer(entry: Entry, reply: str) -> bool:
 
 
 def _is_probability(entry: Entry, reply: str) -> bool | None:
-    """Within 0.0001, as in the scorer; which also gives full marks to every beginning of the answer, so to "0"."""
+    """Within 0.0001, as in the scorer; which also gives full marks to every beginning of the answer, so to "0". A small
+    chance is not 0."""
     if not re.fullmatch(r"\d{1,12}(\.\d{0,30})?(\s*/\s*\d{1,12})?|\.\d{1,30}", reply):
         return None
     above, _, below = reply.partition("/")
     value = Fraction(above.strip()) / Fraction(below.strip() or 1)
-    return abs(value - Fraction(entry["answer"])) <= Fraction(1, 10_000)
+    wanted = Fraction(entry["answer"])
+    return bool(value) == bool(wanted) and abs(value - wanted) <= Fraction(1, 10_000)
 
 
 def _is_equal_integer(entry: Entry, reply: str) -> bool:
