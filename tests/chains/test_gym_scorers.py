@@ -99,6 +99,31 @@ def test_constants_that_a_scorer_likes(family, reply, first):
         assert is_answer or not gym_score(entry, reply), entry["answer"]
 
 
+@each(
+    ("family", "change"),
+    [  # the first one was made all at once, 2^31 tasks
+        ("gsm_symbolic", "-{}"),
+        ("gsm_symbolic", "{} or 8"),
+        ("gsm_symbolic", "from {} to 9999"),
+        ("fraction_simplification", "{} or 1/2"),
+        ("letter_jumble", "{} and so on"),
+        ("word_sorting", "{}, zebra, ape"),
+        ("kakurasu", "either {} or not"),
+        ("survo", "{} or another"),
+    ],
+)
+def test_what_stands_beside_an_answer_is_not_passed_over(family, change, first):
+    for entry in first(family):
+        assert gym_score(entry, entry["answer"]) == 1.0
+        assert not gym_score(entry, change.format(entry["answer"])), entry["answer"]
+
+
+def test_where_there_is_no_root_not_every_text_says_so():
+    entry = {"question": "?", "answer": "", "metadata": {"source_dataset": "polynomial_equations"}}
+    assert gym_score(entry, "no real solutions") == gym_score(entry, "None.") == 1.0
+    assert not any(gym_score(entry, reply) for reply in ("banana", "B", "2", "x", "[1, 2]", "I do not know"))
+
+
 def test_answers_that_are_right_in_another_way():
     def entry(family, answer, **metadata):
         return {"question": "?", "answer": answer, "metadata": {"source_dataset": family, **metadata}}
@@ -106,6 +131,7 @@ def test_answers_that_are_right_in_another_way():
     assert gym_score(entry("puzzle24", "10*4*3/5", numbers=[10, 5, 4, 3]), "(10*3)/5*4") == 1.0
     assert gym_score(entry("coin_flip", "0.875"), "7/8") == gym_score(entry("coin_flip", "0.875"), "0.87500") == 1.0
     assert gym_score(entry("coin_flip", "0.875"), "0.87") == 0.0
+    assert gym_score(entry("coin_flip", "3.0517578125e-05"), "0") == 0.0, "a small chance is one"
     assert gym_score(entry("bitwise_arithmetic", "0x1f", problem="(0x1e + 0x1)"), "31") == 1.0
     halting = entry("game_of_life_halting", "False")
     assert gym_score(halting, "false") == 1.0 and gym_score(halting, "True") == 0.0

@@ -197,3 +197,97 @@ def test_tagged_and_stated(wanted):
         said = [given for given in right if judge({"answer": wanted}, form.format(given)).score != 1]
         assert said == [], form
         assert [given for given in wrong if judge({"answer": wanted}, form.format(given)).score] == [], form
+
+
+# Replies as models write them: reference, prompt, right ones, wrong ones.
+REPLIES = [
+    (
+        "42",
+        "How many apples are there?",
+        [
+            "The answer is **42** because 6*7=42.",
+            "The answer is 42, since 6 x 7 is.",
+            "The answer should be 42.",
+            "The answer is therefore 42.",
+        ]
+        + [
+            "Thus, the final answer is:\n\n42\n\nDone.",
+            "### Final Answer\n\n**42**",
+            "**Answer**\n\n42",
+            "So the answer is\n$$\n42\n$$",
+        ]
+        + [
+            'The answer is "42".',
+            "The answer is 42;",
+            r"\boxed{\bf 42}",
+            r"\boxed{\color{red}{42}}",
+            r"\boxed{\texttt{42}}",
+        ]
+        + [
+            "The answer is $42$, as desired.",
+            "The answer is $42$ and we are done.",
+            "The answer is 42. I put it in \\boxed{}.",
+        ],
+        [
+            "The answer is $42$ or $41$.",
+            "The answer is $42$ and $41$.",
+            "The answer is $42$, $41$ or $40$.",
+            "The answer is $42$/$41$.",
+        ]
+        + [
+            "The answer is $42$ plus 3.",
+            "The answer is $42$ + $1$.",
+            "The answer is $42$ thousand.",
+            r"The answer is $42$ \(41\)",
+        ]
+        + [r"\boxed{41=42}", "The answer is 41 because 42 is wrong.", "The answer is \\boxed{}", "It is 42. \\boxed{}"],
+    ),
+    (
+        "B",
+        "Which one? (A) 1/2 (B) 2/3 (C) red and blue",
+        [
+            "B) 2/3",
+            "(B) 2/3",
+            "B. 2/3",
+            "B: 2/3",
+            "option B",
+            "Option (B)",
+            r"\boxed{\textbf{(B)}\ 2/3}",
+            r"\boxed{\text{(B) } 2/3}",
+        ]
+        + ["The answer is **(B) 2/3**.", "The correct answer is **B**: it is so.", "The answer is B because A is not."],
+        ["A) 1/2", "(B) or (A)", "B) or A)", "A: B", "B. A. C.", "(B) + 1", "options B and A", "AB) 1", "(C) B"],
+    ),
+    ("C", "Which one?", ["(C) red and blue", "The answer is C. red, blue"], ["(A) red and blue"]),
+    ("b", "Solve $a + b = 0$ for $b$.", ["b"], ["(b) - 1", "(b) a"]),
+    (
+        "(2,-1)",
+        "Solve.",
+        ["x=2, y=-1", "x = 2 and y = -1", "(x, y) = (2, -1)"],
+        ["x=-1, y=2", "x=2, x=-1", "x=2, y=-1, z=0"],
+    ),
+    ("x = 2, y = -1", "Solve.", ["(2,-1)"], ["(-1,2)", "(2,1)"]),
+    ("1, 2, 3", "Find all.", ["The answer is $1$, $2$ and $3$."], ["The answer is $1$, $2$ and $4$."]),
+    ("2516_8", "What is it in base 8?", ["2516"], ["2517", "2516_9", r"2516_{10}"]),
+    ("10^{12}", "?", [r"1{,}000{,}000{,}000{,}000"], [r"1{,}000{,}000{,}000"]),
+    ("70000", "?", [r"70{\,}000"], [r"7{\,}000"]),
+    ("3 1/2", "?", ["3\u00bd"], ["3\u00bc"]),
+    ("1:2", "?", ["1\u22362"], ["2\u22361"]),
+    (r"16\pi", "?", ["16 pi", r"\boxed{16pi}"], ["16 pie"]),
+    (r"\frac34", "?", [r"\cfrac{3}{4}"], [r"\cfrac{4}{3}"]),
+    (
+        "Monday",
+        "Which day?",
+        ["The answer is Monday, since 8 mod 7 is 1.", "*Monday*", "\u201cMonday\u201d"],
+        ["Monday*"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("reference", "prompt", "reply", "expected"),
+    [(a, p, reply, True) for a, p, right, _ in REPLIES for reply in right]
+    + [(a, p, reply, False) for a, p, _, wrong in REPLIES for reply in wrong],
+)
+def test_replies_as_models_write_them(reference, prompt, reply, expected):
+    assert (judge({"prompt": prompt, "answer": reference}, reply).score == 1.0) is expected

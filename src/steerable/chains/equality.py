@@ -39,18 +39,23 @@ _PLAIN_SIGNS = {
     "\u00b2": "^2",
     "\u00b3": "^3",
     "\u2044": "/",
+    "\u2236": ":",
+    "\u00bc": r"\frac{1}{4}",
+    "\u00bd": r"\frac{1}{2}",
+    "\u00be": r"\frac{3}{4}",
     "\u200b": "",
     "\ufeff": "",
     **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
 }
 _SIGNS = str.maketrans(_PLAIN_SIGNS)
 _SURROUNDING = re.compile(
-    r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`|\\boxed\{([^{}]*)\}|"
-    r"\\(?:underline|(?:text|math)(?:bf|it|rm)?)\s*\{([^{}]*)\}",
+    r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|\*([^*]*)\*|`([^`]*)`|\"([^\"]*)\"|"
+    r"\u201c([^\u201d]*)\u201d|\\boxed\{([^{}]*)\}|\\(?:underline|(?:text|math)(?:bf|it|rm|tt)?)\s*\{([^{}]*)\}",
     re.S,
 )
 _SPACING = re.compile(
-    r"\\hspace\*?\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?)(?![A-Za-z])|"
+    r"\\hspace\*?\{[^{}]*\}|\\color\{[^{}]*\}|\\(?:displaystyle|textstyle|quad|qquad|left|right|[Bb]igg?[lr]?|bf|large)"
+    r"(?![A-Za-z])|"
     r"(?<!\\)\\[;: ]|~"
 )
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
@@ -72,6 +77,8 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
     a, b = clean(wanted), clean(given)
     if _key(a) == _key(b):
         return "right"
+    if len(choice := _words(a, variables) or "") == 1 and choice not in variables and _choice(b) == choice:
+        return "right"
     clocks = read_clock(_right_side(a)), read_clock(_right_side(b))
     number = read_reference(_right_side(a), variables)
     other = read_number(_right_side(b, any_left=number is not None), variables)
@@ -91,6 +98,8 @@ def compare(wanted: str, given: str, asked: str = "") -> Outcome:
         return "right" if same else "wrong"
     if number is not None and (number.places or 0) < 6:
         return "wrong"
+    if other is not None:
+        b = re.sub(r"(?<=\d),(?=\d{3})", "", b)
     return _compare_parts(a, b, asked, variables)
 
 
@@ -109,6 +118,10 @@ def _compare_times(clocks: tuple[Clock | None, Clock | None], numbers: tuple[Num
 
 def _compare_parts(a: str, b: str, asked: str, variables: frozenset[str]) -> Outcome:
     (kind, wanted), (given_kind, given) = split(a), split(b)
+    values = _values_in_order(given if kind else wanted) if {kind, given_kind} == {"", "()"} else None
+    if values:  # x = 2, y = -1 is (2, -1)
+        wanted, given = (wanted, values) if kind else (values, given)
+        kind = given_kind = "()"
     if len(wanted) != len(given):
         return "wrong"  # a list of guesses for one answer, or a part for the whole
     if len(wanted) == 1 and kind == given_kind == "":
@@ -133,12 +146,19 @@ def _compare_parts(a: str, b: str, asked: str, variables: frozenset[str]) -> Out
     return worst
 
 
+def _values_in_order(parts: list[str]) -> list[str] | None:
+    """The values of variables that stand in alphabetical order; None where anything else is among the parts."""
+    assigned = [pair for pair in map(_ASSIGNED.fullmatch, parts) if pair]
+    names = [pair[1] for pair in assigned]
+    return [pair[2] for pair in assigned] if 1 < len(parts) == len(names) and names == sorted(set(names)) else None
+
+
 def _compare_single(a: str, b: str, asked: str, variables: frozenset[str]) -> Outcome:
     a, b = _right_side(a), _right_side(b)
     if (words := _words(a, variables)) is not None:
         return "right" if _words(b, variables) == words else "wrong"
-    if re.fullmatch(r"-?[\dA-Fa-f]+_\w+", _key(a)):  # a numeral with its base: sympy would take it for a symbol
-        return "wrong"
+    if numeral := re.fullmatch(r"(-?[\da-f]+)_\w+", _key(a)):  # sympy would take it for a symbol
+        return "right" if "base" in asked and _key(b) == numeral[1] else "wrong"
     written = _key(b)
     if len(written) > 2 and re.search(r"[-+*/^=(\\]", written) and written in _key(clean(asked)):
         return "wrong"  # the question itself, which is of course equivalent to its answer
@@ -225,10 +245,16 @@ def clean(text: str) -> str:
     text = text.translate(_SIGNS).strip()
     while (bare := _strip_once(text)) != text:
         text = bare
-    text = re.sub(r",\s*\\!\s*|\\?\{,\}", ",", text)
+    text = re.sub(r",\s*\\!\s*|\\?\{,\}", ",", text).replace(r"{\,}", r"\,").replace(r"\pounds", "\u00a3")
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = _SPACING.sub(" ", text)
     text = re.sub(r"(?<!\\)\\[!,]", "", text).replace(r"\%", "%").replace(r"\$", "$").replace(r"\{", "\\lbrace ")
-    text = text.replace(r"\}", "\\rbrace ").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = (
+        text.replace(r"\}", "\\rbrace ")
+        .replace(r"\dfrac", r"\frac")
+        .replace(r"\tfrac", r"\frac")
+        .replace(r"\cfrac", r"\frac")
+    )
     text = text.replace(r"^{\circ}", r"^\circ").replace(r"\degree", r"^\circ")
     text = _SHORT_FRACTION.sub(lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
     text = re.sub(r"^\s*\\approx(?![A-Za-z])", "", _BARE_POINT.sub("", text))
@@ -265,6 +291,17 @@ def _words(text: str, variables: frozenset[str]) -> str | None:
     return re.sub(r"\b(\w) +(?=\w\b)", r"\1", " ".join(text.replace(".", " ").split())) if is_plain else None
 
 
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice) )?(?:\(([A-Ja-j])\)|([A-Ja-j])[).:](?= )|([A-Ja-j])$)(?: +(.+))?")
+
+
+def _choice(text: str) -> str | None:
+    """The letter of `B) 4`, `(B) 4`, `B. 4`, `option B`; None where another letter stands beside it."""
+    choice = _CHOICE.fullmatch(" ".join(_TEXT.sub(r"\1", text).split()))
+    if choice is None or (choice[4] and re.match(r"[-+*/^=<>]", choice[4])) or re.search(r"\b[A-J]\b", choice[4] or ""):
+        return None
+    return next(letter for letter in choice.groups() if letter).casefold()
+
+
 _FORMULAS = re.compile(r"\$(?!\s)((?:\\.|[^$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[a-z]{4,}")  # between the dollars of two prices
 _LETTERS = r"(?<![A-Za-z\\])([A-Za-z]{1,3})(?![A-Za-z])"
@@ -281,7 +318,7 @@ def _variables(asked: str) -> frozenset[str]:
     return frozenset("".join([*alone, *beside]).casefold())
 
 
-_VARIABLE = r"(?:\\?[A-Za-z]{1,7}(?:_\{?\w+\}?)?'?(?:\([\w, ]*\))?)"
+_VARIABLE = r"(?:\([A-Za-z](?:, ?[A-Za-z])+\)|\\?[A-Za-z]{1,7}(?:_\{?\w+\}?)?'?(?:\([\w, ]*\))?)"
 _ASSIGNED = re.compile(rf"({_VARIABLE})\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 
 
@@ -293,6 +330,7 @@ def _right_side(text: str, any_left: bool = False) -> str:
         return label[1]
     left, equal, right = text.partition("=")
     is_one = equal and left.strip() and "=" not in right and not re.search(r",|\b(?:or|and)\b", left)
+    is_one = is_one and not re.fullmatch(r"[-\d.]+", left.strip())  # 41 = 42
     return right.strip() if any_left and is_one else text
 
 

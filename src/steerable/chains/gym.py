@@ -38,7 +38,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 
 
 # Families that make all their tasks at once: they are asked for so many at a time.
-_EAGER = {"acre": 500, "list_functions": 500, "word_ladder": 500}
+_EAGER = {"acre": 500, "gsm_symbolic": 500, "list_functions": 500, "word_ladder": 500}
 
 
 def slug(category: str) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+from steerable.chains.equality import compare
+
 Entry = Mapping[str, Any]
 
 # --- the forms in which people write one answer ---
@@ -139,6 +141,24 @@ def _is_literal(text: str) -> bool:
     return True
 
 
+def _is_as_long(separator: str | None) -> Callable[[Entry, str], bool]:
+    """A reply of as many parts as the answer: the scorer reads the first ones, and passes over all that follows."""
+    return lambda entry, reply: len(reply.split(separator)) == len(entry["answer"].split(separator))
+
+
+def _may_be_roots(entry: Entry, reply: str) -> bool:
+    """Where there is no root, the scorer takes any text without a number for right."""
+    no_root = re.fullmatch(r'""|\[\]|none|no (?:real )?(?:roots?|solutions?)', reply, re.IGNORECASE)
+    return bool(entry["answer"].strip() or no_root)
+
+
+_FRACTION = re.compile(r"\$?\s*(?:\\d?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}|\d+\s*/\s*\d+)\s*\$?", re.IGNORECASE)
+
+
+def _is_digits(entry: Entry, reply: str) -> bool:
+    return not re.search(r"[^\d\s]", reply)
+
+
 #: May the scorer of a family see this reply to this entry? Where not, the reply is not readable.
 GUARDS: dict[str, Callable[[Entry, str], bool]] = {
     # They evaluate the reply, the last one the entry's answer as well, and number_sorting that alone.
@@ -152,6 +172,14 @@ GUARDS: dict[str, Callable[[Entry, str], bool]] = {
     "rush_hour": _is_short_walk,
     # `nan` is at distance nan from the answer, and min(1, nan) is 1: full marks.
     "complex_arithmetic": lambda entry, reply: bool(re.fullmatch(r"[-+\d.eij()\s]*", reply, re.IGNORECASE)),
+    # They pass over what follows the answer, or stands in its lines.
+    "letter_jumble": _is_as_long(None),
+    "word_sorting": _is_as_long(","),
+    "advanced_geometry": _is_as_long(","),
+    "fraction_simplification": lambda entry, reply: bool(_FRACTION.fullmatch(reply)),
+    "kakurasu": _is_digits,
+    "survo": _is_digits,
+    "polynomial_equations": _may_be_roots,
     # They pick letters out of any text, so that words are taken for moves.
     "quantum_lock": lambda entry, reply: bool(re.fullmatch(r"[A-C\s,>\u2192-]*", reply, re.IGNORECASE)),
     "sokoban": lambda entry, reply: bool(re.fullmatch(r"[UDLR\s,]*", reply, re.IGNORECASE)),
@@ -170,17 +198,24 @@ def _is_the_answer(entry: Entry, reply: str) -> bool:
 
 
 def _is_probability(entry: Entry, reply: str) -> bool | None:
-    """Within 0.0001, as in the scorer; which also gives full marks to every beginning of the answer, so to "0"."""
+    """Within 0.0001, as in the scorer; which also gives full marks to every beginning of the answer, so to "0". A small
+    chance is not 0."""
     if not re.fullmatch(r"\d{1,12}(\.\d{0,30})?(\s*/\s*\d{1,12})?|\.\d{1,30}", reply):
         return None
     above, _, below = reply.partition("/")
     value = Fraction(above.strip()) / Fraction(below.strip() or 1)
-    return abs(value - Fraction(entry["answer"])) <= Fraction(1, 10_000)
+    wanted = Fraction(entry["answer"])
+    return bool(value) == bool(wanted) and abs(value - wanted) <= Fraction(1, 10_000)
 
 
 def _is_equal_integer(entry: Entry, reply: str) -> bool:
     """The scorer evaluates the entry's problem; its answer says the same."""
     return int(reply, 0) == int(entry["answer"], 0)
+
+
+def _is_number(entry: Entry, reply: str) -> bool:
+    """The scorer reads the first digits of any text, without their sign: -9, and `9 or 8`, would be 9."""
+    return compare(str(entry["answer"]), reply, str(entry["question"])) == "right"
 
 
 def _is_a_placement(entry: Entry, reply: str) -> bool:
@@ -229,6 +264,7 @@ COMPARISONS: dict[str, Callable[[Entry, str], bool | None]] = {
     "binary_matrix": _is_the_answer,
     "spiral_matrix": _is_the_answer,
     "string_insertion": _is_the_answer,
+    "gsm_symbolic": _is_number,
     "n_queens": _is_a_placement,
     "bitwise_arithmetic": _is_equal_integer,
     "simple_integration": _is_antiderivative,

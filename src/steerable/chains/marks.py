@@ -26,9 +26,12 @@ def extract_answer(text: str) -> str:
     """
     text = after_thinking(text)
     marks = find_marks(text)
-    if closed := [mark for mark in marks if mark.content is not None]:
-        return unboxed(closed[-1].content or "")
-    return (None if marks else _stated(text)) or text.strip()
+    closed = [mark for mark in marks if mark.content is not None]
+    is_named = len(closed) == len(marks) and all(_bare(mark) in _PLACEHOLDERS for mark in closed)
+    stated = _stated(text) if is_named else None
+    if stated and not find_marks(stated):
+        return stated
+    return unboxed(closed[-1].content or "") if closed else text.strip()
 
 
 def is_marked(text: str) -> bool:
@@ -154,7 +157,25 @@ def unboxed(content: str) -> str:
 
 # --- what a sentence states ---
 
-_STATED = re.compile(r"\banswer[*_ ]{0,6}(?:(?<=[*_ ])(?:is|are)\b|:|=)[ ]{0,4}:?[ \t*_]{0,8}", re.IGNORECASE)
+_STATED = re.compile(
+    r"\banswers?[*_ ]{0,6}(?:(?<=[*_ ])(?:is|are|(?:should|must|will|would) be)\b|:|=)[ ]{0,4}"
+    r"(?:(?:therefore|thus|then|hence|simply|indeed|just|equal to)\b)?[ ]{0,4}:?[ \t*_]{0,8}"
+    r"|^[#*_> ]{1,8}(?:the |final |my ){0,2}answer[*_ ]{0,4}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+#: What gives the reason of an answer, and belongs to it no more.
+_REASON = re.compile(
+    r"(?<=\S),? (?:because|since|as (?:shown|required|desired|expected|we|it|there|above))\b"
+    r"|(?<=\S), (?:as|so|where|which|given)\b",
+    re.IGNORECASE,
+)
+#: What goes on with a formula behind it: another answer, or another number.
+_GOES_ON = re.compile(
+    r"(?:[-+*/^=<>,;]|(?:or|and|plus|minus|times|over|to)\b)[\s,]*"
+    r"(?:or|and|maybe|possibly|perhaps|else|even|also)?\s*[\d$\\]"
+    r"|\\\(|\$\d|or\b|(?:hundred|thousand|million|billion|trillion|dozen)\b",
+    re.IGNORECASE,
+)
 _FORMULA = re.compile(r"\$(?!\s)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)|\\\(((?:\\[^)]|[^\\\n])+)\\\)")
 _STOP = re.compile(r"\.(?=[*_]*(?:\s|$))")
 _LAST_WORD = re.compile(r"[A-Za-z.]*\Z")
@@ -180,19 +201,24 @@ def _stated(text: str) -> str | None:
     for anchor in reversed(list(_STATED.finditer(text))):
         end = text.find("\n", anchor.end())
         line = text[anchor.end() : len(text) if end < 0 else end]
+        if not line.strip(" *_"):
+            line = text[anchor.end() :].lstrip(" *_\n").partition("\n\n")[0]
         if not line.strip():
             continue
         formula = _FORMULA.match(line)
-        if formula is None:
-            return _sentence(line).strip().rstrip("*_").rstrip()
+        rest = _sentence(line[formula.end() :]).strip(" *_.") if formula else ""
+        if formula is None or _GOES_ON.match(rest):
+            return re.sub(r"\*\*(?=\W|$)", "", _sentence(line).strip().rstrip("*_;")).rstrip()
         answer = (formula[1] or formula[2]).strip()
-        unit = _sentence(line[formula.end() :]).strip(" *_.")
-        return f"{answer} {unit}" if unit and len(unit) < 60 and read_unit(unit) is not None else answer
+        return f"{answer} {rest}" if rest and len(rest) < 60 and read_unit(rest) is not None else answer
     return None
 
 
 def _sentence(line: str) -> str:
-    """A line up to the full stop that ends its first sentence; `Mrs.`, `p.m.` and `3.5` have inner ones."""
+    """A line up to the full stop that ends its first sentence, or to its reason; `Mrs.`, `p.m.` and `3.5` have inner
+    full stops."""
+    if reason := _REASON.search(line):
+        line = line[: reason.start()]
     for stop in _STOP.finditer(line):
         word = _LAST_WORD.search(line, max(0, stop.start() - 20), stop.start())
         before = line[max(0, stop.start() - 40) : word.start() if word else 0]
