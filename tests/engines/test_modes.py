@@ -497,6 +497,7 @@ def spelled_places(gate, row, prompt):
     return {"boundary": sorted(breaks), "thinking": thinking, "thinking | boundary": sorted({*thinking, *breaks})}[gate]
 
 
+@pytest.mark.filterwarnings("ignore:steering touched none")
 @pytest.mark.parametrize("gate", ["boundary", "thinking | boundary"])
 @pytest.mark.parametrize("name", MODES)
 def test_breaks_and_tags_of_several_tokens(twins, spelling_tokenizer, monkeypatch, name, gate):
