@@ -143,6 +143,18 @@ def test_every_token_comes_back_and_estimators_leave_massive_rows_out(smol, firs
     assert abs(cosine(st.pca(groups[0], sinks="keep").at(SITE), first[SITE])) > 0.9
 
 
+def test_of_short_texts_every_other_row_is_massive():
+    """Two tokens a text, the first of each a sink: as many massive rows as ordinary ones."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [torch.randn(8, 16, generator=generator) for _ in range(2)]
+    expected = (groups[0][1::2].double().mean(0) - groups[1][1::2].double().mean(0)).float()
+    for group in groups:
+        group[::2] += 1000.0
+    with pytest.warns(st.SteerableWarning, match="8 of 16 tokens"):
+        direction = st.difference_of_means(*groups, site=SITE)
+    torch.testing.assert_close(direction.at(SITE), expected)
+
+
 def test_relative_change_is_that_of_ordinary_tokens(smol):
     model, tokenizer = smol
     ids = tokenizer("It rains.", return_tensors="pt")["input_ids"]

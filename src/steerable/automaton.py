@@ -28,6 +28,9 @@ class Automaton:
         """Events [B, T] of the tokens ids [B, T] and the states [B] behind them; padding, where `valid` [B, T] is
         False, is passed over. state: [B] int64."""
         table = self._on.setdefault(ids.device, self.table.to(ids.device))
+        if ids.shape[1] == 1:  # a decoding step, where each operation counts
+            step = table[ids[:, 0].clamp(max=len(table) - 1), state].long()
+            return (step & 3)[:, None] * valid, torch.where(valid[:, 0], step >> 2, state)
         stay = torch.arange(table.shape[1], device=ids.device)
         events = torch.zeros_like(ids)
         for start in range(0, ids.shape[1], _COLUMNS):

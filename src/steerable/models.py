@@ -370,7 +370,11 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 def part(model: nn.Module, layer: int, path: str | None) -> nn.Module | None:
     """The module at one of the family's paths in a block; None where this block has none."""
-    block = blocks(model)[layer]
+    return part_of(blocks(model)[layer], path)
+
+
+def part_of(block: nn.Module, path: str | None) -> nn.Module | None:
+    """The module at one of the family's paths in this block; None where it has none."""
     return attrgetter(path)(block) if path is not None and _has(block, path) else None
 
 

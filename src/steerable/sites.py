@@ -162,7 +162,8 @@ class Taps:
     def __init__(self, model: nn.Module, taps: Mapping[Site, Tap]) -> None:
         for site in taps:
             check_site(model, site)
-        self.model, self.taps = model, taps
+        # in order of computation, so that an edit is seen by the sites after it
+        self.model, self.taps = model, dict(sorted(taps.items()))
         self._hooks: dict[Site, tuple[nn.Module, list[Hook]]] = {}
 
     def __enter__(self) -> Taps:
@@ -183,26 +184,29 @@ class Taps:
     def refresh(self) -> None:
         """Follow modules that were exchanged since: an adapter that is merged takes its wrappers, and the hooks on
         them, out of the model."""
-        for site in sorted(self.taps):  # in order of computation, so that an edit is seen by the sites after it
+        family, blocks = models.family(self.model), list(models.blocks(self.model))
+        for site, fn in self.taps.items():
             module, hooks = self._hooks.get(site, (None, []))
-            now = _module(self.model, site) if site.layer < models.n_layers(self.model) else None
+            now = _module(family, blocks[site.layer], site.kind) if site.layer < len(blocks) else None
             if now is not None and now is not module:
                 for hook in hooks:
                     hook.remove()
-                self._hooks[site] = now, list(_hooks(self.model, site, now, self.taps[site]))
+                self._hooks[site] = now, list(_hooks(self.model, site, now, fn))
 
 
-def _module(model: nn.Module, site: Site) -> nn.Module | None:
-    """The module whose input or output is the site."""
-    where = models.family(model)
-    path = {
-        "head_in": where.attention_out,
-        "attn_out": where.attention_added,
-        "resid_mid": where.attention_added,
-        "mlp_act": where.mlp_out,
-        "mlp_out": where.mlp_added,
-    }.get(site.kind)
-    return models.blocks(model)[site.layer] if path is None else models.part(model, site.layer, path)
+def _module(family: models.Family, block: nn.Module, kind: str) -> nn.Module | None:
+    """The module whose input or output is a block's site of this kind."""
+    match kind:
+        case "head_in":
+            return models.part_of(block, family.attention_out)
+        case "attn_out" | "resid_mid":
+            return models.part_of(block, family.attention_added)
+        case "mlp_act":
+            return models.part_of(block, family.mlp_out)
+        case "mlp_out":
+            return models.part_of(block, family.mlp_added)
+        case _:
+            return block
 
 
 def _hooks(model: nn.Module, site: Site, module: nn.Module, fn: Tap) -> Iterator[Hook]:

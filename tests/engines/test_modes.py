@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+)
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_families import VOCABULARY, tiny
@@ -23,6 +33,7 @@ from steerable.directions import Direction
 from steerable.engines.hooks import steer
 from steerable.errors import SteerableError, SteerableWarning
 from steerable.sites import Site, tap
+from steerable.think import set_think_tags
 
 OPEN, CLOSE, BREAK = 1, 2, 3
 SPOKEN = (OPEN, CLOSE, BREAK, 7, 8, 9)  # so few that beams open and close the block at different times
@@ -431,6 +442,86 @@ def test_padded_beams(twins, tokenizer):
     case = Case(llama, twin, direction, gate)
     for row, score, pad in zip(out.sequences.tolist(), out.sequences_scores.tolist(), (2, 0), strict=True):
         assert score == pytest.approx(case.log_probability(row[pad:], 8 - pad), abs=1e-3)
+
+
+def test_a_second_turn_while_another_thread_runs_the_model(twins, tokenizer):
+    """The other pass comes between the two hooks that read one pass's inputs."""
+    llama, twin = twins
+    direction = direction_for(llama)
+
+    def run_elsewhere(module, args, kwargs):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=llama, args=(prompts(),))
+            thread.start()
+            thread.join()
+
+    hook = llama.model.register_forward_pre_hook(run_elsewhere, with_kwargs=True)
+    try:
+        with steer(llama, direction, where="generated", tokenizer=tokenizer) as handle:
+            second_turn(Case(llama, twin, direction, "generated"), handle)
+    finally:
+        hook.remove()
+
+
+#: A tokenizer that spells breaks and think tags by several tokens each, some of which bring what stands beside them.
+PIECES_OF_TEXT = ("<pad>", "<", "think", ">", "</", "\n", " ", "a", ".\n", "></")
+
+
+@pytest.fixture(scope="module")
+def spelling_tokenizer():
+    words = [*PIECES_OF_TEXT, *(f"w{i}" for i in range(len(PIECES_OF_TEXT), VOCABULARY))]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    inner.pre_tokenizer = Split(Regex("</|think|<|>|\n| "), "isolated")
+    inner.decoder = Fuse()
+    spelling = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="a")
+    set_think_tags(spelling, ("<think>", "</think>"))
+    return spelling
+
+
+def spelled_places(gate, row, prompt):
+    """As `right_places`, from the text that the tokens spell."""
+    ends = [sum(len(PIECES_OF_TEXT[token]) for token in row[: i + 1]) for i in range(len(row))]
+    text = "".join(PIECES_OF_TEXT[token] for token in row)
+
+    def token_at(character):
+        return next(i for i, end in enumerate(ends) if end > character)
+
+    breaks = {token_at(m.start(1)) for m in re.finditer(r"\n *(\n)[ \n]*", text)}
+    tags = {token_at(m.end() - 1): m.group() for m in re.finditer("</?think>", text)}
+    phase, thinking = None, []
+    for place in range(len(row)):
+        if place in tags:
+            phase = tags[place]
+        elif phase == "<think>":
+            thinking.append(place)
+    return {"boundary": sorted(breaks), "thinking": thinking, "thinking | boundary": sorted({*thinking, *breaks})}[gate]
+
+
+@pytest.mark.filterwarnings("ignore:steering touched none")
+@pytest.mark.parametrize("gate", ["boundary", "thinking | boundary"])
+@pytest.mark.parametrize("name", MODES)
+def test_breaks_and_tags_of_several_tokens(twins, spelling_tokenizer, monkeypatch, name, gate):
+    mode, refused, _ = MODES[name]
+    if "boundary" in refused:
+        return
+    here = sys.modules[__name__]
+    llama, twin = twins
+    monkeypatch.setattr(here, "SPOKEN", tuple(range(1, len(PIECES_OF_TEXT))))
+    monkeypatch.setattr(here, "right_places", spelled_places)
+    monkeypatch.setattr(here, "OPEN", 3)  # completes the tag that the prompts have begun
+    monkeypatch.setattr(here, "CLOSE", 4)
+    monkeypatch.setattr(here, "BREAK", 5)
+
+    def spelled_prompts(rows=2, length=6, seed=0):
+        ids = torch.randint(1, len(PIECES_OF_TEXT), (rows, length), generator=torch.Generator().manual_seed(seed))
+        ids[:, :3], ids[0, -1] = torch.tensor([1, 2, 3]), 5
+        return ids
+
+    monkeypatch.setattr(here, "prompts", spelled_prompts)
+    torch.manual_seed(0)
+    direction = direction_for(llama)
+    with steer(llama, direction, where=gate, tokenizer=spelling_tokenizer) as handle:
+        mode(Case(llama, twin, direction, gate), handle)
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

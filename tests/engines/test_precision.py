@@ -57,6 +57,15 @@ def test_small_doses_in_bfloat16(halves, norms):
     assert heard(narrow, ids, st.Direction({SITE: vector(20.0)}, norms=norms), strength=torch.tensor([0.1]))
 
 
+@pytest.mark.parametrize("norms", [{SITE: 182.0}, {}])
+def test_the_weaker_of_two_directions_at_a_site_is_told_of_in_any_order(halves, norms):
+    _, narrow, ids = halves
+    weak, strong = (st.Direction({SITE: vector(norm)}, norms=norms) for norm in (1.0, 50.0))
+    for both in ([weak, strong], [strong, weak]):
+        (said,) = heard(narrow, ids, both)
+        assert "norm 1 is added" in said
+
+
 def test_divergence_of_a_16_bit_model_says_so(tiny_llama, tokenizer):
     import copy
 

@@ -150,7 +150,6 @@ class Handle:
         self._hears_blocks = False
         self._is_over = False
         self._is_fed = False
-        self._asked: int | None = None  # of the next pass: the last tokens whose logits are wanted
         self._fed = Count()
         self._active = False
         self._rows: Tensor | None = None
@@ -258,7 +257,7 @@ class Handle:
 
     def _before_logits(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         asked = kwargs.get("logits_to_keep")
-        self._asked = asked if isinstance(asked, int) and asked > 0 and get_ident() in self._threads else None
+        self._local.asked = asked if isinstance(asked, int) and asked > 0 else None
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if in_backward():
@@ -282,7 +281,7 @@ class Handle:
 
     def _read(self, args: Any, kwargs: Any, packed: bool) -> _Pass | None:
         """What the next pass feeds, from the inputs of the model."""
-        asked, self._asked = self._asked, None
+        asked, self._local.asked = self._local.asked, None
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = cached_tokens(cache)
@@ -445,6 +444,7 @@ class _Local(local):
 
     now: _Pass | None = None
     fed: _Pass | None = None
+    asked: int | None = None  # of the next pass: the last tokens whose logits are wanted
 
 
 class _SteeredSite:

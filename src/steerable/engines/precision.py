@@ -43,9 +43,10 @@ def rounding_watched(
     """Warn (SteerableWarning) where the relative dose of what is added lies under what the model's type resolves: at
     once where a direction knows the norm of its site, else in the first forward pass, from the norms there."""
     blocks = models.blocks(model)
-    lengths = {
-        i.site: length for i in interventions if (length := _length(i)) and is_narrow(dtype_of(blocks[i.site.layer]))
-    }
+    lengths: dict[Site, float] = {}  # of the smallest that is added at each site
+    for i in interventions:
+        if (length := _length(i)) and is_narrow(dtype_of(blocks[i.site.layer])):
+            lengths[i.site] = min(length, lengths.get(i.site, length))
     known = {
         site: norm for item in items if isinstance(item, Direction) for site, norm in item.norms.items() if norm > 0
     }
