@@ -170,7 +170,8 @@ class Direction:
 
         path = Path(path)
         if not path.is_file():
-            raise UsageError(f"there is no direction file {path}")
+            what = f"{path} is no regular file: expected a direction file" if path.exists() else None
+            raise UsageError(what or f"there is no direction file {path}")
         refuse_pointer(path)
         try:
             check_header(path)
