@@ -82,7 +82,8 @@ def measure(
     from steerable.chains.generation import Job, generate_jobs
     from steerable.chains.tasks import GYM, make_tasks
 
-    for name, value, least in (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1)):
+    counts = (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1))
+    for name, value, least in counts:
         if value is not None and value < least:
             raise UsageError(f"--{name} is {value}: expected {least} or more")
     loaded = models.load(model)
