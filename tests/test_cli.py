@@ -332,6 +332,30 @@ WRITERS = (
 )  # fmt: skip
 
 
+READERS = (
+    "run --tasks {file}.jsonl", "run --tasks {file}.json", "run --tasks {file}.csv", "validate {file}.jsonl",
+    "annotate --agreement {file}.jsonl {file}.jsonl", "train rl --recipe {file}.json", "chat 2+2? --steer {file}.pt",
+    "passk --exclude {file}.jsonl", "validate {file}.pt", "import {file}.pt", "lens {file}.pt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a Git LFS pointer"])
+@pytest.mark.parametrize("command", READERS)
+def test_what_is_no_file_is_not_read(steerable, tmp_path, monkeypatch, command, kind):
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("jsonl", "json", "csv", "pt"):
+        path = tmp_path / f"there.{suffix}"
+        if kind == "a FIFO":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")  # which never ends
+        else:
+            path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 7\n")
+    said = steerable(*command.format(file=tmp_path / "there").split())
+    assert_refused(said, 2, "there.")
+    assert kind in said.err or "no regular file" in said.err
+
+
 @pytest.mark.parametrize("command", WRITERS)
 def test_out_that_is_no_file_is_left_alone(steerable, tmp_path, command):
     file = direction(tmp_path, width=192)
