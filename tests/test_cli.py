@@ -98,6 +98,10 @@ def test_as_a_module():
         ("select --layers 6", "--layers is 6, but pocket has layers 0 to 5"),
         ("run --seed -1", "--seed is -1"),
         ("run --sweep a", "--sweep is 'a'"),
+        ("pocket measure --tasks 0", "--tasks is 0: expected 1 or more"),
+        ("pocket measure --samples 0", "--samples is 0: expected 1 or more"),
+        ("pocket measure --deep -1", "--deep is -1: expected 0 or more"),
+        ("pocket measure --workers -1", "--workers is -1: expected 1 or more"),
         ("run --dtype int", "unknown dtype 'int'"),
         ("run --device moon", "cannot use the device 'moon'"),
         ("run --model {tmp}/nowhere", "nowhere'; give 'pocket', a folder or a hub name"),
@@ -203,6 +207,7 @@ def direction(folder, width=192, layer=2, **more):
     ("arguments", "code", "text"),
     [
         ("--steer {tmp}/none.safetensors", 2, "there is no direction file"),
+        ("--steer {tmp}/narrow", 2, "narrow is no regular file: expected a direction file"),
         ("--steer {tmp}/text.safetensors", 1, "is not a sound safetensors file"),
         ("--steer {tmp}/narrow/d.safetensors", 2, "has width 64, but the model's width there is 192"),
         ("--steer {tmp}/deep/d.safetensors", 2, "layer"),
@@ -224,6 +229,11 @@ def test_chat_refuses_before_it_says_anything(steerable, tmp_path, arguments, co
     direction(tmp_path / "deep", layer=6)
     said = steerable("chat", "What is 2 + 2?", *arguments.format(tmp=tmp_path).split())
     assert_refused(said, code, text)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_chat_about_nothing(steerable, prompt):
+    assert_refused(steerable("chat", prompt, "--max-new-tokens", 2), 2, "the prompt is empty")
 
 
 def test_a_direction_of_another_model_is_a_warning(steerable, tmp_path):
@@ -320,6 +330,30 @@ WRITERS = (
     "export {file} --to svec", "export {file} --to peft-beft --model-type llama", "export {file} --to checkpoint "
     "--model pocket", "probe",
 )  # fmt: skip
+
+
+READERS = (
+    "run --tasks {file}.jsonl", "run --tasks {file}.json", "run --tasks {file}.csv", "validate {file}.jsonl",
+    "annotate --agreement {file}.jsonl {file}.jsonl", "train rl --recipe {file}.json", "chat 2+2? --steer {file}.pt",
+    "passk --exclude {file}.jsonl", "validate {file}.pt", "import {file}.pt", "lens {file}.pt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a Git LFS pointer"])
+@pytest.mark.parametrize("command", READERS)
+def test_what_is_no_file_is_not_read(steerable, tmp_path, monkeypatch, command, kind):
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("jsonl", "json", "csv", "pt"):
+        path = tmp_path / f"there.{suffix}"
+        if kind == "a FIFO":
+            os.mkfifo(path)
+        elif kind == "a device":
+            path.symlink_to("/dev/zero")  # which never ends
+        else:
+            path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 7\n")
+    said = steerable(*command.format(file=tmp_path / "there").split())
+    assert_refused(said, 2, "there.")
+    assert kind in said.err or "no regular file" in said.err
 
 
 @pytest.mark.parametrize("command", WRITERS)

@@ -161,6 +161,10 @@ def test_pipes_in_a_run_folder_are_refused_and_not_waited_for(tmp_path):
         folder.run_stage("stage", [], {}, ["out.txt"], lambda partial: None)
     with pytest.raises(UsageError, match=r"in\.txt is a FIFO"):
         folder.run_stage("stage", ["in.txt"], {}, ["other"], lambda partial: None)
+    (tmp_path / "stages").mkdir()
+    os.mkfifo(tmp_path / "stages/stage.json")
+    with pytest.raises(UsageError, match=r"stage\.json is a FIFO"), folder.locked():
+        pass
 
 
 # --- hashes ---

@@ -261,6 +261,20 @@ def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
     assert_same(copy, finished)
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "sentence"),
+    [
+        ("report", {"seed": 3}, "--seed changes nothing in stage 'report', as stage 'tasks' depends on it"),
+        ("generate", {"limit": 2}, "--limit changes nothing in stage 'generate', as stage 'tasks' depends on it"),
+        ("extract", {"greedy": True}, "--greedy changes nothing in stage 'extract', as stage 'generate' depends on it"),
+    ],
+)
+def test_a_setting_that_only_earlier_stages_depend_on(copy, finished, stage, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        pipeline.run(copy, stage=stage, fresh=False, **settings)
+    assert_same(copy, finished)
+
+
 def test_another_choice_leaves_nothing_of_the_former(copy):
     former = {path.name for path in (copy / "vectors/random").iterdir()}
     chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)

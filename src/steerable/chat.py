@@ -72,6 +72,8 @@ def chat(
         raise UsageError("--strength, --layers and --where need a direction file: give one with --steer")
     if strength is not None and not math.isfinite(strength):
         raise UsageError(f"--strength is {strength}: expected a finite number")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty: write one in quotes")
     direction = None if steer is None else Direction.load(steer)
     wanted = parse_layers(layers)
     loaded = models.load(model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import SteerableError, UsageError
-from .files import check_header, refuse_pointer, strict_json, write_atomic
+from .files import check_header, refuse_stand_in, strict_json, write_atomic
 from .gates import parse_selector
 from .sites import Site
 
@@ -170,8 +170,9 @@ class Direction:
 
         path = Path(path)
         if not path.is_file():
-            raise UsageError(f"there is no direction file {path}")
-        refuse_pointer(path)
+            what = f"{path} is no regular file: expected a direction file" if path.exists() else None
+            raise UsageError(what or f"there is no direction file {path}")
+        refuse_stand_in(path)
         try:
             check_header(path)
             with safe_open(str(path), framework="pt") as file:

@@ -149,11 +149,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def refuse_pointer(path: str | Path) -> None:
-    """Raises UsageError for a Git LFS pointer: the note that stands for a file which was not fetched."""
+def refuse_stand_in(path: str | Path) -> None:
+    """Raises UsageError for what is no file's content: a Git LFS pointer, the note that stands for a file which was not
+    fetched; and a FIFO, a socket or a device, of which reading may never end."""
     try:
-        if not Path(path).is_file():
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
             return
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"{path} is {_kind(mode)}: expected a regular file")
         with open(path, "rb") as file:
             is_pointer = file.read(len(_LFS)) == _LFS
     except OSError:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .files import refuse_pointer
+from .files import refuse_stand_in
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
     except Exception as error:  # foreign files: the libraries that read them raise what they like
         for file in sorted(Path(source).glob("*")):
-            refuse_pointer(file)
+            refuse_stand_in(file)
         known_as = "is not a loadable model folder"
         what = known_as if Path(source).exists() else "is neither a folder nor a known model"
         raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from steerable import annotation, plan, stages
 from steerable.chains.records import STEERABLE, Record, read_jsonl
-from steerable.config import Config, from_dict
+from steerable.config import Config, flag, from_dict
 from steerable.display import Display
 from steerable.errors import UsageError
 from steerable.files import sha256, sha256_of
@@ -217,6 +217,19 @@ STAGES = (
 )  # fmt: skip
 
 
+def _refuse_settings_of_earlier(stage: str, changed: set[str]) -> None:
+    """Raises UsageError for a changed setting on which only earlier stages depend: their results would stay as they
+    are, and config.json and the report would say something else of them."""
+    names = [s.name for s in STAGES]
+    used = STAGES[names.index(stage)].settings.split()
+    for earlier in STAGES[: names.index(stage)]:
+        if unused := sorted((changed & set(earlier.settings.split())) - set(used)):
+            raise UsageError(
+                f"{flag(unused[0])} changes nothing in stage {stage!r}, as stage {earlier.name!r} depends on it: give "
+                f"it to `steerable {earlier.name}`, or to `steerable run`, which does all stages that depend on it"
+            )
+
+
 def run(
     out: str | Path,
     *,
@@ -252,6 +265,8 @@ def run(
     config = from_dict({**kept, **settings}, from_file=kept.keys() - settings.keys())
     config = config.quick() if quick else config
     folder.refuse_other("run", config.model, config.revision, overwrite)
+    if stage is not None and kept:
+        _refuse_settings_of_earlier(stage, {name for name in settings if kept.get(name) != getattr(config, name)})
     current = Run(folder, config, workers, ray, display or Display(quiet=True))
     # Wrong settings, an unusable model and missing inputs are refused before anything is written.
     folder.key(steps[0].name, steps[0].inputs, current.settings(steps[0]))

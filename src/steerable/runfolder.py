@@ -116,7 +116,7 @@ class RunFolder:
     def _warn_of_older_stages(self) -> None:
         for stamp in sorted((self / "stages").glob("*.json")):
             with suppress(OSError, ValueError, TypeError):
-                if "hashes" not in json.loads(stamp.read_text()):
+                if "hashes" not in json.loads(file_target(stamp).read_text()):
                     warnings.warn(
                         f"{self.root} was made by an earlier release, whose hashes were not those of sha256sum: every "
                         "stage that is asked for is done again, and `steerable run` does all of them",
@@ -138,7 +138,7 @@ class RunFolder:
     def finished(self, stage: str, key: str) -> bool:
         """Whether the stage was done with this key and its outputs are still what it wrote."""
         try:
-            content = json.loads((self / f"stages/{stage}.json").read_text())
+            content = json.loads(file_target(self / f"stages/{stage}.json").read_text())
             return content["key"] == key and all(
                 self._digest(name) == digest for name, digest in content["outputs"].items()
             )
@@ -198,7 +198,7 @@ class RunFolder:
     def _note_time(self, stage: str, seconds: float) -> None:
         path = self / "timings.json"
         try:
-            stages = dict(json.loads(path.read_text())["stages"])
+            stages = dict(json.loads(file_target(path).read_text())["stages"])
         except (OSError, ValueError, KeyError, TypeError):
             stages = {}
         stages[stage] = round(seconds, 2)

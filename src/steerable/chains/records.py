@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steerable.errors import SteerableError, UsageError
-from steerable.files import refuse_pointer, write_atomic
+from steerable.files import refuse_stand_in, write_atomic
 
 Record = dict[str, Any]
 Kind = Literal["task", "chain", "span"]
@@ -51,7 +51,7 @@ def read_jsonl(path: str | Path, kind: Kind | None = None) -> list[Record]:
     file, a line that is no JSON object, and a record with a missing or ill-typed key. A span file may be
     empty: a chain need not show any behaviour.
     """
-    refuse_pointer(path)
+    refuse_stand_in(path)
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from steerable.chains.records import read_jsonl
 from steerable.errors import SteerableError, UsageError
+from steerable.files import refuse_stand_in
 
 Row = Mapping[str, Any]
 
@@ -71,6 +72,7 @@ def read_rows(place: str, options: Mapping[str, str]) -> tuple[Iterable[Row], st
 
 def _json(path: Path) -> list[Row]:
     """A JSON array of objects, an object that holds one (`{"data": [...]}`), or JSON lines in spite of the name."""
+    refuse_stand_in(path)
     try:
         found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError):
@@ -86,6 +88,7 @@ def _json(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
+    refuse_stand_in(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)

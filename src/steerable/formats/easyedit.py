@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import refuse_pointer, strict_json
+from ..files import refuse_stand_in, strict_json
 from ..sites import Site
 from .foreign import MAX_BYTES, Found, NeedsChoice, Options, plain, same_width, vector
 from .torch_files import load
@@ -62,7 +62,7 @@ def _rotalabs(folder: Path) -> dict[str, Any] | None:
 def _load(path: Path) -> Tensor:
     if path.stat().st_size > MAX_BYTES:
         raise UsageError(f"its {path.name} is too large for a vector")
-    refuse_pointer(path)
+    refuse_stand_in(path)
     found = load(path.read_bytes())
     if isinstance(found, Tensor) and found.dim() == 2 and len(found) > 1:
         raise UsageError(f"its {path.name} holds {len(found)} concepts: save the row of one as layer_<i>.pt [d]")

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import directions
 from ..directions import Direction
 from ..errors import SteerableError, SteerableWarning, UsageError
-from ..files import file_target, refuse_pointer, sha256
+from ..files import file_target, refuse_stand_in, sha256
 from . import easyedit, gguf, lm_eval, peft, research, safetensors_files, svec, torch_files
 from .foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text, warn
 
@@ -187,7 +187,7 @@ def _read(path: Path, options: Options) -> Found:
         return _read_folder(path, options)
     if not path.is_file():
         raise UsageError("it is no regular file" if path.exists() else "there is no such file")
-    refuse_pointer(path)
+    refuse_stand_in(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UsageError(f"it has {size / 2**30:.1f} GiB: that is a model, no vector file")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import check_header, refuse_pointer, strict_json
+from ..files import check_header, refuse_stand_in, strict_json
 from ..sites import Site
 from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
 
@@ -26,7 +26,7 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors. Raises UsageError for a file that is not sound."""
     from safetensors import SafetensorError, safe_open
 
-    refuse_pointer(path)
+    refuse_stand_in(path)
     try:
         check_header(path)
         with safe_open(str(path), framework="pt") as file:

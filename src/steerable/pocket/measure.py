@@ -11,6 +11,7 @@ from typing import Any
 
 from steerable.chains.records import LABELS, STEERABLE, Record
 from steerable.display import Display
+from steerable.errors import UsageError
 from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
 from steerable.evals.metrics import measure as measure_chains
@@ -81,13 +82,17 @@ def measure(
     from steerable.chains.generation import Job, generate_jobs
     from steerable.chains.tasks import GYM, make_tasks
 
+    counts = (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1))
+    for name, value, least in counts:
+        if value is not None and value < least:
+            raise UsageError(f"--{name} is {value}: expected {least} or more")
     loaded = models.load(model)
     display = display or Display(quiet=True)
     jobs, asked = [], []
     for family in FAMILIES:
         drawn = make_tasks(f"{GYM}:{family}", tasks, seed)
         asked += drawn
-        cut = len(drawn) if deep is None else max(0, deep)
+        cut = len(drawn) if deep is None else deep
         parts = (drawn[:cut], range(samples)), (drawn[cut:], range(min(samples, FEW)))
         jobs += [Job(part, numbers) for part, numbers in parts if part]
     display.start("measure", sum(len(job.tasks) * len(job.samples) for job in jobs))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from steerable.config import ANNOTATORS, Annotator, check_names, check_positive, check_types, flag, option
 from steerable.errors import UsageError
+from steerable.files import refuse_stand_in
 
 METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
 REWARDS = ("correct", "format", "random")
@@ -221,6 +222,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     known = recipes()
     if name in known:
         return {key: value for key, value in known[name].items() if key != "about"}
+    refuse_stand_in(name)
     try:
         found = json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -28,7 +28,7 @@ from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.spans import owners
 from steerable.errors import SteerableError, UsageError
-from steerable.files import check_header, refuse_pointer, strict_json, write_atomic
+from steerable.files import check_header, refuse_stand_in, strict_json, write_atomic
 from steerable.models import Loaded
 
 FORMAT, VERSION = "steerable.probe", "1"
@@ -143,7 +143,7 @@ class Probe:
 
         if not Path(path).is_file():
             raise UsageError(f"there is no probe file {path}")
-        refuse_pointer(path)
+        refuse_stand_in(path)
         try:
             check_header(path)
             with safe_open(str(path), framework="pt") as file:
