@@ -18,7 +18,7 @@ from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.config import Config
 from steerable.directions import Direction
 from steerable.errors import SteerableError, UsageError
-from steerable.runfolder import RunFolder, read_json
+from steerable.runfolder import RunFolder, read_json, write_json
 
 # For every line of JSON [stage, file, *arguments], runs the command line in a process of its own, which says its id and
 # waits before that file of that stage gets its name. The processes are forked from one that has done the imports.
@@ -464,6 +464,49 @@ def test_a_damaged_input_is_named(copy, steerable, name, text):
     stage = {"spans.jsonl": "extract", "attribution.json": "select", "selection.json": "steer"}[name]
     said = steerable(stage, "--out", copy)
     assert said.code == 2 and text in said.err and name in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        *(("selection.json", text, "holds no JSON object") for text in ("[]", "null", "3")),
+        ("selection.json", "{}", "holds no behaviour"),
+        ("selection.json", '{"../../../evil": {}}', "is unsound at '../../../evil'"),
+        *((f"{name}.json", "[]", "holds no JSON object") for name in ("attribution", "cosines", "norms", "coverage")),
+        ("attribution.json", "{}", "run `steerable select` again"),
+        ("cells.json", "{}", "holds no JSON array"),
+    ],
+)
+def test_json_of_another_shape_is_named(copy, steerable, name, text, sentence):
+    (copy / name).write_text(text)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for stage in ("steer", "evaluate", "report") if name == "selection.json" else ("report",):
+        said = steerable(stage, "--out", copy)
+        assert said.code == 2 and sentence in said.err and name in said.err and said.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("window", "../../../../etc"), ("window", {}), ("baseline", 3), ("layer", "4"), ("layer", None), ("layers", []),
+     ("layers", 3), ("strength", "1"), ("strength", None), ("strength", 0), ("candidates", 3), ("rule", None)],
+)  # fmt: skip
+def test_a_selection_that_select_did_not_write(copy, steerable, key, value):
+    chosen = read_json(copy / "selection.json")
+    behaviour = next(iter(chosen))
+    chosen[behaviour][key] = value
+    write_json(copy / "selection.json", chosen)
+    for stage in ("steer", "evaluate", "report"):
+        said = steerable(stage, "--out", copy)
+        assert said.code == 2 and f"is unsound at {behaviour!r}" in said.err and said.err.count("\n") == 1
+
+
+def test_the_windows_of_attribution_and_selection_differ(copy, steerable):
+    chosen = next(iter(read_json(copy / "selection.json").values()))["window"]
+    other = next(window for window in ("published", "onset") if window != chosen)
+    assert steerable("attribute", "--window", other, "--out", copy).code == 0
+    said = steerable("report", "--out", copy)
+    assert said.code == 2 and "run `steerable select` again" in said.err and said.err.count("\n") == 1
 
 
 def test_wrong_arguments_of_the_function(tmp_path):

@@ -28,6 +28,8 @@ from steerable.files import sha256 as sha256
 _LAYOUT = 2
 """Part of every stage's key, raised when what a folder's files hold changes: 2, chains keep their token ids."""
 
+_JSON = {dict: "object", list: "array"}
+
 
 def write_json(path: Path, value: Any) -> Path:
     """Write a JSON document, whole or not at all; equal values give equal bytes. Raises SteerableError for what JSON
@@ -39,14 +41,17 @@ def write_json(path: Path, value: Any) -> Path:
     return write_atomic(path, text.encode("utf-8", "backslashreplace") + b"\n")  # a lone surrogate as JSON escapes it
 
 
-def read_json(path: Path) -> Any:
-    """Raises UsageError naming the file where it is missing or broken."""
+def read_json(path: Path, kind: type[dict[Any, Any]] | type[list[Any]] | None = None) -> Any:
+    """Raises UsageError naming the file where it is missing or broken, or holds another kind of value (dict, list)."""
     try:
-        return strict_json(file_target(path).read_text(encoding="utf-8"))
+        value = strict_json(file_target(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: run the stage that writes it first, or `steerable run`") from None
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON ({error}): delete it and run the same command again") from None
+    if kind is not None and not isinstance(value, kind):
+        raise UsageError(f"{path} holds no JSON {_JSON[kind]}: delete it and run the same command again")
+    return value
 
 
 def _same_model(a: str, b: str) -> bool:

@@ -13,7 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from steerable.chains.records import STEERABLE
+from steerable.chains.windows import WINDOWS
+from steerable.config import BASELINES
+from steerable.errors import UsageError
+from steerable.runfolder import read_json
 
 RULE = (
     "candidates: largest exact effect away from the edges, for every window; choice: largest fraction at +1 "
@@ -21,6 +28,32 @@ RULE = (
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
 STRENGTHS = (1.0, 0.5, 0.25)  # those tried, as far as the candidates loop at the one before
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """A run's selection.json. Raises UsageError where it is not what `select` writes: its words become file names."""
+    selection = read_json(path, dict)
+    if unsound := [b for b, chosen in selection.items() if not (b in STEERABLE and _is_sound(chosen))]:
+        raise UsageError(f"{path} is unsound at {unsound[0]!r}: delete it and run `steerable select` again")
+    if not selection:
+        raise UsageError(f"{path} holds no behaviour: delete it and run `steerable select` again")
+    return dict(selection)
+
+
+def _is_sound(chosen: Any) -> bool:
+    return (
+        isinstance(chosen, dict)
+        and chosen.get("window") in list(WINDOWS)
+        and chosen.get("baseline") in BASELINES
+        and isinstance(layers := chosen.get("layers"), list)
+        and bool(layers)
+        and all(type(layer) is int and layer >= 0 for layer in [chosen.get("layer"), *layers])
+        and type(strength := chosen.get("strength", 1.0)) in (int, float)
+        and strength > 0
+        and isinstance(chosen.get("rule"), str)
+        and isinstance(candidates := chosen.get("candidates"), list)
+        and all(isinstance(candidate, dict) for candidate in candidates)
+    )
 
 
 def interior(layers: int) -> range:

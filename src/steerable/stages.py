@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerable import annotation, experiment, plan
+from steerable import annotation, experiment, plan, selection
 from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
 from steerable.config import Config
 from steerable.errors import SteerableError, SteerableWarning, UsageError
@@ -180,11 +180,10 @@ def _windows(config: Config) -> list[str]:
 
 def select(run: Run, partial: Path) -> None:
     """Window and layer of every behaviour, by attribution and validation (`selection.py`), and its controls."""
-    from steerable import selection as rules
     from steerable.directions import Direction
 
     c = run.config
-    measured_windows = read_json(run.folder / "attribution.json")
+    measured_windows = read_json(run.folder / "attribution.json", dict)
     effects = {window: effect for window, effect in measured_windows.items() if window in _windows(c)}
     if not effects:
         raise UsageError(
@@ -195,7 +194,7 @@ def select(run: Run, partial: Path) -> None:
     for b in [b for b in STEERABLE if all(b in effect for effect in effects.values())]:
         for window, effect in effects.items():
             curve = effect[b]["exact"]["mean"]
-            tried = rules.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
+            tried = selection.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
             candidates.setdefault(b, []).extend(
                 {"window": window, "baseline": c.baseline, "layer": layer, "exact": curve[layer]} for layer in tried
             )
@@ -211,16 +210,16 @@ def select(run: Run, partial: Path) -> None:
     chosen = {}
     shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
     for b, found in validated.items():
-        best, rule, passed = rules.pick(found, unsteered)
+        best, rule, passed = selection.pick(found, unsteered)
         if c.chosen_layer is not None:
-            rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == rules.RULE else f"; {rule}")
+            rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
         if not passed:
             warnings.warn(f"{b}: {rule}", SteerableWarning, stacklevel=2)
         direction = Direction.load(run.folder / plan.candidate_path(best["window"], best["baseline"], b))
         selected = replace(direction.only([best["layer"]]), strength=best["strength"])
         chosen[b] = {
             "layer": best["layer"],
-            "layers": list(rules.interior(layers)),
+            "layers": list(selection.interior(layers)),
             "window": best["window"],
             "baseline": best["baseline"],
             "strength": best["strength"],
@@ -241,12 +240,11 @@ def _validated(
 ) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
     """What each candidate of each behaviour did on the validation tasks, at strength 1 and, as long as all of them
     loop, at weaker ones; and the accuracy of the unsteered model."""
-    from steerable import selection as rules
 
     tried: dict[str, list[dict[str, Any]]] = {b: [] for b in candidates}
     base: dict[str, Any] = {}
-    for size in rules.STRENGTHS:
-        left = {b: found for b, found in candidates.items() if not any(map(rules.does_not_loop, tried[b]))}
+    for size in selection.STRENGTHS:
+        left = {b: found for b, found in candidates.items() if not any(map(selection.does_not_loop, tried[b]))}
         if not left:
             break
         cells = [cell for cell in plan.validation_cells(run.config, left, size) if cell.strength or not base]
@@ -279,7 +277,7 @@ def _first(value: list[float] | None) -> float | None:
 
 def steer(run: Run, partial: Path) -> None:
     """The evaluation tasks in every cell of the plan."""
-    cells = plan.evaluation_cells(run.config, read_json(run.folder / "selection.json"))
+    cells = plan.evaluation_cells(run.config, selection.read(run.folder / "selection.json"))
     pieces = partial / "steered"
     files = {c.name: pieces / f"{c.name}.jsonl" for c in cells}
     experiment.generate_cells(run, cells, "evaluation", files, partial)
@@ -291,7 +289,7 @@ def evaluate(run: Run, partial: Path) -> None:
     """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
     cells = []
     spans = partial / "steered_spans"
-    for cell in plan.evaluation_cells(run.config, read_json(run.folder / "selection.json")):
+    for cell in plan.evaluation_cells(run.config, selection.read(run.folder / "selection.json")):
         path = run.folder / f"steered/{cell.name}.jsonl"
         measured = experiment.measure(run, path, "evaluation", spans / path.name)
         measured["kl"] = experiment.divergence(run, cell, path)

@@ -8,10 +8,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from steerable import models, plan
+from steerable import selection as rules
 from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.directions import Direction
+from steerable.errors import UsageError
 from steerable.lens import lens
 from steerable.runfolder import read_json, sha256
 
@@ -34,23 +36,28 @@ _PACKAGES = ("steerable", "torch", "transformers", "reasoning-gym", "numpy", "sa
 def assemble(run: Run) -> dict[str, Any]:
     """Gather everything that the stages measured. Nothing in it depends on the time or the machine's speed."""
     folder = run.folder
-    selection = read_json(folder / "selection.json")
-    effects = read_json(folder / "attribution.json")
-    cosines = read_json(folder / "cosines.json")
+    selection = rules.read(folder / "selection.json")
+    effects = read_json(folder / "attribution.json", dict)
+    cosines = read_json(folder / "cosines.json", dict)
+    if lost := [b for b, chosen in selection.items() if b not in (effects.get(chosen["window"]) or {})]:
+        raise UsageError(
+            f"{folder / 'attribution.json'} lacks {lost[0]} in the window {selection[lost[0]]['window']!r}, which "
+            "selection.json names: run `steerable select` again"
+        )
     return {
         "config": run.config.to_dict(),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "model": _model(run),
         "hashes": {name: sha256(folder / name) for name in _HASHED}
         | {plan.selected_path(b): sha256(folder / plan.selected_path(b)) for b in selection},
-        "coverage": read_json(folder / "coverage.json"),
-        "norms": read_json(folder / "norms.json"),
+        "coverage": read_json(folder / "coverage.json", dict),
+        "norms": read_json(folder / "norms.json", dict),
         "cosines": {"selected": _cosines(run, selection), **cosines},
         "attribution": {b: effects[chosen["window"]][b] for b, chosen in selection.items()},
         "attribution_by_window": effects,
         "selection": selection,
         **({"missing": missing} if (missing := _missing(run, selection)) else {}),
-        "cells": read_json(folder / "cells.json"),
+        "cells": read_json(folder / "cells.json", list),
         "examples": [
             example for b, chosen in selection.items() if (example := _example(run, b, chosen.get("strength", 1.0)))
         ],
