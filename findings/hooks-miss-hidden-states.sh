@@ -15,8 +15,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet torch==2.13.0 --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ||
-    "$work/venv/bin/pip" install --quiet torch==2.13.0
+"$work/venv/bin/pip" install --quiet torch==2.13.0
 "$work/venv/bin/pip" install --quiet transformers==5.19.0
 "$work/venv/bin/python" - <<'PYTHON'
 import torch

@@ -78,12 +78,12 @@ _FUNCTIONS = frozenset(
         *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
     )
 )
-#: Letters that are functions or tables for sympy, not variables: `N(pi, 10**9)` would compute digits for hours.
+#: Letters that are functions or tables for sympy, not variables: some compute as many digits as they are asked for.
 _TAKEN = frozenset("NOQS")
-#: 1e999999999 is short to write and long to print.
+#: A number in scientific notation is short to write and may be long to print.
 _EXPONENT = re.compile(r"[\d.][A-Za-z]")
 _POWER = re.compile(r"(\)?)\s*(?:\*\*|\^)\s*(?:(\d+)|\(\s*-?\s*(\d+)\s*(?:/\s*\d+\s*)?\))?")
-# A tower such as 9**9**9 nests to the right, so the product of its exponents says nothing about its size.
+# A tower of powers nests to the right, so the product of its exponents says nothing about its size.
 _TOWER = re.compile(_POWER.pattern + r"\s*(?:\*\*|\^)")
 
 
@@ -128,7 +128,7 @@ def _is_proposition(entry: Entry, reply: str) -> bool:
 
 
 def _is_short_walk(entry: Entry, reply: str) -> bool:
-    """Moves with a count (`U999999999`, `A+999999999`) are done one by one."""
+    """Moves with a count (`U3`, `A+3`) are done one by one."""
     counts = re.findall(r"\d+", reply)
     return all(len(count) <= 3 for count in counts) and sum(map(int, counts)) <= 1000
 
