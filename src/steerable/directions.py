@@ -170,8 +170,9 @@ class Direction:
 
         path = Path(path)
         if not path.is_file():
-            what = f"{path} is no regular file: expected a direction file" if path.exists() else None
-            raise UsageError(what or f"there is no direction file {path}")
+            raise UsageError(
+                f"there is no direction file {path}" + (": it is no regular file" if path.exists() else "")
+            )
         refuse_stand_in(path)
         try:
             check_header(path)
