@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from steerable import models
 from steerable.chains.windows import AlignedChain, TokenSpan
+from steerable.models import loading as models
 
 LABELS = (
     "initializing",

@@ -171,10 +171,10 @@ def do(out: Path, name: str) -> None:
 def do_training(out: Path, name: str, job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from steerable.runfolder import RunFolder
-    from steerable.train.judged import report
-    from steerable.train.rl import open_model, train_and_judge
-    from steerable.train.settings import from_dict
+    from steerable.jobs.judged import report
+    from steerable.methods.train.rl import open_model, train_and_judge
+    from steerable.methods.train.settings import from_dict
+    from steerable.store.run_folder import RunFolder
 
     torch.set_num_threads(1)
     settings = {key: value for key, value in job.items() if key not in ("tuned", "needs")}
@@ -237,13 +237,14 @@ def do_controls(out: Path, name: str, seed: int) -> dict[str, Any]:
 
     import torch
 
-    from steerable import Direction, models
-    from steerable.arms import Arm
+    from steerable import Direction
     from steerable.evals.cells import measure_cell
-    from steerable.lens import lens
-    from steerable.runfolder import RunFolder, read_json
-    from steerable.train.judged import DECODINGS, answer, measured
-    from steerable.train.settings import from_dict
+    from steerable.evals.logit_lens import lens
+    from steerable.jobs.arms import Arm
+    from steerable.jobs.judged import DECODINGS, answer, measured
+    from steerable.methods.train.settings import from_dict
+    from steerable.models import loading as models
+    from steerable.store.run_folder import RunFolder, read_json
 
     torch.set_num_threads(1)
     trained = out / f"bias-{seed}"
@@ -277,7 +278,7 @@ def do_passk(out: Path) -> dict[str, Any]:
     """pass@k of the base and three arms: 40 tasks that no arm was trained on, 64 samples each."""
     import torch
 
-    from steerable.elicitation import passk
+    from steerable.jobs.elicitation import passk
 
     torch.set_num_threads(1)
     arms = {"bias": "bias-0/bias.safetensors", "full": "full-0/model", "lora": "lora-0/adapter"}

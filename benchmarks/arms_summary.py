@@ -156,8 +156,9 @@ def _interval(arm: np.ndarray, figure: Any, draws: Sequence[Any], *others: np.nd
 
 def _vectors(path: Path, run: Path) -> dict[str, Any]:
     """Norms, top tokens, and the cosine with each behaviour's difference of means at the same layer."""
-    from steerable import Direction, models
-    from steerable.lens import lens
+    from steerable import Direction
+    from steerable.evals.logit_lens import lens
+    from steerable.models import loading as models
 
     trained, loaded = Direction.load(path), models.load("pocket")
     found: dict[str, Any] = {

@@ -17,11 +17,11 @@ import argparse
 import torch
 from annotated import LABELS, interleaved, load, make_chains, report
 
-from steerable import models
-from steerable.attribution import METRICS, attribute
-from steerable.directions import Direction
-from steerable.queries import Queries
-from steerable.sites import Site
+from steerable.evals.attribution import METRICS, attribute
+from steerable.models import loading as models
+from steerable.models.queries import Queries
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 BEHAVIOURS = LABELS[2:]
 

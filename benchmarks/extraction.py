@@ -16,8 +16,8 @@ import resource
 import torch
 from annotated import LABELS, interleaved, load, make_chains, report
 
-from steerable.capture import length_batches, pad, stream
-from steerable.estimators.span_means import span_means
+from steerable.engines.activations import length_batches, pad, stream
+from steerable.methods.span_statistics import span_means
 
 
 def peak_mebibytes(model_name: str, chains: int) -> float:

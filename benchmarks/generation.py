@@ -29,10 +29,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import steerable as st
 from steerable.chains.generation import prompt_ids, request_seed
 from steerable.chains.tasks import make_tasks
-from steerable.engines.transformers import Completion, Request, generate
-from steerable.errors import UsageError
-from steerable.interventions import shift
-from steerable.sites import Site
+from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.steering.maps import shift
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
 BATCH = 64

@@ -58,7 +58,7 @@ def main() -> None:
 def measured(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
-    from steerable import models
+    from steerable.models import loading as models
 
     torch.set_num_threads(options.threads)
     loaded = models.load(options.model, device="cpu")
@@ -80,7 +80,7 @@ def loaded_only(loaded: Any, options: argparse.Namespace) -> None:
 
 def generation(loaded: Any, options: argparse.Namespace) -> None:
     from steerable.chains.generation import prompt_ids
-    from steerable.engines.transformers import Request, generate
+    from steerable.engines.hf.generation import Request, generate
 
     prompt = prompt_ids(loaded.tokenizer, PROMPT)
     loaded.model.generation_config.eos_token_id = None  # go on to the end
@@ -103,7 +103,7 @@ def annotated(options: argparse.Namespace) -> Any:
 def means(loaded: Any, options: argparse.Namespace) -> Any:
     from annotated import LABELS
 
-    from steerable.estimators.span_means import span_means
+    from steerable.methods.span_statistics import span_means
 
     return span_means(loaded.model, [annotated(options)], LABELS, shuffles=1)
 
@@ -113,10 +113,10 @@ def attribution(*metrics: str) -> Callable[[Any, argparse.Namespace], None]:
         import torch
         from annotated import LABELS
 
-        from steerable import models
-        from steerable.attribution import attribute
-        from steerable.directions import Direction
-        from steerable.sites import Site
+        from steerable.evals.attribution import attribute
+        from steerable.models import loading as models
+        from steerable.steering.direction import Direction
+        from steerable.steering.site import Site
 
         generator = torch.Generator().manual_seed(0)
         sites = [Site("resid_post", layer) for layer in range(models.n_layers(loaded.model))]

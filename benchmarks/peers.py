@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from annotated import RESULTS
 
-from steerable import models
 from steerable.chains.windows import align_chain
-from steerable.pocket.language import BEHAVIOURS, annotate
-from steerable.pocket.recipe import prompt_text, training_chain
+from steerable.models import loading as models
+from steerable.models.pocket.language import BEHAVIOURS, annotate
+from steerable.models.pocket.recipe import prompt_text, training_chain
 
 WORKER = Path(__file__).parent / "peers" / "worker.py"
 PACKAGES = {"repeng": "repeng==0.4.0", "steering_vectors": "steering-vectors==0.12.2", "nnsight": "nnsight==0.8.1"}

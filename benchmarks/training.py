@@ -71,13 +71,13 @@ def one_step(
     """Two steps; the second is measured, when everything has been warmed up."""
     from steerable.chains.generation import prompt_text
     from steerable.chains.tasks import make_tasks
-    from steerable.train import loop
-    from steerable.train.journal import own_callbacks
-    from steerable.train.parameters import attach
-    from steerable.train.rewards import reward
-    from steerable.train.rl import open_model
-    from steerable.train.settings import RLSettings
-    from steerable.train.trainer import VectorTrainer
+    from steerable.methods.train import loop
+    from steerable.methods.train.journal import own_callbacks
+    from steerable.methods.train.parameters import attach
+    from steerable.methods.train.rewards import reward
+    from steerable.methods.train.rl import open_model
+    from steerable.methods.train.settings import RLSettings
+    from steerable.methods.train.trainer import VectorTrainer
 
     s = RLSettings(model=args.model, method=method, steps=2, learning_rate=IDLE, save_every=100, seed=turn,
                    generation=engine)  # fmt: skip

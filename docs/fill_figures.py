@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.records import STEERABLE
-from steerable.config import Config
-from steerable.files import write_atomic
-from steerable.report import words
-from steerable.report.cells import Setting, doses, effect, interval, main_setting, measured, settings, unsteered
-from steerable.runfolder import read_json, sha256, write_json
+from steerable.jobs.settings import Config
+from steerable.pages import words
+from steerable.pages.cells import Setting, doses, effect, interval, main_setting, measured, settings, unsteered
+from steerable.store.files import write_atomic
+from steerable.store.run_folder import read_json, sha256, write_json
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS))

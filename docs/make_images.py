@@ -14,14 +14,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-import steerable.report
-from steerable.files import write_atomic
-from steerable.report import page, panels, words
-from steerable.report.figures import swatch
-from steerable.runfolder import read_json, sha256
+import steerable.pages
+from steerable.pages import page, panels, words
+from steerable.pages.figures import swatch
+from steerable.store.files import write_atomic
+from steerable.store.run_folder import read_json, sha256
 
 IMAGES = Path(__file__).parent / "images"
-STYLE = (Path(steerable.report.__file__).parent / "style.css").read_text(encoding="utf-8")
+STYLE = (Path(steerable.pages.__file__).parent / "style.css").read_text(encoding="utf-8")
 WIDTH, COLUMNS, GAP, MARGIN = 880, 2, 20, 24
 LEFT, TOP, BELOW = 52, 52, 56  # of a panel: room for the axis, the title, what stands below the plot
 # A pattern fills the bars of the random control; the page defines it in its template.

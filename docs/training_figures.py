@@ -7,9 +7,9 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from steerable.report import words
-from steerable.report.cells import interval
-from steerable.train.settings import RLSettings
+from steerable.methods.train.settings import RLSettings
+from steerable.pages import words
+from steerable.pages.cells import interval
 
 Sources = Mapping[str, Any]
 #: name in arms.json -> (words, what is trained)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from steerable.cli import app
-from steerable.directions import Direction
-from steerable.sites import Site
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
 TABLE = ["run", *STAGES, "chat", "probe", "lens", "compose", "passk", "import", "export", "validate"]
@@ -59,7 +59,7 @@ def test_the_table_of_commands():
 def test_every_setting_is_an_option(steerable, monkeypatch):
     from dataclasses import fields
 
-    from steerable.config import Config
+    from steerable.jobs.settings import Config
 
     monkeypatch.setenv("COLUMNS", "200")
     for command in ("run", "extract"):
@@ -112,7 +112,7 @@ def test_as_a_module():
 )
 def test_mistakes(steerable, tmp_path, monkeypatch, arguments, text):
     if "nobody/" in arguments:  # no network
-        monkeypatch.setattr("steerable.models._on_hub", lambda name, revision: False)
+        monkeypatch.setattr("steerable.models.loading._on_hub", lambda name, revision: False)
     words = arguments.format(tmp=tmp_path).split()
     out = tmp_path / "run"
     assert_refused(steerable(*words, *(["--out", out] if words[0] in ("run", *STAGES) else [])), 2, text)
@@ -403,7 +403,7 @@ def strangers(finished, folder, monkeypatch, **settings):
     config = json.loads((copy / "config.json").read_text()) | settings
     (copy / "config.json").write_text(json.dumps(config))
     (folder / "strangers.py").write_text(
-        "import pathlib\npathlib.Path('ran').touch()\nfrom steerable.pocket.language import annotate as spans\n"
+        "import pathlib\npathlib.Path('ran').touch()\nfrom steerable.models.pocket.language import annotate as spans\n"
     )
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)

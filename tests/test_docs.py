@@ -15,8 +15,9 @@ from xml.etree import ElementTree
 import pytest
 import typer
 
-from steerable import SteerableWarning, cli, pipeline
-from steerable.config import Config
+from steerable import SteerableWarning, cli
+from steerable.jobs import pipeline
+from steerable.jobs.settings import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -234,7 +235,7 @@ def test_pictures_of_a_run(small_run, tmp_path, monkeypatch):
 def test_annotator_of_the_page_covers_the_bundled_model(small_run):
     """The page's example is a plain function of a chain; here it is held against the exact annotator."""
     from steerable.chains.records import read_jsonl
-    from steerable.pocket.language import annotate
+    from steerable.models.pocket.language import annotate
 
     code = next(code for _, code in snippets(ROOT / "docs/annotators.md", "python"))
     namespace = {}

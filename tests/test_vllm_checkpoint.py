@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 import steerable as st
-from steerable.directions import Direction
 from steerable.formats import export_file
 from steerable.formats.checkpoint import as_checkpoint
-from steerable.sites import Site
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 PROMPTS = [list(range(10, 10 + n)) for n in (5, 9, 17)]
 TOKENS = 12

@@ -4,11 +4,11 @@ import copy
 
 from transformers import GenerationConfig
 
-from steerable.models import Loaded
-from steerable.train import loop
-from steerable.train.parameters import attach
-from steerable.train.settings import RLSettings
-from steerable.train.trainer import VectorTrainer
+from steerable.methods.train import loop
+from steerable.methods.train.parameters import attach
+from steerable.methods.train.settings import RLSettings
+from steerable.methods.train.trainer import VectorTrainer
+from steerable.models.loading import Loaded
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6 w7", "w8 w9 w10"]
 TASKS = [{"id": f"t{i}", "prompt": prompt, "answer": "w11"} for i, prompt in enumerate(PROMPTS)]

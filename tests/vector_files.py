@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from steerable.directions import Direction
-from steerable.sites import Site
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 WIDTH = 6
 

@@ -53,7 +53,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def steerable(model: Any, tokenizer: Any, material: dict[str, Any]) -> dict[str, Job]:
     from steerable import Site, capture, difference_of_means, pca
     from steerable.chains.windows import AlignedChain, TokenSpan
-    from steerable.estimators.span_means import span_means
+    from steerable.methods.span_statistics import span_means
 
     sites = [Site("resid_post", layer) for layer in range(model.config.num_hidden_layers)]
     chains = [

@@ -14,9 +14,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from steerable.commands import job, pocket, training, vectors
-from steerable.errors import SteerableError, SteerableWarning, UsageError
-from steerable.printable import one_line
+from steerable.jobs.commands import job, pocket, training, vectors
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.text import one_line
 
 # click's UsageError, wherever typer keeps it.
 _BadCommandLine: Any = typer.BadParameter.__base__

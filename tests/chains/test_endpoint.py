@@ -17,7 +17,7 @@ from threading import Barrier, Lock, Thread
 import pytest
 
 from steerable.chains.endpoint import Endpoint, Reply, tally
-from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 KEY = "sk-test-0123456789-do-not-tell"
 

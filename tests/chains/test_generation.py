@@ -18,11 +18,11 @@ from steerable.chains.generation import (
     split_chain,
 )
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.engines.transformers import Completion, Request, generate
-from steerable.errors import UsageError
-from steerable.models import Loaded
-from steerable.sites import Site
-from steerable.think import ThinkTags
+from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.models.loading import Loaded
+from steerable.steering.site import Site
+from steerable.steering.think import ThinkTags
+from steerable.store.errors import UsageError
 
 TASKS = [{"id": f"t-{i}", "prompt": f"w{i} w{i + 1} w3"} for i in range(9)]
 

@@ -9,7 +9,7 @@ from reasoning_gym.factory import DATASETS
 from steerable.chains import gym
 from steerable.chains.judging import judge
 from steerable.chains.tasks import make_splits, make_tasks
-from steerable.errors import UsageError
+from steerable.store.errors import UsageError
 
 FAMILIES = [family for families in gym.CATEGORIES.values() for family in families]
 

@@ -12,7 +12,7 @@ import pytest
 from steerable.chains import gym
 from steerable.chains.gym import gym_score
 from steerable.chains.judging import judge
-from steerable.errors import UsageError
+from steerable.store.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 each = pytest.mark.parametrize

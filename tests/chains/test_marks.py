@@ -9,7 +9,7 @@ import time
 import pytest
 
 from steerable.chains.tasks import extract_answer, judge
-from steerable.think import KNOWN
+from steerable.steering.think import KNOWN
 
 
 def reason(text, wanted="42"):

@@ -16,10 +16,10 @@ from steerable import Direction, Site, steer
 from steerable.chains.offsets import chain_tokens, token_offsets
 from steerable.chains.records import LABELS
 from steerable.chains.windows import TokenSpan, align_chain
-from steerable.errors import SteerableWarning, UsageError
-from steerable.evals.divergence import divergence
+from steerable.evals.kl import divergence
 from steerable.evals.metrics import measure
-from steerable.persistence import chain_texts
+from steerable.evals.perturbation import chain_texts
+from steerable.store.errors import SteerableWarning, UsageError
 
 TEXT = "So 3 + 4 = 7. 等一下，龘字 means\n\nWait 🤔🤷🏽 naïve .\r\n"
 

@@ -4,8 +4,8 @@ import os
 import pytest
 
 from steerable.chains.records import content_hash, read_jsonl, write_jsonl
-from steerable.errors import SteerableError, UsageError
-from steerable.files import write_atomic
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import write_atomic
 
 TASK = {"id": "a", "prompt": "é \u2028 ?", "extra": [1, {"b": None}]}
 CHAIN = {"task_id": "a", "sample": 0, "thinking": "x", "answer": "", "closed": True, "tokens": 3}

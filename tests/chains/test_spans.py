@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from steerable.chains.annotators.agreement import agreement
+from steerable.chains.annotators.comparison import agreement
 from steerable.chains.annotators.probe import labels_of
 from steerable.chains.records import LABELS
 from steerable.chains.segments import Segment
 from steerable.chains.spans import owners, stretches
 from steerable.chains.windows import align_chain
 from steerable.evals.metrics import label_fractions
-from steerable.report.examples import segments, shares
+from steerable.pages.examples import segments, shares
 
 
 def random_spans(rng, length):

@@ -11,7 +11,7 @@ from steerable.chains.judging import judge
 from steerable.chains.records import write_jsonl
 from steerable.chains.tables import parse_source, read_tasks, task_of
 from steerable.chains.tasks import make_splits, make_tasks
-from steerable.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 GSM8K = {"question": "2+2?", "answer": "It is 2+2=<<2+2=4>>4 and\n#### 1,004"}
 MATH = {"problem": "1/2+1/2?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{2}{2}}$."}

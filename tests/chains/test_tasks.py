@@ -4,8 +4,8 @@ import pytest
 
 from steerable.chains.records import content_hash, write_jsonl
 from steerable.chains.tasks import correct, extract_answer, make_splits, make_tasks, score
-from steerable.errors import UsageError
-from steerable.pocket.families import FAMILIES, held_out
+from steerable.models.pocket.families import FAMILIES, held_out
+from steerable.store.errors import UsageError
 
 
 def test_splits_are_disjoint_balanced_and_held_out():

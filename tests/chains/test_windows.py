@@ -18,7 +18,7 @@ from steerable.chains.windows import (
     weights,
     window_positions,
 )
-from steerable.errors import UsageError
+from steerable.store.errors import UsageError
 
 
 def naive_align(span, offsets, start):

@@ -13,7 +13,7 @@ from steerable.chains.duplicates import shingles, similarity, task_key
 from steerable.chains.endpoint import Endpoint
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.chains.written import ABOUT, ROUNDS, _prompt
-from steerable.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 WORDS = [a + b + c for a in "bdfghjklmnprst" for b in "aeiou" for c in ("rk", "nt", "lm", "st")]
 

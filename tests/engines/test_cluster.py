@@ -12,7 +12,7 @@ import torch
 
 from steerable.engines import cluster
 from steerable.engines.cluster import map_blocks
-from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 ray = pytest.importorskip("ray")
 

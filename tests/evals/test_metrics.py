@@ -1,9 +1,9 @@
 import pytest
 
 from steerable.chains.records import LABELS
-from steerable.errors import SteerableError, UsageError
 from steerable.evals.cells import METRICS, compare, measure_cell, values
 from steerable.evals.metrics import label_fractions, loops, measure
+from steerable.store.errors import SteerableError, UsageError
 
 
 def span(label, start, end, task="t", sample=0):

@@ -6,8 +6,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from steerable.errors import UsageError
 from steerable.evals.passk import crossing, curve, difference, pass_at_k, solved
+from steerable.store.errors import UsageError
 
 
 def tasks(*groups):

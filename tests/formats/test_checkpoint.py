@@ -19,12 +19,12 @@ from transformers import (
 )
 
 import steerable as st
-from steerable import edits
-from steerable.directions import Direction
-from steerable.errors import SteerableError, UsageError
 from steerable.formats import export_file, import_file
 from steerable.formats.checkpoint import as_checkpoint
-from steerable.sites import Site
+from steerable.methods import folding as edits
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableError, UsageError
 
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 FULL = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}  # no window: what most Qwen2 have
@@ -189,7 +189,7 @@ def test_classes_that_have_the_bias(tmp_path, name, kind, options):
     torch.testing.assert_close(logits(model), hooked, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::steerable.errors.SteerableWarning")  # no table lists these types
+@pytest.mark.filterwarnings("ignore::steerable.store.errors.SteerableWarning")  # no table lists these types
 @pytest.mark.parametrize("name", ["SmolLM3", "Phi"])
 def test_types_that_no_table_lists(tmp_path, name):
     """A class with the switch that Llama's has, and one that has the bias."""

@@ -13,8 +13,8 @@ import pytest
 import torch
 from vector_files import direction_of, gguf_bytes, steering_lite_bytes, torch_bytes, vectors
 
-from steerable.errors import SteerableError
 from steerable.formats import export_file, import_file
+from steerable.store.errors import SteerableError
 
 ROUNDS = 1000
 LAYERS = (0, 1, 2)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from vector_files import direction_of, gguf_bytes, vectors
 
-from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import NeedsChoice, export_file, import_file
 from steerable.formats.gguf import parse
-from steerable.sites import Site
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 
 def named(table, shift=0):

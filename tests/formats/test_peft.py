@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vector_files import direction_of, vectors
 
-from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import export_file, import_file
-from steerable.sites import Site
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 
 def adapter(folder, tensors, **config):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from steerable.formats import NeedsChoice, import_file, validate_file
-from steerable.sites import Site
+from steerable.steering.site import Site
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from vector_files import direction_of, gguf_bytes, steering_lite_bytes, torch_bytes, vectors
 
-from steerable.directions import Direction
-from steerable.errors import SteerableError, SteerableWarning, UsageError
 from steerable.formats import NeedsChoice, export_file, import_file, import_to, validate_file
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import torch
 from vector_files import torch_bytes, vectors
 
 from steerable.chains.windows import AlignedChain, Group, TokenSpan
-from steerable.errors import SteerableWarning, UsageError
-from steerable.estimators.span_means import span_means
 from steerable.formats import NeedsChoice, import_file
-from steerable.sites import Site
+from steerable.methods.span_statistics import span_means
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save, save_file
 from vector_files import direction_of, steering_lite_bytes, torch_bytes, vectors
 
-from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import NeedsChoice, export_file, import_file
-from steerable.sites import Site
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from vector_files import torch_bytes, vectors
 
-from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import NeedsChoice, import_file
-from steerable.sites import Site
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from vector_files import direction_of, vectors
 
-from steerable.directions import Direction
-from steerable.errors import SteerableWarning, UsageError
 from steerable.formats import EXPORTS, export_file, import_file
-from steerable.sites import Site
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 #: what must be said to read a file back: the rest is in the file
 ASKED = {
@@ -23,7 +23,7 @@ WITHOUT_STRENGTH = set(VECTORS) - {"steering-lite", "lm-eval", "peft-beft"}
 
 
 @pytest.mark.parametrize("to", VECTORS)
-@pytest.mark.filterwarnings("ignore::steerable.errors.SteerableWarning")
+@pytest.mark.filterwarnings("ignore::steerable.store.errors.SteerableWarning")
 def test_round_trip(tmp_path, direction, to):
     """Equal numbers at the same blocks, and equal bytes from equal directions."""
     one = direction.only([2]) if to == "pt-vector" else direction
@@ -43,7 +43,7 @@ def test_round_trip(tmp_path, direction, to):
 
 
 @pytest.mark.parametrize("to", VECTORS)
-@pytest.mark.filterwarnings("ignore::steerable.errors.SteerableWarning")
+@pytest.mark.filterwarnings("ignore::steerable.store.errors.SteerableWarning")
 def test_nothing_is_dropped_silently(tmp_path, to):
     table = vectors(2)
     for bad, reason in (

@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 from steerable.chains import answers
 from steerable.chains.answers import Reply
-from steerable.errors import SteerableError, SteerableWarning, UsageError
-from steerable.files import write_atomic
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.files import write_atomic
 
 Messages = Sequence[Mapping[str, str]]
 Progress = Callable[[int, int], None]

@@ -11,15 +11,15 @@ from typing import Any
 
 from steerable.chains.judging import is_marked
 from steerable.chains.records import Record, read_jsonl, write_jsonl
-from steerable.directions import Direction
-from steerable.engines.hooks import steer
+from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.engines.hf.hooks import steer
+from steerable.engines.pool import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
 from steerable.engines.sampling import Decoding
-from steerable.engines.transformers import Completion, Request, generate
-from steerable.engines.workers import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
-from steerable.errors import UsageError
-from steerable.models import Loaded, stop_ids
-from steerable.think import ThinkTags, render, think_tags_if_any
-from steerable.vocabulary import with_first
+from steerable.models.loading import Loaded, stop_ids
+from steerable.steering.direction import Direction
+from steerable.steering.think import ThinkTags, render, think_tags_if_any
+from steerable.steering.vocabulary import with_first
+from steerable.store.errors import UsageError
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was done since the last call."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from steerable.chains.gym_scorers import COMPARISONS, GUARDS, bare_forms
 from steerable.chains.records import Record
-from steerable.errors import UsageError
-from steerable.pocket.families import FAMILIES, held_out
+from steerable.models.pocket.families import FAMILIES, held_out
+from steerable.store.errors import UsageError
 
 GYM = "reasoning-gym"
 

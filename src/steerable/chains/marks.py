@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 from steerable.chains.units import read_unit
-from steerable.think import KNOWN
+from steerable.steering.think import KNOWN
 
 
 class Mark(NamedTuple):

@@ -13,10 +13,10 @@ from itertools import accumulate
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from steerable.errors import SteerableWarning, UsageError
+from steerable.store.errors import SteerableWarning, UsageError
 
 if TYPE_CHECKING:
-    from steerable.think import ThinkTags
+    from steerable.steering.think import ThinkTags
 
 Offsets = list[tuple[int, int]]
 
@@ -66,7 +66,7 @@ def chain_tokens(
     a chain whose task has no prompt, and where a text must be cut into tokens by a tokenizer that does not
     report character offsets.
     """
-    from steerable.think import think_tags_if_any  # here: torch takes seconds
+    from steerable.steering.think import think_tags_if_any  # here: torch takes seconds
 
     if any(chain.get("ids") is None for chain in chains):
         _check_offsets(tokenizer)

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from steerable.errors import SteerableError, UsageError
-from steerable.files import refuse_stand_in, write_atomic
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import refuse_stand_in, write_atomic
 
 Record = dict[str, Any]
 Kind = Literal["task", "chain", "span"]

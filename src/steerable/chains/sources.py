@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.records import read_jsonl
-from steerable.errors import SteerableError, UsageError
-from steerable.files import refuse_stand_in
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import refuse_stand_in
 
 Row = Mapping[str, Any]
 

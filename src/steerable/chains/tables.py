@@ -14,7 +14,7 @@ from typing import Any
 
 from steerable.chains.judging import final_answer
 from steerable.chains.records import Record
-from steerable.errors import UsageError
+from steerable.store.errors import UsageError
 
 #: What a column may be called, the first that is there; capitals and `_` do not matter. `?prompt=NAME` names another.
 COLUMNS: dict[str, tuple[str, ...]] = {

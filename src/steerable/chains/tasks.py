@@ -15,9 +15,9 @@ from steerable.chains.duplicates import task_key
 from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, judge, score
 from steerable.chains.records import Record, content_hash
-from steerable.errors import UsageError
-from steerable.plurals import plural
-from steerable.pocket.families import FAMILIES
+from steerable.models.pocket.families import FAMILIES
+from steerable.store.errors import UsageError
+from steerable.store.plurals import plural
 
 if TYPE_CHECKING:
     from steerable.chains.endpoint import Endpoint, Progress

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError
-from .offsets import chain_tokens
-from .spans import stretches
+from steerable.chains.offsets import chain_tokens
+from steerable.chains.spans import stretches
+from steerable.store.errors import UsageError
 
 if TYPE_CHECKING:
-    from ..think import ThinkTags
+    from steerable.steering.think import ThinkTags
 
 WINDOWS = ("published", "span", "onset")
 

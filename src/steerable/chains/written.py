@@ -17,7 +17,7 @@ from steerable.chains.duplicates import shingles, similarity, task_key
 from steerable.chains.gym import slug
 from steerable.chains.listed import listed_tasks
 from steerable.chains.records import Record, content_hash
-from steerable.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 if TYPE_CHECKING:
     from steerable.chains.endpoint import Endpoint, Progress

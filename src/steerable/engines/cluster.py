@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from steerable.engines.workers import RETRIES, Queue, Report, check_counts, cores, last_line
-from steerable.errors import SteerableError, SteerableWarning, UsageError
+from steerable.engines.pool import RETRIES, Queue, Report, check_counts, cores, last_line
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 _POLL = 0.5  # seconds between two looks at what the workers report
 

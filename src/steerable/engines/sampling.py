@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from steerable.errors import SteerableWarning, UsageError
-from steerable.models import stop_ids
+from steerable.models.loading import stop_ids
+from steerable.store.errors import SteerableWarning, UsageError
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _HEAD = 1024  # likeliest tokens that are tried before the whole vocabulary is sorted

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerable.chains.records import LABELS
-from steerable.evals.intervals import (
-    ByTask,
-    by_task,
-    difference_interval,
-    mean_interval,
-    ratio_interval,
-)
+from steerable.evals.intervals import ByTask, by_task, difference_interval, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
 
 METRICS = ("accuracy", "tokens", "loops", "unclosed", "unlabelled")

@@ -18,7 +18,7 @@ from steerable.chains.offsets import chain_tokens
 from steerable.chains.records import LABELS
 from steerable.chains.spans import owners
 from steerable.chains.tasks import correct
-from steerable.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 Spans = Iterable[Mapping[str, Any]]
 Offsets = Sequence[tuple[int, int]]

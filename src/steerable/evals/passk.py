@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from steerable.errors import UsageError
 from steerable.evals.intervals import Interval, difference_interval, mean_interval, resampled
-from steerable.plurals import counted
+from steerable.store.errors import UsageError
+from steerable.store.plurals import counted
 
 Counts = Mapping[str, tuple[int, int]]
 """Task id -> (n samples, c right ones)."""

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import models
-from ..biases import Place, bias_names, linear, number_type, placed
-from ..directions import Direction
-from ..errors import SteerableError, UsageError
+from steerable.models import loading as models
+from steerable.models.biases import Place, bias_names, linear, number_type, placed
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, UsageError
 
 _AS_LLAMA = ("qwen2", "mistral")
 # of configs that become Llama's: what it has no use for, once no window slides

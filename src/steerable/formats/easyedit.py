@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UsageError
-from ..files import refuse_stand_in, strict_json
-from ..sites import Site
-from .foreign import MAX_BYTES, Found, NeedsChoice, Options, plain, same_width, vector
-from .torch_files import load
+from steerable.formats.foreign import MAX_BYTES, Found, NeedsChoice, Options, plain, same_width, vector
+from steerable.formats.torch_files import load
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+from steerable.store.files import refuse_stand_in, strict_json
 
 _NAME = re.compile(r"layer_([0-9]{1,4})(?:_(.+))?\.pt")
 

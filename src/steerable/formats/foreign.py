@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions import Direction
-from ..errors import SteerableWarning, UsageError
-from ..sites import Site
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableWarning, UsageError
 
 #: No vector file is larger; what is, is a model or damaged. Bytes.
 MAX_BYTES = 2 << 30

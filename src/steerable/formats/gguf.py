@@ -20,9 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from ..sites import Site
-from .foreign import MAX_LAYER, Found, NeedsChoice, Options, layer_number, plain, same_width, vector, warn
+from steerable.formats.foreign import (
+    MAX_LAYER,
+    Found,
+    NeedsChoice,
+    Options,
+    layer_number,
+    plain,
+    same_width,
+    vector,
+    warn,
+)
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 MAGIC = b"GGUF"
 #: import names -> number of the first block, None where the file must settle it

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UsageError
-from ..sites import Site
-from .foreign import Found, kind_of, number, same_width, vector, warn
+from steerable.formats.foreign import Found, kind_of, number, same_width, vector, warn
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 #: First line of the CSV form.
 CSV = "loader,action,sparse_model,hookpoint,feature_index,steering_coefficient"

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..biases import Place
-from ..errors import UsageError
-from ..files import strict_json
-from ..models import FAMILIES
-from ..sites import Site
-from .foreign import MAX_BYTES, Found, plain, same_width, vector, warn
-from .safetensors_files import load
+from steerable.formats.foreign import MAX_BYTES, Found, plain, same_width, vector, warn
+from steerable.formats.safetensors_files import load
+from steerable.models.biases import Place
+from steerable.models.loading import FAMILIES
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+from steerable.store.files import strict_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Families with a norm behind the MLP that `models` has no entry for.

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import directions
-from ..directions import Direction
-from ..errors import SteerableError, SteerableWarning, UsageError
-from ..files import file_target, refuse_stand_in, sha256
-from . import easyedit, gguf, lm_eval, peft, research, safetensors_files, svec, torch_files
-from .foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text, warn
+from steerable.formats import easyedit, gguf, lm_eval, peft, research, safetensors_files, svec, torch_files
+from steerable.formats.foreign import MAX_BYTES, Found, NeedsChoice, Options, kind_of, layers_text, warn
+from steerable.steering import direction as directions
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.files import file_target, refuse_stand_in, sha256
 
 _RESEARCH = ("mean-vectors", "assistant-axis", "capping", "vllm-hook")
 _REFUSAL = "direction.pt"  # as the refusal direction's code leaves it
@@ -325,7 +325,7 @@ def _heard() -> Iterator[list[str]]:
 
 
 def _validate_records(path: Path) -> dict[str, Any]:
-    from ..chains.records import read_jsonl
+    from steerable.chains.records import read_jsonl
 
     rows = read_jsonl(path)
     for kind, mark in (("task", "prompt"), ("chain", "thinking"), ("span", "start")):

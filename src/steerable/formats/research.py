@@ -18,10 +18,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chains.records import LABELS
-from ..errors import UsageError
-from ..sites import Site
-from .foreign import Found, NeedsChoice, Options, kind_of, layer_number, number, plain, rows, vector, warn
+from steerable.chains.records import LABELS
+from steerable.formats.foreign import (
+    Found,
+    NeedsChoice,
+    Options,
+    kind_of,
+    layer_number,
+    number,
+    plain,
+    rows,
+    vector,
+    warn,
+)
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 OVERALL = "overall"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UsageError
-from ..files import check_header, refuse_stand_in, strict_json
-from ..sites import Site
-from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
+from steerable.formats.foreign import Found, kind_of, layer_number, number, plain, same_width, vector
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+from steerable.store.files import check_header, refuse_stand_in, strict_json
 
 #: Methods of steering-lite that add their vector `v`; the others rotate, ablate or gate.
 _ADDITIVE = ("mean_diff", "pca", "random")

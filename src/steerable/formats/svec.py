@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from ..files import strict_json
-from ..sites import Site
-from .foreign import Found, kind_of, layer_number, number, plain, same_width, vector
+from steerable.formats.foreign import Found, kind_of, layer_number, number, plain, same_width, vector
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+from steerable.store.files import strict_json
 
 
 def load(data: bytes) -> Any:

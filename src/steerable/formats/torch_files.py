@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from ..sites import Site
-from .foreign import Found, NeedsChoice, Options, kind_of, layer_number, rows, same_width, vector, warn
+from steerable.formats.foreign import Found, NeedsChoice, Options, kind_of, layer_number, rows, same_width, vector, warn
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 MAGIC = b"PK\x03\x04"
 LAYOUTS = ("blocks", "hidden_states")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..biases import Place
-from ..directions import Direction
-from ..errors import SteerableWarning, UsageError
-from ..files import write_atomic
-from ..models import FAMILIES, Loaded, load, pocket_path
-from . import checkpoint, gguf, lm_eval, peft, safetensors_files, svec, torch_files
-from .foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
+from steerable.formats import checkpoint, gguf, lm_eval, peft, safetensors_files, svec, torch_files
+from steerable.formats.foreign import about_gate, about_strength, block_outputs, layers_text, single, stacked
+from steerable.models.biases import Place
+from steerable.models.loading import FAMILIES, Loaded, load, pocket_path
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.files import write_atomic
 
 #: Every name that `export_file(to=...)` takes -> what it writes.
 EXPORTS = {

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import pytest
 import reasoning_gym
 
-from steerable import models
 from steerable.chains.generation import generate_chains
-from steerable.pocket.families import FAMILIES, held_out
-from steerable.pocket.language import annotate
+from steerable.models import loading as models
+from steerable.models.pocket.families import FAMILIES, held_out
+from steerable.models.pocket.language import annotate
 
 
 class Known(NamedTuple):

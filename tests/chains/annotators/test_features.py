@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from steerable import models
 from steerable.chains.annotators import features
 from steerable.chains.annotators.features import prompt_texts, sentence_means
 from steerable.chains.segments import sentences
-from steerable.errors import UsageError
+from steerable.models import loading as models
+from steerable.store.errors import UsageError
 
 
 def naive(loaded, prompt, chain, layer):

@@ -17,7 +17,7 @@ import pytest
 from steerable.chains.annotators.llm import annotate, split
 from steerable.chains.endpoint import Endpoint
 from steerable.chains.records import LABELS
-from steerable.errors import SteerableError
+from steerable.store.errors import SteerableError
 
 SENTENCE = "We know that {} is even, so half of it is whole."
 
@@ -216,7 +216,7 @@ def test_a_refused_request_costs_its_chain_only(annotator):
 def served():
     """The bundled model behind a vLLM server: its address."""
     pytest.importorskip("vllm")
-    from steerable.models import pocket_path
+    from steerable.models.loading import pocket_path
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -12,14 +12,14 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
-from steerable import models
 from steerable.chains.annotators.features import sentence_means
 from steerable.chains.annotators.fitting import cross_validate
 from steerable.chains.annotators.probe import Probe, labels_of, soft_fractions, train_probe
 from steerable.chains.records import LABELS
 from steerable.chains.segments import Segment, sentences
-from steerable.errors import SteerableError, UsageError
-from steerable.pocket.language import shape
+from steerable.models import loading as models
+from steerable.models.pocket.language import shape
+from steerable.store.errors import SteerableError, UsageError
 
 
 @pytest.fixture(scope="module")

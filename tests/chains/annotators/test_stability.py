@@ -4,12 +4,12 @@ repeat themselves."""
 import pytest
 import torch
 
-from steerable.chains.annotators.keywords import keywords, seal
+from steerable.chains.annotators.cues import keywords, seal
 from steerable.chains.annotators.stability import label_after, stable
 from steerable.chains.generation import prompt_text, request_seed
 from steerable.engines.sampling import signed, uniforms
-from steerable.errors import UsageError
-from steerable.pocket.language import annotate
+from steerable.models.pocket.language import annotate
+from steerable.store.errors import UsageError
 
 SETTINGS = {"samples": 5, "threshold": 0.6, "max_new_tokens": 12, "seed": 3}
 

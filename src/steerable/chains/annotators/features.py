@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steerable import models
-from steerable.capture import Batch, batch_tokens, length_batches, pad, stream
 from steerable.chains.generation import prompt_text
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.windows import AlignedChain, align_chains
-from steerable.models import Loaded
+from steerable.engines.activations import Batch, batch_tokens, length_batches, pad, stream
+from steerable.models import loading as models
+from steerable.models.loading import Loaded
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was read since the last call."""

@@ -15,11 +15,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from steerable.chains.annotators.parse import Parsed, Span, parse
+from steerable.chains.annotators.replies import Parsed, Span, parse
 from steerable.chains.endpoint import Endpoint, Reply, tally
 from steerable.chains.records import Record
 from steerable.chains.segments import paragraphs, sentences
-from steerable.errors import SteerableError
+from steerable.store.errors import SteerableError
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, completion_tokens)` with what was done since the last call."""

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steerable import models
 from steerable.chains.annotators.features import Progress, Prompts, sentence_means
 from steerable.chains.annotators.fitting import Fitted, cross_validate
 from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.spans import owners
-from steerable.errors import SteerableError, UsageError
-from steerable.files import check_header, refuse_stand_in, strict_json, write_atomic
-from steerable.models import Loaded
+from steerable.models import loading as models
+from steerable.models.loading import Loaded
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
 
 FORMAT, VERSION = "steerable.probe", "1"
 _TENSORS = ("bias", "mean", "scale", "weight")

@@ -19,9 +19,9 @@ from steerable.chains.annotators.features import Prompts, prompt_texts
 from steerable.chains.generation import request_seed
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.windows import align_chains
-from steerable.errors import UsageError
-from steerable.models import Loaded, model_id, model_revision
-from steerable.think import think_tags
+from steerable.models.loading import Loaded, model_id, model_revision
+from steerable.steering.think import think_tags
+from steerable.store.errors import UsageError
 
 if TYPE_CHECKING:
     from steerable.engines.sampling import Decoding
@@ -167,7 +167,7 @@ def _continuations(
     progress: Progress | None,
 ) -> list[list[str]]:
     """What the model thinks next at each boundary, `samples` times."""
-    from steerable.engines.transformers import Request, generate
+    from steerable.engines.hf.generation import Request, generate
 
     model, tokenizer = loaded
     requests = []

@@ -1,0 +1,296 @@
+"""Blocks of work on several processes, with results that do not depend on how many there are.
+
+Small models on a CPU are fastest with one thread a process and a process a core: their matrices are too small
+to be shared. A block is computed whole in one process and with the same number of threads whatever the number
+of workers, so the bytes of its result stay the same. `cluster.py` does the same on several machines.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from steerable.models import loading as models
+from steerable.store.errors import SteerableError, UsageError
+
+SMALL = 1_000_000_000
+"""Models with fewer parameters run best with one thread a process on a CPU."""
+
+RETRIES = 2
+"""How often a block is given to another worker after the one that computed it died."""
+
+Report = Callable[[Any], None]
+"""Takes something picklable to the caller of `map_blocks` while a block is being computed."""
+
+MapBlocks = Callable[..., list[Any]]
+"""`map_blocks`, or `cluster.map_blocks`, or a `functools.partial` of one: where a function sends its blocks."""
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(model: Any) -> int:
+    """As many as there are cores for a small model on a CPU, else one."""
+    return cores() if model.device.type == "cpu" and _is_small(model) else 1
+
+
+def default_threads(model: Any, workers: int) -> int:
+    """Threads of each worker: one for a small model (also for a single worker, so that the bytes agree)."""
+    return 1 if _is_small(model) else max(1, cores() // workers)
+
+
+def _is_small(model: Any) -> bool:
+    return bool(sum(p.numel() for p in model.parameters()) < SMALL)
+
+
+def loader(model: Any) -> Callable[..., Any]:
+    """A `setup` for `map_blocks` that loads the same model again, as `models.load` returns it.
+
+    Raises UsageError for a model that was not loaded by name or folder.
+    """
+    name = model.config._name_or_path
+    if not name:
+        raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    small = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    return partial(
+        models.load,
+        name,
+        dtype=model.dtype,
+        device=None if spread else str(model.device),
+        device_map="auto" if spread else None,
+        attn_implementation=model.config.get_text_config()._attn_implementation,
+        quantization=model.config.quantization_config if small else None,
+        revision=models.model_revision(model) or None,  # the same commit, not the newest
+        trust_remote_code=type(model).__module__.startswith("transformers_modules."),  # it was trusted before
+    )
+
+
+def map_blocks(
+    work: Callable[[Any, Any, Report], Any],
+    blocks: Sequence[Any],
+    *,
+    setup: Callable[[], Any],
+    workers: int = 1,
+    threads: int = 1,
+    report: Report | None = None,
+    finished: Callable[[int, Any], None] | None = None,
+    context: Any = None,
+    collect: bool = True,
+    retries: int = RETRIES,
+) -> list[Any]:
+    """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
+
+    work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
+    load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and
+    results must be picklable. context: what `setup` would return, if the caller has it already; used where everything
+    runs in this process (one worker). collect: False returns an empty list, for results that `finished` took.
+
+    A worker that dies is replaced and its block done again (what it had reported is reported again), `retries` times
+    for each block. Errors of the library raised in a worker are raised here; any other, and a block whose workers
+    keep dying, become a SteerableError. Whatever happens, no process is left behind.
+    """
+    check_counts(workers, threads, retries)
+    report = report or (lambda message: None)
+    results: list[Any] = [None] * len(blocks) if collect else []
+
+    def store(index: int, result: Any) -> None:
+        if collect:
+            results[index] = result
+        if finished is not None:
+            finished(index, result)
+
+    workers = min(workers, len(blocks))
+    if workers <= 1:
+        with torch_threads(threads):
+            ready = setup() if context is None and blocks else context
+            for index, block in enumerate(blocks):
+                store(index, work(ready, block, report))
+            return results
+    pool: list[_Worker] = []
+    start = partial(_start, work, setup, threads)
+    try:
+        for _ in range(workers):
+            pool.append(start())
+        _distribute(pool, start, blocks, report, store, retries)
+        return results
+    except BaseException:
+        for worker in pool:
+            worker.process.terminate()
+        raise
+    finally:
+        for worker in pool:
+            worker.pipe.close()  # an idle worker ends by itself then, and tidies up
+        for worker in pool:
+            worker.process.join(10)
+            worker.process.kill()
+            worker.process.join()
+
+
+def check_counts(workers: int, threads: int, retries: int) -> None:
+    if workers < 1 or threads < 1 or retries < 0:
+        raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1, retries ({retries}) 0")
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    block: int = -1  # being computed; -1 when idle
+
+
+def _start(work: Callable[..., Any], setup: Callable[[], Any], threads: int) -> _Worker:
+    spawn = get_context("spawn")  # a forked process would inherit locked thread pools
+    mine, theirs = spawn.Pipe()
+    # Pickled here rather than by multiprocessing, which would share tensors through file descriptors.
+    task = pickle.dumps((work, setup, threads))
+    process = spawn.Process(target=_serve, args=(theirs, task), daemon=True)
+    resource_tracker.ensure_running()  # here, because starting it unblocks the signal
+    with _without_interrupts():  # a Ctrl-C is the caller's to handle
+        process.start()
+    theirs.close()
+    return _Worker(process, mine)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of the context, and processes that are started in it never see one: they inherit the
+    blocked signal, so that not even one that comes while they import their modules makes them print a traceback."""
+    held: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Any thread may take the signal that this one blocks, and Python would interrupt the main thread all the same.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number)) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+@dataclass
+class Queue:
+    """Which blocks still have to be given out, and how often the worker of each has died."""
+
+    blocks: int
+    retries: int
+    deaths: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(range(self.blocks))[::-1]
+
+    def next(self) -> int:
+        """The next block's number, -1 when none is left."""
+        return self.waiting.pop() if self.waiting else -1
+
+    def died(self, block: int, obituary: str) -> None:
+        """Its worker died: the block is next. Raises SteerableError when that has happened too often."""
+        self.deaths[block] = count = self.deaths.get(block, 0) + 1
+        if count > self.retries:
+            times = "" if count == 1 else f" ({count} times in the same place)"
+            raise SteerableError(f"{obituary}{times}; if memory ran out, use fewer workers")
+        self.waiting.append(block)
+
+
+def _distribute(
+    pool: list[_Worker],
+    start: Callable[[], _Worker],
+    blocks: Sequence[Any],
+    report: Report,
+    store: Callable[[int, Any], None],
+    retries: int,
+) -> None:
+    queue = Queue(len(blocks), retries)
+
+    def give(worker: _Worker) -> None:
+        worker.block = queue.next()
+        if worker.block >= 0:
+            with suppress(BrokenPipeError):  # then its death is noticed below
+                worker.pipe.send_bytes(pickle.dumps(blocks[worker.block]))
+
+    for worker in pool:
+        give(worker)
+    while busy := {worker.pipe: place for place, worker in enumerate(pool) if worker.block >= 0}:
+        for pipe in wait(list(busy)):
+            place = busy[pipe]  # type: ignore[index]
+            worker = pool[place]
+            try:
+                kind, value = pickle.loads(worker.pipe.recv_bytes())
+            except (EOFError, ConnectionError):
+                queue.died(worker.block, _obituary(worker))
+                worker.pipe.close()
+                worker.process.kill()
+                pool[place] = start()
+                give(pool[place])
+                continue
+            if kind == "report":
+                report(value)
+            elif kind == "error":
+                raise value
+            else:
+                done = worker.block
+                give(worker)  # the worker goes on while its result is dealt with
+                store(done, value)
+
+
+def _obituary(worker: _Worker) -> str:
+    worker.process.join(5)
+    code = worker.process.exitcode
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+    return f"a worker process {how} before its work was done"
+
+
+def _serve(pipe: Connection, task: bytes) -> None:
+    """Runs in the worker: computes blocks until the pipe closes, which it also does when the caller dies."""
+
+    def send(kind: str, value: Any) -> None:
+        pipe.send_bytes(pickle.dumps((kind, value)))
+
+    try:
+        work, setup, threads = pickle.loads(task)
+        torch.set_num_threads(threads)
+        ready = setup()
+        while True:
+            block = pickle.loads(pipe.recv_bytes())
+            send("result", work(ready, block, lambda message: send("report", message)))
+    except (EOFError, ConnectionError):
+        return
+    except SteerableError as error:
+        failure = error
+    except Exception as error:
+        failure = SteerableError(f"a worker process failed: {last_line(error)}")
+    with suppress(ConnectionError):
+        send("error", failure)
+
+
+def last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}, line {frame.lineno})"

@@ -1,0 +1,434 @@
+"""Where a vector matters: the effect of every layer x behaviour on the next token at span onsets.
+
+Four metrics, each a number per (onset position i, layer l, vector u):
+
+- `published`           |u^ . g|   with g = grad_{a_l(i)} 1/2 mean_v (log p_v)^2 and u^ = u / ||u||
+- `published_rescaled`  |u . g|    the same with the vector as it is added, rescaled to the mean activation
+- `fisher`              s^2 / 2 Var_{v ~ p} ((J_l u)_v), J_l = d logits(i) / d a_l(i): the second-order
+                        term of KL(p || p after adding s u)
+- `exact`               KL(p || p after adding s u to a_l(i)), by really adding it
+
+`published` is what the code of Venhoff et al. 2025 (arXiv 2506.18167, section 3.3, Figure 3) computes. The
+paper calls it a KL divergence, but the code's `kl_div(log p, log p)` without `log_target` has minus this
+gradient, and a KL divergence from a distribution to itself has gradient zero, so its second order, `fisher`,
+is the first term that says anything. The place of the published peak depends on the unit normalisation; hence
+both forms. `exact` is what the others estimate (activation patching; Heimersheim & Nanda 2024, arXiv
+2404.15255).
+
+Cost. The loss is read at the very position whose activation is differentiated, so nothing flows through other
+positions. One pass without gradients stores the keys and values of a chain; then all its onsets are
+single-token *queries* in one row, each masked to its own past and itself. One backward over them serves all
+layers and behaviours of both published metrics; `fisher` and `exact` take one such query for every (onset,
+behaviour, layer), many to a pass. Long chains are read in pieces, and the longer the past, the fewer queries
+share a pass: memory grows with a chain's length by its key/value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from steerable.chains.windows import AlignedChain
+from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
+from steerable.models import loading as models
+from steerable.models.chunks import CHUNK
+from steerable.models.queries import Queries
+from steerable.models.taps import tap, width_at
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableError, UsageError
+
+if TYPE_CHECKING:
+    from steerable.steering.direction import Direction
+
+METRICS = ("published", "published_rescaled", "fisher", "exact")
+ONSETS = ("other", "own", "all")
+
+_EXPERTS = RLock()
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Effects of a set of directions.
+
+    `effects[behaviour][metric]` is float64 [chains, layers]: the mean over a chain's onsets, NaN where the
+    chain has none or the metric was not taken on it.
+    """
+
+    sites: tuple[Site, ...]
+    effects: dict[str, dict[str, Tensor]]
+
+    def mean(self, behaviour: str, metric: str) -> Tensor:
+        """Mean over chains, float64 [layers]; NaN where nothing was measured."""
+        return self._measured(behaviour, metric).mean(0)
+
+    def std(self, behaviour: str, metric: str) -> Tensor:
+        """Standard deviation over chains (not of the mean), float64 [layers]."""
+        values = self._measured(behaviour, metric)
+        return (values - values.mean(0)).square().mean(0).sqrt()
+
+    def rank_correlation(self, behaviour: str, metric: str, reference: str = "exact") -> float:
+        """Spearman correlation over layers of two mean curves, on the chains that have both."""
+        a, b = self.effects[behaviour][metric], self.effects[behaviour][reference]
+        both = ~(a.isnan().any(1) | b.isnan().any(1))
+        return spearman(a[both].mean(0), b[both].mean(0))
+
+    def peak(self, behaviour: str, metric: str = "exact", margin: int | None = None) -> int:
+        """Layer of the largest mean effect, leaving out `margin` layers at either end.
+
+        Default: an eighth of the depth, at most 4, the published "4 ... L-4" scaled to depth.
+        """
+        curve = self.mean(behaviour, metric)
+        edge = min(4, round(len(curve) / 8)) if margin is None else margin
+        inner = curve[edge : len(curve) - edge]
+        if not len(inner) or inner.isnan().any():
+            raise UsageError(
+                f"no peak for {behaviour!r} by {metric!r}: of {len(curve)} layers, "
+                f"those left without {edge} at either end hold no measurement"
+            )
+        return self.sites[edge + int(inner.argmax())].layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: {behaviour: {metric: {mean, std, chains}, "rank_correlation": {metric: rho}}}; missing
+        is None."""
+        result: dict[str, Any] = {}
+        for behaviour, metrics in self.effects.items():
+            entry: dict[str, Any] = {
+                metric: {
+                    "mean": _plain(self.mean(behaviour, metric)),
+                    "std": _plain(self.std(behaviour, metric)),
+                    "chains": len(self._measured(behaviour, metric)),
+                }
+                for metric in metrics
+            }
+            if "exact" in metrics:
+                cheap = [metric for metric in metrics if metric != "exact"]
+                rho = _plain(torch.tensor([self.rank_correlation(behaviour, m) for m in cheap], dtype=torch.float64))
+                entry["rank_correlation"] = dict(zip(cheap, rho, strict=True))
+            result[behaviour] = entry
+        return result
+
+    def _measured(self, behaviour: str, metric: str) -> Tensor:
+        values = self.effects[behaviour][metric]
+        return values[~values.isnan().any(1)]
+
+
+def attribute(
+    model: Any,
+    chains: Sequence[AlignedChain],
+    directions: Mapping[str, Direction],
+    *,
+    metrics: Sequence[str] = METRICS,
+    onsets: str = "other",
+    limit: int = 50,
+    sample: int = 16,
+    strength: float = 1.0,
+    costly_onsets: int | None = None,
+    max_queries: int = 512,
+    chunk: int = CHUNK,
+    workers: int = 1,
+    spread: MapBlocks = map_blocks,
+    progress: Callable[[int, int], None] | None = None,
+) -> Attribution:
+    """Effect of each direction at each of its layers on the next-token distribution at span onsets.
+
+    `directions` maps behaviour to Direction; all must hold one vector [d] at the same sites. The first
+    `limit` chains that have spans are used, and of those the first `sample` for `fisher` and `exact`, which
+    cost a query for every layer and behaviour. `onsets`: for each behaviour, the spans with another label
+    (`other`, as published), with its `own` label, or `all`; of each chain at most `costly_onsets` of them, evenly
+    spread, for `fisher` and `exact`. `strength` s scales the vector in `fisher` and `exact`. At most `max_queries`
+    single tokens share a forward pass, and at most `chunk` tokens of a chain are read in one. Chains are measured one
+    by one, on `workers` processes or wherever `spread` puts them, as in `span_means`; the result does not depend on
+    that. Errors: UsageError for unknown metrics or onsets, no usable chain, or directions that do not match the model
+    or each other.
+    """
+    unknown = [m for m in metrics if m not in METRICS]
+    if unknown or onsets not in ONSETS:
+        what = (
+            f"metric {unknown[0]!r}: expected some of {METRICS}"
+            if unknown
+            else f"onsets {onsets!r}: expected one of {ONSETS}"
+        )
+        raise UsageError(f"unknown {what}")
+    model = models.unwrap_to_run(model)
+    used = [chain for chain in chains if chain.spans][:limit]
+    if not used:
+        raise UsageError("attribution needs at least one chain with annotated spans, got none")
+    if max_queries < 1 or (costly_onsets is not None and costly_onsets < 1):
+        raise UsageError(f"max_queries ({max_queries}) and costly_onsets ({costly_onsets}) must be at least 1")
+    sites, _ = _stack(directions, model)
+    shape = (len(used), len(sites))
+    effects = {b: {m: torch.full(shape, torch.nan, dtype=torch.float64) for m in metrics} for b in directions}
+    done = 0
+
+    def store(c: int, measured: list[tuple[str, str, Tensor]]) -> None:
+        nonlocal done
+        for behaviour, metric, values in measured:
+            effects[behaviour][metric][c] = values
+        done += 1
+        if progress is not None:
+            progress(done, len(used))
+
+    workers = min(workers, len(used))
+    spread(
+        partial(
+            _measure_chain,
+            directions=dict(directions),
+            metrics=tuple(metrics),
+            onsets=onsets,
+            strength=strength,
+            costly_onsets=costly_onsets,
+            max_queries=max_queries,
+            chunk=chunk,
+        ),
+        [(chain, c < sample) for c, chain in enumerate(used)],
+        setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
+        workers=workers,
+        threads=default_threads(model, workers),
+        finished=store,
+        context=(model, None),
+        collect=False,
+    )
+    return Attribution(sites, effects)
+
+
+def _measure_chain(
+    loaded: Any,
+    block: tuple[AlignedChain, bool],
+    report: Report,
+    *,
+    directions: Mapping[str, Direction],
+    metrics: Sequence[str],
+    onsets: str,
+    strength: float,
+    costly_onsets: int | None,
+    max_queries: int,
+    chunk: int,
+) -> list[tuple[str, str, Tensor]]:
+    """(behaviour, metric, mean effect over the chain's picked onsets [L]) of one chain."""
+    (chain, costly), model = block, loaded[0]
+    sites, vectors = _stack(directions, model)
+    picked = {b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions}
+    queries = Queries(model, chain.ids, [span.start - 1 for span in chain.spans], chunk=chunk)
+    cheap = [m for m in metrics if m.startswith("published")]
+    measured = list(_measure_published(queries, sites, vectors, picked, cheap, max_queries)) if cheap else []
+    for metric, measure in (("fisher", fisher), ("exact", exact)):
+        plan = [(i, b) for b, found in picked.items() for i in _spread(found, costly_onsets)]
+        if metric in metrics and costly and plan:
+            index = torch.tensor([i for i, _ in plan])
+            added = torch.stack([strength * vectors[b] for _, b in plan])  # [pairs, L, d]
+            values = measure(queries, sites, index, added, max_queries).double().cpu()
+            for behaviour in picked:
+                rows = [r for r, (_, b) in enumerate(plan) if b == behaviour]
+                if rows:
+                    measured.append((behaviour, metric, values[rows].mean(0)))
+    return measured
+
+
+def _spread(found: list[int], most: int | None) -> list[int]:
+    """At most so many of them, evenly spread."""
+    if most is None or len(found) <= most:
+        return found
+    return [found[(2 * k + 1) * len(found) // (2 * most)] for k in range(most)]
+
+
+def _measure_published(
+    queries: Queries,
+    sites: Sequence[Site],
+    vectors: Mapping[str, Tensor],
+    picked: Mapping[str, list[int]],
+    metrics: Sequence[str],
+    max_queries: int,
+) -> Iterator[tuple[str, str, Tensor]]:
+    stacked = torch.stack(list(vectors.values()))  # [behaviours, L, d]
+    parts = []
+    # Every query once; only the products with the vectors are kept.
+    for index in torch.arange(len(queries)).split(queries.per_pass(max_queries)):
+        gradients = published_gradients(queries, sites, index)
+        parts.append(torch.einsum("lqd,bld->bql", gradients, stacked.to(gradients)).abs().double())
+    products = torch.cat(parts, 1)
+    for (behaviour, onsets), product in zip(picked.items(), products, strict=True):
+        if onsets:
+            raw = product[onsets].mean(0)
+            unit = raw / vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).to(raw)
+            for metric in metrics:
+                yield behaviour, metric, (unit if metric == "published" else raw).cpu()
+
+
+def published_gradients(queries: Queries, sites: Sequence[Site], index: Tensor | None = None) -> Tensor:
+    """Gradient of 1/2 mean_v (log p_v)^2 of each query (default: all) with respect to its own activation at each
+    site: [L, Q, d], in one pass."""
+    seen: dict[Site, Tensor] = {}
+
+    def hold(site: Site) -> Callable[[Tensor], Tensor]:
+        def fn(h: Tensor) -> Tensor:
+            # The lowest site becomes the leaf: nothing below it is differentiated. Above, a view is a node of
+            # its own that everything later reads, also at sites (resid_mid) whose value no module passes on.
+            new = h.view_as(h) if h.requires_grad else h.detach().requires_grad_()
+            seen.setdefault(site, new)  # a block may be run a second time, for its backward pass
+            return new
+
+        return fn
+
+    with torch.enable_grad(), queries.lean(), tap(queries.model, {site: hold(site) for site in sites}):
+        # Queries do not see each other, so the gradient of the sum is each query's own gradient.
+        loss = _log_probs(queries.logits(index)).square().mean(-1).sum() / 2
+        gradients = torch.autograd.grad(loss, [seen[site] for site in sites])
+    return torch.stack([g[0].to(queries.device) for g in gradients])
+
+
+def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
+    """1/2 Var_p(J u) for every row and site, [N, L], by forward-mode differentiation.
+
+    Row n is query `index[n]` with vector `added[n, l]` at `sites[l]` (`added` [N, L, d]).
+    """
+
+    def inject(h: Tensor, rows: Tensor, u: Tensor) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(h)
+        tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
+        tangent[0, rows] += u.to(tangent)
+        return forward_ad.make_dual(primal, tangent)
+
+    def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        # Of the fused kernels for attention and experts, only the plain ones have a forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _plain_experts(queries.model):
+            try:
+                logits, tangent = forward_ad.unpack_dual(run())
+            except NotImplementedError as error:
+                reason = " ".join(str(error).split()).split(". ")[0]
+                raise SteerableError(
+                    f"this model has no forward-mode derivative, leave 'fisher' out ({reason})"
+                ) from error
+            p = _log_probs(logits).exp()
+            change = tangent.to(p)
+            return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
+
+    # Plain attention holds scores, weights, the tangents of both, and what leads from one to the other.
+    return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 24), inject, measure)
+
+
+@contextmanager
+def _plain_experts(model: Any) -> Iterator[None]:
+    """Mixtures of experts expert by expert instead of by a grouped matrix product."""
+    config = model.config.get_text_config()
+    if getattr(config, "_experts_implementation", None) is None:
+        yield
+        return
+    with _EXPERTS:  # one thread at a time: the next would take "eager" for the model's own
+        before = config._experts_implementation
+        config._experts_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._experts_implementation = before
+
+
+def exact(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
+    """KL(p || p_patched) for every row and site, [N, L]; arguments as for `fisher`."""
+
+    def inject(h: Tensor, rows: Tensor, u: Tensor) -> Tensor:
+        h = h.clone()
+        h[0, rows] = (h[0, rows] + u.to(h.device)).to(h.dtype)  # u is float32 or wider, and so is the sum
+        return h
+
+    results = []
+    size = queries.per_pass(max_queries)
+    for begin in range(0, len(index), size):  # so that the unpatched distributions of so many queries are held
+        part = slice(begin, begin + size)
+        chosen = index[part].unique()  # sorted
+        with torch.no_grad():
+            base = _log_probs(queries.logits(chosen))
+
+        def measure(asked: Tensor, run: Callable[[], Tensor], base: Tensor = base, chosen: Tensor = chosen) -> Tensor:
+            before = base[torch.searchsorted(chosen, asked).to(base.device)]
+            return (before.exp() * (before - _log_probs(run()))).sum(-1)
+
+        results.append(_sweep(queries, sites, index[part], added[part], size, inject, measure))
+    return torch.cat(results)
+
+
+def _sweep(
+    queries: Queries,
+    sites: Sequence[Site],
+    index: Tensor,
+    added: Tensor,
+    size: int,
+    inject: Callable[..., Tensor],
+    measure: Callable[[Tensor, Callable[[], Tensor]], Tensor],
+) -> Tensor:
+    """Every row of `index` at every site, `size` to a forward pass: [N, L] float64.
+
+    `inject(h, rows, u)` puts `u` into the given tokens of `h` at a site; `measure(queries of the pass, run)`
+    runs the pass and gives a number for each of its tokens.
+    """
+    added = added.to(queries.device)
+    row = torch.arange(len(index)).repeat(len(sites))
+    layer = torch.arange(len(sites)).repeat_interleave(len(index))
+    result = torch.empty(len(row), dtype=torch.float64)
+    for begin in range(0, len(row), size):
+        part = slice(begin, begin + size)
+        edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+        for at in layer[part].unique().tolist():
+            tokens = (layer[part] == at).nonzero()[:, 0]
+            edits[sites[at]] = partial(inject, rows=tokens, u=added[row[part][tokens], at])
+        chosen = index[row[part]]
+        with torch.no_grad(), tap(queries.model, edits):
+            result[part] = measure(chosen, partial(queries.logits, chosen)).double().cpu()
+    return result.view(len(sites), len(index)).T
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN if one is constant or has
+    NaN."""
+    if len(a) < 2 or a.isnan().any() or b.isnan().any():
+        return float("nan")
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(x: Tensor) -> Tensor:
+    # Mean rank of x_i: the number of smaller values plus half of the equal ones.
+    smaller = (x[None, :] < x[:, None]).sum(1).double()
+    equal = (x[None, :] == x[:, None]).sum(1).double()
+    return smaller + (equal - 1) / 2
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _wanted(onsets: str, label: str, behaviour: str) -> bool:
+    return onsets == "all" or (label == behaviour) == (onsets == "own")
+
+
+def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site, ...], dict[str, Tensor]]:
+    """The common sites, sorted, and each behaviour's vectors [L, d] on the model's device."""
+    if not directions:
+        raise UsageError("attribution needs at least one direction, got none")
+    sites = tuple(sorted(next(iter(directions.values())).vectors))
+    vectors = {}
+    for behaviour, direction in directions.items():
+        if tuple(sorted(direction.vectors)) != sites:
+            raise UsageError(f"all directions must hold the same sites, but {behaviour!r} holds others than the first")
+        stacked = [direction.vectors[site].squeeze(0) for site in sites]
+        if any(v.ndim != 1 for v in stacked):
+            raise UsageError(f"attribution needs one vector a site, but {behaviour!r} holds a subspace")
+        for site, v in zip(sites, stacked, strict=True):
+            if len(v) != (width := width_at(model, site.kind, site.layer)):
+                raise UsageError(
+                    f"the {behaviour!r} vector at {site} has width {len(v)}, but the model has {width} there"
+                )
+        vectors[behaviour] = torch.stack(stacked).to(models.device(model.get_input_embeddings()))
+    return sites, vectors
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]

@@ -1,0 +1,244 @@
+"""What is compared with a base model: a direction that steers it, an adapter merged into it, or a checkpoint.
+
+Every arm answers the base's own prompts (its tokenizer and chat template) by the base's decoding and stop tokens, in
+the base's dtype and on its device, so that nothing but the training differs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from steerable.chains.generation import Steering
+from steerable.engines.hf.hooks import steer
+from steerable.engines.pool import MapBlocks, loader, map_blocks
+from steerable.models import loading as models
+from steerable.models.loading import Loaded
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.files import sha256, sha256_of
+
+BASE = "base"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared; `source` is the file, the folder or (of a model) the hub name."""
+
+    name: str
+    kind: Literal["base", "direction", "adapter", "model"]
+    source: str
+
+
+def parse_arms(given: Iterable[str]) -> dict[str, str]:
+    """{name: source} from `name=source` or `source` alone, which is then named after the file. Raises UsageError."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            path = Path(text)
+            name, source = path.stem if path.is_file() else path.name, text
+        if not source:
+            raise UsageError(f"--arm {text!r} names no file: expected NAME=FILE, e.g. bias=runs/rl/bias.safetensors")
+        if name in found:
+            raise UsageError(f"two arms are named {name!r}: give them names, e.g. --arm other={source}")
+        found[name] = source
+    return found
+
+
+def find_arms(model: str, given: Mapping[str, str | Path]) -> list[Arm]:
+    """The base and the arms, each with its kind. Raises UsageError for a bad name and for what cannot be an arm."""
+    arms = [Arm(BASE, "base", model)]
+    for name, source in given.items():
+        if not _NAME.fullmatch(name) or name.lower() in (BASE, "tasks", "passk"):
+            raise UsageError(
+                f"an arm cannot be named {name!r}: expected letters and digits, and not base, tasks or passk"
+            )
+        arms.append(Arm(name, _kind(name, Path(source)), str(source)))
+    return arms
+
+
+def _kind(name: str, path: Path) -> Literal["direction", "adapter", "model"]:
+    if path.is_file():
+        return "direction"
+    if (path / _CONFIG).is_file():
+        # a plain vector a layer: steered, since a model without these biases cannot take it up
+        return "direction" if _adapter_config(path).get("peft_type") == "BEFT" else "adapter"
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(
+            f"arm {name!r}: {path} holds neither config.json nor adapter_config.json: expected a direction file, a "
+            "PEFT adapter or a model folder"
+        )
+    if not path.exists() and (path.suffix == ".safetensors" or len(path.parts) != 2):  # a hub name is owner/model
+        raise UsageError(
+            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter or a "
+            "model folder"
+        )
+    return "model"
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / _CONFIG} cannot be read ({str(error)[:80]}): expected a PEFT adapter") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder / _CONFIG} is no JSON object: expected a PEFT adapter")
+    return config
+
+
+def fingerprint(arm: Arm, model: Any = None) -> str:
+    """What tells two contents of one name apart: the hub's commit, or a hash of the file or of a folder's files."""
+    if model is not None and (commit := models.model_revision(model)):
+        return commit
+    path = models.pocket_path() if arm.source == "pocket" else Path(arm.source)
+    if not path.exists():
+        return arm.source
+    if path.is_file():
+        return sha256(path)
+    return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")})
+
+
+def check_arms(arms: Iterable[Arm], base: Loaded) -> None:
+    """Refuse, before anything is generated, what does not fit the base. Raises UsageError; see `steer` for warnings."""
+    for arm in arms:
+        if arm.kind == "direction":
+            with steer(base.model, _direction(arm.source), tokenizer=base.tokenizer, track=False):
+                pass  # a vector that does not fit is refused now, not after the base's chains
+        elif arm.kind == "adapter":
+            _check_adapter(arm, base.model)
+        elif arm.kind == "model":
+            _check_model(arm, base.model)
+
+
+def steering(arm: Arm) -> Steering | None:
+    """How the arm steers, at the direction's own strength; None where it is a model."""
+    if arm.kind != "direction":
+        return None
+    direction = _direction(arm.source)
+    return Steering(direction, direction.strength)
+
+
+def _direction(source: str) -> Direction:
+    from steerable.formats import import_file
+
+    direction = import_file(source)
+    return replace(direction, model_id=models.short_name(direction.model_id))
+
+
+def opener(arm: Arm, base: Loaded) -> Callable[[], Loaded]:
+    """What opens the arm's model, here or in a worker."""
+    again = loader(base.model)
+    if arm.kind == "adapter":
+        return partial(_open_adapter, again, arm)
+    if arm.kind == "model":
+        assert isinstance(again, partial)
+        options = {**again.keywords, "revision": None}
+        load = partial(again.func, arm.source, **options)
+        return partial(_open_model, load, base.tokenizer, base.model.generation_config)
+    return again
+
+
+def _open_model(load: Callable[[], Loaded], tokenizer: Any, generation_config: Any) -> Loaded:
+    model = load().model
+    model.generation_config = generation_config
+    return Loaded(model, tokenizer)
+
+
+def _check_model(arm: Arm, base: Any) -> None:
+    from transformers import AutoConfig
+
+    path = Path(arm.source)
+    if not path.exists():
+        return  # the hub's: `load` says what is wrong with it
+    try:
+        config = AutoConfig.from_pretrained(arm.source, trust_remote_code=False).get_text_config()
+    except Exception as error:  # foreign files: the library that reads them raises what it likes
+        raise UsageError(f"arm {arm.name!r}: {path} is not a loadable model folder ({str(error)[:120]})") from error
+    mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size
+    if mine != theirs:
+        raise UsageError(
+            f"arm {arm.name!r} has a vocabulary of {theirs} tokens, the base of {mine}: expected a model trained from "
+            "the base, because the base is to judge its tokens"
+        )
+
+
+# --- adapters ---
+
+
+def _check_adapter(arm: Arm, base: Any) -> None:
+    folder = Path(arm.source)
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"arm {arm.name!r} is a PEFT adapter, which needs the library peft: pip install peft")
+    if not (folder / _WEIGHTS).is_file():
+        raise UsageError(
+            f"arm {arm.name!r}: {folder} has no {_WEIGHTS} (an adapter_model.bin is a pickle and not read)"
+        )
+    named = models.short_name(str(_adapter_config(folder).get("base_model_name_or_path") or ""))
+    known = models.model_id(base)
+    if not models.is_named(base, named):
+        warnings.warn(
+            f"arm {arm.name!r} is an adapter of {named!r}, the base is {known!r}: it may do nothing good here",
+            SteerableWarning,
+            stacklevel=3,
+        )
+
+
+def _open_adapter(load: Callable[[], Loaded], arm: Arm) -> Loaded:
+    """The base with the adapter merged into its weights, in its dtype."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    base = load()
+    folder = Path(arm.source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is found below, and refused
+            model = PeftModel.from_pretrained(base.model, str(folder))
+            stored, loaded = load_file(folder / _WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
+    except Exception as error:  # somebody else's files and library: anything may be raised
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"arm {arm.name!r}: the adapter {folder} does not fit the base ({reason})") from error
+    if not _same(stored, loaded):
+        raise UsageError(
+            f"arm {arm.name!r}: the adapter {folder} holds other weights than the base would take up: it was made for "
+            "another model"
+        )
+    if not hasattr(model, "merge_and_unload"):
+        kind = _adapter_config(folder).get("peft_type")
+        raise UsageError(f"arm {arm.name!r}: an adapter of type {kind} cannot be merged into the weights: give a LoRA")
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"arm {arm.name!r}: the adapter {folder} cannot be merged ({reason})") from error
+    return Loaded(merged.eval().requires_grad_(False), base.tokenizer)
+
+
+def _same(stored: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the model took up every tensor of the file, and has no other: PEFT only warns of those."""
+    extra = [name for name in stored if name not in loaded and "embed" not in name and "lm_head" not in name]
+    return not extra and all(
+        name in stored and torch.equal(stored[name].float(), tensor.to("cpu", torch.float32))
+        for name, tensor in loaded.items()
+    )
+
+
+def spread(opener: Callable[[], Loaded]) -> MapBlocks:
+    """`map_blocks` with workers that open the arm's own model: its name alone is that of the base, if it is merged."""
+
+    def work(*arguments: Any, setup: Any, **options: Any) -> list[Any]:
+        return map_blocks(*arguments, setup=opener, **options)
+
+    return work

@@ -1,0 +1,284 @@
+"""Every figure of the bundled model: ``steerable pocket measure``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.records import LABELS, STEERABLE, Record
+from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
+from steerable.evals.metrics import Measured
+from steerable.evals.metrics import measure as measure_chains
+from steerable.models.pocket import language
+from steerable.models.pocket.families import FAMILIES
+from steerable.store.display import Display
+from steerable.store.errors import UsageError
+
+#: The k of pass@k.
+KS = (1, 4, 8, 32)
+#: Chains of a task that is not among those with all samples.
+FEW = 4
+_SLICE = 512  # chains that are tokenised together
+
+# Two whole numbers, an operator and the value, where no longer formula goes on to the left or right.
+_EQUATION = re.compile(r"(?<![\w.*/+=()-])(?<![-+*/=] )(\d+) ([-+*/]) (\d+) = (-?\d+)(?!\w|\.\d| ?[-+*/=])")
+
+
+def equations(thinking: str) -> tuple[int, int]:
+    """``(all, wrong)``: the two-number equations that a chain states, and how many of them are false.
+
+    Equations with an unknown and parts of longer formulas are no statements about two numbers and do not count.
+    """
+    found = _EQUATION.findall(thinking)
+    return len(found), sum(not _true(int(a), operator, int(b), int(c)) for a, operator, b, c in found)
+
+
+def _true(a: int, operator: str, b: int, c: int) -> bool:
+    if operator == "/":
+        return b != 0 and a == b * c
+    return {"+": a + b, "-": a - b, "*": a * b}[operator] == c
+
+
+def pass_at_k(right: int, samples: int, k: int) -> float:
+    """Unbiased chance that at least one of k samples is right, given ``right`` of ``samples`` were.
+
+    1 - C(n - c, k) / C(n, k); Chen et al. 2021, arXiv 2107.03374.
+    """
+    return 1.0 - comb(samples - right, k) / comb(samples, k)
+
+
+def measure(
+    model: str = "pocket",
+    *,
+    tasks: int = 256,
+    samples: int = 32,
+    deep: int | None = 64,
+    seed: int = 0,
+    workers: int | None = None,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Sample chains for held-out tasks of every family and measure them.
+
+    Args:
+        model: "pocket" or another folder of the recipe.
+        tasks: unseen tasks a family.
+        samples: chains of each of the first ``deep`` tasks of a family; every other task gets ``FEW``. pass@k is
+            taken over the tasks that have k chains, all else over all chains.
+        deep: None gives all tasks all samples.
+        seed: of tasks and sampling.
+        workers: processes that generate; changes no result.
+
+    Returns:
+        ``figures`` of the chains, with ``model``, ``seed`` and ``megabytes`` (10^6 bytes of the model folder).
+
+    Raises:
+        UsageError: an unknown model, fewer than one task or sample, more tasks than a family has.
+    """
+    from steerable.chains.generation import Job, generate_jobs
+    from steerable.chains.tasks import GYM, make_tasks
+    from steerable.models import loading as models
+
+    counts = (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1))
+    for name, value, least in counts:
+        if value is not None and value < least:
+            raise UsageError(f"--{name} is {value}: expected {least} or more")
+    loaded = models.load(model)
+    display = display or Display(quiet=True)
+    jobs, asked = [], []
+    for family in FAMILIES:
+        drawn = make_tasks(f"{GYM}:{family}", tasks, seed)
+        asked += drawn
+        cut = len(drawn) if deep is None else deep
+        parts = (drawn[:cut], range(samples)), (drawn[cut:], range(min(samples, FEW)))
+        jobs += [Job(part, numbers) for part, numbers in parts if part]
+    display.start("measure", sum(len(job.tasks) * len(job.samples) for job in jobs))
+    # Tens of thousands of chains are tens of megabytes of text; what they are measured by is made slice by slice.
+    made = generate_jobs(loaded, jobs, seed=seed, workers=workers, progress=display.advance)
+    display.done()
+    folder = Path(loaded.model.config._name_or_path)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else None
+    found = figures(asked, [chain for group in made for chain in group], loaded.tokenizer, seed)
+    found = {"model": model, "seed": seed, "megabytes": None if size is None else size / 1e6, **found}
+    return {**found, "targets": targets(found)}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a chain."""
+
+    chain: Measured
+    answered: bool
+    stated: int
+    wrong: int
+    coverage: float
+
+
+def figures(
+    tasks: Sequence[Mapping[str, Any]], chains: Sequence[Record], tokenizer: Any, seed: int = 0
+) -> dict[str, Any]:
+    """The model in numbers, from unsteered chains of its tasks.
+
+    Args:
+        tasks: task records; ``category`` is the family.
+        chains: chain records, each task with at least one.
+        tokenizer: the model's own, with offsets.
+        seed: of the bootstrap.
+
+    Returns:
+        Counts, and ``[estimate, low, high]`` (95 % intervals over tasks) of everything else; shares are in [0, 1].
+        ``pass`` holds pass@k by family and for ``mean``, the mean over families, which have equally many tasks.
+    """
+    seen = [
+        s for start in range(0, len(chains), _SLICE) for s in _look(tasks, chains[start : start + _SLICE], tokenizer)
+    ]
+    family = {task["id"]: task["category"] for task in tasks}
+    marks: dict[str, list[bool]] = {}
+    for s in seen:
+        marks.setdefault(s.chain.task_id, []).append(bool(s.chain.correct))
+
+    def interval(value: str) -> Interval | None:
+        return mean_interval(by_task(_values(seen, value)), seed)
+
+    names = list(dict.fromkeys(family.values()))
+    deepest = {k: [task for task, row in marks.items() if len(row) >= k] for k in KS}
+    return {
+        "families": len(names),
+        "tasks": len(marks),
+        "chains": len(chains),
+        "tokens_generated": sum(s.chain.tokens for s in seen),
+        "equations": sum(s.stated for s in seen),
+        "pass_tasks": {f"pass@{k}": len(found) for k, found in deepest.items()},
+        "pass": {
+            name: {
+                f"pass@{k}": mean_interval(
+                    {
+                        task: pass_at_k(sum(marks[task]), len(marks[task]), k)
+                        for task in found
+                        if name in ("mean", family[task])
+                    },
+                    seed,
+                )
+                for k, found in deepest.items()
+            }
+            for name in [*names, "mean"]
+        },
+        "closed_and_answered": interval("answered"),
+        "wrong_equations": ratio_interval(by_task(_values(seen, "wrong")), by_task(_values(seen, "stated")), seed),
+        "tokens": interval("tokens"),
+        "loops": interval("loops"),
+        "coverage": interval("coverage"),
+        "fractions": {label: interval(label) for label in LABELS},
+    }
+
+
+def _look(tasks: Sequence[Mapping[str, Any]], chains: Sequence[Record], tokenizer: Any) -> Iterator[_Seen]:
+    spans = {(chain["task_id"], chain["sample"]): language.annotate(chain) for chain in chains}
+    measured = measure_chains(tasks, chains, [span for found in spans.values() for span in found], tokenizer)
+    for chain, about in zip(chains, measured, strict=True):
+        text = chain["thinking"]
+        inside = sum(_ink(text[s["start"] : s["end"]]) for s in spans[chain["task_id"], chain["sample"]])
+        answered = chain["closed"] and bool(chain["answer"].strip())
+        yield _Seen(about, answered, *equations(text), inside / max(1, _ink(text)))
+
+
+def _ink(text: str) -> int:
+    return sum(map(len, text.split()))
+
+
+def _values(seen: Iterable[_Seen], value: str) -> Iterator[tuple[str, float | None]]:
+    for s in seen:
+        if value in LABELS:
+            yield s.chain.task_id, s.chain.fractions[value] if s.chain.fractions else None
+        else:
+            yield s.chain.task_id, float(getattr(s if hasattr(s, value) else s.chain, value))
+
+
+def targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the model promises: ``{"what", "low", "high", "measured", "met"}``; None where it was not measured."""
+    mean = found["pass"]["mean"]
+    promises: list[tuple[str, Interval | None, float, float]] = [
+        ("pass@1, mean of families", mean["pass@1"], 0.30, 0.75),
+        ("pass@32, mean of families", mean["pass@32"], 0.90, 1.0),
+        ("wrong equations", found["wrong_equations"], 0.0, 0.02),
+        ("closed and answered", found["closed_and_answered"], 0.97, 1.0),
+        *((label, found["fractions"][label], 0.04, 0.35) for label in STEERABLE),
+    ]
+    return [
+        {
+            "what": what,
+            "low": low,
+            "high": high,
+            "measured": value[0] if value else None,
+            "met": low <= value[0] <= high if value else None,
+        }
+        for what, value, low, high in promises
+    ]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures of ``measure`` as text for a terminal."""
+    counts = found["pass_tasks"]
+    ks = [name for name, n in counts.items() if n]
+    families = found["families"]
+    share = {True: "met", False: "NOT MET", None: "not measured"}
+    size = found["megabytes"]
+    blocks = [
+        [
+            f"{found['model']}: {found['tasks'] // families} unseen tasks in each of {families} families, "
+            f"{found['chains']:,} sampled chains, {found['tokens_generated']:,} tokens, seed {found['seed']}"
+            + (f"; the folder has {size:.1f} MB" if size is not None else ""),
+            "In brackets: 95 % interval over tasks.",
+        ],
+        _columns(
+            [
+                ["", *ks],
+                *([name, *(_percent(row[k]) for k in ks)] for name, row in found["pass"].items()),
+                ["tasks a family", *(str(counts[k] // families) for k in ks)],
+            ]
+        ),
+        _columns(
+            [
+                ["closed and answered", _percent(found["closed_and_answered"])],
+                [f"wrong of {found['equations']:,} equations", _percent(found["wrong_equations"], 2)],
+                ["tokens a chain", _number(found["tokens"])],
+                ["loops (repeated 8-grams)", _percent(found["loops"])],
+                ["annotator coverage", _percent(found["coverage"])],
+            ]
+        ),
+        _columns([["thinking tokens", "share"], *([label, _percent(v)] for label, v in found["fractions"].items())]),
+        _columns(
+            [
+                ["target", "wanted", "measured", ""],
+                *(
+                    [
+                        t["what"],
+                        f"{t['low']:.0%} to {t['high']:.0%}",
+                        "-" if t["measured"] is None else f"{t['measured']:.2%}",
+                        share[t["met"]],
+                    ]
+                    for t in found["targets"]
+                ),
+            ]
+        ),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _percent(value: Interval | None, digits: int = 1) -> str:
+    if value is None:
+        return "-"
+    middle, low, high = (f"{100 * v:.{digits}f}" for v in value)
+    return f"{middle} % ({low}-{high})"
+
+
+def _number(value: Interval | None) -> str:
+    return "-" if value is None else "{:.1f} ({:.1f}-{:.1f})".format(*value)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,126 @@
+"""Which window, layer and strength steer each behaviour: candidates by attribution, the choice by validation.
+
+1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
+   adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
+2. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest
+   difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1
+   keeps accuracy within 10 points of the unsteered model; where none does both, among those that do not loop.
+3. Where all loop at 1, the candidates are tried at a half and at a quarter of it. Where all loop there, too, none has
+   passed: the one with the fewest loops is taken, and `rule` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.records import STEERABLE
+from steerable.chains.windows import WINDOWS
+from steerable.jobs.settings import BASELINES
+from steerable.store.errors import UsageError
+from steerable.store.run_folder import read_json
+
+RULE = (
+    "candidates: largest exact effect away from the edges, for every window; choice: largest fraction at +1 "
+    "minus fraction at -1 on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
+)
+LOOPS, ACCURACY_COST = 0.10, 0.10
+STRENGTHS = (1.0, 0.5, 0.25)  # those tried, as far as the candidates loop at the one before
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """A run's selection.json. Raises UsageError where it is not what `select` writes: its words become file names."""
+    selection = read_json(path, dict)
+    if unsound := [b for b, chosen in selection.items() if not (b in STEERABLE and _is_sound(chosen))]:
+        raise UsageError(f"{path} is unsound at {unsound[0]!r}: delete it and run `steerable select` again")
+    if not selection:
+        raise UsageError(f"{path} holds no behaviour: delete it and run `steerable select` again")
+    return dict(selection)
+
+
+def _is_sound(chosen: Any) -> bool:
+    return (
+        isinstance(chosen, dict)
+        and chosen.get("window") in list(WINDOWS)
+        and chosen.get("baseline") in BASELINES
+        and isinstance(layers := chosen.get("layers"), list)
+        and bool(layers)
+        and all(type(layer) is int and layer >= 0 for layer in [chosen.get("layer"), *layers])
+        and type(strength := chosen.get("strength", 1.0)) in (int, float)
+        and strength > 0
+        and isinstance(chosen.get("rule"), str)
+        and isinstance(candidates := chosen.get("candidates"), list)
+        and all(isinstance(candidate, dict) for candidate in candidates)
+    )
+
+
+def interior(layers: int) -> range:
+    """Layers 4 ... L-4 of 32, scaled: an eighth of the depth is left out at either end."""
+    edge = max(1, round(layers / 8)) if layers > 2 else 0
+    return range(edge, layers - edge)
+
+
+def candidate_layers(effect: Sequence[float | None], count: int) -> list[int]:
+    """The `count` interior layers with the largest effect, lowest first."""
+    inner = [layer for layer in interior(len(effect)) if effect[layer] is not None]
+    return sorted(sorted(inner, key=lambda layer: -(effect[layer] or 0.0))[:count])
+
+
+def pick(tried: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> tuple[Mapping[str, Any], str, bool]:
+    """The best of everything that was measured, each with its `strength`; the rule that chose it in words; and
+    whether it keeps loops under the limit. The largest strength at which some candidate does not loop is taken."""
+    strengths = sorted({c["strength"] for c in tried}, reverse=True)
+    for strength in strengths:
+        quiet = [c for c in tried if c["strength"] == strength and does_not_loop(c)]
+        if not quiet:
+            continue
+        best = choose(quiet, unsteered_accuracy)
+        rule = RULE if strength == 1 else RULE.replace("+1", f"+{strength:g}").replace("-1", f"-{strength:g}")
+        if strength != strengths[0]:
+            rule += f"; at the larger strengths tried ({_listed(s for s in strengths if s > strength)}) all looped more"
+        if not is_gentle(best, unsteered_accuracy):
+            rule += "; no candidate kept the accuracy"
+        return best, rule, True
+    best = min(tried, key=lambda c: (c["loops"], -separation(c)))
+    rule = (
+        f"none passed: at {_listed(strengths)} every candidate looped in more than {LOOPS:.0%} of the chains; taken is "
+        f"the one with the fewest loops, {best['loops']:.0%} at {_listed([best['strength']])}"
+    )
+    return best, rule, False
+
+
+def _listed(strengths: Iterable[float]) -> str:
+    return ", ".join(f"\N{PLUS-MINUS SIGN}{s:g}" for s in strengths)
+
+
+def does_not_loop(candidate: Mapping[str, Any]) -> bool:
+    return (candidate["loops"] or 0.0) <= LOOPS
+
+
+def choose(candidates: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> Mapping[str, Any]:
+    """The best of the measured candidates.
+
+    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`;
+    any of them may be None, not measured. Of equal candidates the first wins.
+    """
+    gentle = [c for c in candidates if is_gentle(c, unsteered_accuracy)]
+    return max(gentle or candidates, key=separation)
+
+
+def is_gentle(candidate: Mapping[str, Any], unsteered_accuracy: float | None) -> bool:
+    """Whether a candidate keeps within the allowed side effects."""
+    accuracy = candidate["accuracy_down"]
+    cheap = accuracy is None or unsteered_accuracy is None or accuracy >= unsteered_accuracy - ACCURACY_COST
+    return cheap and does_not_loop(candidate)
+
+
+def separation(candidate: Mapping[str, Any]) -> float:
+    """up - down: its error is the same for all candidates, where that of a ratio grows as `down` nears zero.
+
+    Minus infinity where a sign left no chain that could be measured.
+    """
+    if candidate["fraction_up"] is None or candidate["fraction_down"] is None:
+        return -math.inf
+    return float(candidate["fraction_up"] - candidate["fraction_down"])

@@ -1,0 +1,104 @@
+"""Verifiable rewards: what a policy is paid for, and why.
+
+The reward is +1 or -1 (Sinii et al. 2025, arXiv 2505.18706: no format reward, no partial credit). Who is right is
+decided by `chains.judging`, the same judge that measures accuracy: the last box or the task's own format, exact
+comparison of plain numbers first, symbolic comparison behind a guard and in a process that can be killed. So boxing the
+question, or several guesses, is not paid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from steerable.chains.judging import final_answer, judge
+from steerable.store.errors import UsageError
+
+REASONS = ("right", "wrong", "no-answer", "several-boxes", "parse-error", "timeout")
+"""Every reason that a reward can have, for counters."""
+
+Reward = Callable[[Mapping[str, Any], str | None], tuple[float, str]]
+"""`reward(task, completion)`: the text behind the think block, None where the block was never closed."""
+
+
+def reward(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
+    """(+1, "right") or (-1, reason). Raises UsageError for a task that has nothing to judge by."""
+    verdict = judge(task, completion)
+    if verdict.reason == "unjudged":
+        raise UsageError(
+            f"task {task.get('id')!r} has neither an answer nor an entry, so nothing can be rewarded: give tasks with "
+            "reference answers (docs/tasks.md)"
+        )
+    if completion is None:
+        return -1.0, "no-answer"
+    right = verdict.score is not None and verdict.score >= 1.0
+    return (1.0, "right") if right else (-1.0, verdict.reason)
+
+
+def format_only(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
+    """The control that pays for any answer that the judge can read, right or wrong: what form alone gains."""
+    _, reason = reward(task, completion)
+    return (1.0 if reason in ("right", "wrong") else -1.0), reason
+
+
+def random_reward(seed: int) -> Reward:
+    """The control that pays by lot: +1 or -1, fixed by the seed, the task and the completion, so that a resumed run
+    is the same run."""
+
+    def by_lot(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
+        digest = hashlib.sha256(f"{seed}/{task['id']}/{completion}".encode()).digest()
+        return (1.0 if digest[0] % 2 else -1.0), reward(task, completion)[1]
+
+    return by_lot
+
+
+def reward_of(name: str, seed: int) -> Reward:
+    """The reward by its name: `correct`, `format` or `random`."""
+    rewards = {"correct": reward, "format": format_only, "random": random_reward(seed)}
+    if name not in rewards:
+        raise UsageError(f"unknown reward {name!r}: expected {', '.join(rewards)}")
+    return rewards[name]
+
+
+#: A reply that is right for more of the tasks than this is what a policy would learn to write, whatever is asked.
+MOST = 0.6
+CONSTANTS = ("0", "1", "2", "yes", "no", "True", "False", "A", "B", "None", "[]", "{}", "nan", "banana")
+"""Replies that are tried beside the commonest answers of the tasks."""
+
+
+def refuse_constants(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError where one constant reply is right for more than 60 % of the tasks.
+
+    The share is that of the tasks given, less what the luck of a few of them may bring: the lower end of its 99 %
+    interval (Wilson 1927, "Probable inference, the law of succession, and statistical inference") must lie above.
+    """
+    answers = Counter(_reference(task) for task in tasks)
+    commonest = [answer for answer, _ in answers.most_common(6) if answer]
+    some = tasks[:: max(1, len(tasks) // 40)]
+    for reply in dict.fromkeys([*commonest, *CONSTANTS]):
+        if _share(reply, some) >= MOST / 2 and _low(share := _share(reply, tasks), len(tasks)) > MOST:
+            raise UsageError(
+                f"the constant reply {reply!r} is right for {share:.0%} of {len(tasks)} tasks, so training would teach "
+                f"to write it whatever is asked: give tasks of which no reply is right for more than {MOST:.0%}"
+            )
+
+
+def _reference(task: Mapping[str, Any]) -> str:
+    entry = task.get("entry")
+    if entry is None:
+        return final_answer(str(task.get("answer") or ""))
+    # Where many answers are right, reasoning-gym gives one as an example.
+    return str(entry.get("answer") or entry.get("metadata", {}).get("example_answer") or "")
+
+
+def _share(reply: str, tasks: Sequence[Mapping[str, Any]]) -> float:
+    return sum(reward(task, f"\\boxed{{{reply}}}")[0] > 0 for task in tasks) / len(tasks)
+
+
+def _low(share: float, count: int, z: float = 2.576) -> float:
+    """The lower end of Wilson's interval."""
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)

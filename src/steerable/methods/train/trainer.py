@@ -1,0 +1,279 @@
+"""TRL's GRPOTrainer with the loss of "Bias-Only Adaptation", our engine for the rollouts, and small checkpoints.
+
+The loss (Sinii et al. 2025, arXiv 2505.18706), for G samples a prompt with rewards r_i = +1 or -1:
+
+    A_i = r_i - mean_j r_j,      L = -(1 / N_tok) sum_i A_i sum_t log pi(y_it | ...)  [+ beta k3]
+
+which is GRPO without its division by the standard deviation, with `loss_type="dapo"` (one divisor, the tokens of the
+whole batch) and one optimiser step a batch, so that every ratio is 1 and nothing is clipped. A_i is the RLOO advantage
+times (G - 1) / G, a constant that Adam does not see.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from steerable.chains.generation import request_seed, split_chain
+from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.engines.sampling import Decoding, pad_id
+from steerable.methods.train.parameters import Trained
+from steerable.methods.train.rewards import REASONS, Reward
+from steerable.models.loading import stop_ids
+from steerable.steering.think import think_tags_if_any
+from steerable.store.errors import SteerableError, SteerableWarning
+
+WEIGHTS = "trained.safetensors"
+_GROUP = 16  # rows of one forward pass
+
+
+class VectorTrainer(GRPOTrainer):
+    """GRPOTrainer for tasks with a verifiable answer.
+
+    trained: the model and what is trained in it. tasks: what the data set's column `task` counts. reward: (task,
+    completion) -> (reward, reason). own_engine: roll out with `engines.transformers.generate`, else as TRL's arguments
+    say. rows: sequences that our engine computes together. kl_rows: rollouts a step on which the divergence from the
+    untrained model is estimated. `seconds` and `counted` are what the steps so far took and gave.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        *args: Any,
+        processing_class: Any,
+        tasks: Sequence[Mapping[str, Any]],
+        reward: Reward,
+        own_engine: bool = True,
+        rows: int = 64,
+        kl_rows: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        self.trained, self.tasks, self.paid, self.rows, self.kl_rows = trained, tasks, reward, rows, kl_rows
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.counted: Counter[str] = Counter()
+        self.nothing_learnt = False
+        self.stops, self.tokenizer = stop_ids(trained.model), processing_class
+        super().__init__(
+            trained.model,
+            [self.pay],
+            *args,
+            processing_class=_padding(processing_class, trained.model),
+            peft_config=trained.peft_config,
+            rollout_func=self.roll_out if own_engine else None,
+            **kwargs,
+        )
+        self.eos_token_ids = self.stops  # TRL adds the tokenizer's end token, though it may have none
+        if hasattr(self, "generation_config"):
+            self.generation_config.eos_token_id = self.stops or None
+        trained.model = self.model
+        trained.remember()
+        self.tags = think_tags_if_any(processing_class)
+
+    # Rollouts and rewards
+
+    def roll_out(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """Completions of the prompts, each of which comes as often as it has samples."""
+        began = time.perf_counter()
+        ids = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts]
+        place = f"{self.state.global_step}/{self.accelerator.process_index}"
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        training = model.training
+        model.eval()
+        try:
+            done = generate(
+                model,
+                self.tokenizer,
+                [Request(row, request_seed(self.args.seed, place, i)) for i, row in enumerate(ids)],
+                max_new_tokens=self.max_completion_length,
+                rows=self.rows,
+                decoding=Decoding(self.temperature, self.top_k, self.top_p),
+            )
+        finally:
+            model.train(training)
+        self.seconds["generation"] += time.perf_counter() - began
+        return {"prompt_ids": ids, "completion_ids": [c.ids for c in done], "logprobs": None}
+
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        """TRL's own generation; what is sent to vLLM on the way is timed where it is sent (`sync`)."""
+        began, pushed = time.perf_counter(), self.seconds["push"]
+        found = super()._generate_single_turn(*args, **options)
+        self.seconds["generation"] += time.perf_counter() - began - (self.seconds["push"] - pushed)
+        return found
+
+    def pay(self, completion_ids: list[list[int]], task: list[int], log_metric: Any, **_: Any) -> list[float]:
+        """The rewards of a batch; shares of the reasons are logged."""
+        began = time.perf_counter()
+        rewards, reasons, cut = [], Counter(dict.fromkeys(REASONS, 0)), 0
+        for ids, number in zip(completion_ids, task, strict=True):
+            completion = Completion(ids, bool(ids) and ids[-1] in self.stops)
+            cut += not completion.finished
+            chain = split_chain(self.tokenizer, self.tags, completion, endless=not self.stops)
+            value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
+            rewards.append(value)
+            reasons[reason] += 1
+        for reason, count in sorted(reasons.items()):
+            log_metric(f"reason/{reason}", count / len(rewards))
+        if self.stops:  # without an end token nothing is cut off
+            log_metric("cut off", cut / len(rewards))
+        self.counted += reasons
+        self.counted["tokens"] += sum(map(len, completion_ids))
+        self.seconds["reward"] += time.perf_counter() - began
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        began, before = time.perf_counter(), sum(self.seconds.values())
+        found = super()._generate_and_score_completions(inputs)
+        if self.rollout_func is None:  # what our engine does not time itself
+            inside = sum(self.seconds.values()) - before
+            self.seconds["generation"] += time.perf_counter() - began - inside
+        if self.beta == 0.0:
+            self._measure_kl(found)
+        advantages = self.accelerator.gather(found["advantages"])
+        self.nothing_learnt = self.beta == 0.0 and not bool(advantages.any())
+        self.counted["groups"] += len(advantages) // self.num_generations
+        flat = (advantages.view(-1, self.num_generations) == 0).all(dim=1).sum()
+        self.counted["groups without a difference"] += int(flat)
+        if self.nothing_learnt:
+            self.counted["steps skipped"] += 1
+            why = "in every group all rewards are equal"
+            if self.counted["steps skipped"] == 1:
+                why += (
+                    ", so there is nothing to learn from; tasks of middling difficulty, or more samples a task "
+                    "(--group), would help"
+                )
+            warnings.warn(f"step {self.state.global_step + 1} is skipped: {why}", SteerableWarning, stacklevel=2)
+        return found
+
+    @torch.no_grad()
+    def _measure_kl(self, batch: Mapping[str, Any]) -> None:
+        """KL(policy || untrained) a token by Schulman's k3 estimator, on a few rollouts of different tasks."""
+        if self._dist.is_fsdp or self._dist.is_zero3 or not self.kl_rows:
+            return
+        began = time.perf_counter()
+        rows = torch.arange(0, len(batch["completion_ids"]), self.num_generations)[: self.kl_rows]
+        mask = batch["completion_mask"][rows]
+        ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
+        seen = torch.cat([batch["prompt_mask"][rows], mask], dim=1)
+        policy, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, seen, mask.shape[1])
+        with self.trained.reference() as known:
+            if known:
+                first, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, seen, mask.shape[1])
+                ratio = first - policy
+                self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
+        self.seconds["kl"] += time.perf_counter() - began
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's, which begins again with the first epoch's order where a training goes on in a later one."""
+        sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+        sampler.set_epoch = set_epoch
+        return sampler
+
+    # The update
+
+    @property
+    def _alone(self) -> bool:
+        """One process: only then may the rows of a forward pass depend on the data."""
+        return bool(self.accelerator.num_processes == 1)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        others = ("generation", "push", "reward", "kl")
+        before, began = sum(self.seconds[name] for name in others), time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(float(loss)):
+            raise SteerableError(
+                f"the loss of step {self.state.global_step + 1} is not a finite number: the last checkpoint before it "
+                "is kept; lower --learning-rate, or use --dtype float32"
+            )
+        if self.nothing_learnt:  # no gradient at all, so that the optimiser's momentum does not move it either
+            for parameter in model.parameters():
+                parameter.grad = None
+        inside = sum(self.seconds[name] for name in others) - before
+        self.seconds["update"] += time.perf_counter() - began - inside
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        # A rollout without an advantage has no part in the gradient: most of those whose group agrees.
+        kept = (inputs["advantages"] != 0).nonzero()[:, 0]
+        rows = len(inputs["advantages"])
+        if self.beta == 0.0 and self._alone and 0 < len(kept) < rows:
+            inputs = {
+                name: value[kept] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+                for name, value in inputs.items()
+            }
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, with rows of similar length together, each group without its common padding."""
+        score = super()._get_per_token_logps_and_entropies
+        simple = {"batch_size", "compute_entropy", "compute_aux_loss"}
+        if not self._alone or any(v is not None and k not in simple for k, v in options.items()):
+            return score(model, input_ids, attention_mask, logits_to_keep, *args, **options)
+        left, right = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
+        order = attention_mask.sum(1).argsort()
+        parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        for rows in order.split(_GROUP):
+            start = left.shape[1] - int(left[rows].sum(1).max())
+            keep = max(1, int(right[rows].sum(1).max()))
+            ids, seen = (x[rows, start : left.shape[1] + keep] for x in (input_ids, attention_mask))
+            logps, entropies, aux = score(model, ids, seen, keep, *args, **options)
+            parts.append((_wide(logps, logits_to_keep), _wide(entropies, logits_to_keep), aux))
+        back = order.argsort()
+        logps, entropies, aux = zip(*parts, strict=True)
+        return (
+            torch.cat(logps)[back],
+            None if entropies[0] is None else torch.cat(entropies)[back],
+            None if aux[0] is None else torch.stack(aux).mean(),
+        )
+
+    # Checkpoints hold what is trained, and no copy of a frozen model
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.trained.save(Path(output_dir or self.args.output_dir) / WEIGHTS, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: `restore` has read the parameters before they were sharded."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: the artefact describes itself."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the trained parameters from a checkpoint; call it before `train(resume_from_checkpoint=...)`."""
+        self.trained.restore(checkpoint / WEIGHTS)
+
+
+def _padding(tokenizer: Any, model: Any) -> Any:
+    """A copy of the tokenizer whose padding token the model has, since TRL pads with it and writes it into the model's
+    config; and without an end token that the model does not stop at."""
+    named = copy.deepcopy(tokenizer)
+    if named.eos_token_id not in stop_ids(model):
+        named.eos_token = None
+    if named.pad_token_id != pad_id(model, named):
+        # What is named becomes a special token, which texts are split at: an ordinary one is the last resort.
+        size = min(len(named), model.config.get_text_config().vocab_size)
+        special = sorted(i for i in named.all_special_ids if i < size)
+        stops = [i for i in stop_ids(model) if i in special]
+        named.pad_token = named.convert_ids_to_tokens([*stops, *special, size - 1][0])
+    return named
+
+
+def _wide(x: Tensor | None, width: int) -> Any:
+    return None if x is None else torch.nn.functional.pad(x, (0, width - x.shape[1]))

@@ -1,0 +1,440 @@
+"""Loading models, and where the parts of each model family are: one table.
+
+Every other module asks here for blocks, norms and projections, so a new family is one line in `FAMILIES`.
+Think tags belong to the tokenizer, whatever the family: their table is `think.KNOWN`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerable.store.errors import UsageError
+from steerable.store.files import refuse_stand_in
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a decoder are. The defaults are Llama's.
+
+    `blocks` and `final_norm` are attribute paths from the base model (the model without its unembedding), the others
+    from a block; None: this model has no such part, or none is known. A path may exist in some blocks only, as
+    `mlp.down_proj` in a mixture of experts.
+    """
+
+    blocks: str = "layers"
+    final_norm: str | None = "norm"
+    #: The first module that reads the block's input x: a norm, or with post-norms the attention itself.
+    entry: str | None = "input_layernorm"
+    #: The attention's last projection: its input is `head_in`, the heads' outputs side by side.
+    attention_out: str | None = "self_attn.o_proj"
+    #: The module whose output is added to the stream: behind the post-norm where there is one.
+    attention_added: str | None = "self_attn.o_proj"
+    #: The MLP's last projection: its input is `mlp_act`, the neurons. Experts are fused tensors: they have none.
+    mlp_out: str | None = "mlp.down_proj"
+    mlp_added: str | None = "mlp"
+    #: "pre": x + f(norm(x)); "post": x + norm(f(x)); "both": x + norm(f(norm(x))).
+    norms: str = "pre"
+    #: The config's switch for x + attention(x) + mlp(x), where no `resid_mid` exists; "always" without a switch.
+    parallel: str | None = None
+    #: The attention kernel that computes the family's own attention, where transformers' default does not.
+    attention: str | None = None
+
+
+_LLAMA = Family()
+_SANDWICH = Family(attention_added="post_attention_layernorm", mlp_added="post_feedforward_layernorm", norms="both")
+
+#: By `model_type` of the config.
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    # The fused kernels leave out Gemma-2's soft-cap of the attention scores.
+    "gemma2": replace(_SANDWICH, attention="eager"),
+    "gemma3_text": _SANDWICH,
+    "gemma3": replace(_SANDWICH, blocks="language_model.layers", final_norm="language_model.norm"),
+    "phi3": Family(attention_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
+    "olmo2": Family(
+        entry="self_attn",
+        attention_added="post_attention_layernorm",
+        mlp_added="post_feedforward_layernorm",
+        norms="post",
+    ),
+    "gpt2": Family(
+        blocks="h",
+        final_norm="ln_f",
+        entry="ln_1",
+        attention_out="attn.c_proj",
+        attention_added="attn.resid_dropout",
+        mlp_out="mlp.c_proj",
+    ),
+    "gpt_neox": Family(
+        final_norm="final_layer_norm",
+        attention_out="attention.dense",
+        attention_added="post_attention_dropout",
+        mlp_out="mlp.dense_4h_to_h",
+        mlp_added="post_mlp_dropout",
+        parallel="use_parallel_residual",
+    ),
+    "deepseek_v2": _LLAMA,
+    "deepseek_v3": _LLAMA,
+    "gpt_oss": _LLAMA,
+}
+
+
+_POCKET = Path(__file__).parent / "pocket" / "weights"
+
+
+class Loaded(NamedTuple):
+    model: Any  # transformers' PreTrainedModel
+    tokenizer: Any  # transformers' PreTrainedTokenizerFast
+
+
+def pocket_path() -> Path:
+    """Folder of the bundled model. Raises UsageError where this installation holds no weights."""
+    if not all((_POCKET / name).is_file() for name in ("config.json", "model.safetensors")):
+        raise UsageError(
+            f"the bundled model's weights are missing from {_POCKET}: "
+            "reinstall steerable, or train them with `steerable pocket train`"
+        )
+    return _POCKET
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a causal language model and its tokenizer, in evaluation mode and without gradients.
+
+    name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
+    dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
+    device: default the first CUDA device if there is one, else the CPU. device_map: instead of a device, "auto"
+    (accelerate spreads the layers over what there is) or a mapping of module names to devices.
+    attn_implementation: "sdpa", "eager", ...; None: what the family needs, else what transformers chooses.
+    quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
+    revision: a branch, tag or commit of the hub. trust_remote_code: run the code that comes with the model.
+
+    The model's `generation_config` then stops at the tokenizer's end token, too, whether or not its files say so.
+    Raises UsageError when there is no such model, device or quantisation library.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if device is not None and device_map is not None:
+        raise UsageError("give a device or a device_map, not both")
+    name = str(name_or_path)
+    source = str(pocket_path()) if name == "pocket" else name
+    kind = _dtype(dtype)
+    quantized = _quantization(quantization, kind)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not Path(source).exists():
+        options["local_files_only"] = not _on_hub(source, revision)
+    placed: dict[str, Any] = {}
+    if quantized is not None:
+        placed["quantization_config"] = quantized
+    if device_map is not None or quantized is not None:  # quantised weights cannot be moved afterwards
+        placed["device_map"] = device_map if device_map is not None else {"": device}
+    try:
+        with no_progress_bar():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+            known = FAMILIES.get(config.model_type)
+            kernel = attn_implementation or (known.attention if known else None)
+            if kernel is not None:
+                placed["attn_implementation"] = kernel
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
+    except Exception as error:  # foreign files: the libraries that read them raise what they like
+        for file in sorted(Path(source).glob("*")):
+            refuse_stand_in(file)
+        known_as = "is not a loadable model folder"
+        what = known_as if Path(source).exists() else "is neither a folder nor a known model"
+        raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error
+    if not placed.get("device_map"):
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'"
+            ) from error
+    _adopt_end_token(model, tokenizer)
+    return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def stop_ids(model: Any) -> list[int]:
+    """The tokens at which the model's `generation_config` stops."""
+    return _ids(getattr(model.generation_config, "eos_token_id", None))
+
+
+def _ids(eos: int | Sequence[int] | None) -> list[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _adopt_end_token(model: Any, tokenizer: Any) -> None:
+    """Have `generation_config`, which all generation reads, name every token that ends a text: its own ones (else the
+    config's) and the tokenizer's, where vLLM and TRL stop, too."""
+    if model.generation_config is None:
+        return
+    config = model.config.get_text_config()
+    ids = stop_ids(model) or _ids(getattr(config, "eos_token_id", None))
+    end = getattr(tokenizer, "eos_token_id", None)
+    # A name that the vocabulary lacks is read as the unknown token, which ends nothing.
+    if end is not None and tokenizer.convert_ids_to_tokens(end) == str(tokenizer.eos_token):
+        ids.append(end)
+    ids = [i for i in dict.fromkeys(ids) if 0 <= i < config.vocab_size]
+    if ids != stop_ids(model):
+        model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+
+
+def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
+    """The quantization config of transformers for load's option, or None."""
+    if wanted is None or not isinstance(wanted, str):
+        return wanted
+    if wanted not in ("8bit", "4bit"):
+        raise UsageError(f"unknown quantization {wanted!r}: expected '8bit', '4bit' or a config of transformers")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"quantization={wanted!r} needs the library bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if wanted == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of somebody else's error message."""
+    return " ".join(str(error).split()).split(". ")[0][:200]
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bar for reading and writing weights: it takes a moment, and every worker would draw
+    one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _on_hub(name: str, revision: str | None) -> bool:
+    """Whether the hub has it; False where the hub cannot be reached, which is tried only once: the loaders'
+    own tries take a minute. Raises UsageError where the hub says no."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UsageError(
+            f"there is no folder and no hub model {name!r}; give 'pocket', a folder or a hub name"
+        ) from error
+    except Exception:  # offline, in any of the ways that the network libraries put it
+        return False
+    return True
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, dtype, None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside whatever wraps it (PEFT, DistributedDataParallel, DataParallel, torch.compile, a
+    value head, ...), whose blocks are the same objects; the model itself where there is none.
+
+    Raises UsageError where a wrapper holds several language models.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model
+    inside = _outermost(model, PreTrainedModel)
+    speaking = [m for m in inside if m.get_output_embeddings() is not None] or inside
+    if len(speaking) > 1:
+        names = ", ".join(type(m).__name__ for m in speaking)
+        raise UsageError(f"{type(model).__name__} holds several models ({names}): give the one that is meant")
+    return speaking[0] if speaking else model
+
+
+def _outermost(module: nn.Module, kind: type) -> list[Any]:
+    if isinstance(module, kind):
+        return [module]
+    return list({id(m): m for child in module.children() for m in _outermost(child, kind)}.values())
+
+
+def unwrap_to_run(model: nn.Module) -> Any:
+    """`unwrap` for those who run the model themselves. Raises UsageError for a PEFT adapter that lives in the wrapper's
+    own pass (prompt and prefix tuning), which the model inside would leave out."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise UsageError(
+            f"a {adapter.peft_type.value} adapter works only through its PeftModel: steer that model's own calls "
+            "(`with steer(model, ...): model.generate(...)`)"
+        )
+    return unwrap(model)
+
+
+def model_id(model: nn.Module) -> str:
+    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that
+    the same model has the same name on every machine. Empty for a model made from a bare config."""
+    name = str(getattr(_config(model), "_name_or_path", "") or "")
+    return short_name(str(Path(name).resolve()) if name and Path(name).is_dir() else name)
+
+
+def short_name(name: str) -> str:
+    """A model's name without the place where a machine keeps it: "pocket", the hub name, also of a folder in the hub's
+    cache, or a path's last part."""
+    path = name.replace("\\", "/").rstrip("/")
+    parts = path.split("/")
+    if parts[-2:] == ["pocket", "weights"]:
+        return "pocket"
+    for part in parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    is_path = len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[0].endswith(":")
+    return parts[-1] if is_path else path
+
+
+def is_named(model: nn.Module, name: str) -> bool:
+    """Whether a file's model_id may mean this model: the same name, or the same last part where one of the two does not
+    say whose it is (a folder against a hub name). True where either is empty."""
+    own, other = model_id(model), short_name(name)
+    if not own or not other or own == other:
+        return True
+    return not ("/" in own and "/" in other) and own.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def model_revision(model: nn.Module) -> str:
+    """The hub commit that the model was loaded from, empty where there is none."""
+    return str(getattr(_config(model), "_commit_hash", None) or "")
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last
+    norm."""
+    model = unwrap(model)
+    inner = getattr(model, "base_model", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(attrgetter(path)(root), nn.Module)
+    except AttributeError:
+        return False
+
+
+def family(model: nn.Module) -> Family:
+    """Where the parts are: by `model_type`; for an unknown type by the structure, with a SteerableWarning (once a
+    model) that says what was found, or a UsageError where that fails."""
+    model = unwrap(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from steerable.models.structure import guess
+
+    return guess(model, model_type or type(model).__name__)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, first to last."""
+    return attrgetter(family(model).blocks)(base(model))
+
+
+def part(model: nn.Module, layer: int, path: str | None) -> nn.Module | None:
+    """The module at one of the family's paths in a block; None where this block has none."""
+    return part_of(blocks(model)[layer], path)
+
+
+def part_of(block: nn.Module, path: str | None) -> nn.Module | None:
+    """The module at one of the family's paths in this block; None where it has none."""
+    return attrgetter(path)(block) if path is not None and _has(block, path) else None
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether attention and MLP read the same input, so that nothing lies between them."""
+    switch = family(model).parallel
+    return switch == "always" or bool(switch and getattr(_config(model), switch))
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the unembedding."""
+    path = family(model).final_norm
+    if path is None:
+        raise UsageError(f"the final norm of {type(model).__name__} is not known: do without it (norm=False)")
+    return attrgetter(path)(base(model))
+
+
+def unembed(model: nn.Module) -> nn.Module:
+    """The linear map from the normed last state to logits (before a soft-cap)."""
+    head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise UsageError(f"{type(model).__name__} has no unembedding: load it as a causal language model")
+    return head
+
+
+def soft_cap(model: nn.Module, logits: Tensor) -> Tensor:
+    """What the model does to the unembedding's output: c tanh(logits / c) in Gemma, nothing in most others."""
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def device(module: nn.Module) -> torch.device:
+    """Where a module wants its input. Weights that accelerate keeps elsewhere are on "meta" until they are used;
+    it also moves what such a module is given, so that the CPU is right for them."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _config(model: nn.Module) -> Any:
+    return unwrap(model).config
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, also where it is a part of a multimodal one."""
+    return _config(model).get_text_config()
+
+
+def n_layers(model: nn.Module) -> int:
+    return len(blocks(model))
+
+
+def width(model: nn.Module) -> int:
+    """d, the width of the residual stream."""
+    return int(text_config(model).hidden_size)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Number of token ids that the model embeds."""
+    return int(text_config(model).vocab_size)
+
+
+def n_heads(model: nn.Module) -> int:
+    """Number of attention heads; `head_in` is that many equal parts."""
+    return int(text_config(model).num_attention_heads)

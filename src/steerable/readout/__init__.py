@@ -1,1 +1,0 @@
-"""What vectors say in tokens, layer by layer, and how they lie to one another: `steerable lens`."""

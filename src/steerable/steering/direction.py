@@ -1,0 +1,237 @@
+"""The artefact: a direction at one or more sites, with what is needed to use and judge it, and its file.
+
+The file is safetensors: tensors "{site}.{layer}" float32 [d] or [k, d], metadata as strings (JSON where
+nested). It is written here byte by byte, because the safetensors library orders metadata at random and equal
+directions should have equal files; it is read with the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.steering.gates import parse_selector
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
+
+FORMAT, VERSION = "steerable.direction", "1"
+MAPS = ("shift",)
+# what these sites hold has the width of the residual stream in every model
+_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_ABOUT = ("data_sha256", "created_by", "licence")
+_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate", *_ABOUT)
+_JSON = ("strength", "norms", "stats")
+
+
+@dataclass
+class Direction:
+    """Vectors at sites of one model.
+
+    vectors: float32 [d], or [k, d] for a subspace. norms: mean ||h|| of ordinary tokens (attention sinks left out) at
+    each site, in the model's own units.
+    strength and gate are the defaults of `steer`. stats: anything JSON can hold.
+    """
+
+    vectors: dict[Site, Tensor]
+    model_id: str = ""
+    model_revision: str = ""
+    behaviour: str = ""
+    method: str = ""
+    map: str = "shift"
+    gate: str = "all"
+    strength: float = 1.0
+    norms: dict[Site, float] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    data_sha256: str = ""
+    created_by: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        self.vectors = {site: _checked(site, self.vectors[site]) for site in sorted(self.vectors)}
+        try:
+            self.norms = {site: float(self.norms[site]) for site in sorted(self.norms)}
+            self.strength = float(self.strength)
+        except OverflowError:
+            raise UsageError("a direction's strength and norms must be finite numbers") from None
+        if not self.vectors:
+            raise UsageError("a direction needs a vector at one site at least")
+        widths = {int(v.shape[-1]) for site, v in self.vectors.items() if site.kind in _STREAM}
+        if len(widths) > 1:
+            found = " and ".join(map(str, sorted(widths)[:3]))
+            raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {found}")
+        if self.map not in MAPS:
+            raise UsageError(f"unknown map {self.map!r}: expected one of {', '.join(MAPS)}")
+        if not math.isfinite(self.strength) or not all(math.isfinite(n) for n in self.norms.values()):
+            raise UsageError("a direction's strength and norms must be finite numbers")
+        parse_selector(self.gate)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({site.layer for site in self.vectors})
+
+    def at(self, where: Site | int) -> Tensor:
+        """The vector at a site, or at a layer that has only one site. Raises UsageError."""
+        found = [v for site, v in self.vectors.items() if where in (site, site.layer)]
+        if len(found) != 1:
+            sites = ", ".join(map(str, self.vectors))
+            raise UsageError(f"{'no' if not found else 'more than one'} vector at {where}: there are {sites}")
+        return found[0]
+
+    def only(self, layers: Iterable[int]) -> Direction:
+        """The same direction at these layers alone. Raises UsageError where it has no vector there."""
+        wanted = set(layers)
+        if missing := sorted(wanted - set(self.layers)):
+            raise UsageError(f"no vector at layer {missing[0]}: this direction has layers {self.layers}")
+        return self._with({site: v for site, v in self.vectors.items() if site.layer in wanted})
+
+    def scaled(self, factor: float) -> Direction:
+        return self._with({site: v * factor for site, v in self.vectors.items()})
+
+    def dose(self, strength: float | None = None) -> dict[Site, float]:
+        """The relative dose ||s v|| / ||h|| at each site whose norm is known, h being an ordinary token's activation.
+
+        strength: None takes the direction's own. A fixed strength is another dose in every model; about 0.1 is mild,
+        and at a dose near 1 the vector is as long as the activation that it is added to.
+        """
+        s = abs(self.strength if strength is None else float(strength))
+        return {
+            site: s * float(v.double().norm()) / n for site, v in self.vectors.items() if (n := self.norms.get(site))
+        }
+
+    def rescaled_to(self, norms: Mapping[Site, float] | None = None) -> Direction:
+        """Each vector with the given norm at its site (default: `self.norms`). Raises UsageError for a zero
+        vector."""
+        target = self.norms if norms is None else norms
+        scaled = {}
+        for site, v in self.vectors.items():
+            norm = float(v.double().norm())
+            if site not in target or norm == 0:
+                why = "its vector is zero" if norm == 0 else "no norm is given"
+                raise UsageError(f"cannot rescale at {site}: {why}")
+            scaled[site] = (v.double() * (target[site] / norm)).float()
+        return self._with(scaled)
+
+    def random_like(self, seed: int) -> Direction:
+        """The control: random vectors of the same norm at the same sites, drawn on the CPU from the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        random = {}
+        for site, v in self.vectors.items():
+            r = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+            random[site] = (r / r.norm(dim=-1, keepdim=True) * v.double().norm(dim=-1, keepdim=True)).float()
+        return replace(self._with(random), method=f"random({seed}) like {self.method}", stats={})
+
+    def cosine(self, other: Direction) -> dict[Site, float]:
+        """Cosine at each site that both have; [k, d] vectors are taken as one. A zero vector gives 0."""
+        shared = [site for site in self.vectors if site in other.vectors]
+        if not shared:
+            raise UsageError("the two directions have no site in common")
+        pairs = {site: (self.vectors[site].double(), other.vectors[site].double()) for site in shared}
+        for site, (a, b) in pairs.items():
+            if a.shape != b.shape:
+                raise UsageError(f"the vectors at {site} differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+        return {site: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300)) for site, (a, b) in pairs.items()}
+
+    def _with(self, vectors: dict[Site, Tensor]) -> Direction:
+        return replace(self, vectors=vectors, norms=dict(self.norms), stats=dict(self.stats))
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; equal directions give equal bytes."""
+        meta = {key: getattr(self, key) for key in _TEXT} | {"format": FORMAT, "version": VERSION}
+        meta["strength"] = _dumps(float(self.strength))
+        meta["norms"] = _dumps({str(site): n for site, n in self.norms.items()})
+        meta["stats"] = _dumps(self.stats)
+        header: dict[str, Any] = {"__metadata__": meta}
+        data = bytearray()
+        for site, v in self.vectors.items():
+            start = len(data)
+            data += v.numpy().astype("<f4").tobytes()
+            header[str(site)] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": [start, len(data)]}
+        text = _encoded(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+        text += b" " * (-len(text) % 8)  # so that the data are aligned
+        return len(text).to_bytes(8, "little") + text + bytes(data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file whole or not at all. Raises SteerableError when that fails, a full disk included."""
+        return write_atomic(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read a direction file. Raises UsageError when there is none, SteerableError when it is not
+        sound."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(
+                f"there is no direction file {path}" + (": it is no regular file" if path.exists() else "")
+            )
+        refuse_stand_in(path)
+        try:
+            check_header(path)
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            raise SteerableError(
+                f"{path} is not a sound safetensors file ({error}): expected one written by Direction.save"
+            ) from error
+        try:
+            vectors = {Site.parse(name): tensor for name, tensor in tensors.items()}
+            return cls(**_fields(meta), vectors=vectors)
+        except (UsageError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise SteerableError(f"{path} is not a sound direction file: {error}") from error
+
+
+def _fields(meta: dict[str, str]) -> dict[str, Any]:
+    """The dataclass fields in a file's metadata. Raises ValueError."""
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        found = f"{meta.get('format', 'no format')} {meta.get('version', '')}".strip()
+        raise ValueError(f"its metadata say {found!r}, expected '{FORMAT} {VERSION}'")
+    if unknown := sorted(set(meta) - {*_TEXT, *_JSON, "format", "version"}):
+        raise ValueError(f"unknown metadata key {unknown[0]!r}")
+    found_fields: dict[str, Any] = {key: meta[key] for key in _TEXT if key in meta}
+    for key, kind in (("strength", (int, float)), ("norms", dict), ("stats", dict)):
+        if key in meta:
+            value = strict_json(meta[key])
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"metadata {key!r} has the wrong type {type(value).__name__}")
+            found_fields[key] = value
+    norms = found_fields.get("norms", {})
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in norms.values()):
+        raise ValueError("metadata 'norms' must map sites to numbers")
+    found_fields["norms"] = {Site.parse(site): n for site, n in norms.items()}
+    return found_fields
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"a direction's texts must be Unicode: {error.reason}") from error
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a direction's norms and stats must be finite and JSON-able: {error}") from error
+
+
+def _checked(site: Site, vector: Tensor) -> Tensor:
+    if vector.dim() not in (1, 2) or vector.numel() == 0:
+        raise UsageError(f"the vector at {site} has shape {tuple(vector.shape)}: expected [d] or [k, d]")
+    if not vector.is_floating_point():
+        raise UsageError(f"the vector at {site} has type {vector.dtype}: expected float32")
+    vector = vector.detach().to("cpu", torch.float32).contiguous()
+    if not torch.isfinite(vector).all():
+        raise UsageError(f"the vector at {site} holds NaN or infinite numbers")
+    return vector

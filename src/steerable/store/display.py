@@ -1,0 +1,76 @@
+"""Progress on the terminal: one bar with tokens a second, on standard error, never on standard output."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from steerable.store.text import one_line, printable
+
+# tqdm's default lock takes semaphores from the system for sharing a terminal between processes. Only this one draws,
+# and where a process is killed the semaphores would be left over.
+tqdm.set_lock(threading.RLock())
+
+
+class Harmless:
+    """Anything that rich can draw, with its texts `printable`; rich's own colours and moves stay."""
+
+    def __init__(self, content: Any):
+        self.content = content
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for segment in console.render(self.content, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class Display:
+    """Says which stage runs and how far it is; says nothing when quiet, and draws bars on a terminal only."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self._bar: Any = None
+        self._tokens = 0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.done()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.done()
+            tqdm.write(printable(text), file=sys.stderr)
+
+    def start(self, name: str, total: int, unit: str = "chain") -> None:
+        """A new bar; it ends with the next one."""
+        self.done()
+        self._tokens = 0
+        if not self.quiet:
+            self._bar = tqdm(
+                total=total, desc=one_line(name, 80), unit=unit, dynamic_ncols=True, leave=True, disable=None
+            )
+
+    def advance(self, finished: int, tokens: int = 0, note: str = "") -> None:
+        """`finished` more of the total, and `tokens` more generated; the note stands behind the bar."""
+        if self._bar is None or self._bar.disable:
+            return
+        self._tokens += tokens
+        seconds = self._bar.format_dict["elapsed"]
+        if note:
+            self._bar.set_postfix_str(one_line(note), refresh=False)
+        elif self._tokens and seconds > 0:
+            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
+        self._bar.update(finished)
+
+    def done(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,321 @@
+"""Generation with continuous batching against `model.generate` and against itself in other batches."""
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import steerable as st
+from steerable.engines import sampling
+from steerable.engines.hf.generation import Request, generate
+from steerable.engines.hf.slots import Reach, arrange
+from steerable.engines.sampling import Decoding, choose, decoding_of, uniforms
+from steerable.steering.maps import shift
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableError, UsageError
+
+STOPS = [5, 9, 17]
+
+
+def build(config_class=Qwen2Config, model_class=Qwen2ForCausalLM, **options):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "pad_token_id": 0,
+        "head_dim": 8,
+        "sliding_window": None,
+    }
+    model = model_class(config_class(**shape | options)).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = STOPS
+    return model
+
+
+@pytest.fixture(autouse=True, params=[5, 64])
+def page(request, monkeypatch):
+    """Positions of a cache page; 64 holds these short texts whole."""
+    monkeypatch.setattr("steerable.engines.hf.generation.PAGE", request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def prompts(count, vocabulary=100, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(20, vocabulary) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
+
+
+def reference(model, prompt, limit):
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=limit,
+        do_sample=False,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "rows"),
+    [
+        ("qwen2", "sdpa", 1),
+        ("qwen2", "eager", 7),
+        ("qwen2", "sdpa", 64),
+        ("qwen3", "sdpa", 7),
+        ("mistral", "eager", 7),
+    ],
+)
+def test_greedy_equals_generate(family, attention, rows):
+    model = build(*FAMILIES[family], attn_implementation=attention)
+    texts = prompts(14)
+    found = generate(model, None, [Request(p) for p in texts], max_new_tokens=40, rows=rows, greedy=True)
+    expected = [reference(model, p, 40) for p in texts]
+    assert [c.ids for c in found] == expected
+    assert [c.finished for c in found] == [ids[-1] in STOPS for ids in expected]
+    assert model.config._attn_implementation == attention
+
+
+def test_greedy_equals_generate_on_a_real_llama(stories):
+    texts = prompts(6, vocabulary=400)
+    found = generate(stories, None, [Request(p) for p in texts], max_new_tokens=60, rows=4, greedy=True)
+    assert [c.ids for c in found] == [reference(stories, p, 60) for p in texts]
+
+
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.6, 0, 0.95), Decoding(1.3, 20), Decoding(1.0, 30, 0.8)])
+def test_sampling_does_not_depend_on_the_batch(model, decoding):
+    requests = [Request(p, seed=i) for i, p in enumerate(prompts(30))]
+
+    def run(chosen, rows):
+        return generate(model, None, chosen, max_new_tokens=40, rows=rows, decoding=decoding)
+
+    together = run(requests, 16)
+    assert together == run(requests, 64) == run(requests, 5)
+    assert together[::-1] == run(requests[::-1], 16)
+    assert together[3] == run([requests[3]], 1)[0]
+
+
+def test_samples_of_one_prompt_differ_by_seed_alone(model):
+    requests = [Request([30, 40, 50], seed) for seed in (1, 1, 2, 3)]
+    one, same, *others = generate(model, None, requests, max_new_tokens=30, decoding=Decoding())
+    assert one == same
+    assert all(one != other for other in others)
+
+
+def test_limit_and_progress(model):
+    seen = []
+    requests = [Request(p, i) for i, p in enumerate(prompts(20))]
+    found = generate(model, None, requests, max_new_tokens=3, rows=4, greedy=False, progress=lambda *x: seen.append(x))
+    assert max(len(c.ids) for c in found) == 3
+    assert [sum(x) for x in zip(*seen, strict=True)] == [20, sum(len(c.ids) for c in found)]
+
+
+@pytest.mark.parametrize("where", ["all", "generated", "last_prompt", "tokens(30, 31, 32) | positions(2, 5)"])
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_steered_equals_steered_generate(model, where, layers):
+    generator = torch.Generator().manual_seed(3)
+    items = [shift(Site("resid_post", layer), torch.randn(32, generator=generator)) for layer in layers]
+    texts = prompts(12)
+    with st.steer(model, items, strength=1.5, where=where) as handle:
+        found = generate(
+            model, None, [Request(p) for p in texts], max_new_tokens=25, rows=5, greedy=True, steering=handle
+        )
+    expected = []
+    for prompt in texts:
+        with st.steer(model, items, strength=1.5, where=where):
+            expected.append(reference(model, prompt, 25))
+    assert [c.ids for c in found] == expected
+    assert expected != [reference(model, prompt, 25) for prompt in texts]
+
+
+def test_strength_of_each_request(model):
+    item = shift(Site("resid_post", 1), torch.randn(32, generator=torch.Generator().manual_seed(1)))
+    texts = prompts(10)
+    strengths = [0.0, 2.0, -2.0, None, 1.0] * 2
+    requests = [Request(p, strength=s) for p, s in zip(texts, strengths, strict=True)]
+    with st.steer(model, item, strength=0.5) as handle:
+        found = generate(model, None, requests, max_new_tokens=20, rows=4, greedy=True, steering=handle)
+        assert handle.strength == 0.5
+    for prompt, strength, completion in zip(texts, strengths, found, strict=True):
+        with st.steer(model, item, strength=0.5 if strength is None else strength):
+            assert completion.ids == reference(model, prompt, 20)
+
+
+def test_bad_requests(model):
+    with pytest.raises(UsageError, match="empty"):
+        generate(model, None, [Request([])])
+    with pytest.raises(UsageError, match="steering="):
+        generate(model, None, [Request([30], strength=1.0)])
+    assert generate(model, None, []) == []
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    item = shift(Site("resid_post", 1), torch.full((32,), 1e38))
+    with pytest.raises(SteerableError, match="not finite"), st.steer(model, item, strength=10.0) as handle:
+        generate(model, None, [Request([30])], steering=handle, max_new_tokens=4)
+
+
+def test_decoding_follows_the_generation_config():
+    model = build()
+    assert decoding_of(model).greedy
+    assert decoding_of(model, greedy=False) == Decoding(1.0, 50, 1.0)
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
+    assert decoding_of(model) == Decoding(0.6, 0, 0.95)
+    assert decoding_of(model, greedy=True).greedy
+    model.generation_config.update(min_p=0.1, repetition_penalty=1.1)
+    assert decoding_of(model) == Decoding(0.6, 0, 0.95, 0.1, 1.1)
+    assert decoding_of(model, greedy=True) == Decoding(0.0, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sampling"),
+    [
+        ("no_repeat_ngram_size", 3, False),
+        ("suppress_tokens", [4], False),
+        ("num_beams", 4, False),
+        ("guidance_scale", 1.5, False),
+        ("typical_p", 0.9, True),
+        ("top_h", 0.4, True),
+    ],
+)
+def test_settings_that_are_not_provided_are_refused(name, value, sampling):
+    model = build()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(UsageError, match=f"sets {name} = .* generation_config.json"):
+        decoding_of(model, greedy=False)
+    if sampling:  # has no effect on greedy decoding
+        assert decoding_of(model, greedy=True).greedy
+    else:
+        with pytest.raises(UsageError, match=name):
+            decoding_of(model, greedy=True)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_is_that_of_generate(model, penalty):
+    texts = prompts(12)
+    expected = []
+    for prompt in texts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    found = generate(
+        model,
+        None,
+        [Request(p) for p in texts],
+        max_new_tokens=30,
+        rows=5,
+        decoding=Decoding(0.0, repetition_penalty=penalty),
+    )
+    assert [c.ids for c in found] == expected
+    assert expected != [reference(model, prompt, 30) for prompt in texts]
+
+
+def test_uniform_numbers():
+    seeds = torch.arange(-500, 500)[:, None].expand(-1, 100).reshape(-1)
+    index = torch.arange(100).repeat(1000)
+    u = uniforms(seeds, index)
+    assert u.min() >= 0 and u.max() < 1 and len(u.unique()) == len(u)
+    histogram = torch.histc(u, 20, 0, 1) / len(u)
+    assert (histogram - 0.05).abs().max() < 0.004
+    assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.01
+    # SplitMix64 of seed 0, the first numbers of the reference implementation
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    zero = uniforms(torch.zeros(3, dtype=torch.long), torch.arange(3))
+    assert zero.tolist() == [(x >> 11) * 2.0**-53 for x in expected]
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(),
+        Decoding(0.7, 5),
+        Decoding(1.5, 0, 0.7),
+        Decoding(1.0, 12, 0.9),
+        Decoding(1.2, 0, 1.0, 0.1),
+        Decoding(1.0, 0, 0.95, 0.15),
+        Decoding(1.0, 9, 0.97, 0.1),
+        Decoding(0.9, 0, 1.0, 0.0, 1.5),
+    ],
+)
+@pytest.mark.parametrize("head", [1024, 8])
+def test_draws_have_the_distribution_of_transformers(decoding, head, monkeypatch):
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    monkeypatch.setattr(sampling, "_HEAD", head)
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)) * 2
+    said = torch.tensor([[3, 7, 7, 20]])
+    warped = logits
+    if decoding.repetition_penalty != 1:
+        warped = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)(said, warped)
+    warped = TemperatureLogitsWarper(decoding.temperature)(None, warped)
+    if decoding.top_k:
+        warped = TopKLogitsWarper(decoding.top_k)(None, warped)
+    if decoding.top_p < 1:
+        warped = TopPLogitsWarper(decoding.top_p)(None, warped)
+    if decoding.min_p:
+        warped = MinPLogitsWarper(decoding.min_p)(None, warped)
+    rows = 40000
+    held = sampling.mark(torch.zeros(rows, 30, dtype=torch.bool), said.expand(rows, -1))
+    draws = choose(logits.expand(rows, -1), decoding, torch.zeros(rows, dtype=torch.long), torch.arange(rows), held)
+    found = torch.bincount(draws, minlength=30) / rows
+    assert (found - warped.softmax(-1)[0]).abs().max() < 0.012
+    assert (found > 0).sum() <= (warped > -torch.inf).sum()
+
+
+def test_arrangement_keeps_rows_that_are_in_their_group():
+    rng = random.Random(0)
+    for _ in range(200):
+        count, size = rng.randrange(1, 40), rng.randrange(1, 9)
+        lengths = [rng.randrange(100) for _ in range(count)]
+        live = sorted(rng.sample(range(count), rng.randrange(1, count + 1)))
+        source = arrange(lengths, live, size)
+        assert sorted(source) == live
+        new = [lengths[old] for old in source]
+        for start in range(size, len(new), size):
+            assert min(new[start - size : start]) >= max(new[start : start + size])
+        assert arrange(new, list(range(len(new))), size) == list(range(len(new)))
+
+
+def test_reach_counts_the_rows_of_each_page():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = sorted((rng.randrange(1, 60) for _ in range(rng.randrange(1, 12))), reverse=True)
+        for i in range(0, len(lengths) - 2, 3):  # nearly sorted
+            lengths[i], lengths[i + 2] = lengths[i + 2], lengths[i]
+        grown, page = rng.randrange(20), rng.randrange(1, 16)
+        pages = Reach(lengths).pages(grown, page)
+        assert pages[0] == len(lengths)
+        for number in range(max(lengths) + grown):
+            reached = [i for i, length in enumerate(lengths) if length + grown > number * page]
+            assert (pages[number] if number < len(pages) else 0) == (reached[-1] + 1 if reached else 0)

@@ -1,0 +1,125 @@
+"""Blocks on several processes: order, errors, and nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from steerable.engines.pool import default_threads, loader, map_blocks
+from steerable.store.errors import SteerableError, UsageError
+
+
+def setup():
+    return os.getpid()
+
+
+def square(pid, block, report):
+    report(block)
+    return block * block, torch.get_num_threads()
+
+
+def misbehave(pid, block, report):
+    if block == "usage":
+        raise UsageError("the block is wrong")
+    if block == "bug":
+        raise ValueError("two\nlines")
+    if block == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if block == "sleep":
+        time.sleep(60)
+    return block
+
+
+def children():
+    return [p for p in multiprocessing.active_children() if p.is_alive()]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_in_order(workers):
+    seen = []
+    before = torch.get_num_threads()
+    found = map_blocks(square, [3, 1, 2], setup=setup, workers=workers, report=seen.append)
+    assert found == [(9, 1), (1, 1), (4, 1)]
+    assert sorted(seen) == [1, 2, 3]
+    assert torch.get_num_threads() == before
+    assert not children()
+
+
+def test_nothing_to_do():
+    assert map_blocks(square, [], setup=setup, workers=3) == []
+    with pytest.raises(UsageError):
+        map_blocks(square, [1], setup=setup, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("block", "kind", "text"),
+    [
+        ("usage", UsageError, "^the block is wrong$"),
+        ("bug", SteerableError, r"ValueError: two lines \(test_workers.py, line \d+\)"),
+        (
+            "die",
+            SteerableError,
+            r"killed by signal 9 before its work was done \(3 times in the same place\); if memory",
+        ),
+    ],
+)
+def test_failures_are_one_sentence(block, kind, text):
+    with pytest.raises(kind, match=text):
+        map_blocks(misbehave, [block, "sleep"], setup=setup, workers=2)
+    assert not children()
+
+
+def die_once(pid, block, report):
+    folder, number = block
+    report(number)
+    mark = folder / f"{number}.died"
+    if number in (0, 2) and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number, pid
+
+
+def test_a_block_whose_worker_died_is_done_again(tmp_path):
+    found, seen = {}, []
+    results = map_blocks(
+        die_once,
+        [(tmp_path, number) for number in range(5)],
+        setup=setup,
+        workers=2,
+        report=seen.append,
+        finished=lambda index, result: found.setdefault(index, result),
+        collect=False,
+    )
+    assert [found[number][0] for number in range(5)] == [0, 1, 4, 9, 16]
+    assert results == []  # they were not to be collected
+    assert sorted(seen) == [0, 0, 1, 2, 2, 3, 4] and len({pid for _, pid in found.values()}) >= 2
+    assert not children()
+
+
+def test_no_retries():
+    with pytest.raises(SteerableError, match="killed by signal 9 before its work was done; if memory"):
+        map_blocks(misbehave, ["die", "usual"], setup=setup, workers=2, retries=0)
+    assert not children()
+
+
+def test_the_loader_needs_a_name(tiny_llama):
+    with pytest.raises(UsageError, match="loaded by name or folder"):
+        loader(tiny_llama)
+
+
+def test_interrupt_leaves_no_process():
+    timer = threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        map_blocks(misbehave, ["sleep", "sleep"], setup=setup, workers=2)
+    timer.cancel()
+    assert not children()
+
+
+def test_a_small_model_has_one_thread():
+    model = torch.nn.Linear(2, 2)
+    assert default_threads(model, 1) == default_threads(model, 8) == 1

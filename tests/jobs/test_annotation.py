@@ -1,0 +1,166 @@
+"""The annotators that a run can name, on a finished run of the bundled model, whose exact annotator is the truth."""
+
+import json
+import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+
+import pytest
+
+from steerable.chains.annotators.comparison import agreement_of_files
+from steerable.chains.records import read_jsonl
+from steerable.jobs import annotation, pipeline
+from steerable.models.pocket import language
+from steerable.store.errors import SteerableError, UsageError
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A server that speaks the chat-completions protocol and labels chains as the exact annotator does, but for those
+    with a text in `fails`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = request["messages"][-1]["content"].rpartition("<chain>\n")[2].removesuffix("\n</chain>")
+            with server.lock:
+                server.asked.append(text)
+            chain = {"task_id": "", "sample": 0, "thinking": text}
+            spans = [] if any(part in text for part in server.fails) else language.annotate(chain)
+            reply = "".join(f'["{s["label"]}"]{text[s["start"] : s["end"]]}["end-section"]' for s in spans)
+            body = {
+                "choices": [{"message": {"role": "assistant", "content": reply or "No."}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": len(text), "completion_tokens": len(reply)},
+            }
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.fails, server.lock = [], [], Lock()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def kappa(folder, finished):
+    return agreement_of_files(finished / "spans.jsonl", folder / "spans.jsonl", finished / "chains.jsonl").kappa
+
+
+def run(folder, stage, **settings):
+    pipeline.run(folder, stage=stage, fresh=False, workers=1, **settings)
+
+
+def test_a_language_model_labels_what_is_extracted_and_what_is_steered(copy, finished, judge):
+    llm = {"annotator": "llm", "llm_model": "judge", "llm_url": judge.url, "llm_prices": "2,8"}
+    run(copy, "annotate", **llm)
+    assert kappa(copy, finished) > 0.99
+    account = json.loads((copy / "coverage.json").read_text())["annotator"]
+    usage = account["usage"]
+    assert account["failed"] == 0 and usage["prompt_tokens"] > 0
+    assert usage["cost"] == pytest.approx((2 * usage["prompt_tokens"] + 8 * usage["completion_tokens"]) / 1e6)
+
+    asked = len(judge.asked)
+    (copy / "spans.jsonl").unlink()  # the replies are still there
+    run(copy, "annotate", **llm)
+    assert len(judge.asked) == asked and kappa(copy, finished) > 0.99
+
+    for stage in ("extract", "attribute", "select", "steer", "evaluate", "report"):
+        run(copy, stage)
+    report = json.loads((copy / "report.json").read_text())
+    assert report["config"]["annotator"] == "llm" and report["coverage"]["annotator"] == account
+    truth = {cell["name"]: cell for cell in json.loads((finished / "report.json").read_text())["cells"]}
+    same = next(cell for cell in report["cells"] if cell["name"] == "unsteered")
+    for label, interval in truth["unsteered"]["fractions"].items():
+        assert same["fractions"][label] == pytest.approx(interval, abs=0.02)
+    for file in copy.rglob("*"):
+        assert not file.is_file() or b"very-secret" not in file.read_bytes(), file
+
+
+def test_a_chain_that_the_judge_fails_on_is_dropped_and_counted(copy, judge):
+    chains = read_jsonl(copy / "chains.jsonl", "chain")
+    judge.fails = [chains[0]["thinking"].strip()[:60]]
+    failing = sum(judge.fails[0] in chain["thinking"] for chain in chains)
+    run(copy, "annotate", annotator="llm", llm_url=judge.url)
+    coverage = json.loads((copy / "coverage.json").read_text())
+    assert coverage["dropped"] == coverage["annotator"]["failed"] == failing >= 1
+    left = {(span["task_id"], span["sample"]) for span in read_jsonl(copy / "spans.jsonl", "span")}
+    assert (chains[0]["task_id"], chains[0]["sample"]) not in left and len(left) == len(chains) - failing
+
+
+def test_a_server_that_is_not_there(copy, steerable):
+    before = (copy / "spans.jsonl").read_bytes()
+    said = steerable("annotate", "--out", copy, "--annotator", "llm", "--llm-url", "http://127.0.0.1:9/v1")
+    assert said.code in (1, 2) and said.err.count("\n") == 1 and "127.0.0.1:9" in said.err
+    assert (copy / "spans.jsonl").read_bytes() == before
+
+
+def test_keywords(copy, finished):
+    run(copy, "annotate", annotator="keywords")
+    assert kappa(copy, finished) > 0.8
+
+
+def test_a_probe_learns_from_a_run_and_labels_it(copy, finished, steerable, tmp_path):
+    file = tmp_path / "probe.safetensors"
+    said = steerable("probe", "--out", copy, "--to", file, "--folds", 3, "--layer", 3, "--json")
+    trained = json.loads(said.out)
+    assert trained["scores"]["kappa"] > 0.7 and trained["layers"] == [3]
+    run(copy, "annotate", annotator=f"probe:{file}")
+    assert kappa(copy, finished) > 0.8
+    span = read_jsonl(copy / "spans.jsonl", "span")[0]
+    assert sum(span["probabilities"].values()) == pytest.approx(1)
+    run(copy, "evaluate")
+    stamp = json.loads((copy / "stages/evaluate.json").read_text())
+    retrained = annotation.train_probe(finished, layer=2, folds=3)
+    retrained.save(file)
+    run(copy, "evaluate")  # by the file's content, not its name
+    assert json.loads((copy / "stages/evaluate.json").read_text())["key"] != stamp["key"]
+
+
+def test_a_probe_needs_a_run_and_a_file(steerable, tmp_path):
+    said = steerable("probe", "--out", tmp_path / "none", "--to", tmp_path / "p.safetensors")
+    assert said.code == 2 and "is no run folder" in said.err and not (tmp_path / "p.safetensors").exists()
+    said = steerable("run", "--annotator", "probe:nowhere.safetensors", "--out", tmp_path / "run")
+    assert said.code == 2 and "there is no such file" in said.err and not (tmp_path / "run").exists()
+
+
+def test_only_stable_spans_are_kept(copy):
+    every = read_jsonl(copy / "spans.jsonl", "span")
+    run(copy, "annotate", stability=0.6)
+    kept = read_jsonl(copy / "spans.jsonl", "span")
+    assert 0 < len(kept) < len(every) and all(span["stability"] >= 0.6 for span in kept)
+    places = {(s["task_id"], s["sample"], s["start"], s["end"], s["label"]) for s in every}
+    assert all((s["task_id"], s["sample"], s["start"], s["end"], s["label"]) in places for s in kept)
+    assert json.loads((copy / "coverage.json").read_text())["unstable"] == len(every) - len(kept)
+
+
+def test_stability_needs_an_annotator_that_is_a_function(copy, judge):
+    with pytest.raises(UsageError, match="too slow"):
+        run(copy, "annotate", annotator="llm", llm_url=judge.url, stability=0.5)
+
+
+def test_agreement_on_the_command_line(copy, steerable):
+    spans = copy / "spans.jsonl"
+    said = steerable("annotate", "--agreement", spans, spans, "--chains", copy / "chains.jsonl", "--json")
+    assert json.loads(said.out)["kappa"] == 1
+    assert "kappa" in steerable("annotate", "--agreement", spans, spans).out
+    assert steerable("annotate", "--chains", copy / "chains.jsonl").code == 2
+    assert "there is no file" in steerable("annotate", "--agreement", spans, copy / "none.jsonl").err
+
+
+def test_unknown_annotators_are_refused(copy):
+    with pytest.raises((UsageError, SteerableError), match="cannot be imported"):
+        run(copy, "annotate", annotator="everyone")

@@ -1,0 +1,569 @@
+"""The main job end to end: killed, stopped, repeated, short of disk, it ends with the same bytes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from steerable.chains.records import read_jsonl, write_jsonl
+from steerable.jobs import pipeline
+from steerable.jobs.settings import Config
+from steerable.models import loading as models
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.run_folder import RunFolder, read_json, write_json
+
+# For every line of JSON [stage, file, *arguments], runs the command line in a process of its own, which says its id and
+# waits before that file of that stage gets its name. The processes are forked from one that has done the imports.
+PAUSING = """
+import json, os, sys, time
+from steerable import cli, runfolder
+
+def pause_at(stage, file):
+    partial, replace = runfolder.RunFolder.partial, os.replace
+    current = None
+
+    def noting_partial(self, name, key):
+        nonlocal current
+        current = name
+        return partial(self, name, key)
+
+    def pausing_replace(source, target):
+        if current == stage and str(target).endswith(file):
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+        replace(source, target)
+
+    runfolder.RunFolder.partial, os.replace = noting_partial, pausing_replace
+
+if __name__ == "__main__":  # a worker imports this file too
+    from steerable import attribution, pipeline, report
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
+
+    for line in sys.stdin:
+        stage, file, *arguments = json.loads(line)
+        if (child := os.fork()) == 0:
+            os.setsid()
+            pause_at(stage, file)
+            sys.argv = ["steerable", *arguments]
+            cli.main()
+            print("never came to", stage, file, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
+"""
+
+#: Stage, which of its files is written but not yet in place when it is killed, and workers.
+DEATHS = [
+    ("tasks", "/tasks.jsonl", 1),
+    ("generate", "/blocks/1.jsonl", 2),
+    ("annotate", "/coverage.json", 1),  # spans are there
+    ("extract", "/span.overall/backtracking.safetensors", 1),  # many vectors are there
+    ("attribute", "/attribution.json", 1),
+    ("select", "/blocks/1.jsonl", 2),
+    ("select", "/selection.json", 1),  # the vectors are there
+    ("steer", "/blocks/1.jsonl", 2),
+    ("evaluate", "/cells.json", 1),
+    ("report", "/report.html", 1),  # report.json is there
+    ("report", "/timings.json", 1),  # all the rest is there
+]
+
+
+def files(folder):
+    """Everything in a run folder but what tells of times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timings.json"
+    }
+
+
+def assert_same(folder, other):
+    ours, theirs = files(folder), files(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def settings(tiny):
+    """The options as keyword arguments of `pipeline.run`."""
+    words = [word for option in tiny for word in option.split("=", 1)]
+    pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
+
+
+def start(command, **options):
+    """Start a process as the head of a group of its own, as a terminal does."""
+    return subprocess.Popen(list(map(str, command)), start_new_session=True, text=True, **options)
+
+
+def members(group):
+    """The living processes of a process group."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(pid) for pid, pgid, state, *_ in rows if int(pgid) == group and not state.startswith("Z")]
+
+
+def wait_until(condition, process, seconds=120):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, f"ended early with {process.returncode}: {process.communicate()}"
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def assert_gone(group):
+    for _ in range(500):
+        if not members(group):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"left behind: {members(group)}")
+
+
+def test_killed_in_every_stage(finished, tiny, tmp_path):
+    out, script = tmp_path / "run", tmp_path / "pausing.py"
+    script.write_text(PAUSING)
+    assert {stage for stage, *_ in DEATHS} == {stage.name for stage in pipeline.STAGES}
+    nursery = start([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for stage, file, workers in DEATHS:
+        arguments = ["run", "--workers", workers, "--out", out, *tiny]
+        nursery.stdin.write(json.dumps([stage, file, *map(str, arguments)]) + "\n")
+        nursery.stdin.flush()
+        group = int(nursery.stdout.readline())
+        assert len(members(group)) >= (workers + 1 if workers > 1 else 1)
+        # Workers whose parent was killed end by themselves; a machine that fails takes all down at once.
+        (os.kill if stage == "steer" else os.killpg)(group, signal.SIGKILL)
+        assert nursery.stdout.readline() == "dead\n"
+        assert_gone(group)
+        assert (out / f"stages/{stage}.json").exists() == (file == "/timings.json")
+    nursery.communicate(timeout=60)
+    pipeline.run(out, workers=1, **settings(tiny))
+    assert_same(out, finished)
+
+
+def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "steerable", "run", "--workers", "2", "--out", out, *tiny]
+    moments = (
+        lambda group: len(members(group)) >= 3,  # the first worker is only starting
+        lambda group: any(out.glob(".partial/generate-*/blocks/0.jsonl")),
+    )
+    for moment in moments:
+        process = start(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        wait_until(lambda group=process.pid, moment=moment: moment(group), process)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complaint = process.communicate(timeout=60)
+        *progress, last = complaint.splitlines()
+        assert last == "steerable: stopped; what was finished is kept, and the same command goes on from there"
+        assert all(line.endswith(("done", "was done already")) for line in progress), complaint
+        assert (process.returncode, said) == (1, "")
+        assert_gone(process.pid)
+    assert any(out.glob(".partial/generate-*/blocks/0.jsonl")) and not any(out.rglob("*.tmp"))
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 0
+    assert_same(out, finished)  # also: two workers make the same bytes as one
+    said = last.stderr.splitlines()
+    assert len(said) == len(pipeline.STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
+
+
+def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
+    out = pipeline.run(tmp_path / "again", workers=1, **settings(tiny))
+    assert (out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
+    assert (out / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+
+
+def test_the_run_folder_is_what_the_design_says(finished):
+    names = {"config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "attribution.json", "selection.json",
+             "report.json", "report.html", "timings.json", "vectors", "steered", "stages"}  # fmt: skip
+    assert names <= {path.name for path in finished.iterdir()}
+    assert not (finished / ".partial").exists()
+    assert [path.name for path in finished.rglob(".*")] == [".lock"]
+    assert set(read_json(finished / "timings.json")["stages"]) == {stage.name for stage in pipeline.STAGES}
+    report = read_json(finished / "report.json")
+    assert Config(**report["config"]) == Config(**read_json(finished / "config.json"))
+    for cell in report["cells"]:
+        assert sum(share[0] for share in cell["fractions"].values() if share) == pytest.approx(1)
+        assert (finished / f"steered/{cell['name']}.jsonl").is_file()
+    assert {cell["control"] for cell in report["cells"]} == {None, "random", "shuffled"}
+
+
+def test_all_chains_keep_the_ids_that_were_generated(finished):
+    from steerable.chains.generation import prompt_ids, split_chain
+    from steerable.engines.hf.generation import Completion
+    from steerable.engines.sampling import stop_ids
+    from steerable.steering.think import think_tags
+
+    model, tokenizer = models.load("pocket")
+    tags, stops = think_tags(tokenizer), stop_ids(model)
+    asked = {task["id"]: prompt_ids(tokenizer, task["prompt"]) for task in read_jsonl(finished / "tasks.jsonl")}
+    paths = [finished / "chains.jsonl", *(finished / "steered").glob("*.jsonl")]
+    chains = [chain for path in paths for chain in read_jsonl(path, "chain")]
+    for chain in chains:
+        assert chain["prompt_ids"] == asked[chain["task_id"]] and len(chain["ids"]) == chain["tokens"]
+        said = split_chain(tokenizer, tags, Completion(chain["ids"], chain["ids"][-1] in stops))
+        assert {key: chain[key] for key in said} == said
+    assert len(chains) > 50
+
+
+def test_the_cosines_are_those_of_the_saved_vectors(finished):
+    found = read_json(finished / "report.json")["cosines"]["selected"]
+    chosen = read_json(finished / "selection.json")
+    assert found["labels"] == list(chosen) and found["layers"] == [chosen[b]["layer"] for b in chosen]
+    vectors = []
+    for behaviour in chosen:
+        with safe_open(finished / f"vectors/{behaviour}.safetensors", framework="numpy") as file:
+            (name,) = file.keys()
+            assert name == f"resid_post.{chosen[behaviour]['layer']}"
+            vectors.append(file.get_tensor(name).astype(float))
+    wanted = [[a @ b / np.sqrt(a @ a * (b @ b)) for b in vectors] for a in vectors]
+    np.testing.assert_allclose(found["matrix"], wanted, atol=1e-12)
+    assert found["matrix"] == np.transpose(found["matrix"]).tolist()
+
+
+def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
+    """Chains without ids are measured by their text; a run does not mix them with its own."""
+    for path in [copy / "chains.jsonl", *(copy / "steered").glob("*.jsonl")]:
+        kept = [{k: v for k, v in c.items() if k not in ("ids", "prompt_ids")} for c in read_jsonl(path)]
+        write_jsonl(path, kept)
+    aligned = pipeline.open_run(copy).aligned()
+    assert sum(len(chain.spans) for chain in aligned) > 0
+    pipeline.run(copy, stage="report", fresh=False)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert files(copy) == files(finished)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def seconds(folder):
+    return (folder / "timings.json").read_bytes()
+
+
+def test_what_is_finished_is_not_done_again(copy, finished, tiny):
+    before = seconds(copy)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert seconds(copy) == before
+    assert_same(copy, finished)
+
+
+def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
+    (copy / "spans.jsonl").unlink()
+    pipeline.run(copy, stage="annotate", fresh=False)
+    assert_same(copy, finished)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "sentence"),
+    [
+        ("report", {"seed": 3}, "--seed changes nothing in stage 'report', as stage 'tasks' depends on it"),
+        ("generate", {"limit": 2}, "--limit changes nothing in stage 'generate', as stage 'tasks' depends on it"),
+        ("extract", {"greedy": True}, "--greedy changes nothing in stage 'extract', as stage 'generate' depends on it"),
+    ],
+)
+def test_a_setting_that_only_earlier_stages_depend_on(copy, finished, stage, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        pipeline.run(copy, stage=stage, fresh=False, **settings)
+    assert_same(copy, finished)
+
+
+def test_another_choice_leaves_nothing_of_the_former(copy):
+    former = {path.name for path in (copy / "vectors/random").iterdir()}
+    chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)
+    pipeline.run(copy, stage="select", fresh=False, workers=1, layers=str(chosen))
+    assert [path.name for path in (copy / "vectors/random").iterdir()] == [f"layer{chosen}.0.safetensors"]
+    assert {entry["layer"] for entry in read_json(copy / "selection.json").values()} == {chosen}
+
+
+def test_a_window_that_was_not_attributed(copy):
+    with pytest.raises(UsageError, match="lacks the window 'span': run `steerable attribute` with it"):
+        pipeline.run(copy, stage="select", fresh=False, window="span")
+
+
+def test_an_edited_task_file_is_read_again(tmp_path):
+    tasks = tmp_path / "tasks.jsonl"
+    options = {"tasks": str(tasks), "limit": 1, "validation": 1, "evaluation": 1}
+    for answer in ("4", "5", "5"):
+        tasks.write_text("".join(f'{{"id":"t{i}","prompt":"2 + {i}?","answer":"{answer}"}}\n' for i in range(3)))
+        pipeline.run(tmp_path / "run", stage="tasks", fresh=False, **options)
+        assert f'"answer":"{answer}"' in (tmp_path / "run/tasks.jsonl").read_text()
+
+
+def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):
+    module = tmp_path / "edited_annotator.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for label in ("deduction", "backtracking"):
+        module.write_text(f"def spans(chain): return [{{'label': '{label}', 'start': 0, 'end': 3}}]\n")
+        sys.modules.pop("edited_annotator", None)
+        pipeline.run(copy, stage="annotate", fresh=False, annotator="edited_annotator:spans")
+        span = json.loads((copy / "spans.jsonl").read_text().splitlines()[0])
+        assert span["label"] == label and {"task_id", "sample"} <= span.keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("[]", "found no span in 24 chains"),
+        ("[{'label': 'joy', 'start': 0, 'end': 1}]", "gave an unsound span"),
+        ("[{'label': 'deduction', 'start': 0, 'end': 10**6}]", "gave an unsound span"),
+        ("[{'start': 0}]", "gave an unsound span"),
+        ("1 / 0", r"failed on task .* \(ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_annotator(copy, tmp_path, monkeypatch, body, text):
+    (tmp_path / "wrong_annotator.py").write_text(f"def spans(chain): return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("wrong_annotator", None)
+    before = (copy / "spans.jsonl").read_bytes()
+    with pytest.raises(SteerableError, match=text):
+        pipeline.run(copy, stage="annotate", fresh=False, annotator="wrong_annotator:spans")
+    assert (copy / "spans.jsonl").read_bytes() == before
+
+
+@pytest.fixture
+def annotator(tmp_path, monkeypatch):
+    """`annotator(body)`: the option of an annotator whose function has this body; it may call `pocket(chain)`."""
+
+    def make(body):
+        (tmp_path / "own_annotator.py").write_text(
+            f"from steerable.models.pocket.language import annotate as pocket\ndef spans(chain): {body}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        sys.modules.pop("own_annotator", None)
+        return "--annotator=own_annotator:spans"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "lacking", [["backtracking"], ["example-testing", "backtracking", "adding-knowledge"]], ids=["one", "three"]
+)
+def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annotator, steerable):
+    option = annotator(f"return [span for span in pocket(chain) if span['label'] not in {lacking}]")
+    out = tmp_path / "run"
+    said = steerable("run", "--workers", 1, "--out", out, *tiny, option)
+    assert said.code == 0, said.err
+    report, page = read_json(out / "report.json"), (out / "report.html").read_text()
+    for label in lacking:
+        assert f"extract: no span in 24 chains is labelled {label}: the run goes on without it" in said.err
+        assert report["missing"][label] == "in 24 chains no span is labelled so"
+        assert f"no vector for {label.replace('-', ' ')}, as in 24 chains no span is labelled so" in page
+        assert not (out / f"vectors/{label}.safetensors").exists()
+    left = {"uncertainty-estimation", "backtracking", "example-testing", "adding-knowledge"} - {*lacking}
+    assert set(read_json(out / "selection.json")) == set(report["selection"]) == left
+    assert {cell["behaviour"] for cell in report["cells"]} == left and set(report["missing"]) == {*lacking}
+    before = (out / "timings.json").read_bytes()
+    assert steerable("run", "--workers", 1, "--out", out, *tiny, option).code == 0
+    assert (out / "timings.json").read_bytes() == before, "it is finished"
+
+
+def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator):
+    option = annotator("return [span for span in pocket(chain) if span['label'] != 'backtracking']")
+    assert (copy / "vectors/backtracking.safetensors").exists()
+    for stage in ("annotate", "extract", "attribute", "select"):
+        assert steerable(stage, "--out", copy, option).code == 0
+    assert not (copy / "vectors/backtracking.safetensors").exists()
+    assert "backtracking" not in read_json(copy / "selection.json")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            "return [span for span in pocket(chain) if span['label'] == 'deduction']",
+            "no span in 24 chains is labelled adding-knowledge or example-testing or "
+            "uncertainty-estimation or backtracking",
+        ),
+        ("return []", "the annotator 'own_annotator:spans' found no span in 24 chains"),
+    ],
+)
+def test_no_behaviour_is_left(body, sentence, tiny, tmp_path, annotator, steerable):
+    said = steerable("run", "--workers", 1, "--out", tmp_path / "run", *tiny, annotator(body))
+    assert said.code == 1 and said.err.splitlines()[-1].startswith("steerable: ")
+    assert sentence in said.err
+
+
+@pytest.mark.parametrize("silent", [24, 10])
+def test_chains_without_a_think_block_are_no_fault_of_the_annotator(silent, copy, steerable):
+    chains = [json.loads(line) for line in (copy / "chains.jsonl").read_text().splitlines()]
+    for chain in chains[:silent]:
+        chain |= {"thinking": "", "thinking_tokens": 0, "closed": False}
+    (copy / "chains.jsonl").write_text("".join(json.dumps(chain) + "\n" for chain in chains))
+    said = steerable("annotate", "--out", copy)
+    if silent == 24:
+        assert said.code == 1 and "annotator" not in said.err
+        assert "the model wrote nothing in a think block in any of 24 chains" in said.err
+    else:
+        assert said.code == 0 and "annotate: 10 of 24 chains have no think block, and so no span" in said.err
+
+
+def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
+    for name in ("spans.jsonl", "cells.json", "selection.json"):
+        (copy / name).unlink()
+    written = 0
+    sync = os.fsync
+
+    def full_after(limit):
+        def fsync(handle):
+            nonlocal written
+            written += 1
+            if written > limit:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(handle)
+
+        return fsync
+
+    for limit in (0, 2, 10, 20):
+        written = 0
+        monkeypatch.setattr(os, "fsync", full_after(limit))
+        said = steerable("run", "--workers", 1, "--json", "--out", copy, *tiny)
+        assert (said.code, said.out) == (1, "")
+        assert said.err.startswith("steerable: the disk is full: ") and said.err.count("\n") == 1
+        assert not list(copy.rglob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", sync)
+    pipeline.run(copy, workers=1, **settings(tiny))
+    assert_same(copy, finished)
+
+
+def test_a_file_that_may_not_grow(tiny, tmp_path, steerable):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "run"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        said = steerable("tasks", "--out", out, *tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said == (1, "", f"steerable: cannot write {out / 'tasks.jsonl'}: File too large\n")
+    assert [path.name for path in out.rglob("*")] == [".lock"]
+
+
+def test_two_processes_in_one_folder(copy, tiny, steerable):
+    with RunFolder(copy).locked():
+        said = steerable("run", "--out", copy, *tiny)
+    assert (said.code, said.out) == (1, "")
+    assert said.err == f"steerable: another process is working in {copy}: wait for it or use another --out\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("spans.jsonl", "line 3 is not valid JSON"), ("attribution.json", "is not valid JSON"), ("selection.json", "not")],
+)
+def test_a_damaged_input_is_named(copy, steerable, name, text):
+    lines = (copy / name).read_text().splitlines()
+    (copy / name).write_text("\n".join([*lines[:2], "{broken"]))
+    stage = {"spans.jsonl": "extract", "attribution.json": "select", "selection.json": "steer"}[name]
+    said = steerable(stage, "--out", copy)
+    assert said.code == 2 and text in said.err and name in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        *(("selection.json", text, "holds no JSON object") for text in ("[]", "null", "3")),
+        ("selection.json", "{}", "holds no behaviour"),
+        ("selection.json", '{"../../../evil": {}}', "is unsound at '../../../evil'"),
+        *((f"{name}.json", "[]", "holds no JSON object") for name in ("attribution", "cosines", "norms", "coverage")),
+        ("attribution.json", "{}", "run `steerable select` again"),
+        ("cells.json", "{}", "holds no JSON array"),
+    ],
+)
+def test_json_of_another_shape_is_named(copy, steerable, name, text, sentence):
+    (copy / name).write_text(text)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for stage in ("steer", "evaluate", "report") if name == "selection.json" else ("report",):
+        said = steerable(stage, "--out", copy)
+        assert said.code == 2 and sentence in said.err and name in said.err and said.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("window", "../../../../etc"), ("window", {}), ("baseline", 3), ("layer", "4"), ("layer", None), ("layers", []),
+     ("layers", 3), ("strength", "1"), ("strength", None), ("strength", 0), ("candidates", 3), ("rule", None)],
+)  # fmt: skip
+def test_a_selection_that_select_did_not_write(copy, steerable, key, value):
+    chosen = read_json(copy / "selection.json")
+    behaviour = next(iter(chosen))
+    chosen[behaviour][key] = value
+    write_json(copy / "selection.json", chosen)
+    for stage in ("steer", "evaluate", "report"):
+        said = steerable(stage, "--out", copy)
+        assert said.code == 2 and f"is unsound at {behaviour!r}" in said.err and said.err.count("\n") == 1
+
+
+def test_the_windows_of_attribution_and_selection_differ(copy, steerable):
+    chosen = next(iter(read_json(copy / "selection.json").values()))["window"]
+    other = next(window for window in ("published", "onset") if window != chosen)
+    assert steerable("attribute", "--window", other, "--out", copy).code == 0
+    said = steerable("report", "--out", copy)
+    assert said.code == 2 and "run `steerable select` again" in said.err and said.err.count("\n") == 1
+
+
+def test_wrong_arguments_of_the_function(tmp_path):
+    for wrong in ({"stage": "dance"}, {"workers": 0}, {"speed": 3}):
+        with pytest.raises(UsageError):
+            pipeline.run(tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def scale_candidates(folder, factor):
+    for path in (folder / "vectors/candidates").rglob("*.safetensors"):
+        Direction.load(path).scaled(factor).save(path)
+
+
+def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(copy, steerable):
+    scale_candidates(copy, 100)
+    said = steerable("select", "--out", copy, "--workers", "1", "--greedy")
+    assert said.code == 0 and "backtracking: none passed: at \N{PLUS-MINUS SIGN}1" in said.err
+    selection = read_json(copy / "selection.json")
+    for behaviour, chosen in selection.items():
+        tried = chosen["candidates"]
+        assert [c["strength"] for c in tried] == [1.0, 0.5, 0.25] and all(c["loops"] > 0.1 for c in tried)
+        assert chosen["passed"] is False and chosen["rule"].startswith("none passed")
+        assert min(c["loops"] for c in tried) == next(c["loops"] for c in tried if c["strength"] == chosen["strength"])
+        assert chosen["dose"] > 5
+        assert Direction.load(copy / f"vectors/{behaviour}.safetensors").strength == chosen["strength"]
+    for stage in ("steer", "evaluate", "report"):
+        assert steerable(stage, "--out", copy, "--workers", "1").code == 0
+    report, page = read_json(copy / "report.json"), (copy / "report.html").read_text()
+    assert "one passed" in page and "kept its loops within the limit" in page
+    for cell in report["cells"]:
+        if cell["control"] is None and cell["strength"]:
+            assert abs(cell["strength"]) == selection[cell["behaviour"]]["strength"]
+
+
+def test_the_largest_strength_at_which_a_candidate_does_not_loop(copy, steerable):
+    """At a quarter of 1, vectors that are four times as long have the dose that the bundled model takes."""
+    scale_candidates(copy, 4)
+    said = steerable("select", "--out", copy, "--workers", "1")
+    assert said.code == 0
+    for chosen in read_json(copy / "selection.json").values():
+        tried = {c["strength"]: c["loops"] for c in chosen["candidates"]}
+        quiet = [s for s, loops in tried.items() if loops <= 0.1]
+        assert chosen["passed"] == bool(quiet)
+        if quiet:
+            assert chosen["strength"] == max(quiet) == min(tried)
+
+
+def test_the_dose_of_every_cell_is_told(finished):
+    report, page = read_json(finished / "report.json"), (finished / "report.html").read_text()
+    for cell in report["cells"]:
+        assert set(cell["dose"]) == ({str(layer) for layer in cell["layers"]} if cell["strength"] else set())
+    chosen = report["selection"]["backtracking"]
+    direction = Direction.load(finished / "vectors/backtracking.safetensors")
+    (dose,) = direction.dose().values()
+    assert dose == chosen["dose"] and 0.1 < dose < 1
+    (cell,) = (c for c in report["cells"] if c["name"] == "backtracking.+1")
+    assert list(cell["dose"].values()) == [pytest.approx(dose)]
+    assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"

@@ -1,0 +1,88 @@
+"""The experiment as data: which cells there are, and what each is made of."""
+
+import pytest
+
+from steerable.chains.records import STEERABLE
+from steerable.jobs import plan
+from steerable.jobs.settings import Config
+
+SELECTION = {
+    b: {"layer": 2 if k < 3 else 4, "layers": [1, 2, 3, 4], "window": "onset", "baseline": "pooled"}
+    for k, b in enumerate(STEERABLE)
+}
+CONFIG = Config(samples=4, side_samples=2, sweep="0.5", controls=5)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return {cell.name: cell for cell in plan.evaluation_cells(CONFIG, SELECTION)}
+
+
+def test_names_are_file_names_and_differ(cells):
+    assert len(cells) == len(plan.evaluation_cells(CONFIG, SELECTION))
+    assert not any("/" in name or " " in name for name in cells)
+
+
+def test_every_behaviour_has_its_cells(cells):
+    for b in STEERABLE:
+        for sign in ("+1", "-1"):
+            assert {f"{b}.{sign}{kind}" for kind in ("", ".layers", ".thinking", ".shuffled")} <= cells.keys()
+        assert f"{b}.+0.5" in cells
+
+
+def test_a_behaviour_up(cells):
+    cell = cells["backtracking.+1"]
+    assert (cell.strength, cell.layers, cell.where, cell.control) == (1.0, (4,), "all", None)
+    (part,) = cell.parts
+    assert part.direction == "vectors/candidates/onset.pooled/backtracking.safetensors"
+    assert (part.samples, part.strength, part.layers) == ((0, 1, 2, 3), 1.0, (4,))
+
+
+def test_several_layers_share_the_strength(cells):
+    (part,) = cells["backtracking.-1.layers"].parts
+    assert part.layers == (1, 2, 3, 4) and part.strength == -0.25
+    assert cells["backtracking.-1.layers"].strength == -1.0
+    assert part.samples == (0, 1)
+
+
+def test_thinking_only(cells):
+    (part,) = cells["backtracking.+1.thinking"].parts
+    assert part.where == cells["backtracking.+1.thinking"].where == "thinking"
+
+
+def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
+    assert set(cells["random.layer2.+1"].behaviours) == set(STEERABLE[:3])
+    assert cells["random.layer4.-1"].behaviours == STEERABLE[3:]
+    for name in ("random.layer2.+1", "backtracking.+1.shuffled"):
+        parts = cells[name].parts
+        assert len({part.direction for part in parts}) == CONFIG.controls
+        # The unsteered cell has the same samples, so that the control is compared in pairs.
+        assert {s for part in parts for s in part.samples} <= {0, 1, 2, 3}
+
+
+def test_unsteered_is_there_once(cells):
+    unsteered = [cell for cell in cells.values() if cell.strength == 0]
+    assert [cell.name for cell in unsteered] == ["unsteered"]
+    assert unsteered[0].behaviours == STEERABLE
+    assert unsteered[0].parts == (plan.Part((0, 1, 2, 3)),)
+
+
+def test_greedy_needs_one_sample():
+    greedy = Config(samples=4, greedy=True)
+    cells = [*plan.evaluation_cells(greedy, SELECTION), *plan.validation_cells(greedy, candidates())]
+    assert {part.samples for cell in cells for part in cell.parts} == {(0,)}
+
+
+def candidates():
+    return {
+        b: [{"window": w, "baseline": "overall", "layer": layer} for w in ("span", "onset") for layer in (1, 2)]
+        for b in STEERABLE
+    }
+
+
+def test_validation_tries_every_candidate_both_ways():
+    cells = plan.validation_cells(CONFIG, candidates())
+    names = [cell.name for cell in cells]
+    assert len(names) == len(set(names)) == 1 + 4 * 4 * 2
+    assert names[0] == "unsteered" and "backtracking.span.layer1.-1" in names
+    assert cells[1].parts[0].direction == "vectors/candidates/span.overall/adding-knowledge.safetensors"

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+
+from steerable.jobs.selection import candidate_layers, choose, interior, is_gentle, pick, separation
+
+
+@pytest.mark.parametrize(
+    ("layers", "first", "last"), [(32, 4, 27), (28, 4, 23), (6, 1, 4), (3, 1, 1), (2, 0, 1), (1, 0, 0), (64, 8, 55)]
+)
+def test_interior_is_the_published_range_scaled(layers, first, last):
+    assert list(interior(layers)) == list(range(first, last + 1))
+
+
+def test_candidate_layers_are_the_largest_away_from_the_edges():
+    assert candidate_layers([99, 1, 5, 3, 4, 99], 2) == [2, 4]
+    assert candidate_layers([99, 1, None, 3, 4, 99], 9) == [1, 3, 4]
+    assert candidate_layers([0.0, 0.0, 0.0, 0.0], 1) == [1]
+    assert candidate_layers([None] * 6, 2) == []
+
+
+def candidate(up, down, loops=0.0, accuracy=0.5):
+    return {"fraction_up": up, "fraction_down": down, "loops": loops, "accuracy_down": accuracy}
+
+
+def test_the_widest_gentle_candidate_wins():
+    modest, wide = candidate(0.3, 0.1), candidate(0.6, 0.05)
+    assert choose([modest, wide], 0.5) is wide
+    assert choose([modest, wide | {"loops": 0.11}], 0.5) is modest
+    assert choose([modest, wide | {"accuracy_down": 0.39}], 0.5) is modest
+    assert choose([modest, wide | {"accuracy_down": 0.41}], 0.5) == wide | {"accuracy_down": 0.41}
+
+
+def test_without_a_gentle_candidate_the_widest_wins():
+    found = [candidate(0.3, 0.1, loops=0.5), candidate(0.6, 0.1, loops=0.9)]
+    assert choose(found, 0.5) is found[1]
+
+
+def test_the_first_of_equals_wins():
+    found = [candidate(0.3, 0.1), candidate(0.3, 0.1)]
+    assert choose(found, None) is found[0]
+
+
+def test_what_was_not_measured():
+    nothing = candidate(None, 0.1)
+    assert separation(nothing) == separation(candidate(0.1, None)) == -math.inf
+    assert choose([nothing, candidate(0.1, 0.2)], None)["fraction_up"] == 0.1
+    assert choose([nothing], None) is nothing
+    assert is_gentle(candidate(1, 0, accuracy=None), 0.5) and is_gentle(candidate(1, 0, loops=None), None)
+
+
+def test_a_fraction_of_zero_is_not_worth_infinitely_much():
+    assert math.isfinite(separation(candidate(0.2, 0.0)))
+    assert separation(candidate(0.4, 0.01)) > separation(candidate(0.1, 0.0))
+
+
+def tried(*rows):
+    return [candidate(up, 0.1, loops, accuracy) | {"strength": s} for s, up, loops, accuracy in rows]
+
+
+def test_the_largest_strength_that_does_not_loop_is_picked():
+    found = tried((1.0, 0.9, 0.4, 0.5), (1.0, 0.3, 0.05, 0.5), (0.5, 0.8, 0.0, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[1] and passed and "larger strengths" not in rule
+    found = tried((1.0, 0.9, 0.4, 0.5), (1.0, 0.8, 0.97, 0.5), (0.5, 0.3, 0.05, 0.5), (0.5, 0.2, 0.0, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[2] and passed and "at +0.5 minus fraction at -0.5" in rule and "all looped more" in rule
+
+
+def test_where_none_passes_the_least_harmful_is_picked_and_said():
+    found = tried((1.0, 0.9, 0.97, 0.5), (0.5, 0.9, 0.6, 0.5), (0.25, 0.3, 0.2, 0.5), (0.25, 0.4, 0.3, 0.5))
+    best, rule, passed = pick(found, 0.5)
+    assert best is found[2] and not passed
+    assert rule.startswith("none passed") and "20%" in rule and "±0.25" in rule
+
+
+def test_a_lost_accuracy_is_said():
+    _, rule, passed = pick(tried((1.0, 0.9, 0.0, 0.1)), 0.5)
+    assert passed and "no candidate kept the accuracy" in rule

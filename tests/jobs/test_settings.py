@@ -1,0 +1,105 @@
+"""The settings: every wrong value is one sentence, and the rest of the package follows from the table."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from steerable.jobs.settings import Config, from_dict
+from steerable.store.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "text"),
+    [
+        ("limit", 0, "--limit is 0: expected 1 or more"),
+        ("max_new_tokens", -5, "--max-new-tokens is -5: expected 1 or more"),
+        ("limit", "12", "--limit is '12': expected a whole number"),
+        ("limit", True, "--limit is True: expected a whole number"),
+        ("limit", 1.5, "expected a whole number"),
+        ("greedy", 1, "--greedy is 1: expected true or false"),
+        ("model", None, "--model is None: expected text"),
+        ("seed", -1, "--seed is -1: expected a whole number from 0"),
+        ("seed", 2**32, "expected a whole number from 0"),
+        ("engine", "vllm9", "expected one of transformers"),
+        ("window", "middle", "expected one of published, span, onset"),
+        ("baseline", "none", "expected one of pooled, overall"),
+        ("layers", "-1", "expected one 0-based layer"),
+        ("layers", "2,3", "expected one 0-based layer"),
+        ("layers", "²", "expected one 0-based layer"),
+        ("sweep", "0.5,x", "expected numbers separated by commas"),
+        ("sweep", "nan", "expected numbers separated by commas"),
+        ("sweep", "inf", "expected numbers separated by commas"),
+        ("llm_prices", "2", "expected two prices"),
+        ("llm_prices", "2,-8", "expected two prices"),
+        ("annotator", "", "cannot be imported"),
+        ("annotator", "nowhere:f", "cannot be imported"),
+        ("annotator", "json:nothing", "cannot be imported"),
+        ("annotator", "json:__name__", "is no function"),
+        ("speed", 3, "unknown setting 'speed'"),
+    ],
+)
+def test_wrong_values(setting, value, text):
+    with pytest.raises(UsageError, match=text.replace("(", r"\(")) as caught:
+        from_dict({setting: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_round_trip():
+    config = Config(model="there", greedy=True, layers="3", sweep="")
+    assert from_dict(config.to_dict()) == config
+    assert config.subset("model greedy") == {"model": "there", "greedy": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", []),
+        ("1.5, -0.5,0.5", [-0.5, 0.5, 1.5]),
+        ("-1,0,1,2", [2.0]),  # always there
+        ("0.5,0.50,0.50000001,-1.0000001", [0.5]),  # cells are named with six digits
+    ],
+)
+def test_sweep(text, found):
+    assert Config(sweep=text).strengths == found
+
+
+def test_layer():
+    assert Config().chosen_layer is None
+    assert Config(layers="11").chosen_layer == 11
+
+
+def test_annotator_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_own_annotator.py").write_text("def spans(chain): return []\n")
+    (tmp_path / "my_broken_annotator.py").write_text("def spans(chain) return []\n")
+    monkeypatch.chdir(tmp_path)
+    assert Config(annotator="my_own_annotator:spans").annotate({}) == []
+    with pytest.raises(UsageError, match="cannot be imported"):
+        Config(annotator="my_broken_annotator:spans")
+
+
+def test_nothing_that_a_file_names_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "strangers.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef spans(chain): return []\n")
+    monkeypatch.chdir(tmp_path)
+    values = Config(model="m").to_dict() | {"annotator": "strangers:spans", "trust_remote_code": True}
+    config = from_dict(values, from_file=values)
+    for one in (config, config.quick(), replace(config, limit=3), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(UsageError, match="--annotator strangers:spans.*give the option yourself"):
+            _ = one.annotate
+        with pytest.raises(UsageError, match="--trust-remote-code, and what could run code"):
+            one.check_own("trust_remote_code")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UsageError, match="unknown setting 'from_file'"):
+        from_dict({"from_file": []})
+    known = from_dict(values | {"annotator": "keywords"}, from_file=values)
+    assert known.annotate is not None  # one of ours
+    assert from_dict(values, from_file=values.keys() - {"annotator"}).annotate({}) == []
+    assert (tmp_path / "ran").exists()
+
+
+def test_quick_only_ever_makes_a_run_smaller():
+    quick = Config().quick()
+    for name in ("limit", "validation", "evaluation", "samples", "side_samples", "tried", "attributed", "patched"):
+        assert getattr(quick, name) <= getattr(Config(), name)
+    assert Config(limit=5).quick().limit == 5
+    assert quick.quick() == quick

@@ -1,0 +1,205 @@
+"""The trainer against a plain loop: the same batch gives the same gradient; what is left out changes nothing."""
+
+import copy
+import math
+
+import pytest
+import torch
+from rloo import advantages, log_probs, loss, train
+from tiny_training import MANY, STOPS, TASKS, batch, loaded, says, trainer
+
+from steerable.store.errors import SteerableError, SteerableWarning
+
+pytest.importorskip("trl")
+
+
+def rows_of(made, found):
+    """Prompts, completions and rewards of a scored batch, as lists without padding."""
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(found["prompt_ids"], found["prompt_mask"], strict=True)]
+    texts = [i[m.bool()].tolist() for i, m in zip(found["completion_ids"], found["completion_mask"], strict=True)]
+    return prompts, texts
+
+
+def gradient(made, found):
+    """Of the trainer's own loss, as one vector by name."""
+    made.model.zero_grad()
+    made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps
+    made.compute_loss(made.model, found).backward()
+    grads = {name: p.grad.clone() for name, p in made.trained.parameters().items()}
+    made.model.zero_grad()
+    return grads
+
+
+def judged(made, texts):
+    decode = made.processing_class.decode
+    return [made.paid(None, decode(ids[:-1]) if ids[-1] in STOPS else None)[0] for ids in texts]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("bias", {}),
+        ("bias", {"layers": [2]}),
+        ("bias", {"after": "attention"}),
+        ("bias", {"rank": 2}),
+        ("lora", {}),
+        ("adaptive", {}),
+        ("full", {}),
+    ],
+)
+def test_the_gradient_is_that_of_the_plain_loop(tmp_path, tiny_llama, tokenizer, method, options):
+    found = loaded(tiny_llama, tokenizer)
+    made = trainer(tmp_path, found, MANY, method=method, **options)
+    for p in made.trained.parameters().values():  # what begins as zero hides mistakes
+        with torch.no_grad():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    scored = batch(made)
+    assert (scored["advantages"] != 0).float().mean() > 0, "a batch without a difference shows nothing"
+    prompts, texts = rows_of(made, scored)
+    ours = gradient(made, scored)
+    loss(made.model, prompts, texts, judged(made, texts), made.num_generations).backward()
+    share = (made.num_generations - 1) / made.num_generations  # the one constant between the two advantages
+    for name, p in made.trained.parameters().items():
+        torch.testing.assert_close(ours[name], p.grad * share, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_with_a_kl_term_is_that_of_the_plain_loop(tmp_path, tiny_llama, tokenizer):
+    found = loaded(tiny_llama, tokenizer)
+    reference = copy.deepcopy(found.model)
+    made = trainer(tmp_path, found, MANY, beta=0.3)
+    with torch.no_grad():
+        for p in made.trained.parameters().values():
+            p.add_(0.05)
+    scored = batch(made)
+    prompts, texts = rows_of(made, scored)
+    ours = gradient(made, scored)
+    rewards, group = judged(made, texts), made.num_generations
+    # advantages differ by a constant, the KL term does not
+    loss(made.model, prompts, texts, rewards, group, beta=0.3, reference=reference).backward()
+    both = {name: p.grad.clone() for name, p in made.trained.parameters().items()}
+    made.model.zero_grad()
+    loss(made.model, prompts, texts, rewards, group).backward()
+    for name, p in made.trained.parameters().items():
+        torch.testing.assert_close(ours[name], both[name] - p.grad / group, atol=1e-5, rtol=1e-4)
+    assert made.ref_model is None, "the reference is the model with its adapter off, no second model"
+
+
+def test_advantages_are_rloo_up_to_a_constant(tmp_path, tiny_llama, tokenizer):
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY)
+    scored = batch(made)
+    _, texts = rows_of(made, scored)
+    plain = torch.tensor(advantages(judged(made, texts), made.num_generations))
+    torch.testing.assert_close(scored["advantages"], plain * 3 / 4)
+
+
+def test_scores_do_not_depend_on_grouping_by_length(tmp_path, tiny_llama, tokenizer):
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, max_new_tokens=20)
+    scored = batch(made)
+    ids = torch.cat([scored["prompt_ids"], scored["completion_ids"]], 1)
+    mask = torch.cat([scored["prompt_mask"], scored["completion_mask"]], 1)
+    keep = scored["completion_ids"].shape[1]
+    ours, entropies, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, keep, compute_entropy=True)
+    theirs, other, _ = super(type(made), made)._get_per_token_logps_and_entropies(
+        made.model, ids, mask, keep, compute_entropy=True
+    )
+    seen = scored["completion_mask"].bool()
+    torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies[seen], other[seen], atol=1e-5, rtol=1e-5)
+    prompts, texts = rows_of(made, scored)
+    naive = log_probs(made.model, prompts[3], texts[3])
+    torch.testing.assert_close(ours[3, : len(texts[3])], naive, atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_an_easy_task_and_nothing_but_the_vectors_changes(tmp_path, tiny_llama, tokenizer):
+    found = loaded(tiny_llama, tokenizer)
+    before = {name: p.clone() for name, p in found.model.named_parameters()}
+    made = trainer(tmp_path, found, says("w10", "w11", "w12"), steps=30, learning_rate=0.1, group=16, micro_batch=64)
+    made.train()
+    rewards = [row["reward"] for row in made.state.log_history if "reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.35
+    changed = {n for n, p in found.model.named_parameters() if n not in before or not torch.equal(p, before[n])}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.bias" for i in range(4)}
+
+
+def test_the_plain_loop_learns_it_too(tiny_llama, tokenizer):
+    """So that the oracle is known to be one."""
+    from steerable.methods.folding import add_bias
+
+    found = loaded(tiny_llama, tokenizer)
+    parameters = add_bias(found.model)
+    prompts = [found.tokenizer(f"<user> {t['prompt']} <assistant>")["input_ids"] for t in TASKS[:2]]
+    means = train(found.model, parameters, prompts, lambda ids: 1.0 if ids[0] in (17, 18, 19) else -1.0,
+                  steps=20, group=16, length=1, rate=0.1)  # fmt: skip
+    assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.35
+
+
+def test_a_step_without_a_difference_is_skipped_and_counted(tmp_path, tiny_llama, tokenizer):
+    found = loaded(tiny_llama, tokenizer)
+    paid = {"now": 0}
+
+    def reward(task, completion):
+        paid["now"] += 1
+        return MANY(task, completion) if paid["now"] <= 16 else (-1.0, "wrong")
+
+    made = trainer(tmp_path, found, reward, steps=4, learning_rate=0.1, warmup=0.0)
+    after = []
+
+    def remember(*args, **kwargs):
+        after.append([p.detach().clone() for p in made.trained.parameters().values()])
+
+    from transformers import TrainerCallback
+
+    made.add_callback(type("Remember", (TrainerCallback,), {"on_step_end": remember})())
+    with pytest.warns(SteerableWarning, match="step 2 is skipped"):
+        made.train()
+    assert made.counted["steps skipped"] == 3
+    assert any(p.any() for p in after[0]), "the first step learns"
+    for later in after[1:]:  # not even by the optimiser's momentum
+        assert all(torch.equal(a, b) for a, b in zip(after[0], later, strict=True))
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, steps=3, save_every=1)
+    plain = type(made).__mro__[1]._compute_loss
+
+    def broken(self, model, inputs):
+        found = plain(self, model, inputs)
+        return found * math.nan if self.state.global_step == 1 else found
+
+    monkeypatch.setattr(type(made).__mro__[1], "_compute_loss", broken)
+    with pytest.raises(SteerableError, match="loss of step 2 is not a finite number.*is kept"):
+        made.train()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1"]
+    assert (tmp_path / "checkpoints/checkpoint-1/trained.safetensors").exists()
+
+
+def test_the_divergence_is_that_from_the_untrained_model(tmp_path, tiny_llama, tokenizer):
+    found = loaded(tiny_llama, tokenizer)
+    first = copy.deepcopy(found.model)
+    made = trainer(tmp_path, found, MANY)
+    batch(made)
+    assert made._metrics["train"]["kl"] == [0.0]
+    with torch.no_grad():
+        for p in made.trained.parameters().values():
+            p.add_(0.1)
+    scored = batch(made)
+    prompts, texts = rows_of(made, scored)
+    total = count = 0.0
+    for row in range(0, len(texts), made.num_generations):
+        with torch.no_grad():
+            r = log_probs(first, prompts[row], texts[row]) - log_probs(made.model, prompts[row], texts[row])
+        total, count = total + float((r.exp() - r - 1).sum()), count + len(texts[row])
+    assert made._metrics["train"]["kl"][1] == pytest.approx(total / count, rel=1e-3)
+
+
+def test_rollouts_depend_on_seed_and_step_alone(tmp_path, tiny_llama, tokenizer):
+    def ids(seed, step=0):
+        made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, seed=seed)
+        made.state.global_step = step
+        return made.roll_out(["<user> w1 <assistant> "] * 4, made)["completion_ids"]
+
+    assert ids(0) == ids(0)
+    assert ids(0) != ids(1)
+    assert ids(0) != ids(0, step=1)
+    assert len({tuple(row) for row in ids(0)}) > 1, "samples of one prompt differ"

@@ -1,0 +1,222 @@
+"""The page: complete, self-contained, honest about what is missing."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from labels import check_labels
+
+from steerable.pages import render, words, write_report
+from steerable.pages.cells import Interval
+from steerable.pages.examples import Segment, columns, segments, shares
+from steerable.store.errors import SteerableError, UsageError
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Sound(HTMLParser):
+    """Every tag closed in order; collects the text and whatever would be fetched."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.words, self.fetched = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href") and not v.startswith(("#", "data:", "timings.json"))
+        ]
+        assert tag != "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def test_the_page_is_sound_small_and_fetches_nothing(report, timings):
+    page = render(report, timings)
+    assert Sound(page).fetched == []
+    assert "url(" not in page.replace("url(#hatch)", "") and "@import" not in page
+    assert len(page.encode()) < 400_000
+
+
+def test_the_same_report_gives_the_same_bytes_and_is_left_alone(report):
+    before = copy.deepcopy(report)
+    assert render(report) == render(copy.deepcopy(before))
+    assert report == before
+
+
+def test_the_headline_counts_what_stands_beyond_the_controls(report):
+    text = " ".join(Sound(render(report)).words)
+    assert "At +1, all 4 vectors raise their behaviour beyond both controls (×1.8 to ×3.9)" in text
+    assert "at −1, 3 of 4 vectors lower their behaviour beyond both controls (×0.28 to ×0.73)" in text
+    assert "no clear difference from the controls" in text
+    assert "Rank correlation with exact" in text
+
+
+def test_without_controls_the_headline_claims_nothing(report):
+    report["cells"] = [c for c in report["cells"] if c["control"] is None]
+    page = render(report)
+    assert "beyond both controls" not in page and "controls not measured" in page
+
+
+PARTS = ("config", "versions", "model", "hashes", "coverage", "norms", "cosines", "attribution")
+PARTS += ("selection", "cells", "examples", "lens")
+
+
+@pytest.mark.parametrize("gone", PARTS)
+@pytest.mark.parametrize("how", ["missing", "null", "empty"])
+def test_every_part_may_be_missing(report, gone, how):
+    if how == "missing":
+        del report[gone]
+    else:
+        report[gone] = None if how == "null" else type(report[gone])()
+    Sound(render(report))
+
+
+def test_nothing_at_all_still_makes_a_page():
+    page = render({})
+    Sound(page)
+    assert words.MISSING in page
+
+
+def nulls(value):
+    """Every number inside a measurement becomes null."""
+    if isinstance(value, dict):
+        return {k: nulls(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [nulls(v) for v in value]
+    return None if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("part", ["norms", "cosines", "attribution", "lens"])
+def test_null_numbers_are_not_measured(report, part):
+    report[part] = nulls(report[part])
+    Sound(render(report))
+
+
+def test_null_metrics_of_a_cell_are_not_zero(report):
+    for cell in report["cells"]:
+        cell |= {
+            "fractions": None,
+            "accuracy": None,
+            "tokens": None,
+            "loops": None,
+            "unclosed": None,
+            "kl": None,
+        }
+    page = render(report)
+    assert words.MISSING in page and not re.search(r"[>: ]0\.0%", page)
+
+
+def test_text_of_the_model_cannot_become_markup(report):
+    attack = "</p><script>alert(1)</script><img src=x>"
+    report["examples"][0]["plus"]["thinking"] = attack
+    report["examples"][0]["prompt"] = attack
+    report["model"]["name"] = attack
+    report["lens"]["backtracking"]["top"][0][0] = attack
+    assert Sound(render(report)).fetched == []
+
+
+def test_other_labels_and_shared_random_cells(report):
+    text = json.dumps(report).replace("example-testing", "self-praise")
+    other = json.loads(text)
+    for cell in other["cells"]:
+        if cell["control"] == "random":
+            cell["behaviour"] = None
+    page = render(other)
+    Sound(page)
+    assert "self-praise" in page
+
+
+def test_write_report(tmp_path, report, timings):
+    with pytest.raises(UsageError, match=r"no report\.json"):
+        write_report(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    written = write_report(tmp_path)
+    assert written == tmp_path / "report.html" and written.read_text(encoding="utf-8") == render(report)
+    (tmp_path / "timings.json").write_text(json.dumps(timings))
+    assert "seconds.generate" in write_report(tmp_path).read_text(encoding="utf-8")
+    for broken in ("{", "[]"):
+        (tmp_path / "report.json").write_text(broken)
+        with pytest.raises(SteerableError, match=r"report\.json"):
+            write_report(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "timings.json"]
+
+
+def span(label, start, end):
+    return {"label": label, "start": start, "end": end}
+
+
+def test_segments_lose_no_text():
+    text = "abcdefghij"
+    spans = [span("y", 4, 6), span("x", 1, 3), span("z", 5, 8), span("w", 9, 99), span("v", 3, 3)]
+    cut = segments(text, spans)
+    assert "".join(piece.text for piece in cut) == text
+    assert cut == [
+        Segment("a", None),
+        Segment("bc", "x"),
+        Segment("d", None),
+        Segment("e", "y"),
+        Segment("fgh", "z"),
+        Segment("i", None),
+        Segment("j", "w"),
+    ]
+    assert shares(cut, ["y", "x"]) == [("y", 1 / 7), ("x", 2 / 7), ("w", 1 / 7), ("z", 3 / 7)]
+    assert segments("", []) == [] and shares([], ["x"]) == []
+
+
+def test_columns_leave_out_a_missing_chain():
+    found = columns({"unsteered": {"thinking": "t"}, "plus": None}, [])
+    assert [(c.title, c.answer, c.correct) for c in found] == [("Unsteered", "", None)]
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (words.percent(0.2061), "20.6%"),
+        (words.signed(-0.5), "−0.5"),
+        (words.signed(1.0), "+1"),
+        (words.number(2703744), "2\u202f703\u202f744"),
+        (words.number(0.00001234), "1.23e−05"),
+        (words.times(0.284), "×0.28"),
+        (words.times(None), "not measured"),
+        (words.layers([2, 3, 4]), "layers 2–4"),
+        (words.layers([1, 4]), "layers 1, 4"),
+        (words.with_interval(Interval(0.2, 0.1, 0.3), "percent"), "20.0% (10.0 to 30.0)"),
+        (words.with_interval(None, "percent"), "not measured"),
+        (words.value([None, True, 1.5]), "not measured, yes, 1.5"),
+        (list(words.flat({"a": {"b": 2025}, "c": {}})), [("a.b", "2025"), ("c", "none")]),
+    ],
+)
+def test_words(made, wanted):
+    assert made == wanted
+
+
+def test_the_page_has_no_colour_outside_its_variables(report):
+    drawings = re.sub(r"<style>.*?</style>", "", render(report), flags=re.S)
+    assert not re.search(r"(fill|stroke|color)=|#[0-9a-f]{6}\b", drawings.replace("url(#hatch)", ""))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("layers", [6, 40, 120])
+def test_labels_stay_in_their_panels(report_of, layers, scale):
+    report = report_of(layers)
+    report["norms"] = {at: {k: v * scale for k, v in both.items()} for at, both in report["norms"].items()}
+    for cell in report["cells"]:
+        cell["where"] = "thinking & ~onset:backtracking" if cell["where"] == "thinking" else cell["where"]
+        cell["strength"] *= 0.123456
+        for metric in ("tokens", "kl"):
+            cell[metric] = cell[metric] and [x * scale for x in cell[metric]]
+    check_labels(render(report))

@@ -1,0 +1,257 @@
+import json
+import math
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from steerable.steering.direction import FORMAT, Direction
+from steerable.steering.site import Site
+from steerable.store.errors import SteerableError, UsageError
+
+A, B = Site("resid_post", 2), Site("resid_post", 10)
+
+
+def make(**about):
+    generator = torch.Generator().manual_seed(0)
+    return Direction(
+        {B: torch.randn(6, generator=generator), A: torch.randn(6, generator=generator)},
+        **{
+            "model_id": "pocket",
+            "model_revision": "abc",
+            "behaviour": "backtracking",
+            "method": "difference_of_means",
+            "gate": "thinking & ~boundary",
+            "strength": 0.1 + 0.2,
+            "norms": {B: 12.5, A: 1 / 3},
+            "stats": {"window": "onset", "n": [1, 2], "ünï": None},
+            "data_sha256": "0" * 64,
+            "created_by": "test",
+            "licence": "Apache-2.0",
+        }
+        | about,
+    )
+
+
+def same(a, b):
+    assert list(a.vectors) == list(b.vectors)
+    assert all(torch.equal(a.vectors[s], b.vectors[s]) for s in a.vectors)
+    assert {k: v for k, v in vars(a).items() if k != "vectors"} == {k: v for k, v in vars(b).items() if k != "vectors"}
+
+
+def test_round_trip(tmp_path):
+    direction = make()
+    path = direction.save(tmp_path / "new" / "a.safetensors")
+    same(Direction.load(path), direction)
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+    plain = load_file(path)  # any safetensors reader will do
+    assert set(plain) == {"resid_post.2", "resid_post.10"} and plain["resid_post.2"].dtype == torch.float32
+
+
+def test_matrices_round_trip(tmp_path):
+    direction = Direction({A: torch.ones(2, 6)})
+    same(Direction.load(direction.save(tmp_path / "a")), direction)
+
+
+def test_equal_bytes(tmp_path):
+    code = (
+        "import sys, torch, steerable as st; s = st.Site.parse;"
+        "d = st.Direction({s('mlp_out.1'): torch.ones(3), s('resid_post.0'): torch.ones(3)},"
+        "stats={'b': 1, 'a': 2}, norms={s('resid_post.0'): 1.0, s('mlp_out.1'): 2.0});"
+        "sys.stdout.buffer.write(d.to_bytes())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    site = Site.parse
+    other_order = Direction(
+        {site("resid_post.0"): torch.ones(3), site("mlp_out.1"): torch.ones(3)},
+        stats={"a": 2, "b": 1},
+        norms={site("mlp_out.1"): 2.0, site("resid_post.0"): 1.0},
+    )
+    assert output == other_order.to_bytes()  # another process, with another hash seed
+
+
+def test_save_replaces_whole_or_not_at_all(tmp_path):
+    path = make().save(tmp_path / "a")
+    before = path.read_bytes()
+    broken = make(stats={"bad": object()})
+    with pytest.raises(UsageError, match="JSON"):
+        broken.save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SteerableError, match="cannot write"):
+        make().save(path / "below-a-file")
+
+
+def write(path, tensors=None, **meta):
+    tensors = {"resid_post.2": torch.ones(6)} if tensors is None else tensors
+    full = {"format": FORMAT, "version": "1"} | meta
+    save_file(tensors, path, {k: v for k, v in full.items() if v is not None})
+    return path
+
+
+def test_a_minimal_foreign_file(tmp_path):
+    direction = Direction.load(write(tmp_path / "a"))
+    assert direction.layers == [2] and direction.strength == 1.0 and direction.gate == "all"
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ({"format": None}, "no format"),
+        ({"format": "pt"}, "expected"),
+        ({"version": "2"}, "expected"),
+        ({"colour": "red"}, "unknown metadata key 'colour'"),
+        ({"map": "warp"}, "unknown map"),
+        ({"gate": "always"}, "not a selector"),
+        ({"strength": "NaN"}, "NaN"),
+        ({"strength": "1e999"}, "finite"),
+        ({"strength": '"1"'}, "strength"),
+        ({"strength": "true"}, "strength"),
+        ({"norms": "[1]"}, "norms"),
+        ({"norms": '{"resid_post.2": "x"}'}, "norms"),
+        ({"norms": '{"nowhere.2": 1}'}, "unknown site"),
+        ({"stats": "{"}, "sound"),
+        ({"stats": "[" * 100_000}, "sound"),
+    ],
+)
+def test_bad_metadata(tmp_path, meta, reason):
+    with pytest.raises(SteerableError, match=reason) as error:
+        Direction.load(write(tmp_path / "a", **meta))
+    assert str(tmp_path / "a") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"resid_post.2": torch.tensor([1.0, math.nan])}, "NaN"),
+        ({"resid_post.2": torch.tensor([1.0, math.inf])}, "NaN or infinite"),
+        ({"resid_post.2": torch.ones(2, 2, 2)}, "expected \\[d\\]"),
+        ({"resid_post.2": torch.tensor(1.0)}, "expected \\[d\\]"),
+        ({"resid_post.2": torch.ones(0)}, "expected \\[d\\]"),
+        ({"resid_post.2": torch.ones(2, dtype=torch.int32)}, "float32"),
+        ({"layer2": torch.ones(2)}, "not a site"),
+        ({}, "one site at least"),
+    ],
+)
+def test_bad_tensors(tmp_path, tensors, reason):
+    with pytest.raises(SteerableError, match=reason):
+        Direction.load(write(tmp_path / "a", tensors))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was run')",))
+
+
+def test_no_pickle_is_run(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(pickle.dumps({"resid_post.2": Bomb()}))
+    with pytest.raises(SteerableError, match="not a sound safetensors file"):
+        Direction.load(path)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UsageError, match="there is no direction file"):
+            Direction.load(path)
+
+
+def test_damaged_files(tmp_path):
+    """A flipped byte or a cut gives an error of ours or a sound direction, never anything else."""
+    good, rng, path = make().to_bytes(), random.Random(0), tmp_path / "a"
+    errors = 0
+    for trial in range(600):
+        data = bytearray(good)
+        if trial % 5:
+            header = 8 + int.from_bytes(good[:8], "little")
+            data[rng.randrange(header if trial % 2 else len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)) :]
+        path.write_bytes(data)
+        try:
+            direction = Direction.load(path)
+            assert all(torch.isfinite(v).all() for v in direction.vectors.values())
+            json.dumps(direction.stats)
+            direction.to_bytes()
+        except SteerableError as error:
+            errors += 1
+            assert "\n" not in str(error)
+    assert errors > 300
+
+
+def test_views():
+    direction = make()
+    assert direction.layers == [2, 10] and torch.equal(direction.at(2), direction.at(A))
+    assert direction.only([10]).layers == [10]
+    assert torch.equal(direction.scaled(-2).at(2), direction.at(2) * -2)
+    assert direction.rescaled_to().at(10).norm() == pytest.approx(12.5)
+    assert direction.rescaled_to({A: 3.0, B: 4.0}).at(2).norm() == pytest.approx(3.0)
+    for bad in (
+        lambda: direction.at(3),
+        lambda: direction.only([2, 3]),
+        lambda: direction.rescaled_to({A: 1.0}),
+    ):
+        with pytest.raises(UsageError):
+            bad()
+    both = Direction({A: torch.ones(6), Site("mlp_out", 2): torch.ones(6)})
+    with pytest.raises(UsageError, match="more than one"):
+        both.at(2)
+    with pytest.raises(UsageError, match="zero"):
+        Direction({A: torch.zeros(6)}, norms={A: 1.0}).rescaled_to()
+
+
+def test_random_like():
+    direction = make()
+    one, again, other = direction.random_like(0), direction.random_like(0), direction.random_like(1)
+    same(one, again)
+    for site, v in direction.vectors.items():
+        assert one.vectors[site].norm() == pytest.approx(float(v.norm()), rel=1e-6)
+        assert not torch.equal(one.vectors[site], other.vectors[site])
+
+
+def test_cosine():
+    direction = make()
+    assert direction.cosine(direction.scaled(3)) == pytest.approx({A: 1.0, B: 1.0})
+    assert direction.cosine(direction.scaled(-1).only([2])) == pytest.approx({A: -1.0})
+    with pytest.raises(UsageError, match="no site in common"):
+        direction.cosine(Direction({Site("mlp_out", 2): torch.ones(6)}))
+
+
+def test_derived_directions_share_nothing():
+    direction = make()
+    copy = direction.scaled(1)
+    copy.stats["new"] = 1
+    copy.norms[A] = 0.0
+    assert "new" not in direction.stats and direction.norms[A] == 1 / 3
+
+
+def test_the_residual_stream_has_one_width(tmp_path):
+    with pytest.raises(UsageError, match="one width.*6 and 7"):
+        Direction({A: torch.ones(6), B: torch.ones(7)})
+    Direction({A: torch.ones(6), Site("mlp_act", 2): torch.ones(24)})  # neurons are others in number
+    with pytest.raises(SteerableError, match="one width"):
+        Direction.load(write(tmp_path / "a", {"resid_post.2": torch.ones(6), "mlp_out.3": torch.ones(7)}))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"strength": "1" + "0" * 400}, {"norms": '{"resid_post.2": 1' + "0" * 400 + "}"}, {"stats": '{"a": "\\ud800"}'}],
+)
+def test_numbers_and_texts_that_cannot_be_written_again(tmp_path, meta):
+    with pytest.raises(SteerableError, match="sound"):
+        Direction.load(write(tmp_path / "a", **meta))
+
+
+def test_texts_must_be_unicode():
+    with pytest.raises(UsageError, match="Unicode"):
+        make(behaviour="\ud800").to_bytes()
+
+
+def test_dose():
+    """||s v|| / ||h|| at every site whose norm is known."""
+    a, b = Site("resid_post", 1), Site("resid_post", 2)
+    direction = Direction({a: torch.full((4,), 3.0), b: torch.ones(4)}, norms={a: 24.0}, strength=-2.0)
+    assert direction.dose() == {a: 0.5} and direction.dose(1) == {a: 0.25} and direction.dose(0) == {a: 0.0}
