@@ -1,6 +1,7 @@
 # make run   set up, then the whole main job on the bundled model, into runs/pocket
 # make test  set up, then lint, types and all tests
-.PHONY: run test lint format clean help
+# make test-fast   the same without the slow tests
+.PHONY: run test test-fast lint format clean help
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -20,6 +21,9 @@ run: $(READY)
 test: lint
 	@# One thread a test process: two processes with two threads each are far slower on two cores.
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-fast: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)
