@@ -36,8 +36,6 @@ CLIMBS: set[tuple[str, str]] = {
     ("pages.rl_page", "jobs.lens_document"),
 }
 CIRCLES = {
-    "chains.equality",
-    "chains.symbolic",
     "jobs.annotation",
     "jobs.experiment",
     "jobs.pipeline",

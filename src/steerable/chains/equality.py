@@ -13,14 +13,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Literal
 
+from steerable.chains import symbolic
 from steerable.chains.quantities import Clock, Number, is_one_pair, read_clock, read_number, read_reference
+from steerable.chains.symbolic import Outcome
 from steerable.chains.units import Unit, is_known, read_unit
 
 __all__ = ["Outcome", "clean", "compare", "is_list", "read_number", "split"]
-
-Outcome = Literal["right", "wrong", "parse-error", "timeout"]
 
 _LONGEST = 400  # characters of an answer that is still looked at; the longest in MATH has about 160
 
@@ -169,9 +168,7 @@ def _compare_single(a: str, b: str, asked: str, variables: frozenset[str]) -> Ou
         return "right"
     if _UNREADABLE.search(a) or not _is_formula(b, a):
         return "wrong"
-    from steerable.chains.symbolic import equivalent
-
-    return equivalent(_formula(a), _formula(b))
+    return symbolic.equivalent(_formula(a), _formula(b))
 
 
 _UNIT_BEHIND = re.compile(

@@ -19,14 +19,14 @@ import sys
 import threading
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from steerable.chains.equality import Outcome
+Outcome = Literal["right", "wrong", "parse-error", "timeout"]
 
 #: Seconds of processor time for one question: a busy machine changes no verdict. By the clock it may take ten times
 #: that.
 LIMIT = 5.0
-_PROGRAM = Path(__file__).with_name("_symbolic_worker.py")
+_PROGRAM = Path(__file__).with_name("symbolic_worker.py")
 
 
 @functools.lru_cache(maxsize=4096)
