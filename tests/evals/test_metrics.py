@@ -1,9 +1,10 @@
 import pytest
 
 from steerable.chains.records import LABELS
-from steerable.evals.cells import METRICS, compare, measure_cell, values
-from steerable.evals.metrics import label_fractions, loops, measure
+from steerable.evals.cells import compare, differences, measure_cell, values
+from steerable.evals.metrics import Metric, all_metrics, label_fractions, loops, measure, register_metric
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.plugins import load_plugins
 
 
 def span(label, start, end, task="t", sample=0):
@@ -82,7 +83,7 @@ def test_measure_and_cell(chains, tokenizer):
     assert cell["fractions"]["backtracking"] == [0.25, 0.25, 0.25]
     assert cell["accuracy"] == [0.25, 0.0, 0.5]
     assert sum(interval[0] for interval in cell["fractions"].values()) == pytest.approx(1)
-    assert set(METRICS) < set(cell)
+    assert set(all_metrics()) < set(cell) and cell["kl"] is None
     assert measure_cell(measured) == cell  # seeded
 
 
@@ -104,3 +105,44 @@ def test_missing_task_and_slow_tokenizer(chains, tokenizer):
         measure([], chains, [], tokenizer)
     with pytest.raises(UsageError, match="fast tokenizer"):
         measure(TASKS, chains, [], object())
+
+
+def test_a_metric_from_outside_is_in_every_cell(chains, tokenizer, monkeypatch):
+    monkeypatch.setattr("steerable.evals.metrics._TABLE", all_metrics())
+    words = Metric("words", "Words", "number", lambda m: len(m.chain["thinking"].split()) if m.unclosed else None)
+    register_metric(words)
+    register_metric(words)  # again: nothing new
+    measured = measure(TASKS, chains, SPANS, tokenizer)
+    assert measure_cell(measured)["words"] == [4.0, 4.0, 4.0]  # of the unclosed chain alone: None is not zero
+    assert differences(measured, measured)["words"] == [0.0, 0.0, 0.0]
+    assert measure_cell(measured[:1])["words"] is None
+    for name in ("tokens", "fractions"):
+        with pytest.raises(UsageError, match=f"an entry '{name}' in every cell already"):
+            register_metric(Metric(name, "", "number", len))
+
+
+def test_an_installed_package_adds_a_metric(chains, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "hesitation.py").write_text(
+        "from steerable.evals.metrics import Metric\n"
+        "metric = Metric('hesitation', 'Hesitation', 'number', lambda m: m.chain['thinking'].count('w1'))\n"
+    )
+    info = tmp_path / "hesitation-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hesitation\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:metric\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugins.cache_clear()
+    try:
+        assert measure_cell(measure(TASKS, chains, SPANS, tokenizer))["hesitation"] == [1.0, 1.0, 1.0]
+        (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:nothing\n")
+        load_plugins.cache_clear()
+        with pytest.raises(SteerableError, match="'hesitation' of hesitation in steerable.metrics cannot be loaded"):
+            all_metrics()
+    finally:
+        monkeypatch.undo()
+        load_plugins.cache_clear()
+
+
+def test_without_annotation_nothing_is_unlabelled(chains, tokenizer):
+    cell = measure_cell(measure(TASKS, chains, None, tokenizer))
+    assert cell["unlabelled"] is None and cell["dropped"] == 3

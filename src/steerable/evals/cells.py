@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerable.chains.records import LABELS
-from steerable.evals.intervals import ByTask, by_task, difference_interval, mean_interval, ratio_interval
-from steerable.evals.metrics import Measured
-
-METRICS = ("accuracy", "tokens", "loops", "unclosed", "unlabelled")
+from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
+from steerable.evals.metrics import Measured, all_metrics
 
 
-def measure_cell(measured: Sequence[Measured], seed: int = 0) -> dict[str, Any]:
-    """The measured half of a cell: `tasks`, `samples`, `dropped`, `fractions`, and the `METRICS`.
+def measure_cell(measured: Sequence[Measured], seed: int = 0, labels: Sequence[str] = LABELS) -> dict[str, Any]:
+    """The measured half of a cell: `tasks`, `samples`, `dropped`, `fractions`, and every metric of the table.
 
     Every metric is [mean, low, high] over tasks, or None where nothing was measured. `dropped` counts the
     chains without a labelled token, which have no fractions. Chains of several random directions may be
     given together: that is their mean, each task with all its chains.
     """
     tasks = {chain.task_id for chain in measured}
-    fractions = {label: mean_interval(values(measured, f"fractions.{label}"), seed) for label in LABELS}
+    fractions = {label: mean_interval(values(measured, f"fractions.{label}"), seed) for label in labels}
     means = [interval[0] for interval in fractions.values() if interval]
     assert not means or abs(sum(means) - 1) < 1e-6, f"fractions sum to {sum(means)}"
     return {
@@ -28,26 +26,34 @@ def measure_cell(measured: Sequence[Measured], seed: int = 0) -> dict[str, Any]:
         "samples": len(measured) / len(tasks) if tasks else 0,
         "dropped": sum(chain.fractions is None for chain in measured),
         "fractions": fractions,
-        **{metric: mean_interval(values(measured, metric), seed) for metric in METRICS},
+        **{name: mean_interval(values(measured, name), seed) for name in all_metrics()},
     }
 
 
 def values(measured: Sequence[Measured], metric: str) -> dict[str, float]:
-    """A metric's mean by task: one of `METRICS`, or `fractions.<label>`."""
+    """A metric's mean by task; `metric` is a name in the table, or `fractions.<label>`."""
     name, _, label = metric.partition(".")
-    attribute = "correct" if name == "accuracy" else name
-
-    def value(chain: Measured) -> float | None:
-        found = getattr(chain, attribute)
-        return found[label] if label and found is not None else found
-
-    return by_task((chain.task_id, value(chain)) for chain in measured)
+    if name == "fractions":
+        return by_task((m.task_id, None if m.fractions is None else m.fractions[label]) for m in measured)
+    value = all_metrics()[name].value
+    return by_task((m.task_id, value(m)) for m in measured)
 
 
 def compare(
     measured: Sequence[Measured], baseline: Sequence[Measured], metric: str, seed: int = 0
 ) -> dict[str, list[float] | None]:
     """A metric against a baseline, paired by task: `difference` and `ratio`, each [estimate, low, high]."""
-    a: ByTask = values(measured, metric)
-    b: ByTask = values(baseline, metric)
+    a, b = values(measured, metric), values(baseline, metric)
     return {"difference": difference_interval(a, b, seed), "ratio": ratio_interval(a, b, seed)}
+
+
+def differences(
+    measured: Sequence[Measured], baseline: Sequence[Measured], seed: int = 0, labels: Sequence[str] = LABELS
+) -> dict[str, Any]:
+    """Every metric of the table minus the baseline's, paired by task, and `fractions` by label; None: not measured."""
+
+    def difference(metric: str) -> list[float] | None:
+        return difference_interval(values(measured, metric), values(baseline, metric), seed)
+
+    fractions = {label: difference(f"fractions.{label}") for label in labels}
+    return {name: difference(name) for name in all_metrics()} | {"fractions": fractions}

@@ -1,6 +1,9 @@
-"""What one chain of thought shows: shares of behaviours, whether it is right, how long, how repetitive.
+"""What a chain of thought shows: the table of metrics, and what they are computed from.
 
-Fractions follow Venhoff et al. 2025 (arXiv 2506.18167) in text, not in code: tokens of a label over *all*
+A metric is one row of the table. Cells, comparisons and reports iterate over it, so that a new row appears in all of
+them; another package adds rows by the entry-point group `steerable.metrics`, a script by `register_metric`.
+
+Fractions of behaviours follow Venhoff et al. 2025 (arXiv 2506.18167) in text, not in code: tokens of a label over *all*
 labelled thinking tokens. The published figures divide by the tokens of the four steered labels alone, which
 makes the unsteered fractions about 2.4 times larger, and average unparsed chains in as zero; here these are
 dropped and counted.
@@ -8,9 +11,9 @@ dropped and counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,58 +22,151 @@ from steerable.chains.records import LABELS
 from steerable.chains.spans import owners
 from steerable.chains.tasks import correct
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.plugins import load_plugins
 
 Spans = Iterable[Mapping[str, Any]]
 Offsets = Sequence[tuple[int, int]]
+Unit = Literal["share", "tokens", "nats per token", "number"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One chain's figures; None where there is nothing to measure."""
+    """A chain record with its task, its spans, and what was counted on its tokens: what every metric is given."""
 
-    task_id: str
-    sample: int
+    task: Mapping[str, Any]
+    chain: Mapping[str, Any]
+    spans: Sequence[Mapping[str, Any]]
     fractions: dict[str, float] | None
     """Share of each label among the labelled thinking tokens (sum 1); None where no token is labelled."""
-    unlabelled: float
-    """Share of the thinking tokens that no span covers."""
+    unlabelled: float | None
+    """Share of the thinking tokens that no span covers; None where nobody annotated."""
     correct: bool | None
     """Full marks from the judge; an unclosed chain has no answer, so it is wrong. None: there is no judge."""
-    tokens: int
     loops: float
-    unclosed: bool
+    """Share of repeated 8-grams in the thinking tokens."""
+
+    @property
+    def task_id(self) -> str:
+        """The task that the chain answers."""
+        return str(self.chain["task_id"])
+
+    @property
+    def sample(self) -> int:
+        """The number of the chain among those of its task."""
+        return int(self.chain["sample"])
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the chain."""
+        return int(self.chain["tokens"])
+
+    @property
+    def unclosed(self) -> bool:
+        """Whether the chain never ends its thinking."""
+        return not self.chain["closed"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table of metrics.
+
+    name: the key in cells and reports. title, description: for a reader. unit: "share" is in [0, 1] and shown in per
+    cent. value: of one measured chain; None where it was not measured, which no mean counts as zero. better: which way
+    is good, None where neither is.
+    """
+
+    name: str
+    title: str
+    unit: Unit
+    value: Callable[[Measured], float | None]
+    description: str = ""
+    better: Literal["higher", "lower"] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The row as JSON, for a reader of a report that does not have the metric."""
+        return {"title": self.title, "unit": self.unit, "description": self.description, "better": self.better}
+
+
+_ROWS = [
+    Metric("accuracy", "Accuracy", "share", lambda m: m.correct, "right answers, by the task's own scorer", "higher"),
+    Metric("tokens", "Length", "tokens", lambda m: m.tokens, "new tokens a chain"),
+    Metric("loops", "Loops", "share", lambda m: m.loops, "repeated 8-grams in the thinking tokens", "lower"),
+    Metric("unclosed", "Unclosed chains", "share", lambda m: m.unclosed, "chains that never end thinking", "lower"),
+    Metric("unlabelled", "Unlabelled", "share", lambda m: m.unlabelled, "thinking tokens that no span covers", "lower"),
+    Metric("kl", "Divergence", "nats per token", lambda m: m.chain.get("kl"), "mean KL to the unsteered model"),
+]
+_TABLE = {metric.name: metric for metric in _ROWS}
+_RESERVED = {"tasks", "samples", "dropped", "fractions"}
+
+
+def register_metric(metric: Metric) -> None:
+    """Add a row to the table of metrics for this process; every cell that is measured from then on has it.
+
+    An installed package does the same by an entry point in the group `steerable.metrics` that names a `Metric`.
+
+    Raises:
+        UsageError: another metric has the name already, or a cell has another entry of that name.
+
+    Example:
+        >>> register_metric(Metric("waits", "Waits", "number", lambda m: m.chain["thinking"].count("Wait")))
+    """
+    if metric.name in _RESERVED or all_metrics().get(metric.name, metric) != metric:
+        raise UsageError(f"there is an entry {metric.name!r} in every cell already: give the metric another name")
+    _TABLE[metric.name] = metric
+
+
+def all_metrics() -> dict[str, Metric]:
+    """The table of metrics by name: the library's own, those of installed packages, those that were registered."""
+    plugins = load_plugins("steerable.metrics")
+    for name, metric in plugins.items():
+        if not isinstance(metric, Metric) or metric.name in _RESERVED:
+            raise SteerableError(f"the entry point {name!r} in steerable.metrics is {metric!r}: expected a Metric")
+    return {metric.name: metric for metric in plugins.values()} | _TABLE
 
 
 def measure(
-    tasks: Iterable[Mapping[str, Any]], chains: Sequence[Mapping[str, Any]], spans: Spans, tokenizer: Any
+    tasks: Iterable[Mapping[str, Any]],
+    chains: Sequence[Mapping[str, Any]],
+    spans: Spans | None,
+    tokenizer: Any,
+    labels: Sequence[str] = LABELS,
 ) -> list[Measured]:
-    """Measure every chain, in order. `tasks` and `spans` may hold more than these chains need.
+    """Measure every chain, in order, on the tokens that were generated.
 
-    Tokens are those that were generated (`chains.offsets.chain_tokens`). UsageError for a chain whose task is missing;
-    SteerableError for a span outside its text or with an unknown label.
+    Args:
+        tasks: task records; there may be more than these chains need.
+        chains: chain records, no two of them with the same task and sample.
+        spans: span records of these chains and perhaps of others; None where nobody annotated.
+        tokenizer: the one of the model that wrote the chains.
+        labels: those that the spans may have.
+
+    Raises:
+        UsageError: a chain's task is missing.
+        SteerableError: a span is empty, outside its text, or has another label.
     """
     by_id = {task["id"]: task for task in tasks}
-    of_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for span in spans:
-        of_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
+    by_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for span in spans or ():
+        by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
     measured = []
-    tokens = chain_tokens(tokenizer, chains) if chains else []
-    for chain, found in zip(chains, tokens, strict=True):
-        key = chain["task_id"], chain["sample"]
-        if key[0] not in by_id:
-            raise UsageError(f"there is no task {key[0]!r}: expected the tasks that the chains answer")
-        inside = found.thinking()
-        offsets = [found.offsets[i] for i in inside]
-        fractions, unlabelled = label_fractions(of_chain.get(key, ()), offsets)
+    for chain, tokens in zip(chains, chain_tokens(tokenizer, chains) if chains else [], strict=True):
+        task = by_id.get(chain["task_id"])
+        if task is None:
+            raise UsageError(f"there is no task {chain['task_id']!r}: expected the tasks that the chains answer")
+        inside = tokens.thinking()
+        chain_spans = by_chain.get((chain["task_id"], chain["sample"]), [])
+        fractions, unlabelled = label_fractions(chain_spans, [tokens.offsets[i] for i in inside], labels)
+        right = correct(task, chain["answer"] if chain["closed"] else "")
+        repeated = loops([tokens.ids[i] for i in inside])
         measured.append(
             Measured(
-                *key,
-                fractions=fractions,
-                unlabelled=unlabelled,
-                correct=correct(by_id[key[0]], chain["answer"] if chain["closed"] else ""),
-                tokens=chain["tokens"],
-                loops=loops([found.ids[i] for i in inside]),
-                unclosed=not chain["closed"],
+                task,
+                chain,
+                chain_spans,
+                fractions,
+                None if spans is None else unlabelled,
+                correct=right,
+                loops=repeated,
             )
         )
     return measured

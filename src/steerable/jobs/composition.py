@@ -18,7 +18,7 @@ from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.engines.hf.hooks import steer
 from steerable.evals.cells import measure_cell, values
 from steerable.evals.intervals import ByTask, difference_interval
-from steerable.evals.metrics import Measured, measure
+from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
 from steerable.jobs.arms import Arm, fingerprint
@@ -33,7 +33,6 @@ from steerable.store.run_folder import RunFolder, sha256, write_json
 
 BASE, ALL, RANDOM = "base", "all", "random"
 _BLOCK = 256  # chains that are computed, and kept, as one piece: what a killed run may lose
-_KEYS = ("tasks", "samples", "accuracy", "tokens", "loops", "unclosed")
 
 
 def compose(
@@ -177,7 +176,7 @@ class _How:
         }  # fmt: skip
         work = partial(self._generate, self.folder / file, name, steering, setting.control, loaded)
         self.folder.run_stage(name, ["tasks.jsonl"], settings, [file], work)
-        return measure(self.tasks, read_jsonl(self.folder / file, "chain"), [], loaded.tokenizer)
+        return measure(self.tasks, read_jsonl(self.folder / file, "chain"), None, loaded.tokenizer)
 
     def _generate(
         self, file: Path, name: str, steering: Steering | None, control: str | None, loaded: Loaded, partial: Path
@@ -230,7 +229,7 @@ def _cells(measured: Mapping[str, list[Measured]], seed: int) -> dict[str, Any]:
     for name, chains in measured.items():
         cell = measure_cell(chains, seed)
         against = None if name == BASE else difference_interval(values(chains, "accuracy"), base, seed)
-        found[name] = {key: cell[key] for key in _KEYS} | {"against_base": against}
+        found[name] = {key: cell[key] for key in ("tasks", "samples", *all_metrics())} | {"against_base": against}
     return found
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.generation import Job, Prompting, Steering, generate_jobs
-from steerable.chains.records import LABELS, Record, read_jsonl, write_jsonl
+from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.engines.sampling import Decoding
-from steerable.evals.cells import compare, measure_cell
-from steerable.evals.metrics import Measured, measure
+from steerable.evals.cells import differences, measure_cell
+from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.jobs import arms
 from steerable.methods.train import controls
 from steerable.methods.train.settings import TrainSettings
@@ -22,7 +22,6 @@ from steerable.store.display import Display
 from steerable.store.run_folder import RunFolder, read_json
 
 DECODINGS = ("greedy", "sampled")
-METRICS = ("accuracy", "tokens", "loops", "unclosed")
 _BLOCK = 256  # chains that are computed, and kept, as one piece
 
 
@@ -84,7 +83,7 @@ def measured(folder: RunFolder, s: TrainSettings, arm: str, decoding: str, token
     """What the chains of one arm show."""
     chains = _chains(folder, arm, decoding)
     annotate = s.annotate
-    spans = [span for chain in chains for span in annotate(chain)] if annotate else []
+    spans = [span for chain in chains for span in annotate(chain)] if annotate else None
     return measure(split(folder, "evaluation"), chains, spans, tokenizer)
 
 
@@ -96,10 +95,7 @@ def _controls(
     for name in controls.NAMES:
         rows = {decoding: measured(folder, s, name, decoding, loaded.tokenizer) for decoding in DECODINGS}
         result[name] = {decoding: measure_cell(rows[decoding], s.seed) for decoding in DECODINGS}
-        result[name]["difference"] = {
-            d: {metric: compare(trained[d], rows[d], metric, s.seed)["difference"] for metric in METRICS}
-            for d in DECODINGS
-        }
+        result[name]["difference"] = {d: differences(trained[d], rows[d], s.seed) for d in DECODINGS}
     result["prefix"]["token"] = read_json(folder / "controls/prefix.json")["token"]
     return result
 
@@ -125,18 +121,8 @@ def report(folder: RunFolder, s: TrainSettings, loaded: Loaded) -> dict[str, Any
     trained, base = found[s.method], found[arms.BASE]
     packages = ("steerable", "torch", "transformers", "trl", "peft", "accelerate")
     return result | {
-        "difference": {
-            decoding: {
-                metric: compare(trained[decoding], base[decoding], metric, s.seed)["difference"] for metric in METRICS
-            }
-            | {
-                "fractions": {
-                    label: compare(trained[decoding], base[decoding], f"fractions.{label}", s.seed)["difference"]
-                    for label in LABELS
-                }
-            }
-            for decoding in DECODINGS
-        },
+        "difference": {decoding: differences(trained[decoding], base[decoding], s.seed) for decoding in DECODINGS},
+        "metrics": {name: metric.describe() for name, metric in all_metrics().items()},
         "examples": examples(
             split(folder, "evaluation"),
             _with_chains(folder, arms.BASE, base["greedy"]),

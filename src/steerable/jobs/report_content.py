@@ -11,6 +11,7 @@ from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.evals.logit_lens import lens
+from steerable.evals.metrics import all_metrics
 from steerable.jobs import plan
 from steerable.jobs import selection as rules
 from steerable.models import loading as models
@@ -58,6 +59,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "attribution_by_window": effects,
         "selection": selection,
         **({"missing": missing} if (missing := _missing(run, selection)) else {}),
+        "metrics": {name: metric.describe() for name, metric in all_metrics().items()},
         "cells": read_json(folder / "cells.json", list),
         "examples": [
             example for b, chosen in selection.items() if (example := _example(run, b, chosen.get("strength", 1.0)))
