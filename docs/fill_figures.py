@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,10 +266,10 @@ def pocket(given: Sources) -> str:
 def options(given: Sources) -> str:
     """One row a setting of a run."""
     rows = []
-    for setting in fields(Config):
+    for name, setting in Config.model_fields.items():
         default = "" if setting.default is None else "off" if setting.default is False else f"`{setting.default}`"
-        text = setting.metadata["help"].replace("<", "&lt;").replace("|", "\\|")
-        rows.append([f"`--{setting.name.replace('_', '-')}`", default, text])
+        text = (setting.description or "").replace("<", "&lt;").replace("|", "\\|")
+        rows.append([f"`--{name.replace('_', '-')}`", default, text])
     return _table(["option", "default", "meaning"], rows)
 
 

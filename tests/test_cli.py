@@ -57,15 +57,13 @@ def test_the_table_of_commands():
 
 
 def test_every_setting_is_an_option(steerable, monkeypatch):
-    from dataclasses import fields
-
     from steerable.jobs.settings import Config
 
     monkeypatch.setenv("COLUMNS", "200")
     for command in ("run", "extract"):
         shown = steerable(command, "--help").out
-        for field in fields(Config):
-            assert f"--{field.name.replace('_', '-')} " in shown
+        for field in Config.model_fields:
+            assert f"--{field.replace('_', '-')} " in shown
         assert "--json" in shown and "--out" in shown
 
 

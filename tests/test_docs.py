@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -174,7 +173,7 @@ def test_every_command_is_described():
 
 def test_every_setting_is_described():
     text = (ROOT / "docs/pipeline.md").read_text()
-    assert [f.name for f in fields(Config) if f"`--{f.name.replace('_', '-')}`" not in text] == []
+    assert [f for f in Config.model_fields if f"`--{f.replace('_', '-')}`" not in text] == []
 
 
 def test_every_key_of_the_report_is_described(small_run):

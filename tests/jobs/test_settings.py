@@ -1,11 +1,10 @@
 """The settings: every wrong value is one sentence, and the rest of the package follows from the table."""
 
 import pickle
-from dataclasses import replace
 
 import pytest
 
-from steerable.jobs.settings import Config, from_dict
+from steerable.jobs.settings import Config
 from steerable.store.errors import UsageError
 
 
@@ -41,13 +40,13 @@ from steerable.store.errors import UsageError
 )
 def test_wrong_values(setting, value, text):
     with pytest.raises(UsageError, match=text.replace("(", r"\(")) as caught:
-        from_dict({setting: value})
+        Config(**{setting: value})
     assert "\n" not in str(caught.value)
 
 
 def test_round_trip():
     config = Config(model="there", greedy=True, layers="3", sweep="")
-    assert from_dict(config.to_dict()) == config
+    assert Config(**config.to_dict()) == config
     assert config.subset("model greedy") == {"model": "there", "greedy": True}
 
 
@@ -82,18 +81,18 @@ def test_nothing_that_a_file_names_is_imported(tmp_path, monkeypatch):
     (tmp_path / "strangers.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef spans(chain): return []\n")
     monkeypatch.chdir(tmp_path)
     values = Config(model="m").to_dict() | {"annotator": "strangers:spans", "trust_remote_code": True}
-    config = from_dict(values, from_file=values)
-    for one in (config, config.quick(), replace(config, limit=3), pickle.loads(pickle.dumps(config))):
+    config = Config(values, **values)
+    for one in (config, config.quick(), config.replace(limit=3), pickle.loads(pickle.dumps(config))):
         with pytest.raises(UsageError, match="--annotator strangers:spans.*give the option yourself"):
             _ = one.annotate
         with pytest.raises(UsageError, match="--trust-remote-code, and what could run code"):
             one.check_own("trust_remote_code")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UsageError, match="unknown setting 'from_file'"):
-        from_dict({"from_file": []})
-    known = from_dict(values | {"annotator": "keywords"}, from_file=values)
+        Config(from_file=[])
+    known = Config(values, **values | {"annotator": "keywords"})
     assert known.annotate is not None  # one of ours
-    assert from_dict(values, from_file=values.keys() - {"annotator"}).annotate({}) == []
+    assert Config(values.keys() - {"annotator"}, **values).annotate({}) == []
     assert (tmp_path / "ran").exists()
 
 

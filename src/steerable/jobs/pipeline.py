@@ -17,7 +17,7 @@ from typing import Any
 
 from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.jobs import annotation, plan, stages
-from steerable.jobs.settings import Config, flag, from_dict
+from steerable.jobs.settings import Config, flag
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import sha256, sha256_of
@@ -158,7 +158,7 @@ def open_run(out: str | Path, display: Display | None = None) -> Run:
     if not (folder / "config.json").exists():
         raise UsageError(f"{folder.root} is no run folder: expected one that `steerable run` has made")
     kept = _kept_settings(folder)
-    return Run(folder, from_dict(kept, from_file=kept), display=display or Display(quiet=True))
+    return Run(folder, Config(kept, **kept), display=display or Display(quiet=True))
 
 
 STAGES = (
@@ -262,7 +262,7 @@ def run(
     folder = RunFolder(out)
     steps = [step for step in STAGES if stage in (None, step.name)]
     kept = {} if fresh else _kept_settings(folder)
-    config = from_dict({**kept, **settings}, from_file=kept.keys() - settings.keys())
+    config = Config(kept.keys() - settings.keys(), **{**kept, **settings})
     config = config.quick() if quick else config
     folder.refuse_other("run", config.model, config.revision, overwrite)
     if stage is not None and kept:

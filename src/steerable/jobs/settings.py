@@ -1,17 +1,18 @@
-"""The settings of a run: one table from which the command line's options, the checks and `config.json` follow."""
+"""The settings of a run: fields from which the command line's options, the checks and `config.json` follow."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from steerable.chains.windows import WINDOWS
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
 from steerable.store.errors import UsageError
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
@@ -20,8 +21,8 @@ ANNOTATORS = {
     "keywords": "steerable.chains.annotators.cues:keywords",
 }
 """Annotators that are plain functions; `llm` and `probe:FILE` are not."""
-ENGINES = ("transformers",)
 BASELINES = ("pooled", "overall")
+LARGEST_SEED = 2**32 - 1
 PAPER: dict[str, Any] = {
     "tasks": "llm",
     "annotator": "llm",
@@ -35,132 +36,196 @@ PAPER: dict[str, Any] = {
 """The published setting (Venhoff et al. 2025, arXiv 2506.18167), as defaults of a run."""
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-
-
 def flag(name: str) -> str:
-    """A setting as the option that it is."""
+    """The command line's option for a setting: `max_new_tokens` is `--max-new-tokens`."""
     return f"--{name.replace('_', '-')}"
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a table of settings: its default, and the help of its option."""
-    return field(default=default, metadata={"help": text})
+class Settings(BaseModel):
+    """Base of every table of settings: frozen, strict about types, closed to unknown names.
 
+    Each field is an option of the command line; its `description` is the option's help. A wrong value raises
+    UsageError with one sentence that names the option. A check over several fields is a pydantic `model_validator`
+    that raises UsageError.
 
-def check_types(settings: Any) -> None:
-    """Raises UsageError for a value of another type than its field's ("int", "str | None", ...)."""
-    for f in fields(settings):
-        kind, _, optional = str(f.type).partition(" | ")
-        value = getattr(settings, f.name)
-        if type(value) not in _TYPES[kind] and not (optional and value is None):
-            raise UsageError(f"{flag(f.name)} is {value!r}: expected {_NAMES[kind]}")
-
-
-def check_positive(settings: Any, names: Sequence[str]) -> None:
-    """Raises UsageError for one of these settings below 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{flag(name)} is {getattr(settings, name)}: expected 1 or more")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run's result depends on. Raises UsageError for a value that makes no sense.
-
-    from_file: names of the settings that were read from a file. What such a setting names is never imported or run, and
-    no key is sent to it (`check_own`).
+    Example:
+        >>> class Training(Settings):
+        ...     steps: int = Field(40, ge=1, description="Optimiser steps.")
+        >>> Training(steps=0)
+        Traceback (most recent call last):
+        steerable.store.errors.UsageError: --steps is 0: expected 1 or more
     """
 
-    from_file: InitVar[frozenset[str]] = frozenset()
-    model: str = option("pocket", "'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub.")
-    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    dtype: str | None = option(None, "Weights' type: float32, bfloat16, ...; default: what the checkpoint says.")
-    device: str | None = option(
-        None, "Device, e.g. cpu or cuda:0, or auto to spread a big model; default: a GPU where there is one."
-    )
-    quantization: str | None = option(None, "8bit or 4bit weights; default: as the checkpoint is.")
-    attention: str | None = option(None, "Attention kernel: sdpa, eager, ...; default: what transformers chooses.")
-    trust_remote_code: bool = option(False, "Run code that the model's repository brings along.")
-    tasks: str = option(
-        "auto",
-        "pocket, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a .jsonl, .json or .csv "
-        "file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
-    )
-    engine: str = option("transformers", "What generates: transformers.")
-    annotator: str = option(
-        "auto",
-        "pocket, keywords, llm, probe:<file>, or module:function of your own, chain -> spans; auto: pocket for the "
-        "bundled model, else keywords.",
-    )
-    stability: float = option(
-        0.0, "Keep a span only if this share of re-sampled continuations begins with its label; 0: keep all."
-    )
-    llm_model: str = option("gpt-4.1", "Language model that annotates or writes tasks.")
-    llm_url: str | None = option(
-        None, "Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
-    )
-    llm_prices: str | None = option(
-        None, "Its prices, for the account: of a million tokens read and of a million written, e.g. 2,8."
-    )
-    llm_concurrency: int = option(8, "Requests in flight at once.")
-    llm_rpm: int = option(0, "Most requests a minute; 0: no limit of ours.")
-    llm_tpm: int = option(0, "Most tokens a minute; 0: no limit of ours.")
-    seed: int = option(0, "Seed of tasks, sampling and controls.")
-    limit: int = option(300, "Tasks to extract from.")
-    validation: int = option(40, "Tasks kept apart to choose window and layer on.")
-    evaluation: int = option(50, "Unseen tasks to judge steering on.")
-    samples: int = option(4, "Chains a task in the main cells (one when --greedy).")
-    side_samples: int = option(1, "Chains a task in the other cells: sweep, several layers, thinking only.")
-    max_new_tokens: int = option(500, "Longest chain, answer included.")
-    greedy: bool = option(False, "Decode greedily, as published; default: the model's own generation_config.")
-    window: str | None = option(None, "published, span or onset; default: the one that wins on the validation tasks.")
-    baseline: str = option(
-        "auto", "What a behaviour's mean is compared with: pooled, overall, or auto (overall with --window published)."
-    )
-    layers: str | None = option(None, "Layer to steer, e.g. 3; default: chosen by attribution and validation.")
-    tried: int = option(2, "Layers of each window that go to validation.")
-    sweep: str = option("-0.5,0.5,1.5", "Further strengths for the dose-response curves; '' for none.")
-    controls: int = option(5, "Directions in each control: random ones, and ones from shuffled labels.")
-    attributed: int = option(50, "Chains for attribution by gradients.")
-    patched: int = option(8, "Chains, of those, for exact patching and Fisher information.")
-    compared: int = option(8, "Chains of each cell for its KL divergence.")
-    block: int = option(150, "Chains that are generated as one unit of work: what a killed run may lose.")
-    rows: int = option(100, "Sequences computed together.")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    #: Headings of the command line's help, each with the fields below it; the rest stands under "Settings".
+    panels: ClassVar[Mapping[str, str]] = {}
 
-    def __post_init__(self, from_file: frozenset[str]) -> None:
-        object.__setattr__(self, "from_file", from_file)  # `replace` passes it on
-        for name, other in (("tasks", "reasoning-gym"), ("annotator", "keywords")):
-            if getattr(self, name) == "auto":
-                object.__setattr__(self, name, "pocket" if self.model == "pocket" else other)
-        if self.baseline == "auto":  # the published window comes with the published baseline
-            object.__setattr__(self, "baseline", "overall" if self.window == "published" else "pooled")
-        check_types(self)
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
-        counts = (
-            "limit", "validation", "evaluation", "samples", "side_samples", "max_new_tokens", "tried", "controls",
-            "attributed", "patched", "compared", "block", "rows", "llm_concurrency",
-        )  # fmt: skip
-        check_positive(self, counts)
-        for name in ("llm_rpm", "llm_tpm"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{flag(name)} is {getattr(self, name)}: expected 0 or more")
-        if not 0 <= self.stability <= 1:
-            raise UsageError(f"--stability is {self.stability}: expected a share from 0 to 1")
-        for name, allowed in (
-            ("engine", ENGINES),
-            ("baseline", BASELINES),
-            ("window", (*WINDOWS, None)),
-            ("quantization", ("8bit", "4bit", None)),
-        ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(a for a in allowed if a)
-                raise UsageError(f"--{name} is {getattr(self, name)!r}: expected one of {names}")
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(self._sentence(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as `config.json` holds them."""
+        return self.model_dump()
+
+    def subset(self, names: str) -> dict[str, Any]:
+        """The fields named in a text with spaces between them: what a stage depends on."""
+        return {name: getattr(self, name) for name in names.split()}
+
+    def replace(self, **values: Any) -> Self:
+        """The same settings with some of other values, checked again."""
+        return type(self)(**self.to_dict() | values)
+
+    @classmethod
+    def _sentence(cls, error: ValidationError) -> str:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            return f"unknown setting {name!r}: expected some of {', '.join(sorted(cls.model_fields))}"
+        return f"{flag(name)} is {problem['input']!r}: expected {cls._expected(name, problem['type'])}"
+
+    @classmethod
+    def _expected(cls, name: str, problem: str) -> str:
+        """The values that a field takes, in words."""
+        field = cls.model_fields[name]
+        kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+        if get_origin(field.annotation) is Literal:
+            kinds = [field.annotation]
+        if get_origin(kinds[0]) is Literal:
+            return f"one of {', '.join(map(str, get_args(kinds[0])))}"
+        limits = {kind: getattr(rule, kind) for rule in field.metadata for kind in _LIMITS if hasattr(rule, kind)}
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        if problem.endswith("_type") or not limits:
+            return names.get(kinds[0], str(kinds[0])) if problem != "finite_number" else "a finite number"
+        if set(limits) == {"ge"}:
+            return f"{limits['ge']:g} or more"
+        if set(limits) == {"ge", "le"}:
+            return f"{names[kinds[0]]} from {limits['ge']} to {limits['le']}"
+        return f"{names[kinds[0]]} " + " and ".join(f"{_LIMITS[kind]} {limit:g}" for kind, limit in limits.items())
+
+
+_LIMITS = {"ge": "not below", "gt": "above", "le": "not above", "lt": "below"}
+
+
+class Config(Settings):
+    """Everything that a run's result depends on."""
+
+    panels: ClassVar[Mapping[str, str]] = {
+        "Common": "model tasks annotator seed limit evaluation samples max_new_tokens greedy",
+        "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
+        "Vectors and their selection": "window baseline layers validation tried attributed patched",
+        "What is measured": "side_samples sweep controls compared stability",
+        "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
+    }
+
+    model: str = Field("pocket", description="'pocket' (the bundled model), a model folder, or a name on the hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: str | None = Field(
+        None, description="Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
+    )
+    device: str | None = Field(
+        None, description="Device, e.g. cpu or cuda:0, or auto to spread a big model; default: a GPU if there is one."
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="8bit or 4bit weights; default: as the checkpoint is."
+    )
+    attention: str | None = Field(
+        None, description="Attention kernel: sdpa, eager, ...; default: what transformers chooses."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
+    tasks: str = Field(
+        "auto",
+        description="pocket, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a .jsonl, .json "
+        "or .csv file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
+    )
+    engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
+    annotator: str = Field(
+        "auto",
+        description="pocket, keywords, llm, probe:<file>, or module:function of your own, chain -> spans; auto: pocket "
+        "for the bundled model, else keywords.",
+    )
+    stability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Keep a span only if this share of re-sampled continuations begins with its label; 0: keep all.",
+    )
+    llm_model: str = Field("gpt-4.1", description="Language model that annotates or writes tasks.")
+    llm_url: str | None = Field(
+        None, description="Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
+    )
+    llm_prices: str | None = Field(
+        None, description="Its prices, for the account: of a million tokens read and of a million written, e.g. 2,8."
+    )
+    llm_concurrency: int = Field(8, ge=1, description="Requests in flight at once.")
+    llm_rpm: int = Field(0, ge=0, description="Most requests a minute; 0: no limit of ours.")
+    llm_tpm: int = Field(0, ge=0, description="Most tokens a minute; 0: no limit of ours.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of tasks, sampling and controls.")
+    limit: int = Field(300, ge=1, description="Tasks to extract from.")
+    validation: int = Field(40, ge=1, description="Tasks set apart for choosing window and layer.")
+    evaluation: int = Field(50, ge=1, description="Unseen tasks to judge steering on.")
+    samples: int = Field(4, ge=1, description="Chains a task in the main cells (one when --greedy).")
+    side_samples: int = Field(
+        1, ge=1, description="Chains a task in the other cells: sweep, several layers, thinking only."
+    )
+    max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
+    greedy: bool = Field(
+        False, description="Decode greedily, as published; default: the model's own generation_config."
+    )
+    window: Literal["published", "span", "onset"] | None = Field(
+        None, description="published, span or onset; default: the one that wins on the validation tasks."
+    )
+    baseline: Literal["pooled", "overall", "auto"] = Field(
+        "auto",
+        description="What a behaviour's mean is compared with: pooled, overall, or auto (overall with --window "
+        "published).",
+    )
+    layers: str | None = Field(
+        None, description="Layer to steer, e.g. 3; default: chosen by attribution and validation."
+    )
+    tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
+    sweep: str = Field("-0.5,0.5,1.5", description="Further strengths for the dose-response curves; '' for none.")
+    controls: int = Field(
+        5, ge=1, description="Directions in each control: random ones, and ones from shuffled labels."
+    )
+    attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
+    patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
+    compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
+    block: int = Field(
+        150, ge=1, description="Chains that are generated as one unit of work: what a killed run may lose."
+    )
+    rows: int = Field(100, ge=1, description="Sequences computed together.")
+
+    #: Names of the settings that were read from a file: what such a setting names is never imported or run, and no
+    #: key is sent to it (`check_own`).
+    _from_file: frozenset[str] = PrivateAttr(frozenset())
+
+    def __init__(self, from_file: Collection[str] = (), /, **values: Any) -> None:
+        super().__init__(**values)
+        self._from_file = frozenset(from_file)
+        if "annotator" not in self._from_file or self.annotator in ANNOTATORS or self.probe is not None:
+            _ = self.annotate  # one that cannot be used is refused now
+
+    def replace(self, **values: Any) -> Self:
+        return type(self)(self._from_file, **self.to_dict() | values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_auto(cls, values: dict[str, Any]) -> dict[str, Any]:
+        is_pocket = values.get("model", "pocket") == "pocket"
+        defaults = {
+            "tasks": "pocket" if is_pocket else "reasoning-gym",
+            "annotator": "pocket" if is_pocket else "keywords",
+            "baseline": "overall" if values.get("window") == "published" else "pooled",  # as published
+        }
+        return {**values, **{name: value for name, value in defaults.items() if values.get(name, "auto") == "auto"}}
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
         _ = self.strengths, self.prices, self.chosen_layer
-        if "annotator" not in from_file or self.annotator in ANNOTATORS or self.probe is not None:
-            _ = self.annotate
+        return self
 
     @property
     def strengths(self) -> list[float]:
@@ -230,24 +295,16 @@ class Config:
 
     def check_own(self, name: str) -> None:
         """Raises UsageError for a setting that could run code, or be sent a key, and that only a file asks for."""
-        if name in vars(self)["from_file"]:
+        if name in self._from_file:
             value = getattr(self, name)
             raise UsageError(
                 f"config.json asks for {flag(name)}{'' if value is True else f' {value}'}, and what could run code or "
                 "be sent your key is never taken from a file: give the option yourself if you trust it"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def subset(self, names: str) -> dict[str, Any]:
-        """The named settings, for a stage's key."""
-        return {name: getattr(self, name) for name in names.split()}
-
     def quick(self) -> Config:
         """The same run in under a minute: fewer tasks and samples, no sweep; a look, not a result."""
-        return replace(
-            self,
+        return self.replace(
             limit=min(self.limit, 80),
             validation=min(self.validation, 6),
             evaluation=min(self.evaluation, 12),
@@ -262,15 +319,34 @@ class Config:
         )
 
 
-def from_dict(values: Mapping[str, Any], from_file: Collection[str] = ()) -> Config:
-    """A Config from its dict; from_file: names of values that a file gave. Raises UsageError for an unknown setting or
-    a wrong value."""
-    check_names(Config, values)
-    return Config(**values, from_file=frozenset(from_file))
+# --- for `methods/train/settings.py`, until its tables are `Settings` ---
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of settings: its default, and the help of its option."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def check_types(settings: Any) -> None:
+    """Raises UsageError for a value of another type than its field's ("int", "str | None", ...)."""
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    for f in dataclasses.fields(settings):
+        kind, _, optional = str(f.type).partition(" | ")
+        value = getattr(settings, f.name)
+        if type(value) not in types[kind] and not (optional and value is None):
+            raise UsageError(f"{flag(f.name)} is {value!r}: expected {names[kind]}")
+
+
+def check_positive(settings: Any, names: Sequence[str]) -> None:
+    """Raises UsageError for one of these settings below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UsageError(f"{flag(name)} is {getattr(settings, name)}: expected 1 or more")
 
 
 def check_names(table: Any, values: Mapping[str, Any]) -> None:
     """Raises UsageError for a key that the table of settings has not."""
-    known = {f.name for f in fields(table)}
-    if unknown := sorted(set(values) - known):
-        raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
+    names = {f.name for f in dataclasses.fields(table)}
+    if unknown := sorted(set(values) - names):
+        raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(names))}")

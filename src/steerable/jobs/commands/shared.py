@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,20 +28,26 @@ Overwrite = Annotated[
 def with_settings(function: Callable[..., None], table: Any = Config) -> Callable[..., None]:
     """Give a command one option for every setting of a table, where its signature says `**settings`."""
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    if dataclasses.is_dataclass(table):
+        rows = [(f.name, str(f.type), f.default, f.metadata["help"]) for f in dataclasses.fields(table)]
+    else:
+        rows = [(n, _kind(f.annotation), f.default, f.description or "") for n, f in table.model_fields.items()]
     options = [
         inspect.Parameter(
-            f.name,
+            name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[
-                _optional(f.type), typer.Option(help=f.metadata["help"], show_default=_shown(f.default))
-            ],
+            annotation=Annotated[_optional(kind), typer.Option(help=text, show_default=_shown(default))],
         )
-        for f in fields(table)
+        for name, kind, default, text in rows
     ]
     function.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
     return function
+
+
+def _kind(annotation: Any) -> str:
+    return next((kind.__name__ for kind in (bool, int, float) if annotation in (kind, kind | None)), "str")
 
 
 def _optional(kind: Any) -> Any:
