@@ -16,7 +16,7 @@ from steerable import Direction, Site, steer
 from steerable.chains.offsets import chain_tokens, token_offsets
 from steerable.chains.records import LABELS
 from steerable.chains.windows import TokenSpan, align_chain
-from steerable.evals.kl import divergence
+from steerable.evals.likelihood import divergence
 from steerable.evals.metrics import measure
 from steerable.evals.perturbation import chain_texts
 from steerable.store.errors import SteerableWarning, UsageError

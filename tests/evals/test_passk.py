@@ -16,7 +16,7 @@ def tasks(*groups):
     return {f"t{i}": row for i, row in enumerate(rows)}
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7])
 def test_every_subset(n):
     for c in range(n + 1):
         right = [True] * c + [False] * (n - c)

@@ -12,8 +12,8 @@ import steerable as st
 from steerable.chains.generation import generate_chains, prompt_ids
 from steerable.chains.records import content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
+from steerable.evals.likelihood import surprisal
 from steerable.evals.passk import pass_at_k
-from steerable.evals.perplexities import score
 from steerable.jobs import elicitation
 from steerable.jobs.elicitation import passk
 from steerable.steering.site import Site
@@ -146,7 +146,7 @@ def test_perplexity_is_of_the_sampled_tokens_under_the_base(place, finished):
     tasks = {task["id"]: task for task in read_jsonl(out / "tasks.jsonl", "task")}
     chains = read_jsonl(out / "lora.jsonl", "chain")
     prompts = [prompt_ids(base.tokenizer, tasks[c["task_id"]]["prompt"]) for c in chains]
-    expected = [score(base.model, [p], [c["ids"]])[0] for p, c in zip(prompts, chains, strict=True)]
+    expected = [surprisal(base.model, [p], [c["ids"]])[0] for p, c in zip(prompts, chains, strict=True)]
     assert [c["nats"] for c in chains] == pytest.approx(expected, rel=1e-5)
     sums = {t: [sum(c[key] for c in chains if c["task_id"] == t) for key in ("nats", "tokens")] for t in tasks}
     pooled = math.exp(sum(nats / tokens for nats, tokens in sums.values()) / len(sums))
@@ -162,7 +162,7 @@ def test_the_lora_s_chains_are_its_own(place, finished):
     own, foreign = 0.0, 0.0
     for name in ("lora", "base"):
         chains = read_jsonl(out / f"{name}.jsonl", "chain")
-        nats = score(model, [prompt_ids(base.tokenizer, tasks[c["task_id"]]["prompt"]) for c in chains],
+        nats = surprisal(model, [prompt_ids(base.tokenizer, tasks[c["task_id"]]["prompt"]) for c in chains],
                      [c["ids"] for c in chains])  # fmt: skip
         value = sum(nats) / sum(c["tokens"] for c in chains)
         own, foreign = (value, foreign) if name == "lora" else (own, value)
@@ -233,7 +233,7 @@ def test_a_system_message_reaches_generation_and_scoring(place, tmp_path):
     base = st.load(place / "base", device="cpu")
     for task, chain in zip(read_jsonl(tmp_path / "tasks.jsonl"), read_jsonl(tmp_path / "base.jsonl"), strict=True):
         prompt = base.tokenizer(f"w5 {task['prompt']} <think>", add_special_tokens=False)["input_ids"]
-        assert score(base.model, [prompt], [chain["ids"]])[0] == pytest.approx(chain["nats"], rel=1e-5)
+        assert surprisal(base.model, [prompt], [chain["ids"]])[0] == pytest.approx(chain["nats"], rel=1e-5)
     with pytest.raises(UsageError, match="has no {prompt}"):
         run(place, None, tmp_path / "other", template="w5")
     assert not (tmp_path / "other").exists()

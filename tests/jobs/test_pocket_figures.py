@@ -1,6 +1,5 @@
 """The figures of the model's card, on chains whose figures are known."""
 
-from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +11,6 @@ from steerable.models import loading as models
 from steerable.models.pocket import solver
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.errors import UsageError
-
-
-@pytest.mark.parametrize("right", range(7))
-@pytest.mark.parametrize("k", [1, 2, 4, 6])
-def test_pass_at_k_counts_subsets(right, k):
-    marks = [i < right for i in range(6)]
-    subsets = list(combinations(marks, k))
-    assert measure.pass_at_k(right, 6, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 @pytest.mark.parametrize(

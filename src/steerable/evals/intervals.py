@@ -1,14 +1,14 @@
 """95 % intervals by the bootstrap over tasks.
 
 The task is the unit that was drawn, so tasks are resampled, with all their samples; chains of one task are
-no independent observations. A statistic is a mean over tasks of the tasks' own means. Comparisons are
+no independent observations. A statistic is computed from means over tasks of the tasks' own means. Comparisons are
 *paired*: both sides are resampled with the same tasks, which removes the spread between easy and hard ones.
 Percentile bootstrap: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -22,29 +22,23 @@ ByTask = Mapping[str, float]
 
 def by_task(values: Iterable[tuple[str, float | None]]) -> dict[str, float]:
     """The mean of each task from (task id, value) pairs; None is missing and left out, never a zero."""
-    found: dict[str, list[float]] = {}
+    groups: dict[str, list[float]] = {}
     for task, value in values:
         if value is not None:
-            found.setdefault(task, []).append(float(value))
-    return {task: sum(group) / len(group) for task, group in found.items()}
+            groups.setdefault(task, []).append(float(value))
+    return {task: sum(group) / len(group) for task, group in groups.items()}
 
 
 def mean_interval(values: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:
     """[mean, low, high] of a value by task; None without any task."""
-    if not values:
-        return None
-    column = _columns([values], sorted(values))
-    return _interval(column.mean(axis=0)[0], resampled(column, seed)[:, 0], level)
+    means = paired_means([values], seed)
+    return None if means is None else percentile_interval(means[:, 0], level)
 
 
 def difference_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:
     """[mean(a) - mean(b), low, high] over the tasks that both have; None where they share none."""
-    tasks = sorted(a.keys() & b.keys())
-    if not tasks:
-        return None
-    columns = _columns([a, b], tasks)
-    means, drawn = columns.mean(axis=0), resampled(columns, seed)
-    return _interval(means[0] - means[1], drawn[:, 0] - drawn[:, 1], level)
+    means = paired_means([a, b], seed)
+    return None if means is None else percentile_interval(means[:, 0] - means[:, 1], level)
 
 
 def ratio_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:
@@ -52,39 +46,42 @@ def ratio_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> 
 
     None where they share none, and where `b` is so often 0 that the ratio has no finite interval.
     """
-    tasks = sorted(a.keys() & b.keys())
+    means = paired_means([a, b], seed)
+    if means is None:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(means[:, 1] > 0, means[:, 0] / means[:, 1], np.inf)
+    ratio = percentile_interval(ratios, level)
+    return ratio if np.isfinite(ratio).all() else None
+
+
+def paired_means(columns: Sequence[ByTask], seed: int = 0) -> np.ndarray | None:
+    """`resampled_means` of values by task, over the tasks that all columns have; None where they share none."""
+    tasks = sorted(set.intersection(*map(set, columns)))
     if not tasks:
         return None
-    columns = _columns([a, b], tasks)
-    means, drawn = columns.mean(axis=0), resampled(columns, seed)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = means[0] / means[1]
-        ratios = np.where(drawn[:, 1] > 0, drawn[:, 0] / drawn[:, 1], np.inf)
+    return resampled_means(np.array([[column[task] for column in columns] for task in tasks], dtype=np.float64), seed)
+
+
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means [1 + RESAMPLES, columns] of values [tasks, columns]: over all tasks, then over each resample of them.
+
+    The draw depends on the seed and the number of tasks alone, so that every column of one length is paired.
+    """
+    return np.concatenate([values.mean(axis=0)[None], _counts(len(values), seed) @ values / len(values)])
+
+
+def percentile_interval(statistic: np.ndarray, level: float = 0.95) -> Interval:
+    """[estimate, low, high] of a statistic [1 + RESAMPLES] of `resampled_means`, whose first entry is the estimate."""
     tail = (1 - level) / 2
-    if not np.isfinite(ratio) or np.isinf(ratios).mean() >= tail:
-        return None
-    return _interval(ratio, np.where(np.isinf(ratios), np.finfo(float).max, ratios), level)
-
-
-def _columns(values: list[ByTask], tasks: list[str]) -> np.ndarray:
-    return np.array([[column[task] for column in values] for task in tasks], dtype=np.float64)
-
-
-def resampled(columns: np.ndarray, seed: int) -> np.ndarray:
-    """Means [RESAMPLES, columns] of resampled rows (tasks); the draw depends on the seed and their number alone."""
-    return _counts(len(columns), seed) @ columns / len(columns)
+    low, high = np.quantile(statistic[1:], [tail, 1 - tail], method="inverted_cdf")
+    return [float(statistic[0]), float(low), float(high)]
 
 
 @lru_cache(maxsize=8)
-def _counts(rows: int, seed: int) -> np.ndarray:
-    """How often each resample drew each row: one matrix product then gives every mean without copying the data."""
-    draw = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
-    counts = np.zeros((RESAMPLES, rows))
+def _counts(tasks: int, seed: int) -> np.ndarray:
+    """How often each resample drew each task: one matrix product then gives every mean without copying the data."""
+    draw = np.random.default_rng(seed).integers(0, tasks, (RESAMPLES, tasks))
+    counts = np.zeros((RESAMPLES, tasks))
     np.add.at(counts, (np.arange(RESAMPLES)[:, None], draw), 1)
     return counts
-
-
-def _interval(estimate: float, drawn: np.ndarray, level: float) -> Interval:
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
-    return [float(estimate), float(low), float(high)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from steerable.evals.intervals import ByTask, Interval, resampled
+from steerable.evals.intervals import ByTask, Interval, paired_means, percentile_interval
 
 
 @dataclass(frozen=True)
@@ -47,57 +47,45 @@ def pooled_gains(pairs: Sequence[Pair], everything: ByTask | None, seed: int = 0
     kinds = {
         name: [p for p in pairs if p.adjacent is is_near] for name, is_near in (("adjacent", True), ("apart", False))
     }
-    found: dict[str, Any] = {
+    pooled: dict[str, Any] = {
         name: {"pairs": len(some), **_gain(some, everything, seed)} if some else None for name, some in kinds.items()
     }
-    found["contrast"] = None
-    if all(kinds.values()):
-        table = _Table([*kinds["adjacent"], *kinds["apart"]], everything, seed)
-        cut = len(kinds["adjacent"])
-        near, far = (differences.mean(1) for differences in (table.differences[:, :cut], table.differences[:, cut:]))
-        found["contrast"] = _interval(near - far)
-    return found
+    pooled["contrast"] = None
+    if all(kinds.values()) and (both := _advantages([*kinds["adjacent"], *kinds["apart"]], everything, seed)):
+        near, far = np.split(both[0], [len(kinds["adjacent"])], axis=1)
+        pooled["contrast"] = percentile_interval(near.mean(1) - far.mean(1))
+    return pooled
 
 
-class _Table:
-    """Differences and rooms [1 + resamples, pairs]; the first row is the estimate."""
-
-    def __init__(self, pairs: Sequence[Pair], everything: ByTask | None, seed: int) -> None:
-        columns = [by for pair in pairs for by in (pair.first, pair.second, pair.both)]
-        columns += [] if everything is None else [everything]
-        tasks = sorted(set.intersection(*(set(column) for column in columns)))
-        values = np.array([[column[task] for column in columns] for task in tasks], dtype=np.float64)
-        self.is_empty = not tasks
-        if self.is_empty:
-            return
-        means = np.concatenate([values.mean(axis=0)[None], resampled(values, seed)])
-        triples = means[:, : 3 * len(pairs)].reshape(len(means), len(pairs), 3)
-        better = triples[:, :, :2].max(axis=2)
-        self.differences = triples[:, :, 2] - better
-        self.rooms = None if everything is None else means[:, -1:] - better
+def _advantages(
+    pairs: Sequence[Pair], everything: ByTask | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """What each pair, and what everything, adds to the better one of the pair, both [1 + RESAMPLES, pairs]; None where
+    the settings share no task."""
+    columns = [column for pair in pairs for column in (pair.first, pair.second, pair.both)]
+    means = paired_means([*columns, *([everything] if everything is not None else [])], seed)
+    if means is None:
+        return None
+    triples = means[:, : len(columns)].reshape(len(means), len(pairs), 3)
+    better = triples[:, :, :2].max(axis=2)
+    return triples[:, :, 2] - better, None if everything is None else means[:, -1:] - better
 
 
 def _gain(pairs: Sequence[Pair], everything: ByTask | None, seed: int) -> dict[str, Interval | None]:
-    table = _Table(pairs, everything, seed)
-    if table.is_empty:
+    """The mean difference and room of some pairs, and their quotient."""
+    advantages = _advantages(pairs, everything, seed)
+    if advantages is None:
         return {"difference": None, "room": None, "gain": None}
-    difference = table.differences.mean(1)
-    if table.rooms is None:
-        return {"difference": _interval(difference), "room": None, "gain": None}
-    room = table.rooms.mean(1)
-    bounds = _interval(room)
-    gain = None
+    difference = advantages[0].mean(1)
+    if advantages[1] is None:
+        return {"difference": percentile_interval(difference), "room": None, "gain": None}
+    room = advantages[1].mean(1)
+    bounds, gain = percentile_interval(room), None
     if min(bounds) > 1e-9:
         # the few resamples without room have a gain beyond all bounds, on the side of their difference
         far = np.copysign(np.finfo(float).max, difference)
-        gain = _interval(np.where(room > 1e-9, difference / np.maximum(room, 1e-9), far))
-    return {"difference": _interval(difference), "room": bounds, "gain": gain}
-
-
-def _interval(values: np.ndarray) -> Interval:
-    """[estimate, low, high] of values whose first is the estimate, the others its resamples; 95 %."""
-    low, high = np.quantile(values[1:], [0.025, 0.975], method="inverted_cdf")
-    return [float(values[0]), float(low), float(high)]
+        gain = percentile_interval(np.where(room > 1e-9, difference / np.maximum(room, 1e-9), far))
+    return {"difference": percentile_interval(difference), "room": bounds, "gain": gain}
 
 
 def is_adjacent(first: Sequence[int], second: Sequence[int]) -> bool | None:

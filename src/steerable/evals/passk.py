@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from steerable.evals.intervals import Interval, difference_interval, mean_interval, resampled
+from steerable.evals.intervals import Interval, percentile_interval, resampled_means
 from steerable.store.errors import UsageError
 from steerable.store.plurals import counted
 
@@ -48,20 +48,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def curve(counts: Counts, ks: Sequence[int], seed: int = 0) -> dict[int, Interval]:
     """{k: [mean pass@k over tasks, low, high]}; the module says what the 95 % intervals cover."""
-    tasks = sorted(counts)
-    table = _table(counts, tasks, ks)
-    return {k: _given(mean_interval(dict(zip(tasks, table[:, i], strict=True)), seed)) for i, k in enumerate(ks)}
+    means = resampled_means(_table(counts, sorted(counts), ks), seed)
+    return {k: percentile_interval(means[:, i]) for i, k in enumerate(ks)}
 
 
 def difference(a: Counts, b: Counts, ks: Sequence[int], seed: int = 0) -> dict[int, Interval]:
     """{k: [pass@k of a minus that of b, low, high]} over the tasks that both have, paired by task."""
     tasks = _shared(a, b)
-    one, two = _table(a, tasks, ks), _table(b, tasks, ks)
-    found = {}
-    for i, k in enumerate(ks):
-        mine, theirs = (dict(zip(tasks, table[:, i], strict=True)) for table in (one, two))
-        found[k] = _given(difference_interval(mine, theirs, seed))
-    return found
+    means = resampled_means(_table(a, tasks, ks) - _table(b, tasks, ks), seed)
+    return {k: percentile_interval(means[:, i]) for i, k in enumerate(ks)}
 
 
 @dataclass(frozen=True)
@@ -84,10 +79,11 @@ class Crossing:
     ks: list[int]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
         return asdict(self)
 
     def sentence(self, a: str, b: str) -> str:
-        """The finding in words; a and b are the names of the two."""
+        """The verdict in words; a and b are the names of the two."""
         low, high = self.ks[0], self.ks[-1]
         ahead, behind = (a, b) if self.leader != "b" else (b, a)
         gap = "{:+.1f} points, {:+.1f} to {:+.1f}".format(*(100 * x for x in self.last)).replace("-", "\N{MINUS SIGN}")
@@ -130,19 +126,16 @@ def crossing(a: Counts, b: Counts, ks: Sequence[int], seed: int = 0) -> Crossing
     if not ks:
         raise UsageError("a crossing needs some k: expected at least one")
     grid = list(range(ks[0], ks[-1] + 1))
-    apart = _table(a, tasks, grid) - _table(b, tasks, grid)
-    means, drawn = apart.mean(axis=0), resampled(apart, seed)
-    gaps = difference(a, b, ks, seed)
+    means = resampled_means(_table(a, tasks, grid) - _table(b, tasks, grid), seed)
+    gaps = {k: percentile_interval(means[:, k - ks[0]]) for k in ks}
     first, last = gaps[ks[0]], gaps[ks[-1]]
     began, ended = _sign(first), _sign(last)
     if began:
         verdict = "apart" if began == ended else "meets" if ended == 0 else "crosses"
     else:
         verdict = "parts" if ended else "level"
-    leader = began or (1 if means[0] >= 0 else -1)
-    places = _overtaken(leader * drawn)
-    low, high = np.quantile(places, [0.025, 0.975], method="inverted_cdf")
-    found = (_overtaken(leader * means[None])[0], low, high)
+    leader = began or (1 if means[0, 0] >= 0 else -1)
+    places = _overtaken(leader * means)
     level_from = None
     for k in reversed(ks):
         if _sign(gaps[k]):
@@ -151,8 +144,8 @@ def crossing(a: Counts, b: Counts, ks: Sequence[int], seed: int = 0) -> Crossing
     return Crossing(
         verdict=verdict,
         leader={1: "a", -1: "b", 0: None}[began],
-        k=[None if math.isinf(place) else grid[int(place)] for place in found],
-        overtaken=float(np.isfinite(places).mean()),
+        k=[None if math.isinf(place) else grid[int(place)] for place in percentile_interval(places)],
+        overtaken=float(np.isfinite(places[1:]).mean()),
         level_from=level_from,
         first=first,
         last=last,
@@ -217,8 +210,3 @@ def _estimates(n: int, ks: tuple[int, ...]) -> np.ndarray:
     """`pass_at_k` for every number of right samples, [n + 1, ks]: each row multiplies one factor to the last."""
     factors = np.maximum(0.0, 1.0 - np.array(ks, dtype=float) / np.arange(n, 0, -1)[:, None])
     return 1.0 - np.vstack([np.ones(len(ks)), np.cumprod(factors, axis=0)])
-
-
-def _given(interval: Interval | None) -> Interval:
-    assert interval is not None  # there are tasks
-    return interval

@@ -22,9 +22,9 @@ from steerable.chains.tasks import correct
 from steerable.engines.pool import Report, default_threads, default_workers, loader, map_blocks
 from steerable.engines.sampling import Decoding, decoding_of, warn_if_endless
 from steerable.evals.intervals import by_task, mean_interval
+from steerable.evals.likelihood import perplexity, perplexity_ratio, surprisal
 from steerable.evals.metrics import loops
 from steerable.evals.passk import crossing, curve, difference, solved
-from steerable.evals.perplexities import perplexity, ratio, score
 from steerable.jobs.arms import BASE, Arm, check_arms, find_arms, fingerprint, opener, steering
 from steerable.jobs.judged_tasks import draw
 from steerable.models import loading as models
@@ -240,7 +240,7 @@ def _score(
 
 def _score_block(loaded: Loaded, block: list[tuple[list[int], list[int]]], report: Report) -> list[float]:
     prompts, texts = [prompt for prompt, _ in block], [text for _, text in block]
-    return score(loaded.model, prompts, texts, progress=lambda *done: report(done))
+    return surprisal(loaded.model, prompts, texts, progress=lambda *done: report(done))
 
 
 # --- what is compared ---
@@ -295,8 +295,8 @@ def against(
         "both": sets["both"],
         "neither": sets["neither"],
         "perplexity_ratio": {
-            "all": ratio(_scored(rows), _scored(base)),
-            "correct": ratio(_scored(rows, right=True), _scored(base, right=True)),
+            "all": perplexity_ratio(_scored(rows), _scored(base)),
+            "correct": perplexity_ratio(_scored(rows, right=True), _scored(base, right=True)),
         },
         "perplexity_created": perplexity(_scored(created, right=True)),
     }

@@ -75,7 +75,7 @@ def measure(run: Run, path: Path, split: str, spans_to: Path | None = None) -> d
 def divergence(run: Run, cell: Cell, path: Path) -> list[float] | None:
     """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
     from steerable.evals.intervals import by_task, mean_interval
-    from steerable.evals.kl import divergence as measure_divergence
+    from steerable.evals.likelihood import divergence as measure_divergence
 
     chains = read_jsonl(path, "chain")
     prompts = run.prompts("evaluation")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from steerable.chains.records import LABELS, STEERABLE, Record
 from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
 from steerable.evals.metrics import measure as measure_chains
+from steerable.evals.passk import curve
 from steerable.models.pocket import language
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.display import Display
@@ -41,14 +41,6 @@ def _true(a: int, operator: str, b: int, c: int) -> bool:
     if operator == "/":
         return b != 0 and a == b * c
     return {"+": a + b, "-": a - b, "*": a * b}[operator] == c
-
-
-def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Unbiased chance that at least one of k samples is right, given ``right`` of ``samples`` were.
-
-    1 - C(n - c, k) / C(n, k); Chen et al. 2021, arXiv 2107.03374.
-    """
-    return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
 def measure(
@@ -154,15 +146,9 @@ def figures(
         "pass_tasks": {f"pass@{k}": len(found) for k, found in deepest.items()},
         "pass": {
             name: {
-                f"pass@{k}": mean_interval(
-                    {
-                        task: pass_at_k(sum(marks[task]), len(marks[task]), k)
-                        for task in found
-                        if name in ("mean", family[task])
-                    },
-                    seed,
-                )
+                f"pass@{k}": curve(counts, [k], seed)[k] if counts else None
                 for k, found in deepest.items()
+                for counts in [{t: (len(marks[t]), sum(marks[t])) for t in found if name in ("mean", family[t])}]
             }
             for name in [*names, "mean"]
         },

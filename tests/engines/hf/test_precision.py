@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerable as st
-from steerable.evals.kl import divergence
+from steerable.evals.likelihood import divergence
 
 SITE = st.Site("resid_post", 15)
 

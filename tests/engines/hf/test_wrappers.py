@@ -16,7 +16,7 @@ import steerable as st
 from steerable.chains.windows import AlignedChain, TokenSpan
 from steerable.engines.hf.generation import Request, generate
 from steerable.engines.hf.hooks import steer
-from steerable.evals.kl import divergence
+from steerable.evals.likelihood import divergence
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
