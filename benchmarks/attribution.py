@@ -19,7 +19,7 @@ from annotated import LABELS, interleaved, load, make_chains, report
 
 from steerable.evals.attribution import METRICS, attribute
 from steerable.models import loading as models
-from steerable.models.queries import Queries
+from steerable.models.reading import Queries
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 

@@ -12,7 +12,7 @@ from steerable.chains.generation import Prompting
 from steerable.engines.activations import Batch, NormSums, WeightedSums, length_batches, pad, stream
 from steerable.evals.perturbation import persistence
 from steerable.models import loading as models
-from steerable.models.chunks import pieces
+from steerable.models.reading import pieces
 from steerable.models.taps import tap, width_at
 from steerable.steering.site import KINDS, Site
 from steerable.store.errors import UsageError

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from steerable.chains.windows import AlignedChain, TokenSpan
 from steerable.evals.attribution import METRICS, attribute, exact, fisher, published_gradients, spearman
-from steerable.models.queries import Queries
+from steerable.models.reading import Queries
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
-from steerable.models.chunks import CHUNK, read
+from steerable.models.reading import CHUNK, read
 from steerable.models.sinks import EARLY, Sinks, Tally
 from steerable.models.taps import check_site, tap
 from steerable.steering.gates import Selector, SequenceState, parse_selector, resolve, selectors
@@ -31,10 +31,13 @@ from steerable.store.errors import SteerableWarning, UsageError
 
 @dataclass
 class Batch:
-    """ids [B, T]; mask [B, T] bool, False on padding (None: none); weights [G, B, T] float64, for
-    WeightedSums; rows: a number for each of the B rows by which accumulators may tell them apart. position [B, T]: of
-    each token in its text; sinks [B, T] bool: which tokens are attention sinks at the layer that an accumulator is
-    shown (None: they are kept). `stream` fills in both.
+    """Texts that are read together, padded on the right.
+
+    ids: [B, T]. mask: [B, T] bool, False on padding; None where there is none. weights: [G, B, T] float64, for
+    `WeightedSums`. rows: a number for each of the B rows, by which accumulators may tell them apart. position: [B, T],
+    of each token in its text (by default counted from the mask). `stream` sets two more for each layer before an
+    accumulator sees it: sinks, [B, T] bool, which tokens are attention sinks there, and norms, [B, T], the activations'
+    norms; both None where attention sinks count like other tokens.
 
     An accumulator sees a text that is longer than a chunk as several batches of one row.
     """
@@ -45,35 +48,33 @@ class Batch:
     rows: tuple[int, ...] | None = None
     position: Tensor | None = None
     sinks: Tensor | None = None
+    norms: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.position is None:
-            mask = torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask
-            self.position = attention_sinks.ranks(mask.bool())
+            self.position = attention_sinks.ranks(self.valid())
 
-    def to(self, device: torch.device | str) -> Batch:
-        mask, weights, position = (
-            None if t is None else t.to(device) for t in (self.mask, self.weights, self.position)
-        )
-        return Batch(self.ids.to(device), mask, weights, self.rows, position)
+    def valid(self) -> Tensor:
+        """Which tokens are not padding, [B, T] bool."""
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `fn` applied to every tensor."""
+        mask, weights, position = (None if t is None else fn(t) for t in (self.mask, self.weights, self.position))
+        return Batch(fn(self.ids), mask, weights, self.rows, position)
 
     def alone(self) -> Iterator[Batch]:
         """Each row as a batch of its own, without padding."""
         for row in range(len(self.ids)):
-            kept = slice(None) if self.mask is None or bool(self.mask[row].all()) else self.mask[row]
-            yield Batch(
-                self.ids[row : row + 1, kept],
-                None,
-                None if self.weights is None else self.weights[:, row : row + 1, kept],
-                None if self.rows is None else self.rows[row : row + 1],
-            )
+            real = slice(None) if self.mask is None or bool(self.mask[row].all()) else self.mask[row]
+            ids, weights = self.ids[row : row + 1, real], None
+            if self.weights is not None:
+                weights = self.weights[:, row : row + 1, real]
+            yield Batch(ids, None, weights, None if self.rows is None else self.rows[row : row + 1])
 
     def piece(self, start: int, stop: int) -> Batch:
         """The columns start ... stop - 1."""
-        mask, weights, position = (
-            None if t is None else t[..., start:stop] for t in (self.mask, self.weights, self.position)
-        )
-        return Batch(self.ids[:, start:stop], mask, weights, self.rows, position)
+        return self.map(lambda t: t[..., start:stop])
 
 
 class Accumulator(Protocol):
@@ -156,7 +157,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
     watches = {site: _Watch(site.kind, reader, sinks, first) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
-            batch = batch.to(device)
+            batch = batch.map(lambda t: t.to(device))
             if batch.ids.shape[1] <= chunk:
                 text = _Text(batch)
                 for watch in watches.values():
@@ -208,18 +209,13 @@ class _Watch:
         piece = self.text.piece(self.done, stop)
         self.done, self.held = stop, []
         if self.drops:
-            self._mark(h, piece)
+            assert piece.position is not None
+            position, piece.norms = piece.position.to(h.device), attention_sinks.norms_of(h)
+            if self.limits is None:
+                valid = piece.valid().to(h.device)
+                self.limits = attention_sinks.limits(piece.norms, position, valid, self.kind, self.first)
+            piece.sinks = attention_sinks.massive(piece.norms, position, self.limits)
         self.reader(h, piece)
-
-    def _mark(self, h: Tensor, piece: Batch) -> None:
-        assert piece.position is not None
-        position, norms = piece.position.to(h.device), attention_sinks.norms_of(h)
-        if self.limits is None:
-            valid = (
-                torch.ones_like(position, dtype=torch.bool) if piece.mask is None else piece.mask.bool().to(h.device)
-            )
-            self.limits = attention_sinks.limits(norms, position, valid, self.kind, self.first)
-        piece.sinks = attention_sinks.massive(norms, position, self.limits)
 
 
 def remaining(totals: Tensor, sunk: Tensor) -> Tensor:
@@ -252,9 +248,10 @@ class WeightedSums:
         if batch.sinks is not None:
             assert batch.position is not None
             sunk = batch.sinks.reshape(-1)[self._rows].to(h.device)
-            columns = columns.masked_fill(sunk, 0.0)
-            self.sunk[index] += (self._columns - columns).sum(1).to(self.sunk.device)
             self.tally.add(index, sunk, batch.position.reshape(-1).to(h.device)[self._rows])
+            if sunk.any():
+                columns = columns.masked_fill(sunk, 0.0)
+                self.sunk[index] += (self._columns - columns).sum(1).to(self.sunk.device)
         picked = h.reshape(-1, h.shape[-1])[self._rows].double()
         self.sums[index] += (columns @ picked).to(self.sums.device)
 
@@ -280,19 +277,25 @@ class WeightedSums:
 
 
 class NormSums:
-    """Mean ||h|| of each layer over the tokens of `batch.mask` (all, where there is none), attention sinks left out."""
+    """Mean ||h|| of each layer over the tokens that are not padding, or with the weights of one group of
+    `batch.weights`; attention sinks are left out."""
 
-    def __init__(self, layers: int, device: torch.device | str = "cpu"):
+    def __init__(self, layers: int, device: torch.device | str = "cpu", group: int | None = None):
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
         self.counts = torch.zeros(layers, dtype=torch.float64, device=device)
+        self.group = group
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
-        norms = attention_sinks.norms_of(h)
-        counted = torch.ones_like(norms, dtype=torch.bool) if batch.mask is None else batch.mask.bool().to(h.device)
+        norms = attention_sinks.norms_of(h) if batch.norms is None else batch.norms
+        if self.group is None:
+            weights = batch.valid().to(h.device, torch.float64)
+        else:
+            assert batch.weights is not None
+            weights = batch.weights[self.group].to(h.device)
         if batch.sinks is not None:
-            counted = counted & ~batch.sinks.to(h.device)
-        self.sums[index] += (norms * counted).sum(dtype=torch.float64).to(self.sums.device)
-        self.counts[index] += counted.sum().to(self.counts.device)
+            weights = weights.masked_fill(batch.sinks.to(h.device), 0.0)
+        self.sums[index] += (norms * weights).sum().to(self.sums.device)
+        self.counts[index] += weights.sum().to(self.counts.device)
 
     def means(self) -> Tensor:
         """[L] float64."""
@@ -305,8 +308,11 @@ class NormSums:
 
 
 class Captured(dict[Site, Tensor]):
-    """What `capture` returns: activations by site. sinks: for each site where attention sinks were left out of the
-    means, {"left_out", "of", "positions": {position: how often}}; estimators write it to the direction's `stats`."""
+    """Activations by site, as `capture` returns them.
+
+    sinks: {site: {"left_out", "of", "positions": {position: how often}}} for each site where attention sinks were left
+    out of the means; estimators write it to the direction's `stats`.
+    """
 
     sinks: dict[Site, dict[str, Any]]
 
@@ -324,55 +330,71 @@ def capture(
     max_tokens: int | None = None,
     chunk: int = CHUNK,
 ) -> Captured:
-    """Activations of the selected tokens of each text, in the texts' order.
+    """Read the activations of the selected tokens of each text.
 
-    reduce: "mean" over a text's tokens (in float64) or the "last" of them: float32 [texts, d]; "none": all of
-    them, text by text: float32 [tokens, d]. A whole text counts as prompt. It gets the special tokens that the
-    tokenizer adds, but no second BOS where it begins with one, as texts from a chat template do.
-    sinks: "drop" leaves attention sinks (`models.sinks`: in most pretrained models the first token, whose activation
-    is massive) out of the means, with a SteerableWarning that says how many; "keep" takes them in. A last token that is
-    one is only warned of, and "none" returns every token: the estimators then leave massive ones out.
-    max_tokens: most tokens in a batch (default: `batch_tokens`).
-    chunk: tokens of a text in one pass; longer ones are read in pieces. Raises UsageError for no texts, a single string
-    instead of a list, a text without a selected token, or with none but attention sinks, and sites that the model does
-    not have.
+    A whole text counts as prompt. It gets the special tokens that the tokenizer adds, but no second BOS where it begins
+    with one, as texts from a chat template do.
+
+    Args:
+        model: the model, or what wraps it.
+        tokenizer: its tokenizer.
+        texts: the texts, in a list.
+        sites: sites or their names, e.g. "resid_post.3".
+        where: which tokens; a selector or its text.
+        reduce: "mean" over a text's tokens (in float64), the "last" of them, or "none": all of them.
+        sinks: "drop" leaves attention sinks (`models.sinks`: in most pretrained models the first token, whose
+            activation is massive) out of the means, with a SteerableWarning that says how many; "keep" takes them in.
+            A last token that is one is only warned of, and "none" returns every token: the estimators then leave
+            massive ones out.
+        max_tokens: most tokens in a batch; default `batch_tokens(model)`.
+        chunk: most tokens of a text in one pass; longer texts are read in pieces.
+
+    Returns:
+        {site: float32 [texts, d]} in the texts' order; with reduce="none" [tokens, d], text by text.
+
+    Raises:
+        UsageError: for no texts, a single string instead of a list, a text without a selected token or with none but
+            attention sinks, and sites that the model does not have.
+
+    Example:
+        >>> happy = st.capture(model, tokenizer, ["What a lovely day!"], sites=["resid_post.3"])  # doctest: +SKIP
     """
     texts = text_list(texts, "capture")
-    found = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})
-    for site in found:
+    places = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})
+    for site in places:
         check_site(model, site)
     if reduce not in ("mean", "last", "none"):
         raise UsageError(f"unknown reduce {reduce!r}: expected 'mean', 'last' or 'none'")
     attention_sinks.check(sinks)
-    if not texts or not found:
+    if not texts or not places:
         raise UsageError("capture needs one text and one site at least")
     selector = resolve(parse_selector(where), tokenizer)
     tags = think_tags(tokenizer) if selector.uses("thinking", "answer") else None
     rows = [encode(tokenizer, text) for text in texts]
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise UsageError(f"text {empty[0]} has no tokens")
-    vocabulary = models.vocabulary(model)
     drops = sinks == "drop" and reduce != "none"
+    vocabulary = models.vocabulary(model)
     read_rows = [[*row, *attention_sinks.company(row, vocabulary)] if drops else row for row in rows]
-    kept = {site: _Texts(len(texts), reduce) for site in found}
 
     def batches() -> Iterator[Batch]:
         for indices in length_batches([len(row) for row in read_rows], max_tokens or batch_tokens(model)):
-            batch, own = pad([read_rows[i] for i in indices]), pad([rows[i] for i in indices])
+            batch, texts_alone = pad([read_rows[i] for i in indices]), pad([rows[i] for i in indices])
             state = SequenceState(tags, selector.breaks)
             state.start(len(indices))
-            mask = selector(state.advance(own.ids, own.mask))
+            mask = selector(state.advance(texts_alone.ids, texts_alone.mask))
             if not mask.any(1).all():
                 missing = indices[int((~mask.any(1)).nonzero()[0, 0])]
                 raise UsageError(f"text {missing} has no token where {selector}")
             mask = nn.functional.pad(mask, (0, batch.ids.shape[1] - mask.shape[1]))
             yield Batch(batch.ids, batch.mask, mask[None], tuple(indices))
 
-    _run(model, batches(), {site: texts.add for site, texts in kept.items()}, chunk, sinks if drops else "keep")
-    result = Captured({site: texts.result(site) for site, texts in kept.items()})
-    result.sinks = {site: about for site, texts in kept.items() if (about := texts.tally.summary(0))}
-    if said := attention_sinks.sentence(result.sinks, last=reduce == "last"):
-        warnings.warn(said, SteerableWarning, stacklevel=4)  # past torch's no_grad
+    readers = {site: _Texts(len(texts), reduce) for site in places}
+    _run(model, batches(), {site: reader.add for site, reader in readers.items()}, chunk, sinks if drops else "keep")
+    result = Captured({site: reader.result(site) for site, reader in readers.items()})
+    result.sinks = {site: summary for site, reader in readers.items() if (summary := reader.tally.summary(0))}
+    if warning := attention_sinks.sentence(result.sinks, last=reduce == "last"):
+        warnings.warn(warning, SteerableWarning, stacklevel=4)  # past torch's no_grad
     if reduce == "last":
         result.sinks = {}
     return result

@@ -26,11 +26,9 @@ share a pass: memory grows with a chain's length by its key/value cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,19 +38,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from steerable.chains.windows import AlignedChain
 from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
 from steerable.models import loading as models
-from steerable.models.chunks import CHUNK
-from steerable.models.queries import Queries
+from steerable.models.reading import CHUNK, Queries, twin
 from steerable.models.taps import tap, width_at
+from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
-if TYPE_CHECKING:
-    from steerable.steering.direction import Direction
-
 METRICS = ("published", "published_rescaled", "fisher", "exact")
 ONSETS = ("other", "own", "all")
-
-_EXPERTS = RLock()
 
 
 @dataclass(frozen=True)
@@ -150,14 +143,10 @@ def attribute(
     that. Errors: UsageError for unknown metrics or onsets, no usable chain, or directions that do not match the model
     or each other.
     """
-    unknown = [m for m in metrics if m not in METRICS]
-    if unknown or onsets not in ONSETS:
-        what = (
-            f"metric {unknown[0]!r}: expected some of {METRICS}"
-            if unknown
-            else f"onsets {onsets!r}: expected one of {ONSETS}"
-        )
-        raise UsageError(f"unknown {what}")
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise UsageError(f"unknown metric {unknown[0]!r}: expected some of {METRICS}")
+    if onsets not in ONSETS:
+        raise UsageError(f"unknown onsets {onsets!r}: expected one of {ONSETS}")
     model = models.unwrap_to_run(model)
     used = [chain for chain in chains if chain.spans][:limit]
     if not used:
@@ -179,16 +168,7 @@ def attribute(
 
     workers = min(workers, len(used))
     spread(
-        partial(
-            _measure_chain,
-            directions=dict(directions),
-            metrics=tuple(metrics),
-            onsets=onsets,
-            strength=strength,
-            costly_onsets=costly_onsets,
-            max_queries=max_queries,
-            chunk=chunk,
-        ),
+        _Measurement(dict(directions), tuple(metrics), onsets, strength, costly_onsets, max_queries, chunk),
         [(chain, c < sample) for c, chain in enumerate(used)],
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
@@ -200,44 +180,46 @@ def attribute(
     return Attribution(sites, effects)
 
 
-def _measure_chain(
-    loaded: Any,
-    block: tuple[AlignedChain, bool],
-    report: Report,
-    *,
-    directions: Mapping[str, Direction],
-    metrics: Sequence[str],
-    onsets: str,
-    strength: float,
-    costly_onsets: int | None,
-    max_queries: int,
-    chunk: int,
-) -> list[tuple[str, str, Tensor]]:
-    """(behaviour, metric, mean effect over the chain's picked onsets [L]) of one chain."""
-    (chain, costly), model = block, loaded[0]
-    sites, vectors = _stack(directions, model)
-    picked = {b: [i for i, s in enumerate(chain.spans) if _wanted(onsets, s.label, b)] for b in directions}
-    queries = Queries(model, chain.ids, [span.start - 1 for span in chain.spans], chunk=chunk)
-    cheap = [m for m in metrics if m.startswith("published")]
-    measured = list(_measure_published(queries, sites, vectors, picked, cheap, max_queries)) if cheap else []
-    for metric, measure in (("fisher", fisher), ("exact", exact)):
-        plan = [(i, b) for b, found in picked.items() for i in _spread(found, costly_onsets)]
-        if metric in metrics and costly and plan:
-            index = torch.tensor([i for i, _ in plan])
-            added = torch.stack([strength * vectors[b] for _, b in plan])  # [pairs, L, d]
-            values = measure(queries, sites, index, added, max_queries).double().cpu()
-            for behaviour in picked:
-                rows = [r for r, (_, b) in enumerate(plan) if b == behaviour]
-                if rows:
+@dataclass(frozen=True)
+class _Measurement:
+    """What is measured on each chain, in this process or in a worker; the fields are arguments of `attribute`."""
+
+    directions: dict[str, Direction]
+    metrics: tuple[str, ...]
+    onsets: str
+    strength: float
+    costly_onsets: int | None
+    max_queries: int
+    chunk: int
+
+    def __call__(self, loaded: Any, block: tuple[AlignedChain, bool], report: Report) -> list[tuple[str, str, Tensor]]:
+        """(behaviour, metric, mean effect over the chain's onsets [L]) of one chain."""
+        (chain, is_sampled), model = block, loaded[0]
+        sites, vectors = _stack(self.directions, model)
+        onsets = {b: [i for i, s in enumerate(chain.spans) if self._takes(s.label, b)] for b in self.directions}
+        queries = Queries(model, chain.ids, [span.start - 1 for span in chain.spans], chunk=self.chunk)
+        cheap = [m for m in self.metrics if m.startswith("published")]
+        measured = list(_measure_published(queries, sites, vectors, onsets, cheap, self.max_queries)) if cheap else []
+        pairs = [(i, b) for b, places in onsets.items() for i in _evenly(places, self.costly_onsets)]
+        for metric, measure in (("fisher", fisher), ("exact", exact)):
+            if metric in self.metrics and is_sampled and pairs:
+                index = torch.tensor([i for i, _ in pairs])
+                added = torch.stack([self.strength * vectors[b] for _, b in pairs])  # [pairs, L, d]
+                values = measure(queries, sites, index, added, self.max_queries).double().cpu()
+                for behaviour in dict.fromkeys(b for _, b in pairs):
+                    rows = [row for row, (_, b) in enumerate(pairs) if b == behaviour]
                     measured.append((behaviour, metric, values[rows].mean(0)))
-    return measured
+        return measured
+
+    def _takes(self, label: str, behaviour: str) -> bool:
+        return self.onsets == "all" or (label == behaviour) == (self.onsets == "own")
 
 
-def _spread(found: list[int], most: int | None) -> list[int]:
-    """At most so many of them, evenly spread."""
-    if most is None or len(found) <= most:
-        return found
-    return [found[(2 * k + 1) * len(found) // (2 * most)] for k in range(most)]
+def _evenly(places: list[int], most: int | None) -> list[int]:
+    """At most `most` of the places, evenly spread."""
+    if most is None or len(places) <= most:
+        return places
+    return [places[(2 * k + 1) * len(places) // (2 * most)] for k in range(most)]
 
 
 def _measure_published(
@@ -278,7 +260,8 @@ def published_gradients(queries: Queries, sites: Sequence[Site], index: Tensor |
 
         return fn
 
-    with torch.enable_grad(), queries.lean(), tap(queries.model, {site: hold(site) for site in sites}):
+    queries = queries.lean()
+    with torch.enable_grad(), tap(queries.model, {site: hold(site) for site in sites}):
         # Queries do not see each other, so the gradient of the sum is each query's own gradient.
         loss = _log_probs(queries.logits(index)).square().mean(-1).sum() / 2
         gradients = torch.autograd.grad(loss, [seen[site] for site in sites])
@@ -298,8 +281,7 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
         return forward_ad.make_dual(primal, tangent)
 
     def measure(chunk: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        # Of the fused kernels for attention and experts, only the plain ones have a forward-mode derivative.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _plain_experts(queries.model):
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             try:
                 logits, tangent = forward_ad.unpack_dual(run())
             except NotImplementedError as error:
@@ -311,24 +293,11 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
             change = tangent.to(p)
             return (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1) / 2
 
+    # Of the kernels for attention and for mixtures of experts, only the plain ones have a forward-mode derivative.
+    if getattr(models.text_config(queries.model), "_experts_implementation", None) is not None:
+        queries = queries.on(twin(queries.model, _experts_implementation="eager"))
     # Plain attention holds scores, weights, the tangents of both, and what leads from one to the other.
     return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 24), inject, measure)
-
-
-@contextmanager
-def _plain_experts(model: Any) -> Iterator[None]:
-    """Mixtures of experts expert by expert instead of by a grouped matrix product."""
-    config = model.config.get_text_config()
-    if getattr(config, "_experts_implementation", None) is None:
-        yield
-        return
-    with _EXPERTS:  # one thread at a time: the next would take "eager" for the model's own
-        before = config._experts_implementation
-        config._experts_implementation = "eager"
-        try:
-            yield
-        finally:
-            config._experts_implementation = before
 
 
 def exact(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor, max_queries: int = 512) -> Tensor:
@@ -386,27 +355,18 @@ def _sweep(
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN if one is constant or has
-    NaN."""
+    """Spearman rank correlation of two curves [n], ties at their mean rank; NaN if one is constant or has NaN."""
+    from scipy.stats import rankdata
+
     if len(a) < 2 or a.isnan().any() or b.isnan().any():
         return float("nan")
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(x: Tensor) -> Tensor:
-    # Mean rank of x_i: the number of smaller values plus half of the equal ones.
-    smaller = (x[None, :] < x[:, None]).sum(1).double()
-    equal = (x[None, :] == x[:, None]).sum(1).double()
-    return smaller + (equal - 1) / 2
+    return float(
+        torch.corrcoef(torch.tensor([rankdata(curve).tolist() for curve in (a, b)], dtype=torch.float64))[0, 1]
+    )
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _wanted(onsets: str, label: str, behaviour: str) -> bool:
-    return onsets == "all" or (label == behaviour) == (onsets == "own")
+    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site, ...], dict[str, Tensor]]:

@@ -33,11 +33,20 @@ import torch
 from torch import Tensor
 
 from steerable.chains.windows import OVERALL, WINDOWS, AlignedChain, Group, TokenSpan, groups, shuffle_labels, weights
-from steerable.engines.activations import Batch, WeightedSums, batch_tokens, length_batches, pad, remaining, stream
+from steerable.engines.activations import (
+    Batch,
+    NormSums,
+    WeightedSums,
+    batch_tokens,
+    length_batches,
+    pad,
+    remaining,
+    stream,
+)
 from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
-from steerable.models.chunks import CHUNK
+from steerable.models.reading import CHUNK
 from steerable.models.sinks import Sinks, Tally
 from steerable.models.taps import width_at
 from steerable.steering.direction import Direction
@@ -293,7 +302,7 @@ def _sums(
     model = loaded[0]
     device = models.device(model)
     sums = WeightedSums(models.n_layers(model), len(groups(labels, windows, shuffles)), width_at(model, kind), device)
-    norms = _StretchNorms(models.n_layers(model), device)
+    norms = NormSums(models.n_layers(model), device, group=0)
 
     def batches() -> Iterator[Batch]:
         for items in block:
@@ -306,18 +315,3 @@ def _sums(
 
     stream(model, batches(), [sums, norms], kind=kind, chunk=chunk, sinks=sinks)
     return _Sums(sums.sums.cpu(), sums.totals.cpu(), sums.sunk.cpu(), norms.sums.cpu(), sums.tally.cpu())
-
-
-class _StretchNorms:
-    """Sums of ||h|| of each layer with the weights of group `overall`, so that the result compares with the norm of the
-    mean."""
-
-    def __init__(self, layers: int, device: torch.device | str) -> None:
-        self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
-
-    def add(self, index: int, h: Tensor, batch: Batch) -> None:
-        assert batch.weights is not None
-        weighed = batch.weights[0].to(h.device)
-        if batch.sinks is not None:
-            weighed = weighed.masked_fill(batch.sinks.to(h.device), 0.0)
-        self.sums[index] += (weighed * attention_sinks.norms_of(h)).sum().to(self.sums.device)

@@ -62,6 +62,9 @@ def limits(
     half as long as it are, too.
     """
     early = valid & (position < EARLY)
+    if early.numel():  # the texts' beginnings alone are sorted
+        stop = int(early.any(0).nonzero().amax()) + 1
+        norms, position, early = norms[:, :stop], position[:, :stop], early[:, :stop]
     middle = ((early.sum(1, keepdim=True) - 1) // 2).clamp(min=0)
     ordinary = norms.masked_fill(~early, torch.inf).sort(1).values.gather(1, middle)
     ordinary = ordinary.masked_fill(ordinary == 0, torch.inf)  # most activations are zero: nothing can be said
@@ -127,9 +130,10 @@ class Tally:
 
     def add(self, index: int, sinks: Tensor, position: Tensor) -> None:
         """The tokens that a layer's mean is over: which are sinks, and where they stand; both [n]."""
-        column = position.clamp(0, EARLY).to(self.positions.device)
-        self.positions[index].scatter_add_(0, column, sinks.long().to(self.positions.device))
         self.tokens[index] += len(sinks)
+        if sinks.any():
+            column = position[sinks].clamp(0, EARLY).to(self.positions.device)
+            self.positions[index] += column.bincount(minlength=EARLY + 1)
 
     def cpu(self) -> Tally:
         result = Tally(0)

@@ -6,8 +6,8 @@ from tiny_families import FAMILY_NAMES, tiny
 
 from steerable.evals.attribution import exact, fisher, published_gradients
 from steerable.models import loading as models
-from steerable.models import queries
-from steerable.models.queries import Queries
+from steerable.models import reading as queries
+from steerable.models.reading import Queries
 from steerable.models.taps import tap
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
