@@ -23,8 +23,8 @@ _EXPORTS = {
     "Direction": "steering.direction",
     "steer": "engines.hf.hooks",
     "capture": "engines.activations",
-    "difference_of_means": "methods.mean_difference",
-    "pca": "methods.principal",
+    "difference_of_means": "methods.contrasts",
+    "pca": "methods.contrasts",
     "SpanMeans": "methods.span_statistics",
     "attribute": "evals.attribution",
     "lens": "evals.logit_lens",
@@ -40,8 +40,8 @@ __all__ = sorted(_EXPORTS)
 if TYPE_CHECKING:
     from .engines.activations import capture as capture
     from .engines.hf.hooks import steer as steer
-    from .methods.mean_difference import difference_of_means as difference_of_means
-    from .methods.principal import pca as pca
+    from .methods.contrasts import difference_of_means as difference_of_means
+    from .methods.contrasts import pca as pca
     from .models.loading import Loaded as Loaded
     from .models.loading import load as load
     from .models.taps import tap as tap

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from steerable.methods.mean_difference import difference_of_means
-from steerable.methods.principal import pca
+from steerable.methods.contrasts import difference_of_means, pca
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 

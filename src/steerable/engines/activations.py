@@ -269,6 +269,13 @@ class WeightedSums:
         """[L, G, d]; NaN for a group without weight."""
         return self.sums / remaining(self.totals, self.sunk)[:, :, None]
 
+    def cpu(self) -> WeightedSums:
+        """The same on the CPU, without what belongs to the last batch, so that it can be sent to another process."""
+        result = WeightedSums(0, 0, 0)
+        result.sums, result.totals, result.sunk = self.sums.cpu(), self.totals.cpu(), self.sunk.cpu()
+        result.tally = self.tally.cpu()
+        return result
+
     def __add__(self, other: WeightedSums) -> WeightedSums:
         result = copy(self)
         result.sums, result.totals = self.sums + other.sums, self.totals + other.totals
@@ -300,6 +307,12 @@ class NormSums:
     def means(self) -> Tensor:
         """[L] float64."""
         return self.sums / self.counts
+
+    def cpu(self) -> NormSums:
+        """The same on the CPU."""
+        result = copy(self)
+        result.sums, result.counts = self.sums.cpu(), self.counts.cpu()
+        return result
 
     def __add__(self, other: NormSums) -> NormSums:
         result = copy(self)

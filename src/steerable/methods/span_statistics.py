@@ -5,19 +5,17 @@
 `mean[c, window]` is the mean over the spans labelled c of the mean activation over the span's window
 (`chains.windows.window_positions`). Two baselines:
 
-- `overall` (published): the mean over chains of the mean over first ... last annotated token. A window sits
-  at the beginning of spans, the stretch does not, so all labels' vectors share a direction that only says "a
-  sentence begins".
-- `pooled`: the count-weighted mean of all labels over the same window, which takes that direction out. The
-  vectors
+- `overall` (published): the mean over chains of the mean over first ... last annotated token. A window sits at the
+  beginning of spans, the stretch does not, so all labels' vectors share a direction that only says "a sentence begins".
+- `pooled`: the count-weighted mean of all labels over the same window, which takes that direction out. The vectors
   before rescaling, weighted by their counts, then sum to zero.
 
-Source: Venhoff et al. 2025, arXiv 2506.18167, section 3.2: window `published`, baseline `overall`, rescaled
-as above; the code differs from the text (per span, not per prompt; annotated stretch, not all tokens), and
-the code is followed. Difference of means as such: Marks & Tegmark 2023, arXiv 2310.06824; Rimsky et al. 2023,
-arXiv 2312.06681.
+Source: Venhoff et al. 2025, arXiv 2506.18167, section 3.2: window `published`, baseline `overall`, rescaled as above;
+the code differs from the text (per span, not per prompt; annotated stretch, not all tokens), and the code is followed.
+Difference of means as such: Marks & Tegmark 2023, arXiv 2310.06824; Rimsky et al. 2023, arXiv 2312.06681.
 
-Attention sinks (`sinks`) stay out of all means and norms unless asked; a span with one weighs that much less.
+Attention sinks (`models.sinks`) are left out of all means and norms unless asked for; a span with one weighs that much
+less.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +44,7 @@ from steerable.engines.pool import MapBlocks, Report, default_threads, loader, m
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
 from steerable.models.reading import CHUNK
-from steerable.models.sinks import Sinks, Tally
+from steerable.models.sinks import Sinks
 from steerable.models.taps import width_at
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
@@ -64,7 +61,7 @@ class SpanMeans:
 
     `means` float64 [L, G, d] (NaN for a group without spans), `counts` [G] the number of spans (chains for
     `overall`), `norms` [L] mean ||h|| with the weights of `overall`; rows G as `chains.windows.groups(labels,
-    windows, shuffles)`. `sinks`: where attention sinks were left out, as in `capture.Captured`.
+    windows, shuffles)`. `sinks`: where attention sinks were left out, as in `engines.activations.Captured`.
     """
 
     sites: tuple[Site, ...]
@@ -84,8 +81,7 @@ class SpanMeans:
         return self.mean(OVERALL)
 
     def mean(self, group: Group) -> Tensor:
-        """Mean activation of a group, [L, d]. Raises UsageError for a group that was not taken or has no
-        span."""
+        """Mean activation of a group, [L, d]. Raises UsageError for a group that was not taken or has no span."""
         row = self._row(group)
         if self.counts[row] == 0:
             raise UsageError(f"no span is labelled {group.label!r}: annotate more chains or leave the behaviour out")
@@ -167,30 +163,38 @@ def span_means(
     workers: int = 1,
     spread: MapBlocks = map_blocks,
 ) -> SpanMeans:
-    """One forward pass over the chains, sorted by length, `max_tokens` to a batch (default `capture.batch_tokens`), all
-    layers at sites of `kind`.
+    """Take the means of all labels and windows at all layers in one forward pass over the chains.
 
-    Chains without spans are skipped. `shuffles` label shuffles (seeds `seed`, `seed + 1`, ...) are taken in
-    the same pass. Memory does not depend on the number of chains, and on the length of one only by its key/value
-    cache: chains longer than `chunk` tokens are read in pieces. sinks: "drop" leaves attention sinks out of all means
-    and norms, with a SteerableWarning where there were any; "keep" takes them in. Raises UsageError for no usable chain
-    or an unknown label.
+    Memory does not depend on the number of chains, and on the length of one only by its key/value cache. The chains are
+    cut into blocks whose float64 sums are added up in order, so the result is the same, bit by bit, for any number of
+    workers (small models are computed on one thread here, too).
 
-    workers: more than one need a model that was loaded by name or folder. spread: where they run, here or
-    (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster. The chains are cut into blocks and the blocks' float64
-    sums added up in order, whatever the number of workers: what they compute being equal, so is the result, bit by
-    bit. Small models are computed on one thread here too.
+    Args:
+        model: the model, or what wraps it.
+        chains: chains with labelled token spans; those without spans are skipped.
+        labels: all labels that occur.
+        windows: which windows of a span to average over (`chains.windows`).
+        shuffles: how many label shuffles (seeds `seed`, `seed + 1`, ...) are taken in the same pass, for controls.
+        kind: the kind of site, e.g. "resid_post".
+        sinks: "drop" leaves attention sinks out of all means and norms, with a SteerableWarning where there were any;
+            "keep" takes them in.
+        max_tokens: most tokens in a batch, default `engines.activations.batch_tokens(model)`.
+        chunk: most tokens of a chain in one pass; longer ones are read in pieces.
+        workers: processes; more than one need a model that was loaded by name or folder.
+        spread: where they run, here or (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster.
+
+    Raises:
+        UsageError: for no usable chain or an unknown label.
     """
     attention_sinks.check(sinks)
     used = [chain for chain in chains if chain.spans]
     if not used:
         raise UsageError("extraction needs at least one chain with annotated spans, got none")
-    for chain in used:
-        for span in chain.spans:
-            if span.label not in labels:
-                raise UsageError(f"unknown label {span.label!r}: expected one of {', '.join(labels)}")
-    relabelled = [shuffle_labels(used, seed + k) for k in range(shuffles)]
-    items = [_Item(chain.ids, chain.spans, [names[i] for names in relabelled]) for i, chain in enumerate(used)]
+    for label in (span.label for chain in used for span in chain.spans):
+        if label not in labels:
+            raise UsageError(f"unknown label {label!r}: expected one of {', '.join(labels)}")
+    shuffled = [shuffle_labels(used, seed + k) for k in range(shuffles)]
+    items = [_Item(chain.ids, chain.spans, [names[i] for names in shuffled]) for i, chain in enumerate(used)]
     blocks: list[list[list[_Item]]] = [[]]
     filled = 0
     for rows in length_batches([len(chain.ids) for chain in used], max_tokens or batch_tokens(model)):
@@ -199,44 +203,36 @@ def span_means(
             filled = 0
         blocks[-1].append([items[i] for i in rows])
         filled += sum(len(used[i].ids) for i in rows)
-    total = _InOrder()
     workers = min(workers, len(blocks))
+    in_order = _InOrder()
     spread(
-        partial(
-            _sums,
-            labels=tuple(labels),
-            windows=tuple(windows),
-            shuffles=shuffles,
-            kind=kind,
-            chunk=chunk,
-            sinks=sinks,
-        ),
+        _Pass(tuple(labels), tuple(windows), shuffles, kind, chunk, sinks),
         blocks,
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
         threads=default_threads(model, workers),
-        finished=total.add,
+        finished=in_order.add,
         context=(model, None),
         collect=False,
     )
-    found = total.sums
-    counts = found.weights.round()  # a span's weight is spread over its tokens, and the parts add up to nearly 1
-    means_over = remaining(counts, found.sunk)
+    sums, norms = in_order.total
+    counts = sums.totals.round()  # a span's weight is spread over its tokens, and the parts add up to nearly 1
+    weights_left = remaining(counts, sums.sunk)
     sites = tuple(Site(kind, layer) for layer in range(models.n_layers(model)))
-    dropped = {site: about for i, site in enumerate(sites) if (about := found.tally.summary(i))}
-    if said := attention_sinks.sentence(dropped):
-        warnings.warn(said, SteerableWarning, stacklevel=2)
+    left_out = {site: summary for i, site in enumerate(sites) if (summary := sums.tally.summary(i))}
+    if warning := attention_sinks.sentence(left_out):
+        warnings.warn(warning, SteerableWarning, stacklevel=2)
     return SpanMeans(
         sites=sites,
         labels=tuple(labels),
         windows=tuple(windows),
         shuffles=shuffles,
-        means=found.sums / means_over[:, :, None],
+        means=sums.sums / weights_left[:, :, None],
         counts=counts,
-        norms=found.norms / means_over[:, 0],
+        norms=norms.sums / weights_left[:, 0],
         model_id=models.model_id(model),
         model_revision=models.model_revision(model),
-        sinks=dropped,
+        sinks=left_out,
     )
 
 
@@ -249,69 +245,48 @@ class _Item:
     names: list[list[str]]
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """A block's part of the result, float64: weighted sums [L, G, d], their weights [G], the part of these that fell on
-    attention sinks [L, G], and the sum of the norms weighted as `overall` [L]."""
-
-    sums: Tensor
-    weights: Tensor
-    sunk: Tensor
-    norms: Tensor
-    tally: Tally
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.sums + other.sums,
-            self.weights + other.weights,
-            self.sunk + other.sunk,
-            self.norms + other.norms,
-            self.tally + other.tally,
-        )
-
-
 class _InOrder:
-    """Adds blocks up in their order, as far as they are there, since adding floating-point numbers is not
-    associative."""
+    """Adds up the blocks' sums in the blocks' order, as adding floating-point numbers is not associative."""
 
     def __init__(self) -> None:
-        self.early: dict[int, _Sums] = {}
+        self.early: dict[int, tuple[WeightedSums, NormSums]] = {}
         self.due = 0
+        self.total: tuple[WeightedSums, NormSums]
 
-    def add(self, index: int, sums: _Sums) -> None:
-        self.early[index] = sums
+    def add(self, index: int, block: tuple[WeightedSums, NormSums]) -> None:
+        self.early[index] = block
         while self.due in self.early:
-            part = self.early.pop(self.due)
-            self.sums: _Sums = self.sums + part if self.due else part
+            sums, norms = self.early.pop(self.due)
+            self.total = (self.total[0] + sums, self.total[1] + norms) if self.due else (sums, norms)
             self.due += 1
 
 
-def _sums(
-    loaded: Any,
-    block: Sequence[Sequence[_Item]],
-    report: Report,
-    *,
-    labels: Sequence[str],
-    windows: Sequence[str],
-    shuffles: int,
-    kind: str,
-    chunk: int,
-    sinks: Sinks,
-) -> _Sums:
-    """One block, each of whose parts is a batch."""
-    model = loaded[0]
-    device = models.device(model)
-    sums = WeightedSums(models.n_layers(model), len(groups(labels, windows, shuffles)), width_at(model, kind), device)
-    norms = NormSums(models.n_layers(model), device, group=0)
+@dataclass(frozen=True)
+class _Pass:
+    """One block of batches, summed in this process or in a worker; the fields are arguments of `span_means`."""
 
-    def batches() -> Iterator[Batch]:
-        for items in block:
-            batch = pad([item.ids for item in items])
-            matrix = np.empty((sums.sums.shape[1], *batch.ids.shape))
-            for row, item in enumerate(items):
-                matrix[:, row] = weights(item.spans, matrix.shape[2], labels, windows, item.names)
-            batch.weights = torch.from_numpy(matrix)
-            yield batch
+    labels: tuple[str, ...]
+    windows: tuple[str, ...]
+    shuffles: int
+    kind: str
+    chunk: int
+    sinks: Sinks
 
-    stream(model, batches(), [sums, norms], kind=kind, chunk=chunk, sinks=sinks)
-    return _Sums(sums.sums.cpu(), sums.totals.cpu(), sums.sunk.cpu(), norms.sums.cpu(), sums.tally.cpu())
+    def __call__(self, loaded: Any, block: Sequence[Sequence[_Item]], report: Report) -> tuple[WeightedSums, NormSums]:
+        model = loaded[0]
+        device, layers = models.device(model), models.n_layers(model)
+        count = len(groups(self.labels, self.windows, self.shuffles))
+        sums = WeightedSums(layers, count, width_at(model, self.kind), device)
+        norms = NormSums(layers, device, group=0)  # weighted as `overall`, so that they compare with its norm
+
+        def batches() -> Iterator[Batch]:
+            for items in block:
+                batch = pad([item.ids for item in items])
+                matrix = np.empty((count, *batch.ids.shape))
+                for row, item in enumerate(items):
+                    matrix[:, row] = weights(item.spans, matrix.shape[2], self.labels, self.windows, item.names)
+                batch.weights = torch.from_numpy(matrix)
+                yield batch
+
+        stream(model, batches(), [sums, norms], kind=self.kind, chunk=self.chunk, sinks=self.sinks)
+        return sums.cpu(), norms.cpu()
