@@ -26,6 +26,7 @@ _EXPORTS = {
     "difference_of_means": "methods.contrasts",
     "pca": "methods.contrasts",
     "SpanMeans": "methods.span_statistics",
+    "span_means": "methods.span_statistics",
     "attribute": "evals.attribution",
     "lens": "evals.logit_lens",
     "push_to_hub": "jobs.hub",

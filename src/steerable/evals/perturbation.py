@@ -16,6 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def persistence(
     Raises UsageError for no texts or no tokens touched, strength 0, two vectors at a layer, and what `steer` refuses.
     """
     chosen = direction if layers is None else direction.only(layers)
-    own = _vectors(direction)
+    vectors = _vectors(direction)
     s = direction.strength if strength is None else float(strength)
     if s == 0 or not math.isfinite(s):
         raise UsageError(f"the strength is {s:g}: a shift needs a finite one other than 0")
@@ -116,7 +117,8 @@ def persistence(
         touched = selector(state) & state.valid
         measured = (touched.cumsum(1) > 0) & state.valid
         tokens += int(measured.sum())
-        base = _kept(model, batch, range(first, count))
+        base: dict[int, Tensor] = {}
+        _read(model, batch, range(first, count), partial(_store, base))
         for (run, layer), into in sums.items():
             with (
                 warnings.catch_warnings(action="ignore", category=SteerableWarning),  # given once for all above
@@ -130,7 +132,7 @@ def persistence(
             progress(len(batch.ids))
     if not tokens:
         raise UsageError(f"no token was touched: where={selector} opens nowhere in the {len(rows)} texts")
-    signed = {layer: math.copysign(1, s) * vector for layer, vector in own.items()}
+    signed = {layer: math.copysign(1, s) * vector for layer, vector in vectors.items()}
     tables = [
         _tables([sums[run, layer] for layer in chosen.layers], chosen.layers, signed, count) for run in range(len(runs))
     ]
@@ -189,14 +191,14 @@ class _Shifts:
 
 def _vectors(direction: Direction) -> dict[int, Tensor]:
     """The one vector of each layer, float64."""
-    found: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}
     for site, vector in direction.vectors.items():
-        if site.layer in found:
+        if site.layer in vectors:
             raise UsageError(f"there is more than one vector at layer {site.layer}: persistence follows one a layer")
         if site.kind in ("head_in", "mlp_act"):
             raise UsageError(f"{site} is not in the residual stream: persistence follows vectors that are")
-        found[site.layer] = vector.reshape(-1).double()
-    return found
+        vectors[site.layer] = vector.reshape(-1).double()
+    return vectors
 
 
 def _ids(tokenizer: Any, text: Text, number: int) -> tuple[list[int], int]:
@@ -218,15 +220,8 @@ def _batches(
         yield batch, state.advance(batch.ids, batch.mask)
 
 
-def _kept(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, Tensor]:
-    """The stream behind each of the layers."""
-    found: dict[int, Tensor] = {}
-
-    def keep(layer: int, h: Tensor) -> None:
-        found[layer] = h.clone()
-
-    _read(model, batch, layers, keep)
-    return found
+def _store(stream: dict[int, Tensor], layer: int, h: Tensor) -> None:
+    stream[layer] = h.clone()
 
 
 def _read(model: Any, batch: Batch, layers: Iterable[int], take: Callable[[int, Tensor], None]) -> None:
@@ -239,43 +234,43 @@ def _read(model: Any, batch: Batch, layers: Iterable[int], take: Callable[[int, 
         models.base(model)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
-def _tables(sums: Sequence[_Shifts], sources: Sequence[int], own: Mapping[int, Tensor], count: int) -> dict[str, Table]:
+def _tables(
+    sums: Sequence[_Shifts], sources: Sequence[int], vectors: Mapping[int, Tensor], count: int
+) -> dict[str, Table]:
     tables: dict[str, Table] = {"diff_diff": [], "diff_vector": [], "relative": []}
-    for source, found in zip(sources, sums, strict=True):
-        before: list[float | None] = [None] * source
-        for table in tables.values():
-            table.append(list(before))
+    for source, shifts in zip(sources, sums, strict=True):
+        rows: dict[str, list[float | None]] = {name: [None] * source for name in tables}
         for index in range(count - source):
-            shift, unit = found.sums[:, index]
-            moved = float(found.moved[index])
-            vector = own.get(source + index)
-            tables["diff_diff"][-1].append(_along(unit, shift, moved))
-            tables["diff_vector"][-1].append(None if vector is None else _along(unit, vector, moved))
-            total = float(found.tokens[index])
-            tables["relative"][-1].append(float(found.relative[index]) / total if total else None)
+            shift, unit = shifts.sums[:, index]
+            moved, total = float(shifts.moved[index]), float(shifts.tokens[index])
+            vector = vectors.get(source + index)
+            rows["diff_diff"].append(_mean_cosine(unit, shift, moved))
+            rows["diff_vector"].append(None if vector is None else _mean_cosine(unit, vector, moved))
+            rows["relative"].append(float(shifts.relative[index]) / total if total else None)
+        for name, table in tables.items():
+            table.append(rows[name])
     return tables
 
 
-def _along(unit_sum: Tensor, vector: Tensor, tokens: float) -> float | None:
+def _mean_cosine(unit_sum: Tensor, vector: Tensor, tokens: float) -> float | None:
     """The mean cosine of the shifts, given the sum of their units, with a vector."""
     norm = float(vector.norm())
     return float(unit_sum @ vector) / norm / tokens if tokens and norm > 0 else None
 
 
 def _mean(runs: Sequence[Mapping[str, Table]]) -> dict[str, Table] | None:
+    """The cell-by-cell mean of several runs' tables over the runs that have a value there."""
     if not runs:
         return None
-
-    def mean(cells: tuple[float | None, ...]) -> float | None:
-        known = [c for c in cells if c is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        name: [
-            [mean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*(r[name] for r in runs), strict=True)
-        ]
-        for name in runs[0]
-    }
+    result: dict[str, Table] = {}
+    for name in runs[0]:
+        stacked = torch.tensor(
+            [[[math.nan if cell is None else cell for cell in row] for row in run[name]] for run in runs],
+            dtype=torch.float64,
+        )
+        means = stacked.nanmean(0).tolist()
+        result[name] = [[None if math.isnan(cell) else cell for cell in row] for row in means]
+    return result
 
 
 def _warn_of_rounding(model: Any, chosen: Direction, diff_vector: Table) -> None:

@@ -141,8 +141,8 @@ def twin(model: Any, *, block: Callable[..., Any] | None = None, **config: Any) 
         if id(module) not in copies:
             copies[id(module)] = new = copy(module)
             new._modules = {name: part and double(part) for name, part in module._modules.items()}
-            if (own := getattr(module, "config", None)) is not None:
-                new.config = configs.get(id(own), own)
+            if (its_config := getattr(module, "config", None)) is not None:
+                new.config = configs.get(id(its_config), its_config)
         return copies[id(module)]
 
     result = double(model)

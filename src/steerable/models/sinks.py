@@ -167,18 +167,17 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def stats(*found: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a direction file tells in its `stats`, from one {site: summary} or several; empty where nothing was left
-    out."""
-    sites = sorted({site for one in found for site in one})
-    told = {str(site): merged(*(one.get(site, {}) for one in found)) for site in sites}
-    return {"attention_sinks": told} if told else {}
+def stats(*parts: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a direction file says in its `stats`, from several {site: summary}; empty where nothing was left out."""
+    sites = sorted({site for part in parts for site in part})
+    summaries = {str(site): merged(*(part.get(site, {}) for part in parts)) for site in sites}
+    return {"attention_sinks": summaries} if summaries else {}
 
 
-def sentence(found: Mapping[Any, Mapping[str, Any]], last: bool = False) -> str:
+def sentence(summaries: Mapping[Any, Mapping[str, Any]], last: bool = False) -> str:
     """What was left out, in words, from {site: summary}; empty where nothing was. last: the summaries are of texts'
     last tokens, which were taken all the same."""
-    sinks = {site: about for site, about in found.items() if about}
+    sinks = {site: about for site, about in summaries.items() if about}
     if not sinks:
         return ""
     site, about = max(sinks.items(), key=lambda item: item[1]["left_out"])
