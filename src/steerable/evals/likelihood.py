@@ -24,9 +24,9 @@ from steerable.engines.activations import batch_tokens, length_batches, pad
 from steerable.engines.hf.hooks import Handle, steer
 from steerable.engines.hf.precision import dtype_of, is_narrow
 from steerable.evals.intervals import Interval, difference_interval, mean_interval
-from steerable.models.reading import new_cache, pieces
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config, unwrap_to_run
+from steerable.models.reading import new_cache, pieces
 from steerable.steering.gates import SequenceState
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
