@@ -1,9 +1,9 @@
 """math-verify in a process of its own, which can be killed: sympy may need for ever, or all memory.
 
-The process starts at the first question and stays for the next ones. It is a plain child program, so it can be used
-from any thread and from worker processes too. It limits itself: the operating system ends it when one
-question has used its share of processor time, whatever it is doing, and it ends when its input closes, as it does
-when the parent dies. So it cannot outlive a killed parent by more than one question.
+The process starts at the first question and stays for the next ones. It is a plain child program
+(`symbolic_worker.py`), so it can be used from any thread and from worker processes too. It limits itself: the operating
+system ends it when one question has used its share of processor time, whatever it is doing, and it ends when its input
+closes, as it does when the parent dies. So it cannot outlive a killed parent by more than one question.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ import sys
 import threading
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 Outcome = Literal["right", "wrong", "parse-error", "timeout"]
 
 #: Seconds of processor time for one question: a busy machine changes no verdict. By the clock it may take ten times
 #: that.
 LIMIT = 5.0
-_PROGRAM = Path(__file__).with_name("symbolic_worker.py")
 
 
 @functools.lru_cache(maxsize=4096)
-def equivalent(wanted: str, given: str, limit: float = LIMIT) -> Outcome:
+def equivalent(reference: str, given: str, limit: float = LIMIT) -> Outcome:
     """Whether two cleaned LaTeX answers are equivalent for math-verify. No error of it, nor its end, is raised."""
-    return _WORKER.ask(wanted, given, limit)
+    return _WORKER.ask(reference, given, limit)
 
 
 class _Worker:
@@ -46,10 +45,11 @@ class _Worker:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, wanted: str, given: str, limit: float) -> Outcome:
+    def ask(self, reference: str, given: str, limit: float) -> Outcome:
+        """The child's answer to one question."""
         with self.lock:
             try:
-                return self._ask(json.dumps([wanted, given, limit]).encode() + b"\n", limit)
+                return self._ask(json.dumps([reference, given, limit]).encode() + b"\n", limit)
             except BaseException:  # Ctrl-C: its answer must not be taken for that to the next question
                 self.stop()
                 raise
@@ -69,8 +69,8 @@ class _Worker:
                 continue
             line = process.stdout.readline() if wait([process.stdout.fileno()], limit * 10 + 60) else b""
             if line:
-                found: Any = json.loads(line)
-                return found  # type: ignore[no-any-return]
+                outcome: Outcome = json.loads(line)
+                return outcome
             code = self.stop()
             if code in (-signal.SIGKILL, -signal.SIGPROF, -signal.SIGALRM):
                 return "timeout"
@@ -96,7 +96,7 @@ def _start() -> subprocess.Popen[bytes]:
     # -P: the program's own folder must not be searched for modules. A session of its own: Ctrl-C in the terminal is
     # for the parent.
     return subprocess.Popen(
-        [sys.executable, "-P", str(_PROGRAM)],
+        [sys.executable, "-P", str(Path(__file__).with_name("symbolic_worker.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The child program of `chains.symbolic`: reads `[wanted, given, limit]` as JSON lines, answers one word each.
+"""The child program of `chains.symbolic`: reads `[reference, given, limit]` as JSON lines, answers one word each.
 
 It imports nothing of the library, so that it starts fast and holds little memory.
 
@@ -38,11 +38,11 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 
     for line in sys.stdin:
-        wanted, given, limit = json.loads(line)
+        reference, given, limit = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, limit)
         signal.setitimer(signal.ITIMER_REAL, 10 * limit + 30)
         try:
-            verdict = compare(wanted, given)
+            verdict = compare(reference, given)
         except (Exception, MemoryError, RecursionError):
             verdict = "parse-error"
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -51,18 +51,18 @@ def main() -> None:
         answers.flush()
 
 
-def compare(wanted: str, given: str) -> str:
+def compare(reference: str, given: str) -> str:
     """Whether two formulas are equivalent; raises where `given` cannot be read."""
     other = read(given)
     try:
-        gold = read(wanted)
+        gold = read(reference)
     except Exception:
         return "wrong"
-    for text, value in ((wanted, other), (given, gold)):
+    for text, value in ((reference, other), (given, gold)):
         if DECIMAL.fullmatch(text):
             if getattr(value, "is_rational", None) is not True:
                 return "right" if rounds_to(value, text.lstrip("+")) else "wrong"
-            if text is wanted:
+            if text is reference:
                 return "wrong"  # a calculation that gives the number
     # Its own time limits need the main thread and cannot interrupt one long operation.
     return "right" if is_same(gold, other) and verify(gold, other, timeout_seconds=None) else "wrong"
