@@ -32,7 +32,6 @@ CLIMBS: set[tuple[str, str]] = {
     ("methods.train.traces", "jobs.settings"),
     ("methods.train.upft", "jobs.judged"),
     ("methods.train.upft", "pages.rl_page"),
-    ("models.pocket.recipe", "formats.torch_files"),
     ("pages.rl_page", "jobs.lens_document"),
 }
 CIRCLES = {

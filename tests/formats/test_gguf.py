@@ -7,7 +7,6 @@ import torch
 from vector_files import direction_of, gguf_bytes, vectors
 
 from steerable.formats import NeedsChoice, export_file, import_file
-from steerable.formats.gguf import parse
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableWarning, UsageError
 
@@ -126,14 +125,15 @@ def test_an_endless_array_ends(tmp_path):
         import_file(tmp_path / "a.gguf")
 
 
-def test_the_header_agrees_with_ggufs_reader(tmp_path):
-    path = gguf_bytes(tmp_path / "a.gguf", named(vectors(0, 1, 2, width=7)), strings=(("method", "x"),))
-    meta, tensors = parse(path.read_bytes())
-    reader = gguf.GGUFReader(path)
-    assert {k: v for k, (_, v) in meta.items()} == {
-        k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")
+def test_the_numbers_and_metadata_are_those_of_ggufs_reader(tmp_path):
+    path = gguf_bytes(tmp_path / "a.gguf", named(vectors(0, 1, 2, width=7)), strings=(("method", "x"), ("note", "y")))
+    direction, reader = import_file(path), gguf.GGUFReader(path)
+    assert {t.name: t.data.tolist() for t in reader.tensors} == {
+        f"direction.{k}": direction.at(k).tolist() for k in (0, 1, 2)
     }
-    assert {t.name: t.data.tolist() for t in reader.tensors} == {n: t.tolist() for n, t in tensors.items()}
+    texts = {k.partition(".")[2]: f.contents() for k, f in reader.fields.items() if k.startswith("controlvector.")}
+    imported = direction.stats["imported"]
+    assert texts == {"method": direction.method, "layer_count": 3} | {k: imported[k] for k in ("model_hint", "note")}
 
 
 def test_llama_cpp_adds_what_was_exported_after_the_same_blocks(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from vector_files import direction_of, gguf_bytes, steering_lite_bytes, torch_bytes, vectors
 
+import steerable as st
 from steerable.formats import NeedsChoice, export_file, import_file, import_to, validate_file
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
@@ -322,6 +323,6 @@ def test_a_name_in_a_file_is_no_path(tmp_path, name):
     import_to(inside / "m.pt", inside / "out.safetensors", label=name or None)
     direction = Direction.load(inside / "out.safetensors")
     assert direction.behaviour == name
-    for path in direction.save_pretrained(inside / "card"):
+    for path in st.save_pretrained(direction, inside / "card"):
         assert path.parent == inside / "card" and path.name.isprintable()
     assert {p.name for p in tmp_path.iterdir()} == {"inside"}

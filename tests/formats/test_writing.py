@@ -5,7 +5,7 @@ import pytest
 import torch
 from vector_files import direction_of, vectors
 
-from steerable.formats import EXPORTS, export_file, import_file
+from steerable.formats import export_file, formats, import_file
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableWarning, UsageError
@@ -18,7 +18,9 @@ ASKED = {
     "persona": {"format": "persona"},
     "pt-dict": {"layers_from": 0},
 }
-VECTORS = [to for to in EXPORTS if to != "checkpoint"]  # test_checkpoint.py has the model folders
+VECTORS = [
+    name for name, format in formats().items() if format.write and name != "checkpoint"
+]  # test_checkpoint.py has the model folders
 WITHOUT_STRENGTH = set(VECTORS) - {"steering-lite", "lm-eval", "peft-beft"}
 
 

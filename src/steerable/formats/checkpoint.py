@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerable.formats.base import FOLDED, Format, WriteOptions
 from steerable.models import loading as models
 from steerable.models.biases import Place, bias_names, linear, number_type, placed
 from steerable.steering.direction import Direction
@@ -220,3 +221,14 @@ def _whole(folder: Path) -> Iterator[Path]:
         raise SteerableError(f"cannot write the checkpoint {folder}: {reason}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(direction: Direction, path: Path, options: WriteOptions) -> None:
+    if options.model is None:
+        raise UsageError("a checkpoint holds a whole model: give --model, the one that the direction was made on")
+    loaded = options.model if isinstance(options.model, models.Loaded) else models.load(options.model, device="cpu")
+    as_checkpoint(loaded.model, loaded.tokenizer, direction, path)
+
+
+_LIMITS = "It holds additions at every token, where a stock class of transformers has a bias, and no strength."
+FORMATS = (Format("checkpoint", write=_write, limits=_LIMITS, strength=FOLDED),)

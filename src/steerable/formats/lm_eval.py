@@ -1,24 +1,23 @@
 """Files of `lm-eval --model steered`.
 
-`.pt`: {hookpoint: {"steering_vector": [1, d], "steering_coefficient": x, "action": "add" or "clamp", "bias",
-"head_index"}}, the hookpoint a module of the base model, such as "layers.3". The `.csv` names features of sparse
-autoencoders: its vectors are in those, not in the file.
+{hookpoint: {"steering_vector": [1, d], "steering_coefficient": x, "action": "add" or "clamp", "bias", "head_index"}} by
+`torch.save`, the hookpoint a module of the base model, such as "layers.3".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from steerable.formats.foreign import Found, kind_of, number, same_width, vector, warn
+from steerable.formats import checks
+from steerable.formats.base import HELD, Format, Options, Source, WriteOptions, imported, warn, writer
+from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
+from steerable.store.torch_archive import dumps
 
-#: First line of the CSV form.
-CSV = "loader,action,sparse_model,hookpoint,feature_index,steering_coefficient"
 _BLOCK = r"(?:\w+\.)*(?:layers|h|blocks)\.([0-9]{1,4})"
 _SITES = {
     "resid_post": _BLOCK,
@@ -27,48 +26,39 @@ _SITES = {
 }
 
 
-def matches(found: Any) -> bool:
+def _sniff(source: Source) -> bool:
+    content = source.torch
     return (
-        isinstance(found, Mapping)
-        and bool(found)
-        and all(isinstance(v, Mapping) and "steering_vector" in v for v in found.values())
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(v, Mapping) and "steering_vector" in v for v in content.values())
     )
 
 
-def read(found: Any) -> Found:
+def _read(source: Source, options: Options) -> Direction:
     """Raises UsageError for clamps and heads. Coefficients that differ are multiplied in."""
-    if not matches(found):
-        raise UsageError(f"it holds {kind_of(found)}: expected {{hookpoint: {{'steering_vector', ...}}}}")
     vectors: dict[Site, Tensor] = {}
     coefficients: dict[Site, float] = {}
-    for hookpoint, entry in found.items():
+    for hookpoint, entry in source.torch.items():
         site, where = _site(str(hookpoint)), f"hookpoint {str(hookpoint)[:60]!r}"
         if site in vectors:
             raise UsageError(f"it holds two vectors for {site}")
-        if entry.get("action") != "add":
-            raise UsageError(
-                f"{where} has the action {str(entry.get('action'))[:20]!r}: only additions can be imported"
-            )
+        if (action := entry.get("action")) != "add":
+            raise UsageError(f"{where} has the action {str(action)[:20]!r}: only additions can be imported")
         if entry.get("head_index") is not None:
             raise UsageError(f"{where} is for one attention head: only vectors of the whole width can be imported")
         if entry.get("bias") is not None:
             raise UsageError(f"{where} has a bias: lm-eval takes none for additions")
-        vectors[site] = vector(entry["steering_vector"], f"the vector of {where}")
-        coefficients[site] = number(entry.get("steering_coefficient", 1.0), f"the coefficient of {where}")
-    same_width(vectors)
+        vectors[site] = checks.vector(entry["steering_vector"], f"the vector of {where}")
+        coefficients[site] = checks.number(entry.get("steering_coefficient", 1.0), f"the coefficient of {where}")
     if any(site.kind != "resid_post" for site in vectors):
         warn("a vector for an attention or an MLP adds to what it adds to the stream only where no norm follows it")
     strength = next(iter(coefficients.values()))
     if len(set(coefficients.values())) > 1:
         strength = 1.0
-        vectors = {site: vector(v * coefficients[site], f"the vector of {site}") for site, v in vectors.items()}
-    return Found(
-        format="lm-eval",
-        vectors=vectors,
-        convention="its hookpoints name blocks",
-        strength=strength,
-        about={"coefficients": {str(site): c for site, c in coefficients.items()}},
-    )
+        vectors = {site: checks.vector(v * coefficients[site], f"the vector of {site}") for site, v in vectors.items()}
+    about = {"coefficients": {str(site): c for site, c in coefficients.items()}}
+    return imported("lm-eval", vectors, "its hookpoints name blocks", strength=strength, about=about)
 
 
 def _site(hookpoint: str) -> Site:
@@ -78,22 +68,12 @@ def _site(hookpoint: str) -> Site:
     raise UsageError(f"hookpoint {hookpoint[:60]!r} is not known: expected a block ('layers.3'), its attention or MLP")
 
 
-def refuse_csv() -> Found:
-    raise UsageError(
-        "an lm-eval CSV names features of sparse autoencoders and holds no vectors: take the rows of W_dec that it "
-        "names, times their coefficient, and save them as a .pt"
-    )
-
-
-def content(vectors: Mapping[int, Tensor], strength: float, blocks: str = "layers") -> dict[str, dict[str, Any]]:
-    """The dict to `torch.save`; `blocks` is the path of the blocks in the base model ("h" for GPT-2)."""
-    return {
-        f"{blocks}.{block}": {
-            "steering_vector": v[None].clone(),
-            "steering_coefficient": float(strength),
-            "action": "add",
-            "bias": None,
-            "head_index": None,
-        }
-        for block, v in sorted(vectors.items())
+def _encode(vectors: dict[int, Tensor], direction: Direction, options: WriteOptions) -> bytes:
+    entry = {"steering_coefficient": direction.strength, "action": "add", "bias": None, "head_index": None}
+    blocks = {
+        f"{options.blocks}.{block}": {"steering_vector": v[None].clone(), **entry} for block, v in vectors.items()
     }
+    return dumps(blocks)
+
+
+FORMATS = (Format("lm-eval", _sniff, _read, writer(_encode), strength=HELD),)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steerable.formats.foreign import layers_text
+from steerable.formats.exchange import layers_text
 from steerable.pages.cells import Cell, Interval, doses, measured, setting_of, unsteered
 from steerable.steering.direction import Direction
 from steerable.store.text import one_line

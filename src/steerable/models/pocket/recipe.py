@@ -27,12 +27,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from steerable.formats.torch_files import dumps
 from steerable.models.pocket import solver
 from steerable.models.pocket.families import FAMILIES, held_out
 from steerable.models.pocket.tokenizer import ASSISTANT, END, PAD, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target, folder_target, write_atomic
+from steerable.store.torch_archive import dumps
 
 #: Seeds of the training tasks begin here; extraction and evaluation seeds are small.
 TRAIN_SEED = 1_000_000_000
