@@ -379,6 +379,7 @@ print(len(replies))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes(server, tmp_path, how):
     def act(handler, request, text, count):

@@ -1,29 +1,32 @@
 """Chat completions from any OpenAI-compatible server: many at once, within its limits, none asked for twice.
 
-The key is read from the environment (`STEERABLE_API_KEY`, else `OPENAI_API_KEY`; a server of one's own needs
-none) at the moment of asking. It is kept in no object that outlives the call, and stands in no file, message
-or log.
+The key is read from the environment (`STEERABLE_API_KEY`, else `OPENAI_API_KEY`; a server of one's own needs none) at
+the moment of asking. It is kept in no object that outlives the call, and stands in no file, message or log.
+
+Requests are repeated here and not by the `openai` client (its `max_retries` is 0): that keeps no limit per minute, has
+no common pause, ignores or refuses a `Retry-After` of more than one or two minutes, and does not repeat what a proxy
+answers with status 200 and no completion in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
-import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from steerable.chains import answers
-from steerable.chains.answers import Reply
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import write_atomic
 
@@ -35,6 +38,23 @@ OPENAI_URL = "https://api.openai.com/v1"
 _FIRST_TRIES = 3  # to reach a server that has never answered
 _LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 _SLOWEST_BACKOFF = 60.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one conversation got. `finish` is the server's reason to stop (`stop`; `length` where the reply was
+    cut off), or `error` where it got none; then `error` says why in a sentence and `text` is empty."""
+
+    text: str
+    finish: str = "stop"
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the reply was cut off by the token limit."""
+        return self.finish == "length"
 
 
 @dataclass
@@ -54,7 +74,7 @@ def tally(replies: Sequence[Reply], prices: tuple[float, float] | None = None) -
 
     prices: US dollars per million prompt and completion tokens; gives `cost`, in dollars.
     """
-    found: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "requests": len(replies),
         "failed": sum(reply.error is not None for reply in replies),
         "truncated": sum(reply.truncated for reply in replies),
@@ -62,9 +82,17 @@ def tally(replies: Sequence[Reply], prices: tuple[float, float] | None = None) -
         "completion_tokens": sum(reply.completion_tokens for reply in replies),
     }
     if prices is not None:
-        cost = (found["prompt_tokens"] * prices[0] + found["completion_tokens"] * prices[1]) / 1e6
-        found["cost"] = round(cost, 6)
-    return found
+        counts["cost"] = round((counts["prompt_tokens"] * prices[0] + counts["completion_tokens"] * prices[1]) / 1e6, 6)
+    return counts
+
+
+class _Again(Exception):
+    """Why a request is to be sent again; `wait` holds the seconds that the server asks to wait before, if it does, and
+    `absent` says that no server was reached."""
+
+    def __init__(self, reason: str, wait: float | None = None, absent: bool = False) -> None:
+        super().__init__(reason)
+        self.wait, self.absent = wait, absent
 
 
 @dataclass
@@ -147,35 +175,34 @@ class Endpoint:
         places: dict[str, list[int]] = {}
         requests: dict[str, dict[str, Any]] = {}
         for index, messages in enumerate(conversations):
+            settings = {"temperature": temperature, "max_tokens": max_tokens, "seed": seeds[index]}
             request = {
                 "model": self.model,
                 "messages": [{key: _encodable(text) for key, text in message.items()} for message in messages],
+                **{name: value for name, value in settings.items() if value is not None},
             }
-            request |= _given(temperature=temperature, max_tokens=max_tokens, seed=seeds[index])
-            key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-            places.setdefault(key, []).append(index)
-            requests[key] = request
+            name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+            places.setdefault(name, []).append(index)
+            requests[name] = request
         replies: dict[int, Reply] = {}
 
-        def arrived(key: str, reply: Reply) -> None:
-            for index in places[key]:
+        def arrived(name: str, reply: Reply) -> None:
+            for index in places[name]:
                 replies[index] = reply
                 if finished is not None:
                     finished(index, reply)
                 if progress is not None:
                     progress(1, reply.completion_tokens)
 
-        missing = []
-        for key in requests:
-            if (kept := _kept(cache, key)) is None:
-                missing.append(key)
-            else:
-                self.account.cached += len(places[key])
-                arrived(key, kept)
-        if missing:
+        for name in list(requests):
+            if (cached := _cached(cache, name)) is not None:
+                self.account.cached += len(places[name])
+                arrived(name, cached)
+                del requests[name]
+        if requests:
             key = _key(self.host)
             try:
-                _in_thread(lambda: self._ask_all({k: requests[k] for k in missing}, key, cache, arrived))
+                _in_thread(lambda: self._ask_all(requests, key, cache, arrived))
             finally:
                 for note in self._notes:
                     warnings.warn(note, SteerableWarning, stacklevel=2)
@@ -184,27 +211,27 @@ class Endpoint:
 
     async def _ask_all(
         self,
-        requests: dict[str, dict[str, Any]],
+        requests: Mapping[str, dict[str, Any]],
         key: str,
         cache: Path | None,
         arrived: Callable[[str, Reply], None],
     ) -> None:
         from openai import AsyncOpenAI
 
-        waiting = iter(requests.items())
+        remaining = iter(requests.items())
+
+        async def worker(client: Any) -> None:
+            for name, request in remaining:
+                reply, sent = await self._ask(client, request, key)
+                if reply.error is None and cache is not None:
+                    record = {"sent": sent, "reply": asdict(reply)}
+                    write_atomic(_file(cache, name), json.dumps(record, sort_keys=True, indent=1) + "\n")
+                arrived(name, reply)
 
         async with AsyncOpenAI(
             api_key=key or "none", base_url=self.base_url, max_retries=0, timeout=self.timeout
         ) as client:
-
-            async def worker() -> None:
-                for name, request in waiting:
-                    reply, sent = await self._ask(client, request, key)
-                    if reply.error is None and cache is not None:
-                        write_atomic(_file(cache, name), _dump({"sent": sent, "reply": asdict(reply)}))
-                    arrived(name, reply)
-
-            tasks = [asyncio.create_task(worker()) for _ in range(min(self.concurrency, len(requests)))]
+            tasks = [asyncio.create_task(worker(client)) for _ in range(min(self.concurrency, len(requests)))]
             try:
                 await asyncio.gather(*tasks)
             finally:
@@ -214,60 +241,37 @@ class Endpoint:
 
     async def _ask(self, client: Any, request: dict[str, Any], key: str) -> tuple[Reply, dict[str, Any]]:
         """A reply, and the settings that it was really asked with."""
-        import openai
-
         answered = self._gate.answered
-        reason = ""
-        failures, tries = 0, self.tries
-        while failures < tries:
+        failures = 0
+        while True:
             sent = self._accepted(request)
             expected = _expected_tokens(sent)
             await self._gate.wait(expected)
             self.account.sent += 1
             self.account.retries += failures > 0
-            wait = self.backoff * 2**failures
-            wait = min(wait, _SLOWEST_BACKOFF) * random.uniform(0.75, 1.25)
             try:
-                async with asyncio.timeout(self.timeout):
-                    raw = await client.chat.completions.with_raw_response.create(**sent)
-                reply = answers.read(raw.text, key)
-            except (openai.APITimeoutError, TimeoutError):
-                reason = f"it did not answer within {self.timeout:g} s"
-            except openai.APIConnectionError as error:
-                cause = type(error.__cause__ or error).__name__
-                reason = f"the connection failed ({cause})"
-                if cause == "ConnectError" and not self._gate.answered:  # most likely there is no server there
-                    tries = min(tries, _FIRST_TRIES)
-            except openai.APIStatusError as error:
-                reason = answers.reason(error, key)
-                if self._refuses(error, reason, sent):
-                    continue
-                if not answers.passing(error):
-                    self._stop_if_hopeless(error, reason)
-                    self.account.failed += 1
-                    self._gate.correct(expected, 0)
-                    return Reply("", "error", error=reason), {}
-                asked = answers.retry_after(error.response.headers)
-                if asked is not None:
-                    if asked > _LONGEST_WAIT:
-                        raise SteerableError(
-                            f"{self.host} asks to wait {asked:.0f} s before the next request ({reason}): "
-                            "run the same command later; what was answered is kept"
-                        ) from None
-                    self._gate.pause(asked)  # all requests, not this one alone
-                    wait = asked * random.uniform(1.0, 1.05)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                self._gate.answered += 1
-                self._gate.correct(expected, reply.prompt_tokens + reply.completion_tokens)
-                self.account.prompt_tokens += reply.prompt_tokens
-                self.account.completion_tokens += reply.completion_tokens
-                return reply, {k: v for k, v in sent.items() if k != "messages"}
-            self._gate.correct(expected, 0)
-            failures += 1
-            if failures < tries:
-                await asyncio.sleep(wait)
+                reply = await self._send(client, sent, key)
+            except _Again as again:
+                self._gate.correct(expected, 0)
+                failures += 1
+                reason = str(again)
+                # Where none has ever answered, there is most likely no server.
+                is_absent = again.absent and not self._gate.answered
+                if failures >= (min(self.tries, _FIRST_TRIES) if is_absent else self.tries):
+                    break
+                backoff = min(self.backoff * 2 ** (failures - 1), _SLOWEST_BACKOFF) * random.uniform(0.75, 1.25)
+                await asyncio.sleep(backoff if again.wait is None else again.wait * random.uniform(1.0, 1.05))
+                continue
+            self._gate.correct(expected, 0 if reply is None else reply.prompt_tokens + reply.completion_tokens)
+            if reply is None:
+                continue  # without a setting that the model does not take
+            if reply.error is not None:
+                self.account.failed += 1
+                return reply, {}
+            self._gate.answered += 1
+            self.account.prompt_tokens += reply.prompt_tokens
+            self.account.completion_tokens += reply.completion_tokens
+            return reply, {name: value for name, value in sent.items() if name != "messages"}
         # If others were answered meanwhile, the fault lies with this request; if none was, with the server.
         if self._gate.answered == answered:
             raise SteerableError(
@@ -277,17 +281,48 @@ class Endpoint:
         self.account.failed += 1
         return Reply("", "error", error=f"{failures} tries failed, the last one because {reason}"), {}
 
+    async def _send(self, client: Any, request: dict[str, Any], key: str) -> Reply | None:
+        """The reply to one request, an error that is its own included; None where it is to be sent again in other
+        words. Raises `_Again` for what may pass, and one sentence for what concerns all requests."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self.timeout):
+                raw = await client.chat.completions.with_raw_response.create(**request)
+            return _read(raw.text, key)
+        except (openai.APITimeoutError, TimeoutError):
+            raise _Again(f"it did not answer within {self.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise _Again(f"the connection failed ({cause})", absent=cause == "ConnectError") from None
+        except openai.APIStatusError as error:
+            status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+            told = body.get("message") or body.get("detail") or getattr(error.response, "reason_phrase", "")
+            reason = f"{status}: {_line(str(told or 'no message'), key)}"
+            headers = error.response.headers
+        if self._refuses(status, body, reason, request):
+            return None
+        is_quota = status == 429 and "insufficient_quota" in (body.get("code"), body.get("type"))
+        if is_quota or not (status in (408, 409, 425, 429) or status >= 500):
+            self._stop_if_hopeless(status, reason)
+            return Reply("", "error", error=reason)
+        wait = _retry_after(headers)
+        if wait is not None and wait > _LONGEST_WAIT:
+            raise SteerableError(
+                f"{self.host} asks to wait {wait:.0f} s before the next request ({reason}): "
+                "run the same command later; what was answered is kept"
+            ) from None
+        self._gate.pause(wait or 0)  # all requests, not this one alone
+        raise _Again(reason, wait)
+
     def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
         named = {self._refused.get(key, key): value for key, value in request.items()}
         return {key: value for key, value in named.items() if key}
 
-    def _refuses(self, error: Any, reason: str, sent: Mapping[str, Any]) -> bool:
+    def _refuses(self, status: int, body: Mapping[str, Any], reason: str, sent: Mapping[str, Any]) -> bool:
         """Whether the server refused a setting rather than the request; then it is not sent again."""
-        if error.status_code not in (400, 422):
-            return False
-        body = error.body if isinstance(error.body, dict) else {}
         told = body.get("param") if str(body.get("code") or "").startswith("unsupported") else None
-        if told is None and not _UNSUPPORTED.search(reason):
+        if status not in (400, 422) or (told is None and not _UNSUPPORTED.search(reason)):
             return False
         for name, instead in _OPTIONAL.items():
             for tried, next_ in ((name, instead), (instead, "")):
@@ -298,9 +333,8 @@ class Endpoint:
                     return True
         return False
 
-    def _stop_if_hopeless(self, error: Any, reason: str) -> None:
+    def _stop_if_hopeless(self, status: int, reason: str) -> None:
         """Raise for what every other request would be told as well."""
-        status = error.status_code
         if status in (401, 403):
             raise UsageError(
                 f"{self.host} refused the key ({reason}): set STEERABLE_API_KEY or OPENAI_API_KEY to one that is valid "
@@ -352,42 +386,20 @@ class _Gate:
         self.paused = max(self.paused, time.monotonic() + seconds)
 
 
-def _in_thread(work: Callable[[], Any]) -> None:
+def _in_thread(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a coroutine to its end in a thread of its own: a notebook's thread already runs an event loop.
 
     An interrupt here (Ctrl-C) cancels the requests under way at once.
     """
-    failed: list[BaseException] = []
-    started = threading.Event()
-    running: list[Any] = []
-
-    async def main() -> None:
-        running.extend((asyncio.get_running_loop(), asyncio.current_task()))
-        started.set()
-        await work()
-
-    def body() -> None:
+    with contextlib.closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(1, "steerable-endpoint") as thread:
+        task = loop.create_task(work())
+        running = thread.submit(loop.run_until_complete, task)
         try:
-            asyncio.run(main())
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=body, name="steerable-endpoint", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.1)
-    except BaseException:
-        started.wait()
-        if running and thread.is_alive():
-            loop, task = running
-            loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
-        raise
-    if failed:
-        raise failed[0]
+            running.result()
+        except BaseException:
+            if not running.done():
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _key(host: str) -> str:
@@ -402,35 +414,65 @@ def _key(host: str) -> str:
     return key
 
 
+def _read(body: str, key: str) -> Reply:
+    """A reply from the server's JSON; `_Again` for what is no completion."""
+    try:
+        document = json.loads(body)
+        choice = document["choices"][0]
+        text, usage = choice["message"].get("content"), document.get("usage") or {}
+        return Reply(
+            text=_hide(text, key) if isinstance(text, str) else "",
+            finish=str(choice.get("finish_reason") or "stop"),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _Again(f"its answer was no chat completion: {_line(body, key) or 'nothing'}") from None
+
+
+def _line(text: str, key: str) -> str:
+    """The beginning of what the server said, in one line, without the key if it repeats it."""
+    return " ".join(_hide(text, key).split())[:300]
+
+
+def _hide(text: str, key: str) -> str:
+    return text.replace(key, "***") if len(key) >= 4 else text
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        with contextlib.suppress(ValueError):
+            return max(0.0, float(value) * unit)
+        with contextlib.suppress(ValueError):
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
 def _expected_tokens(request: Mapping[str, Any]) -> int:
     characters = sum(len(text) for message in request["messages"] for text in message.values())
     longest = request.get("max_tokens") or request.get("max_completion_tokens") or characters // 4
     return characters // 4 + int(longest)
 
 
-def _kept(cache: Path | None, key: str) -> Reply | None:
-    """A kept reply; None for a missing or damaged file."""
+def _cached(cache: Path | None, name: str) -> Reply | None:
+    """The reply that the cache holds; None for a missing or damaged file."""
     if cache is None:
         return None
     try:
-        found = Reply(**json.loads(_file(cache, key).read_bytes())["reply"])
+        reply = Reply(**json.loads(_file(cache, name).read_bytes())["reply"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    counts = (found.prompt_tokens, found.completion_tokens)
-    sound = isinstance(found.text, str) and isinstance(found.finish, str) and all(isinstance(n, int) for n in counts)
-    return replace(found, error=None) if sound else None
+    return reply if [type(value) for value in astuple(reply)] == [str, str, int, int, type(None)] else None
 
 
-def _file(cache: Path, key: str) -> Path:
-    return Path(cache) / key[:2] / f"{key}.json"
-
-
-def _dump(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True, indent=1) + "\n"
-
-
-def _given(**settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+def _file(cache: Path, name: str) -> Path:
+    return Path(cache) / name[:2] / f"{name}.json"
 
 
 def _encodable(text: str) -> str:
