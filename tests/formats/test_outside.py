@@ -14,6 +14,7 @@ from steerable.formats.base import imported, writer
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
+from steerable.store.plugins import load_plugins
 
 NUMBERS = """
 import torch
@@ -41,9 +42,11 @@ FORMAT = Format(
 
 @pytest.fixture(autouse=True)
 def fresh_table():
-    table._table.cache_clear()
+    for cached in (table._table, load_plugins):
+        cached.cache_clear()
     yield
-    table._table.cache_clear()
+    for cached in (table._table, load_plugins):
+        cached.cache_clear()
 
 
 def by_function(tmp_path, monkeypatch):

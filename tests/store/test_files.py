@@ -13,7 +13,7 @@ import torch
 
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.formats import export_file, import_file, validate_file
-from steerable.jobs.hub import save_pretrained
+from steerable.jobs.publish import save_pretrained
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError

@@ -144,7 +144,7 @@ def test_the_lens_page(finished):
 
 
 def test_the_card():
-    from steerable.jobs.hub import model_card
+    from steerable.jobs.publish import model_card
 
     text = HOSTILE.replace("\ud800", "") + '\n```\nimport os"); evil("'
     card = model_card(direction_of({1: torch.ones(4)}, behaviour=text, model_id=text, method=text))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -21,6 +21,7 @@ from steerable.steering import direction as directions
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import file_target, sha256
+from steerable.store.plugins import load_plugins
 
 _SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".svec")  # of the files of a folder that are looked at
 
@@ -50,9 +51,7 @@ def _table() -> dict[str, Format]:
     package = __name__.rpartition(".")[0]
     modules = [import_module(f"{package}.{found.name}") for found in iter_modules(import_module(package).__path__)]
     table = {one.name: one for one in (_OWN, *(one for m in modules for one in getattr(m, "FORMATS", ())))}
-    for entry in entry_points(group="steerable.formats"):
-        table.setdefault(entry.name, entry.load())
-    return table
+    return load_plugins("steerable.formats") | table
 
 
 def formats() -> dict[str, Format]:

@@ -9,7 +9,7 @@ import torch
 from hub_server import TOKEN, hub
 from huggingface_hub import ModelCard
 
-from steerable.jobs.hub import from_pretrained, load_all, model_card, save_pretrained
+from steerable.jobs.publish import from_pretrained, load_all, model_card, push_to_hub, save_pretrained
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
@@ -47,12 +47,12 @@ REPORT = {
 
 def test_a_folder(tmp_path):
     direction = make()
-    paths = direction.save_pretrained(tmp_path / "new")
+    paths = save_pretrained(direction, tmp_path / "new")
     assert [p.name for p in paths] == ["backtracking.safetensors", "README.md"]
-    again = Direction.from_pretrained(tmp_path / "new")
+    again = from_pretrained(tmp_path / "new")
     assert again.to_bytes() == direction.to_bytes()
     assert paths[1].read_text() == model_card(direction)
-    direction.save_pretrained(tmp_path / "other")
+    save_pretrained(direction, tmp_path / "other")
     assert [p.read_bytes() for p in paths] == [(tmp_path / "other" / p.name).read_bytes() for p in paths]
 
 
@@ -82,9 +82,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UsageError, match="different licences"):
         save_pretrained({"a": make(), "b": make(licence="MIT")}, tmp_path)
     with pytest.raises(UsageError, match="owner/name"):
-        make().push_to_hub("no-owner")
+        push_to_hub(make(), "no-owner")
     with pytest.raises(UsageError, match="report"):
-        make().save_pretrained(tmp_path, report=tmp_path / "none.json")
+        save_pretrained(make(), tmp_path, report=tmp_path / "none.json")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(SteerableError, match="a.safetensors is not a sound"):
@@ -92,7 +92,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_the_card_is_one_for_the_hub(tmp_path):
-    make(behaviour='un"certain|ty: #1', gate="thinking").save_pretrained(tmp_path, report=REPORT)
+    save_pretrained(make(behaviour='un"certain|ty: #1', gate="thinking"), tmp_path, report=REPORT)
     card = ModelCard.load(tmp_path / "README.md")  # parses the header and its evaluation results
     data = card.data.to_dict()
     assert data["license"] == "apache-2.0" and data["base_model"] == "org/Model-1.5B"
@@ -134,7 +134,7 @@ def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
 
     model, _ = st.load("pocket")
     direction = Direction({Site("resid_post", 2): torch.ones(model.config.hidden_size)}, model_id="pocket")
-    direction.save_pretrained(tmp_path)
+    save_pretrained(direction, tmp_path)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(code.replace("folder/or/owner/name", ".").replace("max_new_tokens=500", "max_new_tokens=2"), {})
@@ -143,24 +143,24 @@ def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
 
 PUSH_AND_PULL = """
 import json, sys, torch, steerable as st
-from steerable.hub import load_all, push_to_hub
+from steerable.jobs.publish import load_all
 work = sys.argv[1]
 directions = load_all(work)
 said = {}
-said["url"] = push_to_hub(directions, "me/vectors", report=json.load(open(work + "/report.json")), private=True)
-said["again"] = directions["up"].push_to_hub("me/vectors", revision="v2", commit_message="second")
+said["url"] = st.push_to_hub(directions, "me/vectors", report=json.load(open(work + "/report.json")), private=True)
+said["again"] = st.push_to_hub(directions["up"], "me/vectors", revision="v2", commit_message="second")
 said["pulled"] = {name: d.to_bytes() == directions[name].to_bytes() for name, d in load_all("me/vectors").items()}
-one = st.Direction.from_pretrained("me/vectors", filename="down", revision="main")
+one = st.from_pretrained("me/vectors", filename="down", revision="main")
 said["one"] = one.to_bytes() == directions["down"].to_bytes()
 def refused(call):
     try:
         call()
     except st.SteerableError as error:
         return [type(error).__name__, str(error)]
-said["several"] = refused(lambda: st.Direction.from_pretrained("me/vectors"))
-said["no revision"] = refused(lambda: st.Direction.from_pretrained("me/vectors", filename="up", revision="v9"))
-said["no repository"] = refused(lambda: st.Direction.from_pretrained("me/nothing"))
-said["wrong token"] = refused(lambda: directions["up"].push_to_hub("me/new", token="hf_wrongwrongwrong"))
+said["several"] = refused(lambda: st.from_pretrained("me/vectors"))
+said["no revision"] = refused(lambda: st.from_pretrained("me/vectors", filename="up", revision="v9"))
+said["no repository"] = refused(lambda: st.from_pretrained("me/nothing"))
+said["wrong token"] = refused(lambda: st.push_to_hub(directions["up"], "me/new", token="hf_wrongwrongwrong"))
 print(json.dumps(said))
 """
 
