@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from steerable import SteerableWarning, cli
-from steerable.jobs import pipeline
+from steerable.jobs import main_job
 from steerable.jobs.settings import Config
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs") / "run"
     smallest = {"validation": 1, "evaluation": 1, "samples": 1, "side_samples": 1, "tried": 1, "controls": 1}
     sizes = {"attributed": 2, "patched": 1, "compared": 1, "max_new_tokens": 48}
-    return pipeline.run(folder, workers=1, limit=40, window="onset", sweep="", **smallest, **sizes)
+    return main_job.run(folder, workers=1, limit=40, window="onset", sweep="", **smallest, **sizes)
 
 
 @pytest.fixture

@@ -35,11 +35,6 @@ CLIMBS: set[tuple[str, str]] = {
     ("pages.rl_page", "jobs.lens_document"),
 }
 CIRCLES = {
-    "jobs.annotation",
-    "jobs.experiment",
-    "jobs.pipeline",
-    "jobs.report_content",
-    "jobs.stages",
     "models.loading",
     "models.structure",
 }

@@ -9,7 +9,7 @@ import pytest
 
 from steerable.chains.annotators.comparison import agreement_of_files
 from steerable.chains.records import read_jsonl
-from steerable.jobs import annotation, pipeline
+from steerable.jobs import annotation, main_job
 from steerable.models.pocket import language
 from steerable.store.errors import SteerableError, UsageError
 
@@ -61,7 +61,7 @@ def kappa(folder, finished):
 
 
 def run(folder, stage, **settings):
-    pipeline.run(folder, stage=stage, fresh=False, workers=1, **settings)
+    main_job.run(folder, stage=stage, fresh=False, workers=1, **settings)
 
 
 def test_a_language_model_labels_what_is_extracted_and_what_is_steered(copy, finished, judge):

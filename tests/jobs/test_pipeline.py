@@ -14,8 +14,9 @@ import pytest
 from safetensors import safe_open
 
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.jobs import pipeline
-from steerable.jobs.settings import Config
+from steerable.jobs import main_job
+from steerable.jobs.run import open_run
+from steerable.jobs.settings import STAGES, Config
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
@@ -25,10 +26,11 @@ from steerable.store.run_folder import RunFolder, read_json, write_json
 # waits before that file of that stage gets its name. The processes are forked from one that has done the imports.
 PAUSING = """
 import json, os, sys, time
-from steerable import cli, runfolder
+from steerable import cli
+from steerable.store import run_folder
 
 def pause_at(stage, file):
-    partial, replace = runfolder.RunFolder.partial, os.replace
+    partial, replace = run_folder.RunFolder.partial, os.replace
     current = None
 
     def noting_partial(self, name, key):
@@ -42,10 +44,10 @@ def pause_at(stage, file):
             time.sleep(600)
         replace(source, target)
 
-    runfolder.RunFolder.partial, os.replace = noting_partial, pausing_replace
+    run_folder.RunFolder.partial, os.replace = noting_partial, pausing_replace
 
 if __name__ == "__main__":  # a worker imports this file too
-    from steerable import attribution, pipeline, report
+    from steerable.jobs import main_job
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
     for line in sys.stdin:
@@ -93,7 +95,7 @@ def assert_same(folder, other):
 
 
 def settings(tiny):
-    """The options as keyword arguments of `pipeline.run`."""
+    """The options as keyword arguments of `main_job.run`."""
     words = [word for option in tiny for word in option.split("=", 1)]
     pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
     return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
@@ -131,7 +133,7 @@ def assert_gone(group):
 def test_killed_in_every_stage(finished, tiny, tmp_path):
     out, script = tmp_path / "run", tmp_path / "pausing.py"
     script.write_text(PAUSING)
-    assert {stage for stage, *_ in DEATHS} == {stage.name for stage in pipeline.STAGES}
+    assert {stage for stage, *_ in DEATHS} == {stage.name for stage in STAGES}
     nursery = start([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for stage, file, workers in DEATHS:
         arguments = ["run", "--workers", workers, "--out", out, *tiny]
@@ -145,7 +147,7 @@ def test_killed_in_every_stage(finished, tiny, tmp_path):
         assert_gone(group)
         assert (out / f"stages/{stage}.json").exists() == (file == "/timings.json")
     nursery.communicate(timeout=60)
-    pipeline.run(out, workers=1, **settings(tiny))
+    main_job.run(out, workers=1, **settings(tiny))
     assert_same(out, finished)
 
 
@@ -171,11 +173,11 @@ def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
     assert last.returncode == 0
     assert_same(out, finished)  # also: two workers make the same bytes as one
     said = last.stderr.splitlines()
-    assert len(said) == len(pipeline.STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
+    assert len(said) == len(STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
 
 
 def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
-    out = pipeline.run(tmp_path / "again", workers=1, **settings(tiny))
+    out = main_job.run(tmp_path / "again", workers=1, **settings(tiny))
     assert (out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
     assert (out / "report.html").read_bytes() == (finished / "report.html").read_bytes()
 
@@ -186,7 +188,7 @@ def test_the_run_folder_is_what_the_design_says(finished):
     assert names <= {path.name for path in finished.iterdir()}
     assert not (finished / ".partial").exists()
     assert [path.name for path in finished.rglob(".*")] == [".lock"]
-    assert set(read_json(finished / "timings.json")["stages"]) == {stage.name for stage in pipeline.STAGES}
+    assert set(read_json(finished / "timings.json")["stages"]) == {stage.name for stage in STAGES}
     report = read_json(finished / "report.json")
     assert Config(**report["config"]) == Config(**read_json(finished / "config.json"))
     for cell in report["cells"]:
@@ -233,10 +235,10 @@ def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
     for path in [copy / "chains.jsonl", *(copy / "steered").glob("*.jsonl")]:
         kept = [{k: v for k, v in c.items() if k not in ("ids", "prompt_ids")} for c in read_jsonl(path)]
         write_jsonl(path, kept)
-    aligned = pipeline.open_run(copy).aligned()
+    aligned = open_run(copy).aligned()
     assert sum(len(chain.spans) for chain in aligned) > 0
-    pipeline.run(copy, stage="report", fresh=False)
-    pipeline.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, stage="report", fresh=False)
+    main_job.run(copy, workers=1, **settings(tiny))
     assert files(copy) == files(finished)
 
 
@@ -251,14 +253,14 @@ def seconds(folder):
 
 def test_what_is_finished_is_not_done_again(copy, finished, tiny):
     before = seconds(copy)
-    pipeline.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **settings(tiny))
     assert seconds(copy) == before
     assert_same(copy, finished)
 
 
 def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
     (copy / "spans.jsonl").unlink()
-    pipeline.run(copy, stage="annotate", fresh=False)
+    main_job.run(copy, stage="annotate", fresh=False)
     assert_same(copy, finished)
 
 
@@ -272,21 +274,21 @@ def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
 )
 def test_a_setting_that_only_earlier_stages_depend_on(copy, finished, stage, settings, sentence):
     with pytest.raises(UsageError, match=sentence):
-        pipeline.run(copy, stage=stage, fresh=False, **settings)
+        main_job.run(copy, stage=stage, fresh=False, **settings)
     assert_same(copy, finished)
 
 
 def test_another_choice_leaves_nothing_of_the_former(copy):
     former = {path.name for path in (copy / "vectors/random").iterdir()}
     chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)
-    pipeline.run(copy, stage="select", fresh=False, workers=1, layers=str(chosen))
+    main_job.run(copy, stage="select", fresh=False, workers=1, layers=str(chosen))
     assert [path.name for path in (copy / "vectors/random").iterdir()] == [f"layer{chosen}.0.safetensors"]
     assert {entry["layer"] for entry in read_json(copy / "selection.json").values()} == {chosen}
 
 
 def test_a_window_that_was_not_attributed(copy):
     with pytest.raises(UsageError, match="lacks the window 'span': run `steerable attribute` with it"):
-        pipeline.run(copy, stage="select", fresh=False, window="span")
+        main_job.run(copy, stage="select", fresh=False, window="span")
 
 
 def test_an_edited_task_file_is_read_again(tmp_path):
@@ -294,7 +296,7 @@ def test_an_edited_task_file_is_read_again(tmp_path):
     options = {"tasks": str(tasks), "limit": 1, "validation": 1, "evaluation": 1}
     for answer in ("4", "5", "5"):
         tasks.write_text("".join(f'{{"id":"t{i}","prompt":"2 + {i}?","answer":"{answer}"}}\n' for i in range(3)))
-        pipeline.run(tmp_path / "run", stage="tasks", fresh=False, **options)
+        main_job.run(tmp_path / "run", stage="tasks", fresh=False, **options)
         assert f'"answer":"{answer}"' in (tmp_path / "run/tasks.jsonl").read_text()
 
 
@@ -305,7 +307,7 @@ def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):
     for label in ("deduction", "backtracking"):
         module.write_text(f"def spans(chain): return [{{'label': '{label}', 'start': 0, 'end': 3}}]\n")
         sys.modules.pop("edited_annotator", None)
-        pipeline.run(copy, stage="annotate", fresh=False, annotator="edited_annotator:spans")
+        main_job.run(copy, stage="annotate", fresh=False, annotator="edited_annotator:spans")
         span = json.loads((copy / "spans.jsonl").read_text().splitlines()[0])
         assert span["label"] == label and {"task_id", "sample"} <= span.keys()
 
@@ -326,7 +328,7 @@ def test_a_wrong_annotator(copy, tmp_path, monkeypatch, body, text):
     sys.modules.pop("wrong_annotator", None)
     before = (copy / "spans.jsonl").read_bytes()
     with pytest.raises(SteerableError, match=text):
-        pipeline.run(copy, stage="annotate", fresh=False, annotator="wrong_annotator:spans")
+        main_job.run(copy, stage="annotate", fresh=False, annotator="wrong_annotator:spans")
     assert (copy / "spans.jsonl").read_bytes() == before
 
 
@@ -360,7 +362,8 @@ def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annot
         assert f"no vector for {label.replace('-', ' ')}, as in 24 chains no span is labelled so" in page
         assert not (out / f"vectors/{label}.safetensors").exists()
     left = {"uncertainty-estimation", "backtracking", "example-testing", "adding-knowledge"} - {*lacking}
-    assert set(read_json(out / "selection.json")) == set(report["selection"]) == left
+    selection = read_json(out / "selection.json")
+    assert set(selection.pop("missing")) == {*lacking} and set(selection) == set(report["selection"]) == left
     assert {cell["behaviour"] for cell in report["cells"]} == left and set(report["missing"]) == {*lacking}
     before = (out / "timings.json").read_bytes()
     assert steerable("run", "--workers", 1, "--out", out, *tiny, option).code == 0
@@ -373,7 +376,7 @@ def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator
     for stage in ("annotate", "extract", "attribute", "select"):
         assert steerable(stage, "--out", copy, option).code == 0
     assert not (copy / "vectors/backtracking.safetensors").exists()
-    assert "backtracking" not in read_json(copy / "selection.json")
+    assert read_json(copy / "selection.json")["missing"] == ["backtracking"]
 
 
 @pytest.mark.parametrize(
@@ -431,7 +434,7 @@ def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
         assert said.err.startswith("steerable: the disk is full: ") and said.err.count("\n") == 1
         assert not list(copy.rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", sync)
-    pipeline.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **settings(tiny))
     assert_same(copy, finished)
 
 
@@ -513,7 +516,7 @@ def test_the_windows_of_attribution_and_selection_differ(copy, steerable):
 def test_wrong_arguments_of_the_function(tmp_path):
     for wrong in ({"stage": "dance"}, {"workers": 0}, {"speed": 3}):
         with pytest.raises(UsageError):
-            pipeline.run(tmp_path / "run", **wrong)
+            main_job.run(tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 

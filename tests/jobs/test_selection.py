@@ -2,7 +2,17 @@ import math
 
 import pytest
 
-from steerable.jobs.selection import candidate_layers, choose, interior, is_gentle, pick, separation
+from steerable.jobs.selection import (
+    candidate_layers,
+    choose,
+    interior,
+    is_gentle,
+    is_sound_text,
+    pick,
+    rounds,
+    separation,
+    survivors,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +87,26 @@ def test_where_none_passes_the_least_harmful_is_picked_and_said():
 def test_a_lost_accuracy_is_said():
     _, rule, passed = pick(tried((1.0, 0.9, 0.0, 0.1)), 0.5)
     assert passed and "no candidate kept the accuracy" in rule
+
+
+def test_nonsense_does_not_pass():
+    """Tokens without sense repeat nothing: accuracy and unclosed chains at either sign tell them."""
+    sound = candidate(0.3, 0.1, accuracy=0.4) | {"accuracy_up": 0.2, "unclosed": 0.2, "unclosed_unsteered": 0.1}
+    assert is_sound_text(sound, 0.5)
+    for fault in ({"accuracy_up": 0.0}, {"accuracy_down": 0.02}, {"unclosed": 0.7}):
+        assert not is_sound_text(sound | fault, 0.5)
+    assert is_sound_text(sound | {"accuracy_up": 0.0}, 0.0) and is_sound_text(sound | {"accuracy_up": 0.0}, None)
+    soup = sound | {"accuracy_up": 0.0, "unclosed": 1.0, "fraction_up": 1.0, "strength": 1.0}
+    best, rule, passed = pick([soup, sound | {"strength": 0.5}], 0.5)
+    assert best["strength"] == 0.5 and passed and "all looped more or made no sense" in rule
+    best, rule, passed = pick([soup], 0.5)
+    assert not passed and "every candidate made no sense" in rule
+
+
+def test_rounds_halve_what_there_is_to_measure():
+    assert rounds(range(40), 6) == [range(14), range(14, 40)]
+    assert rounds(range(40), 2) == [range(40)] and rounds(range(6), 6) == [range(6)]
+    rows = [candidate(0.1 * k, 0.0) | {"name": k} for k in range(6)]
+    assert [c["name"] for c in survivors(rows, 0.5)] == [4, 5]
+    assert survivors([c | {"loops": 0.5} for c in rows], 0.5) == []
+    assert [c["name"] for c in survivors([*rows[:5], rows[5] | {"loops": 0.5}], 0.5)] == [3, 4]

@@ -15,7 +15,7 @@ from steerable.store.errors import SteerableError, UsageError
 if TYPE_CHECKING:
     from steerable.chains.annotators.probe import Probe
     from steerable.chains.endpoint import Endpoint
-    from steerable.jobs.pipeline import Run
+    from steerable.jobs.run import Run
     from steerable.store.display import Display
 
 Spans = list[Record]
@@ -180,7 +180,7 @@ def train_probe(out: str | Path, *, layer: int | None = None, folds: int = 5, di
     """A probe from the annotated extraction chains of a run folder (`chains/annotators/probe.py`)."""
     from steerable.chains.annotators.probe import train_probe as train
     from steerable.chains.records import read_jsonl
-    from steerable.jobs.pipeline import open_run
+    from steerable.jobs.run import open_run
 
     run = open_run(out, display)
     chains = read_jsonl(run.folder / "chains.jsonl", "chain")

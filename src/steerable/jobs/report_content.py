@@ -12,15 +12,15 @@ from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.evals.logit_lens import lens
 from steerable.evals.metrics import all_metrics
-from steerable.jobs import plan
-from steerable.jobs import selection as rules
+from steerable.jobs.selection import read_selection
+from steerable.jobs.settings import selected_path
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
 from steerable.store.run_folder import read_json, sha256
 
 if TYPE_CHECKING:
-    from steerable.jobs.pipeline import Run
+    from steerable.jobs.run import Run
 
 Key = tuple[str, int]
 _HASHED = (
@@ -38,7 +38,7 @@ _PACKAGES = ("steerable", "torch", "transformers", "reasoning-gym", "numpy", "sa
 def assemble(run: Run) -> dict[str, Any]:
     """Gather everything that the stages measured. Nothing in it depends on the time or the machine's speed."""
     folder = run.folder
-    selection = rules.read(folder / "selection.json")
+    selection = read_selection(folder / "selection.json")
     effects = read_json(folder / "attribution.json", dict)
     cosines = read_json(folder / "cosines.json", dict)
     if lost := [b for b, chosen in selection.items() if b not in (effects.get(chosen["window"]) or {})]:
@@ -51,7 +51,7 @@ def assemble(run: Run) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "model": _model(run),
         "hashes": {name: sha256(folder / name) for name in _HASHED}
-        | {plan.selected_path(b): sha256(folder / plan.selected_path(b)) for b in selection},
+        | {selected_path(b): sha256(folder / selected_path(b)) for b in selection},
         "coverage": read_json(folder / "coverage.json", dict),
         "norms": read_json(folder / "norms.json", dict),
         "cosines": {"selected": _cosines(run, selection), **cosines},
@@ -94,7 +94,7 @@ def _model(run: Run) -> dict[str, Any]:
 
 
 def _selected(run: Run, behaviour: str) -> Direction:
-    return Direction.load(run.folder / plan.selected_path(behaviour))
+    return Direction.load(run.folder / selected_path(behaviour))
 
 
 def _cosines(run: Run, selection: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
-2. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest
-   difference between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1
-   keeps accuracy within 10 points of the unsteered model; where none does both, among those that do not loop.
-3. Where all loop at 1, the candidates are tried at a half and at a quarter of it. Where all loop there, too, none has
-   passed: the one with the fewest loops is taken, and `rule` says so.
+2. Rounds (successive halving): all candidates steer a third of the validation tasks, the best third of them the rest.
+3. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest difference
+   between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps accuracy
+   within 10 points of the unsteered model; where none does both, among those that write sound text.
+4. Where none writes sound text at 1 (loops, or tokens without sense), the candidates are tried at a half and at a
+   quarter of it. Where none does there, either, none has passed: the one with the fewest loops is taken, and `rule`
+   says so.
 """
 
 from __future__ import annotations
@@ -27,10 +29,20 @@ RULE = (
     "minus fraction at -1 on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
-STRENGTHS = (1.0, 0.5, 0.25)  # those tried, as far as the candidates loop at the one before
+#: A text is nonsense where accuracy falls under this share of the unsteered one, or where this many more chains never
+#: close their thinking: a model that writes tokens without sense repeats none of them.
+NONSENSE_ACCURACY, NONSENSE_UNCLOSED = 0.1, 0.5
+STRENGTHS = (1.0, 0.5, 0.25)
+"""Strengths that are tried, each only where no candidate writes sound text at the one before."""
+SHARE = 1 / 3
+"""Share of the validation tasks in the first round, and of the candidates that go on to the second."""
+FEWEST, FEWEST_TASKS = 2, 12
+"""Of so few candidates, or on fewer tasks, there is one round alone."""
+
+Candidate = Mapping[str, Any]
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
+def read_selection(path: Path) -> dict[str, dict[str, Any]]:
     """A run's selection.json. Raises UsageError where it is not what `select` writes: its words become file names."""
     selection = read_json(path, dict)
     if unsound := [b for b, chosen in selection.items() if not (b in STEERABLE and _is_sound(chosen))]:
@@ -68,24 +80,44 @@ def candidate_layers(effect: Sequence[float | None], count: int) -> list[int]:
     return sorted(sorted(inner, key=lambda layer: -(effect[layer] or 0.0))[:count])
 
 
-def pick(tried: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> tuple[Mapping[str, Any], str, bool]:
+def rounds(tasks: Sequence[Any], candidates: int) -> list[Sequence[Any]]:
+    """The validation tasks of each round; one round where there is little to choose from or to measure on."""
+    if candidates <= FEWEST or len(tasks) < FEWEST_TASKS:
+        return [tasks]
+    first = math.ceil(len(tasks) * SHARE)
+    return [tasks[:first], tasks[first:]]
+
+
+def survivors(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> list[Candidate]:
+    """The best third of a round's candidates, two at least, in their order; none where no text is sound."""
+    sound = [c for c in measured if is_sound_text(c, unsteered_accuracy)]
+    gentle = [c for c in sound if is_gentle(c, unsteered_accuracy)]
+    ranked = sorted(sound, key=lambda c: (c not in gentle, -separation(c)))
+    best = ranked[: max(FEWEST, math.ceil(len(measured) * SHARE))]
+    return [c for c in measured if c in best]
+
+
+def pick(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> tuple[Candidate, str, bool]:
     """The best of everything that was measured, each with its `strength`; the rule that chose it in words; and
-    whether it keeps loops under the limit. The largest strength at which some candidate does not loop is taken."""
-    strengths = sorted({c["strength"] for c in tried}, reverse=True)
+    whether its text is sound. The largest strength at which some candidate's text is sound is taken."""
+    strengths = sorted({c["strength"] for c in measured}, reverse=True)
     for strength in strengths:
-        quiet = [c for c in tried if c["strength"] == strength and does_not_loop(c)]
-        if not quiet:
+        sound = [c for c in measured if c["strength"] == strength and is_sound_text(c, unsteered_accuracy)]
+        if not sound:
             continue
-        best = choose(quiet, unsteered_accuracy)
+        best = choose(sound, unsteered_accuracy)
         rule = RULE if strength == 1 else RULE.replace("+1", f"+{strength:g}").replace("-1", f"-{strength:g}")
         if strength != strengths[0]:
             rule += f"; at the larger strengths tried ({_listed(s for s in strengths if s > strength)}) all looped more"
+            if any(map(does_not_loop, (c for c in measured if c["strength"] > strength))):
+                rule += " or made no sense"
         if not is_gentle(best, unsteered_accuracy):
             rule += "; no candidate kept the accuracy"
         return best, rule, True
-    best = min(tried, key=lambda c: (c["loops"], -separation(c)))
+    best = min(measured, key=lambda c: (c["loops"], -separation(c)))
+    fault = "made no sense" if does_not_loop(best) else f"looped in more than {LOOPS:.0%} of the chains"
     rule = (
-        f"none passed: at {_listed(strengths)} every candidate looped in more than {LOOPS:.0%} of the chains; taken is "
+        f"none passed: at {_listed(strengths)} every candidate {fault}; taken is "
         f"the one with the fewest loops, {best['loops']:.0%} at {_listed([best['strength']])}"
     )
     return best, rule, False
@@ -95,11 +127,7 @@ def _listed(strengths: Iterable[float]) -> str:
     return ", ".join(f"\N{PLUS-MINUS SIGN}{s:g}" for s in strengths)
 
 
-def does_not_loop(candidate: Mapping[str, Any]) -> bool:
-    return (candidate["loops"] or 0.0) <= LOOPS
-
-
-def choose(candidates: Sequence[Mapping[str, Any]], unsteered_accuracy: float | None) -> Mapping[str, Any]:
+def choose(candidates: Sequence[Candidate], unsteered_accuracy: float | None) -> Candidate:
     """The best of the measured candidates.
 
     Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`;
@@ -109,14 +137,28 @@ def choose(candidates: Sequence[Mapping[str, Any]], unsteered_accuracy: float | 
     return max(gentle or candidates, key=separation)
 
 
-def is_gentle(candidate: Mapping[str, Any], unsteered_accuracy: float | None) -> bool:
+def does_not_loop(candidate: Candidate) -> bool:
+    """Whether loops stay under the limit at both signs."""
+    return (candidate["loops"] or 0.0) <= LOOPS
+
+
+def is_sound_text(candidate: Candidate, unsteered_accuracy: float | None) -> bool:
+    """Whether a candidate writes text that neither loops nor is nonsense, at both signs."""
+    accuracies = [candidate.get("accuracy_up"), candidate.get("accuracy_down")]
+    worst = min((a for a in accuracies if a is not None), default=None)
+    is_wrong = worst is not None and bool(unsteered_accuracy) and worst < NONSENSE_ACCURACY * (unsteered_accuracy or 0)
+    more_unclosed = (candidate.get("unclosed") or 0.0) - (candidate.get("unclosed_unsteered") or 0.0)
+    return does_not_loop(candidate) and not is_wrong and more_unclosed <= NONSENSE_UNCLOSED
+
+
+def is_gentle(candidate: Candidate, unsteered_accuracy: float | None) -> bool:
     """Whether a candidate keeps within the allowed side effects."""
     accuracy = candidate["accuracy_down"]
     cheap = accuracy is None or unsteered_accuracy is None or accuracy >= unsteered_accuracy - ACCURACY_COST
     return cheap and does_not_loop(candidate)
 
 
-def separation(candidate: Mapping[str, Any]) -> float:
+def separation(candidate: Candidate) -> float:
     """up - down: its error is the same for all candidates, where that of a ratio grows as `down` nears zero.
 
     Minus infinity where a sign left no chain that could be measured.

@@ -8,11 +8,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from steerable.chains.records import STEERABLE
 from steerable.store.errors import UsageError
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
@@ -116,7 +118,7 @@ class Config(Settings):
         "Common": "model tasks annotator seed limit evaluation samples max_new_tokens greedy",
         "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
         "Vectors and their selection": "window baseline layers validation tried attributed patched",
-        "What is measured": "side_samples sweep controls compared stability",
+        "What is measured": "side_tasks side_samples sweep controls compared stability",
         "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     }
 
@@ -167,9 +169,8 @@ class Config(Settings):
     validation: int = Field(40, ge=1, description="Tasks set apart for choosing window and layer.")
     evaluation: int = Field(50, ge=1, description="Unseen tasks to judge steering on.")
     samples: int = Field(4, ge=1, description="Chains a task in the main cells (one when --greedy).")
-    side_samples: int = Field(
-        1, ge=1, description="Chains a task in the other cells: sweep, several layers, thinking only."
-    )
+    side_tasks: int = Field(25, ge=1, description="Tasks, of those, in the other cells.")
+    side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
     greedy: bool = Field(
         False, description="Decode greedily, as published; default: the model's own generation_config."
@@ -309,6 +310,7 @@ class Config(Settings):
             validation=min(self.validation, 6),
             evaluation=min(self.evaluation, 12),
             samples=1,
+            side_tasks=min(self.side_tasks, 12),
             side_samples=1,
             tried=1,
             controls=min(self.controls, 2),
@@ -317,6 +319,111 @@ class Config(Settings):
             patched=min(self.patched, 4),
             compared=min(self.compared, 4),
         )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the main job: what it does, the files it reads and writes, the settings its result depends on."""
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+    settings: str
+    outputs: tuple[str, ...]
+
+
+def candidate_path(window: str, baseline: str, behaviour: str) -> str:
+    """Where `extract` leaves a direction of all layers."""
+    return f"vectors/candidates/{window}.{baseline}/{behaviour}.safetensors"
+
+
+def shuffled_path(window: str, baseline: str, behaviour: str, k: int) -> str:
+    """Where `extract` leaves the same from the k-th shuffle of the labels."""
+    return f"vectors/shuffled/{window}.{baseline}/{behaviour}.{k}.safetensors"
+
+
+def selected_path(behaviour: str) -> str:
+    """Where `select` leaves the chosen direction: one layer, ready for `steer` and `chat`."""
+    return f"vectors/{behaviour}.safetensors"
+
+
+def random_path(layer: int, k: int) -> str:
+    """Where `select` leaves the k-th random direction of a layer: of the same norm as every vector there."""
+    return f"vectors/random/layer{layer}.{k}.safetensors"
+
+
+_MODEL = "model revision dtype device quantization attention engine"
+_ANNOTATOR = "annotator llm_model llm_prices"
+_DECODING = "seed greedy max_new_tokens rows block"
+HOW = "trust_remote_code llm_url llm_concurrency llm_rpm llm_tpm"
+"""Settings of every stage that change how its result is computed and not what it is."""
+STAGES = (
+    Stage(
+        "tasks",
+        "Stage 1: tasks for extraction, validation and evaluation.",
+        (),
+        "tasks llm_model seed limit validation evaluation",
+        ("tasks.jsonl",),
+    ),
+    Stage(
+        "generate",
+        "Stage 2: one chain of thought for every extraction task.",
+        ("tasks.jsonl",),
+        f"{_MODEL} {_DECODING}",
+        ("chains.jsonl",),
+    ),
+    Stage(
+        "annotate",
+        "Stage 3: the chains in labelled spans; or how far two annotations agree.",
+        ("tasks.jsonl", "chains.jsonl"),
+        f"{_ANNOTATOR} seed stability",
+        ("spans.jsonl", "coverage.json"),
+    ),
+    Stage(
+        "extract",
+        "Stage 4: candidate vectors of every layer, behaviour, window and baseline.",
+        ("tasks.jsonl", "chains.jsonl", "spans.jsonl"),
+        f"{_MODEL} seed baseline controls",
+        ("vectors/candidates", "vectors/shuffled", "cosines.json", "norms.json"),
+    ),
+    Stage(
+        "attribute",
+        "Stage 5: where each vector matters.",
+        ("tasks.jsonl", "chains.jsonl", "spans.jsonl", "vectors/candidates"),
+        f"{_MODEL} window baseline attributed patched",
+        ("attribution.json",),
+    ),
+    Stage(
+        "select",
+        "Stage 6: window and layer of each behaviour.",
+        ("tasks.jsonl", "attribution.json", "vectors/candidates"),
+        f"{_MODEL} {_DECODING} window baseline layers tried controls {_ANNOTATOR}",
+        ("selection.json", "vectors/random", *(selected_path(b) for b in STEERABLE)),
+    ),
+    Stage(
+        "steer",
+        "Stage 7: the evaluation tasks, steered up and down, and the controls.",
+        ("tasks.jsonl", "selection.json", "vectors/candidates", "vectors/shuffled", "vectors/random"),
+        f"{_MODEL} {_DECODING} samples side_tasks side_samples sweep controls",
+        ("steered",),
+    ),
+    Stage(
+        "evaluate",
+        "Stage 8: what steering did, with intervals.",
+        ("tasks.jsonl", "selection.json", "steered"),
+        f"{_MODEL} {_ANNOTATOR} seed greedy samples side_tasks side_samples sweep controls compared",
+        ("cells.json", "steered_spans"),
+    ),
+    Stage(
+        "report",
+        "Stage 9: report.json and report.html.",
+        ("config.json", "tasks.jsonl", "chains.jsonl", "spans.jsonl", "coverage.json", "cosines.json", "norms.json",
+         "attribution.json", "selection.json", "vectors", "cells.json", "steered", "steered_spans"),
+        "model",
+        ("report.json", "report.html"),
+    ),
+)  # fmt: skip
+"""The main job, in order. `jobs/main_job.py` says what each stage does."""
 
 
 # --- for `methods/train/settings.py`, until its tables are `Settings` ---

@@ -45,9 +45,23 @@ class Display:
         self.done()
 
     def say(self, text: str) -> None:
+        """A line about the work, on standard error."""
         if not self.quiet:
             self.done()
             tqdm.write(printable(text), file=sys.stderr)
+
+    def tell(self, *lines: str) -> None:
+        """Lines of the answer, on standard output."""
+        for line in () if self.quiet else lines:
+            print(printable(line), flush=True)
+
+    def show(self, *tables: Any) -> None:
+        """What rich can draw, as part of the answer, on standard output."""
+        from rich.console import Console
+
+        console = Console(markup=False, emoji=False)  # a "[" in a name is no markup
+        for table in () if self.quiet else tables:
+            console.print(Harmless(table))
 
     def start(self, name: str, total: int, unit: str = "chain") -> None:
         """A new bar; it ends with the next one."""

@@ -114,16 +114,14 @@ STAGES = {
 
 
 def _go(out: Path, stage: str | None, settings: dict[str, Any], as_json: bool, **how: Any) -> None:
-    from steerable.jobs import pipeline
+    from steerable.jobs import main_job
     from steerable.store.display import Display
     from steerable.store.run_folder import read_json
 
     with Display(quiet=as_json) as display:
-        folder = pipeline.run(out, stage=stage, fresh=stage is None, display=display, **how, **settings)
+        folder = main_job.run(out, stage=stage, fresh=stage is None, display=display, **how, **settings)
     if as_json:
         print_json(read_json(folder / "report.json") if stage is None else {"out": str(folder), "stage": stage})
-    elif stage in (None, "report"):
-        say(f"The report is {(folder / 'report.html').resolve()}")
 
 
 def chat(

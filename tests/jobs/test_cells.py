@@ -1,9 +1,9 @@
-"""The experiment as data: which cells there are, and what each is made of."""
+"""The cells as data: which cells there are, and what each is made of."""
 
 import pytest
 
 from steerable.chains.records import STEERABLE
-from steerable.jobs import plan
+from steerable.jobs import cells as jobs_cells
 from steerable.jobs.settings import Config
 
 SELECTION = {
@@ -15,11 +15,11 @@ CONFIG = Config(samples=4, side_samples=2, sweep="0.5", controls=5)
 
 @pytest.fixture(scope="module")
 def cells():
-    return {cell.name: cell for cell in plan.evaluation_cells(CONFIG, SELECTION)}
+    return {cell.name: cell for cell in jobs_cells.evaluation_cells(CONFIG, SELECTION)}
 
 
 def test_names_are_file_names_and_differ(cells):
-    assert len(cells) == len(plan.evaluation_cells(CONFIG, SELECTION))
+    assert len(cells) == len(jobs_cells.evaluation_cells(CONFIG, SELECTION))
     assert not any("/" in name or " " in name for name in cells)
 
 
@@ -45,6 +45,12 @@ def test_several_layers_share_the_strength(cells):
     assert part.samples == (0, 1)
 
 
+def test_side_cells_have_fewer_tasks(cells):
+    for name, cell in cells.items():
+        is_side = name.endswith((".layers", ".thinking", "0.5"))
+        assert cell.tasks == (CONFIG.side_tasks if is_side else None), name
+
+
 def test_thinking_only(cells):
     (part,) = cells["backtracking.+1.thinking"].parts
     assert part.where == cells["backtracking.+1.thinking"].where == "thinking"
@@ -64,12 +70,12 @@ def test_unsteered_is_there_once(cells):
     unsteered = [cell for cell in cells.values() if cell.strength == 0]
     assert [cell.name for cell in unsteered] == ["unsteered"]
     assert unsteered[0].behaviours == STEERABLE
-    assert unsteered[0].parts == (plan.Part((0, 1, 2, 3)),)
+    assert unsteered[0].parts == (jobs_cells.Part((0, 1, 2, 3)),)
 
 
 def test_greedy_needs_one_sample():
     greedy = Config(samples=4, greedy=True)
-    cells = [*plan.evaluation_cells(greedy, SELECTION), *plan.validation_cells(greedy, candidates())]
+    cells = [*jobs_cells.evaluation_cells(greedy, SELECTION), *jobs_cells.validation_cells(candidates())]
     assert {part.samples for cell in cells for part in cell.parts} == {(0,)}
 
 
@@ -81,7 +87,7 @@ def candidates():
 
 
 def test_validation_tries_every_candidate_both_ways():
-    cells = plan.validation_cells(CONFIG, candidates())
+    cells = jobs_cells.validation_cells(candidates())
     names = [cell.name for cell in cells]
     assert len(names) == len(set(names)) == 1 + 4 * 4 * 2
     assert names[0] == "unsteered" and "backtracking.span.layer1.-1" in names

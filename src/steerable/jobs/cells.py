@@ -1,0 +1,216 @@
+"""Cells: the settings that the main job generates, with their controls, as data; and how one is generated and measured.
+
+A cell is generated in one or more parts; a part is one vector file, added at some layers and tokens, with one strength,
+on some samples of every task. All cells draw with the same seeds a task and sample, so that they are compared in pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.generation import Job, Steering, generate_jobs
+from steerable.chains.records import STEERABLE, Record, read_jsonl, write_jsonl
+from steerable.evals.cells import measure_cell
+from steerable.evals.intervals import by_task, mean_interval
+from steerable.evals.likelihood import divergence
+from steerable.evals.metrics import Measured, measure
+from steerable.jobs.annotation import annotate
+from steerable.jobs.run import Run
+from steerable.jobs.settings import Config, candidate_path, random_path, shuffled_path
+from steerable.steering.direction import Direction
+
+
+@dataclass(frozen=True)
+class Part:
+    """One way of steering within a cell: `strength` is what is added at each of `layers`; no `direction`: unsteered."""
+
+    samples: tuple[int, ...]
+    direction: str | None = None
+    strength: float = 0.0
+    layers: tuple[int, ...] = ()
+    where: str = "all"
+
+    def load(self, folder: Path) -> Direction:
+        """The vectors of the part's layers, from a run folder."""
+        assert self.direction is not None
+        return Direction.load(folder / self.direction).only(self.layers)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the report.
+
+    strength: the nominal coefficient, the sum over layers. behaviours: those that the cell speaks about. tasks: how
+    many of the split's tasks it is generated on, None for all.
+    """
+
+    name: str
+    behaviours: tuple[str, ...]
+    strength: float
+    parts: tuple[Part, ...]
+    layers: tuple[int, ...] = ()
+    control: str | None = None
+    where: str = "all"
+    tasks: int | None = None
+
+
+def validation_cells(
+    candidates: Mapping[str, Sequence[Mapping[str, Any]]], strength: float = 1.0, samples: tuple[int, ...] = (0,)
+) -> list[Cell]:
+    """Unsteered, and -strength and +strength of every candidate (`window`, `baseline`, `layer`) of every behaviour."""
+    cells = [Cell("unsteered", tuple(candidates), 0.0, (Part(samples),))]
+    for behaviour, rows in candidates.items():
+        for c in rows:
+            path, layers = candidate_path(c["window"], c["baseline"], behaviour), (c["layer"],)
+            for s in (-strength, strength):
+                part = Part(samples, path, s, layers)
+                cells.append(Cell(f"{candidate_name(behaviour, c)}.{s:+g}", (behaviour,), s, (part,), layers))
+    return cells
+
+
+def candidate_name(behaviour: str, candidate: Mapping[str, Any]) -> str:
+    """What the cells of a candidate are called, up to the strength."""
+    return f"{behaviour}.{candidate['window']}.layer{candidate['layer']}"
+
+
+def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
+    `strength` of each behaviour).
+
+    Main cells (unsteered, up, down and their controls) have all tasks and samples; the side cells (several layers,
+    thinking only, the sweep) have `side_tasks` and `side_samples`.
+    """
+    main = (0,) if config.greedy else tuple(range(config.samples))
+    side, few = main[: config.side_samples], config.side_tasks
+    behaviours = [b for b in STEERABLE if b in selection]
+    cells = [Cell("unsteered", tuple(behaviours), 0.0, (Part(main),))]
+    for b in behaviours:
+        chosen = selection[b]
+        layer, several = (chosen["layer"],), tuple(chosen["layers"])
+        size = chosen.get("strength", 1.0)
+        path = candidate_path(chosen["window"], chosen["baseline"], b)
+        shuffles = [shuffled_path(chosen["window"], chosen["baseline"], b, k) for k in range(config.controls)]
+        for s in (-size, size):
+            name = f"{b}.{s:+g}"
+            thinking, shared = Part(side, path, s, layer, "thinking"), Part(side, path, s / len(several), several)
+            cells += [
+                Cell(name, (b,), s, (Part(main, path, s, layer),), layer),
+                Cell(f"{name}.layers", (b,), s, (shared,), several, tasks=few),
+                Cell(f"{name}.thinking", (b,), s, (thinking,), layer, where="thinking", tasks=few),
+                Cell(f"{name}.shuffled", (b,), s, _control(shuffles, main, s, layer), layer, control="shuffled"),
+            ]
+        for s in config.strengths:
+            if abs(s) != size:
+                cells.append(Cell(f"{b}.{s:+g}", (b,), s, (Part(side, path, s, layer),), layer, tasks=few))
+    # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
+    places = {b: (selection[b]["layer"], selection[b].get("strength", 1.0)) for b in behaviours}
+    for place in sorted(set(places.values())):
+        layer, size = (place[0],), place[1]
+        here = tuple(b for b in behaviours if places[b] == place)
+        for s in (-size, size):
+            parts = _control([random_path(place[0], k) for k in range(config.controls)], main, s, layer)
+            cells.append(Cell(f"random.layer{place[0]}.{s:+g}", here, s, parts, layer, control="random"))
+    return cells
+
+
+def _control(paths: Sequence[str], samples: Sequence[int], strength: float, layer: tuple[int, ...]) -> tuple[Part, ...]:
+    """A control is the mean over several directions: every task meets each of them once."""
+    return tuple(Part((samples[k % len(samples)],), path, strength, layer) for k, path in enumerate(paths))
+
+
+def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], keep: Path) -> dict[str, list[Record]]:
+    """The chains of every cell, each with the number of its `part`, by the cell's name.
+
+    All parts of all cells are generated in one go. Finished blocks are kept in `keep`, where the next call with the
+    same arguments finds them.
+    """
+    c = run.config
+    jobs = []
+    for cell in cells:
+        for part in cell.parts:
+            steering = None
+            if part.direction is not None:
+                steering = Steering(part.load(run.folder.root), part.strength, part.layers, part.where)
+            jobs.append(Job(tasks[: cell.tasks], part.samples, steering, cell.strength, cell.control))
+    run.display.start("generating", sum(len(job.tasks) * len(job.samples) for job in jobs))
+    generated = iter(
+        generate_jobs(
+            run.loaded,
+            jobs,
+            seed=c.seed,
+            greedy=True if c.greedy else None,
+            max_new_tokens=c.max_new_tokens,
+            rows=c.rows,
+            block=c.block,
+            **run.spread,
+            keep=keep / "blocks",
+            progress=run.display.advance,
+        )
+    )
+    run.display.done()
+    return {
+        cell.name: [{**chain, "part": k} for k, _ in enumerate(cell.parts) for chain in next(generated)]
+        for cell in cells
+    }
+
+
+def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Path | None = None) -> list[Measured]:
+    """Annotate and measure the chains of a cell. spans_to: a file for their spans."""
+    tasks, spans = run.tasks(split), annotate(run, chains, split).spans
+    if spans_to is not None:
+        rows = zip(chains, spans, strict=True)
+        write_jsonl(spans_to, ({**span, "part": chain["part"]} for chain, some in rows for span in some or ()))
+    measured = []
+    for part in dict.fromkeys(chain["part"] for chain in chains):  # two parts may hold the same sample of a task
+        group = [(c, some) for c, some in zip(chains, spans, strict=True) if c["part"] == part]
+        flat = [span for _, some in group for span in some or ()]
+        measured += measure(tasks, [c for c, _ in group], flat, run.loaded.tokenizer)
+    return measured
+
+
+def evaluate_cell(run: Run, cell: Cell, spans_to: Path) -> dict[str, Any]:
+    """A cell of the report: its setting, and every metric with its interval."""
+    chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
+    return {
+        "control": cell.control,
+        "strength": cell.strength,
+        "dose": _dose(run, cell),
+        "layers": list(cell.layers),
+        "where": cell.where,
+        **measure_cell(measure_chains(run, chains, "evaluation", spans_to), run.config.seed),
+        "kl": _divergence(run, cell, chains),
+    }
+
+
+def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] | None:
+    """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
+    prompts = run.prompts("evaluation")
+    pairs: list[tuple[str, float | None]] = []
+    for k, part in enumerate(cell.parts):
+        # Spread over the tasks: the first sample of as many of them as there are chains to compare.
+        group = [c for c in chains if c["part"] == k and c["sample"] == part.samples[0]]
+        group = group[: max(1, run.config.compared // len(cell.parts))]
+        values: Iterable[float | None] = [0.0] * len(group)
+        if part.direction is not None:
+            values = divergence(
+                run.loaded.model,
+                run.loaded.tokenizer,
+                prompts,
+                group,
+                part.load(run.folder.root),
+                strength=part.strength,
+                layers=part.layers,
+                where=part.where,
+            )
+        pairs += [(c["task_id"], value) for c, value in zip(group, values, strict=True)]
+    return mean_interval(by_task(pairs), run.config.seed)
+
+
+def _dose(run: Run, cell: Cell) -> dict[str, float]:
+    """The relative dose ||s v|| / ||h|| at each layer where the cell adds a vector; of several parts, the mean."""
+    doses = [part.load(run.folder.root).dose(part.strength) for part in cell.parts if part.direction is not None]
+    sites = {site: [one[site] for one in doses if site in one] for site in (doses[0] if doses else ())}
+    return {str(site.layer): sum(values) / len(values) for site, values in sites.items()}

@@ -1,0 +1,511 @@
+"""The main job: tasks -> chains -> spans -> vectors -> attribution -> selection -> steered chains -> cells -> report.
+
+Every stage reads and writes files of a run folder and is not done again while its inputs and settings stay the same
+(`store/run_folder.py`). `run` goes through all of them; a single stage is `run(..., stage="extract")`.
+
+The algorithm is that of Venhoff et al. 2025, "Understanding Reasoning in Thinking Language Models via Steering
+Vectors" (arXiv 2506.18167), with the choices that `jobs/settings.py` names.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
+from steerable.chains.tasks import make_splits
+from steerable.chains.windows import WINDOWS
+from steerable.engines.pool import default_threads, torch_threads
+from steerable.evals.attribution import attribute
+from steerable.evals.cells import values
+from steerable.evals.metrics import Measured
+from steerable.jobs import annotation, selection
+from steerable.jobs.cells import (
+    Cell,
+    Part,
+    candidate_name,
+    evaluate_cell,
+    evaluation_cells,
+    generate_cells,
+    measure_chains,
+    validation_cells,
+)
+from steerable.jobs.report_content import assemble
+from steerable.jobs.run import Run, recorded_settings
+from steerable.jobs.settings import (
+    BASELINES,
+    PAPER,
+    STAGES,
+    Config,
+    Stage,
+    candidate_path,
+    flag,
+    random_path,
+    selected_path,
+    shuffled_path,
+)
+from steerable.methods.span_statistics import span_means
+from steerable.pages.page import render
+from steerable.steering.direction import Direction
+from steerable.store.display import Display
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.files import sha256, write_atomic
+from steerable.store.run_folder import RunFolder, read_json, write_json
+
+
+def make_tasks(run: Run, partial: Path) -> None:
+    """Tasks of the three splits, disjoint by content."""
+    c = run.config
+    sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
+    written: dict[str, Any] = {}
+    if c.tasks.partition(":")[0] == "llm":
+        written = {"endpoint": annotation.endpoint(c) if c.tasks == "llm" else None, "cache": run.folder / "replies"}
+    write_jsonl(run.folder / "tasks.jsonl", make_splits(c.tasks, sizes, c.seed, **written))
+
+
+def generate(run: Run, partial: Path) -> None:
+    """One unsteered chain for every extraction task."""
+    cell = Cell("chains", (), 0.0, (Part((0,)),))
+    chains = generate_cells(run, [cell], run.tasks("extraction"), partial)["chains"]
+    write_jsonl(run.folder / "chains.jsonl", chains)
+
+
+def annotate(run: Run, partial: Path) -> None:
+    """The thinking part of every chain in labelled spans, and how much of it was understood."""
+    chains = read_jsonl(run.folder / "chains.jsonl", "chain")
+    spans, account = annotation.annotate(run, chains, "extraction")
+    stable = annotation.stable(run, chains, spans, partial) if run.config.stability else spans
+    flat = [span for some in stable for span in some or ()]
+    counts = Counter(span["label"] for span in flat)
+    annotated = sum(map(bool, spans))
+    silent = sum(not chain["thinking"].strip() for chain in chains)
+    if not flat:
+        raise SteerableError(_why_no_span(run.config, len(chains), silent, any(spans)))
+    if silent:
+        run.display.say(f"annotate: {silent} of {len(chains)} chains have no think block, and so no span")
+    # What stands between spans is white space; it belongs to nobody.
+    text = sum(_letters(chain["thinking"]) for chain in chains)
+    labelled = sum(
+        _letters(chain["thinking"][span["start"] : span["end"]])
+        for chain, some in zip(chains, stable, strict=True)
+        for span in some or ()
+    )
+    write_jsonl(run.folder / "spans.jsonl", flat)
+    write_json(
+        run.folder / "coverage.json",
+        {
+            "chains": len(chains),
+            "closed": sum(chain["closed"] for chain in chains),
+            "annotated": annotated,
+            "dropped": len(chains) - annotated,
+            "coverage": labelled / text if text else None,
+            "unstable": sum(len(some or ()) for some in spans) - len(flat),
+            "spans": {label: counts[label] for label in LABELS},
+            "annotator": account,
+        },
+    )
+
+
+def _letters(text: str) -> int:
+    return len("".join(text.split()))
+
+
+def _why_no_span(config: Config, chains: int, silent: int, any_before_filter: bool) -> str:
+    if silent == chains:
+        return (
+            f"the model wrote nothing in a think block in any of {chains} chains, so there is nothing to annotate: "
+            "take a model that reasons in one (docs/real-models.md)"
+        )
+    if any_before_filter:
+        return f"no span in {chains} chains is as stable as --stability {config.stability:g} asks: lower it"
+    without = f" ({silent} of them have no think block)" if silent else ""
+    return (
+        f"the annotator {config.annotator!r} found no span in {chains} chains{without}: it does not know this "
+        "model's language; choose another --annotator"
+    )
+
+
+def extract(run: Run, partial: Path) -> None:
+    """One pass over the chains: a direction for every label, window and baseline, and the label-shuffled ones."""
+    c, chains = run.config, run.aligned()
+    means = span_means(run.loaded.model, chains, LABELS, shuffles=c.controls, seed=c.seed, **run.spread_reading)
+    missing = [label for label in STEERABLE if not means.count(label)]
+    if len(missing) == len(STEERABLE):
+        raise SteerableError(
+            f"no span in {len(chains)} chains is labelled {' or '.join(missing)}: give more tasks with --limit, or "
+            "choose another --annotator"
+        )
+    for label in missing:
+        run.display.say(f"extract: no span in {len(chains)} chains is labelled {label}: the run goes on without it")
+    for kind in ("candidates", "shuffled"):  # a run with other settings may have left more labels there
+        shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
+    origin: dict[str, Any] = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
+    cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
+    for label in (label for label in LABELS if means.count(label)):
+        directions = {}
+        for window in WINDOWS:
+            for baseline in BASELINES:
+                direction = replace(means.direction(label, window, baseline), **origin)
+                direction.save(run.folder / candidate_path(window, baseline, label))
+                directions[window, baseline] = direction
+                for k in range(c.controls if label in STEERABLE else 0):
+                    control = means.shuffled(label, window, baseline, k + 1)
+                    control.save(run.folder / shuffled_path(window, baseline, label, k))
+        cosines["overall_vs_pooled"][label] = {
+            window: _mean_cosine(directions[window, "overall"], directions[window, "pooled"]) for window in WINDOWS
+        }
+        cosines["windows"][label] = {
+            f"{a}~{b}": _mean_cosine(directions[a, c.baseline], directions[b, c.baseline])
+            for a, b in (("published", "onset"), ("published", "span"), ("span", "onset"))
+        }
+    write_json(run.folder / "cosines.json", cosines)
+    lengths = zip(means.sites, means.norms.tolist(), means.overall.norm(dim=1).tolist(), strict=True)
+    norms = {str(site.layer): {"mean_norm": norm, "norm_of_mean": length} for site, norm, length in lengths}
+    write_json(run.folder / "norms.json", norms)
+
+
+def _mean_cosine(a: Direction, b: Direction) -> float:
+    values = list(a.cosine(b).values())
+    return sum(values) / len(values)
+
+
+def attribute_layers(run: Run, partial: Path) -> None:
+    """The effect of every layer, behaviour and window by all metrics."""
+    c, chains = run.config, run.aligned()
+    effects = {}
+    for window in [c.window] if c.window else WINDOWS:
+        paths = {b: run.folder / candidate_path(window, c.baseline, b) for b in STEERABLE}
+        directions = {b: Direction.load(path) for b, path in paths.items() if path.exists()}
+        effect = attribute(
+            run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread_reading
+        )
+        effects[window] = effect.to_dict()
+    write_json(run.folder / "attribution.json", effects)
+
+
+def select(run: Run, partial: Path) -> None:
+    """Window and layer of every behaviour, by attribution and validation (`jobs/selection.py`), and its controls."""
+    c = run.config
+    layers, candidates = _candidates(run)
+    for b in STEERABLE:
+        if b not in candidates:  # a run with other settings may have left a vector
+            (run.folder / selected_path(b)).unlink(missing_ok=True)
+    shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
+    validation = _Validation(run, partial)
+    validation.run(candidates)
+    chosen: dict[str, Any] = {}
+    for b in candidates:
+        best, rule, passed = selection.pick(validation.finalists[b], validation.accuracy)
+        if c.chosen_layer is not None:
+            rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
+        if not passed:
+            warnings.warn(f"{b}: {rule}", SteerableWarning, stacklevel=2)
+        direction = Direction.load(run.folder / candidate_path(best["window"], best["baseline"], b))
+        selected = replace(direction.only([best["layer"]]), strength=best["strength"])
+        chosen[b] = {
+            "layer": best["layer"],
+            "layers": list(selection.interior(layers)),
+            "window": best["window"],
+            "baseline": best["baseline"],
+            "strength": best["strength"],
+            "dose": next(iter(selected.dose().values()), None),
+            "passed": passed,
+            "rule": rule,
+            "candidates": validation.measured[b],
+            "rounds": validation.rounds[b],
+        }
+        selected.save(run.folder / selected_path(b))
+        for k in range(c.controls):
+            seed = (c.seed * 1000 + best["layer"]) * 1000 + k
+            selected.random_like(seed).save(run.folder / random_path(best["layer"], k))
+    missing = [b for b in STEERABLE if b not in chosen]
+    write_json(run.folder / "selection.json", chosen | ({"missing": missing} if missing else {}))
+
+
+def _candidates(run: Run) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+    """The model's number of layers, and the windows and layers to validate for every behaviour."""
+    c, path = run.config, run.folder / "attribution.json"
+    effects = {window: effect for window, effect in read_json(path, dict).items() if c.window in (None, window)}
+    if not effects:
+        raise UsageError(f"{path} lacks the window {c.window!r}: run `steerable attribute` with it")
+    layers = len(next(iter(next(iter(effects.values())).values()))["exact"]["mean"])
+    candidates: dict[str, list[dict[str, Any]]] = {}
+    for b in [b for b in STEERABLE if all(b in effect for effect in effects.values())]:
+        rows = []
+        for window, effect in effects.items():
+            curve = effect[b]["exact"]["mean"]
+            tried = selection.candidate_layers(curve, c.tried) if c.chosen_layer is None else [c.chosen_layer]
+            rows += [{"window": window, "baseline": c.baseline, "layer": n, "exact": curve[n]} for n in tried]
+        if rows:
+            candidates[b] = rows
+        else:
+            run.display.say(f"select: no effect of {b} was measured in {c.patched} chains: the run goes on without it")
+    if not candidates:
+        raise SteerableError("no effect of any behaviour was measured: give more chains with --patched, or a layer")
+    return layers, candidates
+
+
+class _Validation:
+    """What every candidate does on the validation tasks, round by round, at strength 1 and, as long as no text of a
+    behaviour's candidates is sound, at weaker ones.
+
+    measured: every candidate as it was measured last. finalists: those of the last rounds, of which one is chosen.
+    rounds: what was tried in each round, and what went on. All by behaviour.
+    """
+
+    def __init__(self, run: Run, partial: Path):
+        self.job, self.partial = run, partial
+        self.unsteered: dict[int, list[Measured]] = {}
+        self.measured: dict[str, list[dict[str, Any]]] = {}
+        self.finalists: dict[str, list[dict[str, Any]]] = {}
+        self.rounds: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the unsteered model, on the tasks that it has met so far."""
+        return _mean([m for some in self.unsteered.values() for m in some], "accuracy")
+
+    def run(self, candidates: dict[str, list[dict[str, Any]]]) -> None:
+        """Measure the candidates of every behaviour."""
+        tasks = self.job.tasks("validation")
+        parts = selection.rounds(tasks, max(map(len, candidates.values())))
+        for strength in selection.STRENGTHS:
+            left = {
+                b: rows
+                for b, rows in candidates.items()
+                if not any(selection.is_sound_text(c, self.accuracy) for c in self.finalists.get(b, ()))
+            }
+            chains: dict[str, list[Measured]] = {}
+            for number, part in enumerate(parts):
+                left = {b: rows for b, rows in left.items() if rows}
+                if left:
+                    rows = self._round(number, part, left, strength, chains)
+                    left = {b: self._go_on(b, rows[b], number == len(parts) - 1) for b in rows}
+
+    def _round(
+        self, number: int, tasks: Sequence[Record], left: Any, strength: float, chains: dict[str, list[Measured]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Measure the candidates that are left on further tasks; `chains` takes what is measured, by cell."""
+        cells = [c for c in validation_cells(left, strength) if c.strength or number not in self.unsteered]
+        generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
+        for name, some in generated.items():
+            measured = measure_chains(self.job, some, "validation")
+            if name == "unsteered":
+                self.unsteered[number] = measured
+            else:
+                chains.setdefault(name, []).extend(measured)
+        base = [m for some in self.unsteered.values() for m in some]
+        result: dict[str, list[dict[str, Any]]] = {}
+        for b, candidates in left.items():
+            result[b] = []
+            for candidate in candidates:
+                name = candidate_name(b, candidate)
+                down, up = chains[f"{name}.{-strength:+g}"], chains[f"{name}.{strength:+g}"]
+                outcome = {
+                    "strength": strength,
+                    "tasks": len({m.task_id for m in up}),
+                    "fraction_unsteered": _mean(base, f"fractions.{b}"),
+                    "fraction_up": _mean(up, f"fractions.{b}"),
+                    "fraction_down": _mean(down, f"fractions.{b}"),
+                    "accuracy_up": _mean(up, "accuracy"),
+                    "accuracy_down": _mean(down, "accuracy"),
+                    "loops": max(_mean(side, "loops") or 0.0 for side in (up, down)),
+                    "unclosed": max(_mean(side, "unclosed") or 0.0 for side in (up, down)),
+                    "unclosed_unsteered": _mean(base, "unclosed"),
+                }
+                result[b].append({**candidate, **outcome})
+        return result
+
+    def _go_on(self, behaviour: str, rows: list[dict[str, Any]], is_last: bool) -> list[Any]:
+        """Note a behaviour's round; what goes on to the next one."""
+        names = [candidate_name(behaviour, c) for c in rows]
+        better = rows if is_last else list(selection.survivors(rows, self.accuracy))
+        self.rounds.setdefault(behaviour, []).append(
+            {
+                "strength": rows[0]["strength"],
+                "tasks": rows[0]["tasks"],
+                "candidates": names,
+                "survivors": [candidate_name(behaviour, c) for c in better],
+            }
+        )
+        replaced = {(c["strength"], candidate_name(behaviour, c)) for c in rows}
+        before = self.measured.get(behaviour, [])
+        self.measured[behaviour] = [
+            c for c in before if (c["strength"], candidate_name(behaviour, c)) not in replaced
+        ] + rows
+        if is_last or not better:
+            self.finalists.setdefault(behaviour, []).extend(rows)
+        return better
+
+
+def _mean(measured: Sequence[Measured], metric: str) -> float | None:
+    by_task = values(measured, metric)
+    return sum(by_task.values()) / len(by_task) if by_task else None
+
+
+def steer(run: Run, partial: Path) -> None:
+    """The evaluation tasks in every cell of the plan."""
+    cells = evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"))
+    pieces = partial / "steered"
+    for name, chains in generate_cells(run, cells, run.tasks("evaluation"), partial).items():
+        write_jsonl(pieces / f"{name}.jsonl", chains)
+    shutil.rmtree(run.folder / "steered", ignore_errors=True)
+    pieces.rename(run.folder / "steered")
+
+
+def evaluate(run: Run, partial: Path) -> None:
+    """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
+    rows = []
+    spans = partial / "steered_spans"
+    for cell in evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json")):
+        measured = evaluate_cell(run, cell, spans / f"{cell.name}.jsonl")
+        # One entry a behaviour, so that a reader finds a behaviour's controls under its own name.
+        rows += [{"name": cell.name, "behaviour": b, **measured} for b in cell.behaviours]
+    shutil.rmtree(run.folder / "steered_spans", ignore_errors=True)
+    spans.rename(run.folder / "steered_spans")
+    write_json(run.folder / "cells.json", rows)
+
+
+def report(run: Run, partial: Path) -> None:
+    """report.json and report.html."""
+    content = assemble(run)
+    write_json(run.folder / "report.json", content)
+    write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages
+
+
+_WORK: dict[str, Callable[[Run, Path], None]] = {
+    "tasks": make_tasks,
+    "generate": generate,
+    "annotate": annotate,
+    "extract": extract,
+    "attribute": attribute_layers,
+    "select": select,
+    "steer": steer,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
+    """What the stage's result depends on beside its inputs, with the content of what the settings only name."""
+    settings = run.config.subset(stage.settings) | {"weights": run.weights}
+    if "tasks" in settings and Path(run.config.tasks).is_file():
+        settings["tasks_sha256"] = sha256(Path(run.config.tasks))
+    if "annotator" in settings:
+        settings["annotator_sha256"] = [sha256(source) for source in annotation.sources(run.config)]
+    if "llm" not in (settings.get("annotator"), settings.get("tasks")):
+        settings = {name: value for name, value in settings.items() if not name.startswith("llm_")}
+    return settings
+
+
+def _refuse_settings_of_earlier(stage: Stage, changed: set[str]) -> None:
+    """Raises UsageError for a changed setting on which only earlier stages depend: their results would stay as they
+    are, and config.json and the report would say something else of them."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if unused := sorted((changed & set(earlier.settings.split())) - set(stage.settings.split())):
+            raise UsageError(
+                f"{flag(unused[0])} changes nothing in stage {stage.name!r}, as stage {earlier.name!r} depends on it: "
+                f"give it to `steerable {earlier.name}`, or to `steerable run`, which does all stages that depend on it"
+            )
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    """The settings in a JSON file."""
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}: expected a JSON file of settings, e.g. the config.json of a run")
+    return dict(read_json(path, dict))
+
+
+def run(
+    out: str | Path = "runs/pocket",
+    *,
+    stage: str | None = None,
+    fresh: bool = True,
+    config: Path | None = None,
+    quick: bool = False,
+    paper: bool = False,
+    workers: int | None = None,
+    ray: float | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    **settings: Annotated[Any, Config],
+) -> Path:
+    """All stages of the main job, from tasks to the report. A stopped run goes on where it was.
+
+    Args:
+        out: The run folder: everything that the run reads and writes.
+        stage: One stage alone, by its name in `STAGES`.
+        fresh: Settings that are not given have their defaults; else those of the folder's config.json.
+        config: A JSON file of settings, e.g. the config.json of a former run; options on the command line go before it.
+        quick: Fewer tasks and samples: a look in under a minute, not a result.
+        paper: The published setting: 500 tasks, written and annotated by a language model; greedy, 1000 tokens.
+        workers: Processes that generate; default: one a core for small models. Changes no result.
+        ray: Workers are actors of a Ray cluster (RAY_ADDRESS, else here) with this many GPUs each.
+        overwrite: Let results of another model in --out be replaced; else that is refused.
+        display: Where progress is shown; default: nowhere.
+        settings: The fields of `Config`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError: a wrong setting or input, before anything is written.
+
+    Example:
+        >>> folder = run("runs/look", quick=True)
+    """
+    if stage is not None and stage not in _WORK:
+        raise UsageError(f"unknown stage {stage!r}: expected one of {', '.join(_WORK)}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}: expected 1 or more")
+    if ray is not None and ray < 0:
+        raise UsageError(f"--ray is {ray}: expected the number of GPUs of each worker, 0 or more")
+    folder, display = RunFolder(out), display or Display(quiet=True)
+    steps = [step for step in STAGES if stage in (None, step.name)]
+    recorded = _read_config(config) if fresh else recorded_settings(folder)
+    given = (PAPER if paper else {}) | settings
+    final = Config(recorded.keys() - given.keys(), **recorded | given)
+    final = final.quick() if quick else final
+    folder.refuse_other("run", final.model, final.revision, overwrite)
+    if stage is not None and recorded:
+        changed = {name for name in settings if recorded.get(name) != getattr(final, name)}
+        _refuse_settings_of_earlier(steps[0], changed)
+    job = Run(folder, final, workers, ray, display)
+    is_new = not (folder / "config.json").exists()
+    if is_new or recorded_settings(folder) != final.to_dict() or not _is_finished(job, steps):
+        # Wrong settings, an unusable model and missing inputs are refused before anything is written.
+        _ = job.loaded
+        folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))
+    with folder.locked(), ExitStack() as threads:
+        if "loaded" in vars(job):
+            # As many threads as a worker has: a run's bytes then do not depend on the number of cores or workers.
+            threads.enter_context(torch_threads(default_threads(job.loaded.model, 1)))
+        # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
+        if not is_new:
+            write_json(folder / "config.json", final.to_dict())
+        for step in steps:
+            depends_on = _depends_on(job, step)
+            done = folder.run_stage(step.name, step.inputs, depends_on, step.outputs, partial(_WORK[step.name], job))
+            if is_new and step is steps[0]:
+                write_json(folder / "config.json", final.to_dict())
+            display.say(f"{step.name}: {'done' if done else 'was done already'}")
+    if steps[-1].name == "report":
+        display.tell(f"The report is {(folder / 'report.html').resolve()}")
+    return folder.root
+
+
+def _is_finished(run: Run, steps: Sequence[Stage]) -> bool:
+    """Whether none of these stages has anything to do."""
+    try:
+        return all(run.folder.finished(s.name, run.folder.key(s.name, s.inputs, _depends_on(run, s))) for s in steps)
+    except UsageError:
+        return False  # an input is missing

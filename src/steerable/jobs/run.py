@@ -1,0 +1,125 @@
+"""A run in progress: its folder and settings, and what its stages share."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from steerable.chains.generation import prompt_text
+from steerable.chains.records import Record, read_jsonl
+from steerable.chains.windows import align_chains
+from steerable.engines.cluster import map_blocks as map_blocks_on_cluster
+from steerable.engines.pool import default_workers, map_blocks
+from steerable.engines.sampling import warn_if_endless
+from steerable.jobs.settings import Config
+from steerable.models import loading as models
+from steerable.steering.think import think_tags
+from steerable.store.display import Display
+from steerable.store.errors import UsageError
+from steerable.store.files import sha256_of
+from steerable.store.run_folder import RunFolder, read_json
+
+
+@dataclass
+class Run:
+    """A run folder with the settings of a run; the model is loaded when a stage first needs it."""
+
+    folder: RunFolder
+    config: Config
+    workers: int | None = None
+    ray: float | None = None
+    display: Display = field(default_factory=lambda: Display(quiet=True))
+
+    @cached_property
+    def loaded(self) -> models.Loaded:
+        """The model and its tokenizer. Raises UsageError for a model that the main job cannot use."""
+        c = self.config
+        if c.trust_remote_code:
+            c.check_own("trust_remote_code")
+        if "/" in (c.attention or ""):  # a kernel on the hub is code
+            c.check_own("attention")
+        where = {"device_map": "auto"} if c.device == "auto" else {"device": c.device}
+        loaded = models.load(
+            c.model,
+            dtype=c.dtype,
+            attn_implementation=c.attention,
+            quantization=c.quantization,
+            revision=c.revision,
+            trust_remote_code=c.trust_remote_code,
+            **where,
+        )
+        think_tags(loaded.tokenizer)
+        prompt_text(loaded.tokenizer, "?")
+        warn_if_endless(loaded.model)
+        layers = models.n_layers(loaded.model)
+        if c.chosen_layer is not None and c.chosen_layer >= layers:
+            raise UsageError(f"--layers is {c.chosen_layer}, but {c.model} has layers 0 to {layers - 1}")
+        return loaded
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells two models of one name apart, without loading them: the commit of a hub model, the hash of a
+        folder's weights."""
+        root = models.pocket_path() if self.config.model == "pocket" else Path(self.config.model)
+        if root.is_dir():
+            files = [*root.glob("*.safetensors"), *root.glob("*.json"), *root.glob("*.jinja")]
+            return sha256_of({file.name: file for file in files})
+        with contextlib.suppress(OSError):  # then loading the model says what is wrong
+            from transformers import PreTrainedConfig
+
+            described, _ = PreTrainedConfig.get_config_dict(self.config.model, revision=self.config.revision)
+            if commit := described.get("_commit_hash"):
+                return str(commit)
+        return str(self.loaded.model.config._commit_hash)
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """On what chains are generated: `workers` and `spread` of the functions that do it."""
+        return self._spread(self.workers or default_workers(self.loaded.model))
+
+    @property
+    def spread_reading(self) -> dict[str, Any]:
+        """On what chains are read. Reading is short: more processes than one take longer to start than they save,
+        unless the model or the chains are long enough for somebody to ask for them."""
+        return self._spread(self.workers or 1)
+
+    def _spread(self, workers: int) -> dict[str, Any]:
+        spread = map_blocks if self.ray is None else partial(map_blocks_on_cluster, gpus=self.ray)
+        return {"workers": workers, "spread": spread}
+
+    def tasks(self, split: str) -> list[Record]:
+        """The tasks of a split: extraction, validation or evaluation."""
+        return [task for task in read_jsonl(self.folder / "tasks.jsonl", "task") if task["split"] == split]
+
+    def prompts(self, split: str) -> dict[str, str]:
+        """Task id -> what the chat template makes of the task, up to where the model begins to speak."""
+        return {task["id"]: prompt_text(self.loaded.tokenizer, task["prompt"]) for task in self.tasks(split)}
+
+    def aligned(self) -> list[Any]:
+        """The extraction chains as the model reads them, with their spans as token ranges."""
+        spans: dict[tuple[str, int], list[Record]] = {}
+        for span in read_jsonl(self.folder / "spans.jsonl", "span"):
+            spans.setdefault((span["task_id"], span["sample"]), []).append(span)
+        chains = read_jsonl(self.folder / "chains.jsonl", "chain")
+        by_chain = [spans.get((chain["task_id"], chain["sample"]), []) for chain in chains]
+        return align_chains(self.loaded.tokenizer, self.prompts("extraction"), chains, by_chain)
+
+
+def recorded_settings(folder: RunFolder) -> dict[str, Any]:
+    """What the folder's config.json says; nothing where there is none."""
+    settings = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{folder / 'config.json'} holds no settings: delete it and run the same command again")
+    return settings
+
+
+def open_run(out: str | Path, display: Display | None = None) -> Run:
+    """The run in a folder, to read it. Raises UsageError where there is none."""
+    folder = RunFolder(out)
+    if not (folder / "config.json").exists():
+        raise UsageError(f"{folder.root} is no run folder: expected one that `steerable run` has made")
+    settings = recorded_settings(folder)
+    return Run(folder, Config(settings, **settings), display=display or Display(quiet=True))
