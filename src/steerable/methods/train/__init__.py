@@ -1,6 +1,10 @@
-"""Vectors learned by gradient; `steerable train rl` is `rl.train_rl`. Needs the extra `steerable[train]`."""
+"""Vectors, adapters and weights learned by gradient. Needs the extra `steerable[train]`; the commands are in `jobs`."""
 
 import logging
+from typing import Literal
+
+Method = Literal["bias", "adaptive", "lora", "tinylora", "full"]
+"""What is trained; see `parameters`."""
 
 # transformers imports it where it is installed, and on a CPU it then warns of a kernel that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -7,23 +7,22 @@
 - `lora`: rank 4 on that projection, alpha = r.
 - `tinylora`: one vector of 13 numbers for all linear maps of the model (arXiv 2602.04118).
 - `full`: every weight.
-
-`attach` makes a model trainable; its `Trained` knows what a checkpoint holds, what the model was before, and how to
-write the artefact: a direction file, an adapter folder or a model folder.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from steerable.methods import folding as edits
+from steerable.methods import folding
+from steerable.methods.train import Method
 from steerable.models import biases
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
@@ -31,10 +30,10 @@ from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import folder_target, write_atomic
 from steerable.store.plurals import plural
 
-METHODS = ("bias", "adaptive", "lora", "tinylora", "full")
+METHODS = get_args(Method)
 #: The published ranks; for `tinylora` how many numbers are trained.
 RANKS = {"adaptive": 1, "lora": 4, "tinylora": 13}
-_KEEP_FIRST = 100_000_000  # numbers: a copy of more is too dear for showing how far training has gone
+_MOST_COPIED = 100_000_000  # numbers: copying more is too expensive for a measure of how far training has gone
 
 
 class Factors(nn.Module):
@@ -47,14 +46,15 @@ class Factors(nn.Module):
         nn.init.kaiming_uniform_(self.left, a=math.sqrt(5))
 
     def vectors(self) -> Tensor:
-        """[layers, d]"""
+        """The vectors, `[layers, d]`."""
         return self.left @ self.right
 
 
 class Trained:
-    """A model with trainable parameters. `model` goes to the trainer, with `peft_config` if it is to wrap it.
+    """A model with trainable parameters: its checkpoints, what it was before the training, and its artefact.
 
-    After the trainer has wrapped the model (PEFT), `model` is to be set to what it made.
+    `model` goes to the trainer, together with `peft_config` where PEFT is to wrap it. After that, set `model` to the
+    wrapped model.
     """
 
     def __init__(self, model: Any, method: str, peft_config: Any = None, factors: Factors | None = None) -> None:
@@ -63,67 +63,76 @@ class Trained:
         self._padding = model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def count(self) -> int:
+        """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters().values())
 
     def remember(self) -> None:
-        """Keep what the parameters are now, unless there are very many: what `reference` goes back to."""
-        if self.count() <= _KEEP_FIRST:
+        """Copy the parameters, unless there are very many, so that `reference` can go back to them."""
+        if self.count() <= _MOST_COPIED:
             self._first = {name: p.detach().clone() for name, p in self.parameters().items()}
 
     @contextmanager
     def reference(self) -> Iterator[bool]:
         """The model as it was before training; yields whether that is known."""
-        now = {name: p.data for name, p in self.parameters().items()} if self._first else {}
+        parameters = self.parameters() if self._first else {}
+        now = {name: p.data for name, p in parameters.items()}
         try:
-            for name, p in self.parameters().items() if self._first else ():
+            for name, p in parameters.items():
                 p.data = self._first[name]
-            yield bool(self._first)
+            yield bool(parameters)
         finally:
-            for name, p in self.parameters().items() if self._first else ():
+            for name, p in parameters.items():
                 p.data = now[name]
 
     def save(self, path: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write the trainable parameters (of `state`, where a sharded model has gathered it)."""
+        """Write the trainable parameters (from `state`, where a sharded model has gathered it)."""
         from safetensors.torch import save
 
         names = self.parameters()
-        found = names if state is None else {name: state[name] for name in names if name in state}
-        write_atomic(path, save({name: p.detach().cpu().contiguous() for name, p in found.items()}))
+        tensors = names if state is None else {name: state[name] for name in names if name in state}
+        write_atomic(path, save({name: p.detach().cpu().contiguous() for name, p in tensors.items()}))
 
     def restore(self, path: Path) -> None:
         """Read them again. Raises SteerableError where the file is not of this model and method."""
         from safetensors.torch import load_file
 
         try:
-            found = load_file(path)
+            stored = load_file(path)
         except Exception as error:  # safetensors raises what it likes
             raise SteerableError(f"{path} is not a sound checkpoint ({error}): delete its folder and go on") from error
         parameters = self.parameters()
-        if found.keys() != parameters.keys() or any(found[n].shape != p.shape for n, p in parameters.items()):
+        if {name: x.shape for name, x in stored.items()} != {name: p.shape for name, p in parameters.items()}:
             raise SteerableError(f"{path} holds other parameters than these settings train: use another --out")
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(found[name])
+                p.copy_(stored[name])
 
     def direction(self, **about: Any) -> Direction:
-        """The trained vectors. Raises UsageError for a method that trains none."""
+        """The trained vectors; `about` are fields of the direction. Raises UsageError for a method without vectors."""
         if self.method != "bias":
             raise UsageError(f"--method {self.method} trains no vectors: only bias does")
         if self.factors is None:
-            return edits.extract_bias(self.model, **about)
-        # The hooks' sum, as the bias that it is.
-        with torch.no_grad():
-            for place, vector in zip(self.model.steering_places, self.factors.vectors(), strict=True):
-                about.setdefault("vectors", {})[biases.site(self.model, place)] = vector.detach().float().cpu()
-        return Direction(
-            **{"model_id": models.model_id(self.model), "model_revision": models.model_revision(self.model)} | about
-        )
+            return folding.extract_bias(self.model, **about)
+        vectors = self.factors.vectors().detach().float().cpu()
+        sites = [biases.site(self.model, place) for place in self.model.steering_places]
+        identity = {"model_id": models.model_id(self.model), "model_revision": models.model_revision(self.model)}
+        return Direction(dict(zip(sites, vectors, strict=True)), **identity | about)
 
     def finish(self, folder: Path, tokenizer: Any, **about: Any) -> Path:
-        """Write what was trained into a run folder, whole or not at all; returns its path."""
+        """Write what was trained into a folder, whole or not at all.
+
+        Args:
+            folder: Where the artefact goes.
+            tokenizer: Saved beside a fully trained model.
+            about: Fields of the direction file, for `bias`.
+
+        Returns:
+            The direction file, the adapter's folder or the model's folder.
+        """
         path = folder / artefact(self.method)
         if self.method == "bias":
             return self.direction(**about).save(path)
@@ -136,13 +145,13 @@ class Trained:
         with models.no_progress_bar():
             self.model.save_pretrained(partial)
         if target.exists():
-            _remove(target)
+            shutil.rmtree(target)
         partial.rename(target)
         return path
 
 
 def artefact(method: str) -> str:
-    """What a method leaves in a run folder."""
+    """The name of the file or folder that a method leaves behind."""
     return {"bias": "bias.safetensors", "full": "model"}.get(method, "adapter")
 
 
@@ -157,9 +166,16 @@ def attach(
 ) -> Trained:
     """Freeze the model but for what `method` trains.
 
-    layers: default all; for `full` and `tinylora` all. after: "mlp" or "attention". rank: default the published one;
-    for `bias` none: a free vector a layer. reference: a KL term wants the model without the training as well, which
-    PEFT gives without a copy. Raises UsageError for what this model or method has not.
+    Args:
+        model: The model, changed in place.
+        method: One of `METHODS`.
+        layers: 0-based layers; default all, and always all for `full` and `tinylora`.
+        after: Where a layer's vector is added: after its "mlp" or its "attention".
+        rank: Default: the published one; for `bias` none, a free vector a layer.
+        reference: A KL term will ask for the untrained model as well. With PEFT that needs no copy.
+
+    Raises:
+        UsageError: The model or the method does not allow it.
     """
     if method not in METHODS:
         raise UsageError(f"--method is {method!r}: expected one of {', '.join(METHODS)}")
@@ -167,9 +183,8 @@ def attach(
         raise UsageError(f"--layers goes with bias, adaptive and lora: {method} trains in every layer")
     if rank is not None and method == "full":
         raise UsageError("--rank goes with bias, adaptive, lora and tinylora: full has none")
-    model.requires_grad_(False)
+    model.requires_grad_(method == "full")
     if method == "full":
-        model.requires_grad_(True)
         return Trained(model, method)
     chosen = places(model, layers, after)
     if method == "bias":
@@ -177,7 +192,7 @@ def attach(
         if rank:
             return Trained(model, method, factors=_factorised(model, chosen, rank))
         if not reference:
-            edits.add_bias(model, [place.layer for place in chosen], after)
+            folding.add_bias(model, [place.layer for place in chosen], after)
             return Trained(model, method)
     return Trained(model, method, _adapter(model, method, chosen, rank or RANKS.get(method, 0)))
 
@@ -215,22 +230,14 @@ def _factorised(model: Any, chosen: Sequence[biases.Place], rank: int) -> Factor
 
 
 def _adapter(model: Any, method: str, chosen: Sequence[biases.Place], rank: int) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UsageError("adapters need the library peft: pip install 'steerable[train]'") from None
+    import peft
+
     if method == "tinylora":
         return peft.TinyLoraConfig(
             r=2, u=rank, weight_tying=1.0, target_modules="all-linear", task_type="CAUSAL_LM", projection_seed=0
         )
-    wanted = [biases.linear(model, place) for place in chosen]
-    names = [name for name, module in model.named_modules() if any(module is linear for linear in wanted)]
+    linears = [biases.linear(model, place) for place in chosen]
+    names = [name for name, module in model.named_modules() if any(module is linear for linear in linears)]
     if method == "bias":
         return peft.BeftConfig(target_modules=names, task_type="CAUSAL_LM")
     return peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path)

@@ -9,7 +9,6 @@ question, or several guesses, is not paid.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,11 +20,27 @@ REASONS = ("right", "wrong", "no-answer", "several-boxes", "parse-error", "timeo
 """Every reason that a reward can have, for counters."""
 
 Reward = Callable[[Mapping[str, Any], str | None], tuple[float, str]]
-"""`reward(task, completion)`: the text behind the think block, None where the block was never closed."""
+"""`reward(task, completion) -> (reward, reason)`; the completion is the text behind the think block, or None where the
+block was never closed."""
 
 
 def reward(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
-    """(+1, "right") or (-1, reason). Raises UsageError for a task that has nothing to judge by."""
+    """+1 for a right answer, -1 for any other.
+
+    Args:
+        task: A task with `answer` or `entry`.
+        completion: The text behind the think block; None where the block was never closed.
+
+    Returns:
+        The reward, and why: one of `REASONS`.
+
+    Raises:
+        UsageError: The task has nothing to judge by.
+
+    Example:
+        >>> reward({"id": "a", "prompt": "1 + 1?", "answer": "2"}, "\\\\boxed{2}")
+        (1.0, 'right')
+    """
     verdict = judge(task, completion)
     if verdict.reason == "unjudged":
         raise UsageError(
@@ -57,10 +72,7 @@ def random_reward(seed: int) -> Reward:
 
 def reward_of(name: str, seed: int) -> Reward:
     """The reward by its name: `correct`, `format` or `random`."""
-    rewards = {"correct": reward, "format": format_only, "random": random_reward(seed)}
-    if name not in rewards:
-        raise UsageError(f"unknown reward {name!r}: expected {', '.join(rewards)}")
-    return rewards[name]
+    return {"correct": reward, "format": format_only, "random": random_reward(seed)}[name]
 
 
 #: A reply that is right for more of the tasks than this is what a policy would learn to write, whatever is asked.
@@ -75,15 +87,29 @@ def refuse_constants(tasks: Sequence[Mapping[str, Any]]) -> None:
     The share is that of the tasks given, less what the luck of a few of them may bring: the lower end of its 99 %
     interval (Wilson 1927, "Probable inference, the law of succession, and statistical inference") must lie above.
     """
+    from scipy.stats import binomtest
+
     answers = Counter(_reference(task) for task in tasks)
     commonest = [answer for answer, _ in answers.most_common(6) if answer]
     some = tasks[:: max(1, len(tasks) // 40)]
     for reply in dict.fromkeys([*commonest, *CONSTANTS]):
-        if _share(reply, some) >= MOST / 2 and _low(share := _share(reply, tasks), len(tasks)) > MOST:
+        if _right(reply, some) < MOST / 2 * len(some):
+            continue
+        right = binomtest(_right(reply, tasks), len(tasks))
+        if right.proportion_ci(0.99, method="wilson").low > MOST:
             raise UsageError(
-                f"the constant reply {reply!r} is right for {share:.0%} of {len(tasks)} tasks, so training would teach "
-                f"to write it whatever is asked: give tasks of which no reply is right for more than {MOST:.0%}"
+                f"the constant reply {reply!r} is right for {right.statistic:.0%} of {len(tasks)} tasks, so training "
+                f"would teach to write it whatever is asked: give tasks of which no reply is right for more than "
+                f"{MOST:.0%}"
             )
+
+
+def is_verifiable(task: Mapping[str, Any]) -> bool:
+    """Whether there is something to judge by, and the judge finds the reference answer itself right."""
+    if task.get("entry") is not None:
+        return True
+    answer = task.get("answer")
+    return answer is not None and judge(task, f"\\boxed{{{final_answer(str(answer))}}}").reason == "right"
 
 
 def _reference(task: Mapping[str, Any]) -> str:
@@ -94,11 +120,5 @@ def _reference(task: Mapping[str, Any]) -> str:
     return str(entry.get("answer") or entry.get("metadata", {}).get("example_answer") or "")
 
 
-def _share(reply: str, tasks: Sequence[Mapping[str, Any]]) -> float:
-    return sum(reward(task, f"\\boxed{{{reply}}}")[0] > 0 for task in tasks) / len(tasks)
-
-
-def _low(share: float, count: int, z: float = 2.576) -> float:
-    """The lower end of Wilson's interval."""
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)
+def _right(reply: str, tasks: Sequence[Mapping[str, Any]]) -> int:
+    return sum(reward(task, f"\\boxed{{{reply}}}")[0] > 0 for task in tasks)

@@ -32,15 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from steerable.formats.checkpoint import as_checkpoint
-from steerable.jobs import arms
 from steerable.methods.train.parameters import Trained
-from steerable.methods.train.settings import RLSettings
 from steerable.models.biases import bias_names, linear, number_type
 from steerable.models.loading import Loaded
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json, write_json
 
-BASE = "base"  # in the run folder: the checkpoint with zero biases
+BASE = "base"  # in the training's folder: the checkpoint with zero biases
 _PROBE = 3.0  # the largest number of the vectors that are tried
 _SEEN = 1e-3  # least change of a log-probability that counts as one
 _SAME = 0.05  # most by which a log-probability differs between two equal computations, in bfloat16
@@ -51,57 +49,56 @@ Gather = Callable[[list[Any]], AbstractContextManager[None]]
 # --- what the engine loads ---
 
 
-def prepare(root: Path, s: RLSettings, loaded: Loaded) -> None:
-    """Before the model is made trainable: give vLLM a checkpoint that has room for what is trained.
+def prepare(folder: Path, loaded: Loaded, *, method: str, after: str, revision: str | None, source: str) -> None:
+    """Give vLLM a checkpoint that has room for what is trained; call it before the model is made trainable.
 
-    For `bias` that is `base/` of the run folder, with zero biases, written unless the model's own has them; TRL loads
-    the engine from `model.name_or_path`. Raises UsageError where vLLM is missing or no stock class holds the biases.
+    For `bias` that is `base/` of the training's folder, with zero biases, unless the model's own checkpoint has them.
+    TRL loads the engine from `model.name_or_path`.
+
+    Args:
+        folder: The training's folder.
+        loaded: The untrained model.
+        method: What is trained.
+        after: Where a layer's vector is added.
+        revision: The revision of the model that was asked for.
+        source: A hash of the model's weights, or their commit.
+
+    Raises:
+        UsageError: vLLM is missing, or no stock class of transformers holds the biases.
     """
     from accelerate import PartialState
 
     if importlib.util.find_spec("vllm") is None:
-        raise UsageError(f"--generation {s.generation} needs vLLM: pip install 'steerable[vllm]'")
-    if not needs_base(s, loaded):
-        if s.revision:
+        raise UsageError("--generation vllm-colocate and vllm-server need vLLM: pip install 'steerable[vllm]'")
+    if not needs_base(loaded, method, after):
+        if revision:
             raise UsageError(
                 "vLLM would load the newest revision of the model: give the folder of the one that you want as --model"
             )
         return
-    folder = root / BASE
     state = PartialState(cpu=loaded.model.device.type == "cpu")
-    if state.is_main_process:
-        _write_base(folder, s, loaded)
+    base = folder / BASE
+    stamp, key = base / "steerable.json", {"weights": source, "dtype": str(loaded.model.dtype), "after": after}
+    if state.is_main_process and not (stamp.exists() and read_json(stamp) == key):
+        shutil.rmtree(base, ignore_errors=True)
+        as_checkpoint(loaded.model, loaded.tokenizer, None, base, after=after)
+        write_json(stamp, key)
     state.wait_for_everyone()
-    loaded.model.name_or_path = str(folder)
+    loaded.model.name_or_path = str(base)
 
 
-def needs_base(s: RLSettings, loaded: Loaded) -> bool:
+def needs_base(loaded: Loaded, method: str, after: str) -> bool:
     """Whether vectors are trained that the model's own checkpoint has no bias for."""
-    held = loaded.model.state_dict().keys()
-    names = bias_names(loaded.model)
-    return s.method == "bias" and any(name not in held for place, name in names.items() if place.after == s.after)
+    names = [name for place, name in bias_names(loaded.model).items() if place.after == after]
+    return method == "bias" and not set(names) <= loaded.model.state_dict().keys()
 
 
-def _write_base(folder: Path, s: RLSettings, loaded: Loaded) -> None:
-    key = {
-        "weights": arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model),
-        "dtype": str(loaded.model.dtype),
-        "after": s.after,
-    }
-    stamp = folder / "steerable.json"
-    if stamp.exists() and read_json(stamp) == key:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    as_checkpoint(loaded.model, loaded.tokenizer, None, folder, after=s.after)
-    write_json(stamp, key)
-
-
-def serve_command(root: Path, s: RLSettings) -> str:
-    """How to start a server for this training."""
-    folder = root / BASE
+def serve_command(folder: Path, model: str) -> str:
+    """How to start a server for the training in this folder."""
+    base = folder / BASE
     transfer = json.dumps({"backend": "nccl"})
     return (
-        f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder if folder.exists() else s.model} "
+        f"VLLM_SERVER_DEV_MODE=1 vllm serve {base if base.exists() else model} "
         f"--weight-transfer-config '{transfer}' --logprobs-mode processed_logprobs"
     )
 
@@ -121,7 +118,14 @@ def only_trained(trainer: Any) -> None:
         raise UsageError("vLLM's sleep mode discards weights that are not sent again: leave it off")
     if generation.mode == "colocate" and trained.method != "bias" and trainer.accelerator.device.type == "cpu":
         raise UsageError("vLLM packs its weights on a CPU, so that only biases can be sent to it: use our own engine")
-    generation.sync_weights = _timed(generation.sync_weights, trainer.seconds)
+    send = generation.sync_weights
+
+    def sync_weights() -> None:
+        began = time.perf_counter()
+        send()
+        trainer.seconds["push"] = trainer.seconds.get("push", 0.0) + time.perf_counter() - began
+
+    generation.sync_weights = sync_weights
     if trained.method == "full":
         return
     if generation._dist.fsdp_version == 1:
@@ -132,15 +136,6 @@ def only_trained(trainer: Any) -> None:
     generation._iter_named_params = now
 
 
-def _timed(send: Callable[[], None], seconds: dict[str, Any]) -> Callable[[], None]:
-    def sync_weights() -> None:
-        began = time.perf_counter()
-        send()
-        seconds["push"] = seconds.get("push", 0.0) + time.perf_counter() - began
-
-    return sync_weights
-
-
 def tensors(
     trained: Trained, *, whole: bool = False, gather: Gather | None = None, probe: float = 0.0
 ) -> Iterator[tuple[str, Tensor]]:
@@ -149,19 +144,16 @@ def tensors(
     whole: with the other parameter of every linear map concerned. gather: a context in which ZeRO's shards are whole;
     every process must then iterate. probe: add vectors of this size to the biases, to see whether they act.
     """
-    for name, module, leaf, value in _trained_maps(trained, gather or (lambda _: nullcontext()), probe):
+    walk = _biases if trained.method == "bias" else _adapted
+    for name, module, leaf, value in walk(trained, gather or (lambda _: nullcontext()), probe):
         for other in ("weight", "bias") if whole else (leaf,):
             held = value if other == leaf else getattr(module, other)
             if held is not None:
                 yield f"{name}.{other}", _full(held.detach())
 
 
-def _trained_maps(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[str, Any, str, Tensor]]:
-    """Linear maps with something trained: name, module, "weight" or "bias", and what that is now."""
-    return (_biases if trained.method == "bias" else _adapted)(trained, gather, probe)
-
-
 def _biases(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[str, Any, str, Tensor]]:
+    """Linear maps with a trained bias: name, module, "bias", and what that is now."""
     model = trained.model.get_base_model() if hasattr(trained.model, "get_base_model") else trained.model
     adapters = {id(module.base_layer): module for module in model.modules() if hasattr(module, "beft_bias")}
     factors = trained.factors
@@ -179,14 +171,15 @@ def _biases(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[st
 
 def _parts(module: Any, adapter: Any, of_rank: Tensor | None) -> list[Tensor]:
     """What a map's bias is the sum of; nothing where none of it is trained."""
-    own = [] if module.bias is None else [module.bias]
+    present = [] if module.bias is None else [module.bias]
     added = [] if of_rank is None else [of_rank]
     if adapter is not None:
         added += [adapter.beft_bias[name] for name in adapter.active_adapters]
-    return own + added if added or any(bias.requires_grad for bias in own) else []
+    return present + added if added or any(bias.requires_grad for bias in present) else []
 
 
 def _adapted(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[str, Any, str, Tensor]]:
+    """Linear maps with an adapter: name, module, "weight", and what that is now."""
     for name, module in trained.model.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
@@ -222,7 +215,7 @@ def unshard(trained: Trained) -> None:
 def _prove(generation: Any, now: Callable[..., Iterator[tuple[str, Tensor]]]) -> None:
     """Push, push large vectors, and push again: only the second answer may differ. Every process must call it."""
     prompt = list(generation.processing_class("1 + 2 =", add_special_tokens=False)["input_ids"])
-    kept = generation.logprobs, generation.max_completion_length
+    before = generation.logprobs, generation.max_completion_length
     generation.logprobs, generation.max_completion_length = 1, 1
     answers = []
     try:
@@ -232,14 +225,14 @@ def _prove(generation: Any, now: Callable[..., Iterator[tuple[str, Tensor]]]) ->
             _, _, logprobs, _ = generation.generate(prompts=[prompt], images=None, num_generations=1)
             answers.append(logprobs[0][0][0])  # of the likeliest next token, whatever was drawn
     finally:
-        generation.logprobs, generation.max_completion_length = kept
-    before, moved, after = answers
-    if abs(moved - before) < _SEEN:
+        generation.logprobs, generation.max_completion_length = before
+    first, moved, again = answers
+    if abs(moved - first) < _SEEN:
         raise UsageError(
             "the model in vLLM has no biases for the trained vectors, so that they would not act: start the server "
             "from the checkpoint with zero biases (`base` in the run folder)"
         )
-    if abs(after - before) > _SAME:
+    if abs(again - first) > _SAME:
         raise SteerableError(
             "vLLM's answer is another one after biases were sent and taken back: this version of vLLM damages the "
             "weights beside them; use --generation vllm-colocate"

@@ -12,78 +12,93 @@ times (G - 1) / G, a constant that Adam does not see.
 from __future__ import annotations
 
 import copy
-import math
-import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from steerable.chains.generation import request_seed, split_chain
 from steerable.engines.hf.generation import Completion, Request, generate
 from steerable.engines.sampling import Decoding, pad_id
+from steerable.methods.train.loop import SmallCheckpoints, common_arguments
 from steerable.methods.train.parameters import Trained
 from steerable.methods.train.rewards import REASONS, Reward
+from steerable.models import loading as models
 from steerable.models.loading import stop_ids
 from steerable.steering.think import think_tags_if_any
-from steerable.store.errors import SteerableError, SteerableWarning
+from steerable.store.errors import SteerableWarning, UsageError
 
-WEIGHTS = "trained.safetensors"
-_GROUP = 16  # rows of one forward pass
+_ROWS = 16  # of one forward pass, grouped by length
+_PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
 
 
-class VectorTrainer(GRPOTrainer):
-    """GRPOTrainer for tasks with a verifiable answer.
+class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
+    """TRL's GRPOTrainer for tasks with a verifiable answer.
 
-    trained: the model and what is trained in it. tasks: what the data set's column `task` counts. reward: (task,
-    completion) -> (reward, reason). own_engine: roll out with `engines.transformers.generate`, else as TRL's arguments
-    say. rows: sequences that our engine computes together. kl_rows: rollouts a step on which the divergence from the
-    untrained model is estimated. `seconds` and `counted` are what the steps so far took and gave.
+    The methods of TRL that it overrides, and the arguments that it relies on, are those of the minor version that
+    pyproject.toml names; `tests/methods/train/test_seam.py` checks them. `counted` is what the steps so far gave.
+
+    Args:
+        trained: The model and what is trained in it.
+        args: The loss as TRL's settings; see `grpo_arguments`.
+        prompts: The text of each task, up to where the model begins to speak.
+        tasks: The tasks, in the same order.
+        reward: `(task, answer) -> (reward, reason)`.
+        tokenizer: The model's. It is left as it is; TRL gets a copy with a padding token.
+        own_engine: Roll out with the package's engine, else as TRL's arguments say.
+        rows: Sequences that our engine computes together.
+        kl_rows: Rollouts a step on which the divergence from the untrained model is estimated.
     """
+
+    CURVE = ("step", "reward", "accuracy", "tokens", "kl", "entropy")
 
     def __init__(
         self,
         trained: Trained,
-        *args: Any,
-        processing_class: Any,
+        args: GRPOConfig,
+        prompts: Sequence[str],
         tasks: Sequence[Mapping[str, Any]],
         reward: Reward,
+        tokenizer: Any,
+        *,
         own_engine: bool = True,
         rows: int = 64,
         kl_rows: int = 16,
-        **kwargs: Any,
     ) -> None:
-        self.trained, self.tasks, self.paid, self.rows, self.kl_rows = trained, tasks, reward, rows, kl_rows
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        from datasets import Dataset
+
+        self.tasks, self.paid, self.rows, self.kl_rows = tasks, reward, rows, kl_rows
         self.counted: Counter[str] = Counter()
+        self.logged_tokens = 0
         self.nothing_learnt = False
-        self.stops, self.tokenizer = stop_ids(trained.model), processing_class
+        self.stops, self.tokenizer = stop_ids(trained.model), tokenizer
         super().__init__(
-            trained.model,
+            trained,
             [self.pay],
-            *args,
-            processing_class=_padding(processing_class, trained.model),
+            args,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts), "task": list(range(len(prompts)))}),
+            processing_class=_padding(tokenizer, trained.model),
             peft_config=trained.peft_config,
             rollout_func=self.roll_out if own_engine else None,
-            **kwargs,
         )
         self.eos_token_ids = self.stops  # TRL adds the tokenizer's end token, though it may have none
         if hasattr(self, "generation_config"):
             self.generation_config.eos_token_id = self.stops or None
         trained.model = self.model
         trained.remember()
-        self.tags = think_tags_if_any(processing_class)
+        self.tags = think_tags_if_any(tokenizer)
 
     # Rollouts and rewards
 
     def roll_out(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Completions of the prompts, each of which comes as often as it has samples."""
-        began = time.perf_counter()
         ids = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts]
         place = f"{self.state.global_step}/{self.accelerator.process_index}"
         model = self.accelerator.unwrap_model(self.model)
@@ -91,59 +106,46 @@ class VectorTrainer(GRPOTrainer):
         training = model.training
         model.eval()
         try:
-            done = generate(
-                model,
-                self.tokenizer,
-                [Request(row, request_seed(self.args.seed, place, i)) for i, row in enumerate(ids)],
-                max_new_tokens=self.max_completion_length,
-                rows=self.rows,
-                decoding=Decoding(self.temperature, self.top_k, self.top_p),
-            )
+            with self.timed("generation"):
+                completions = generate(
+                    model,
+                    self.tokenizer,
+                    [Request(row, request_seed(self.args.seed, place, i)) for i, row in enumerate(ids)],
+                    max_new_tokens=self.max_completion_length,
+                    rows=self.rows,
+                    decoding=Decoding(self.temperature, self.top_k, self.top_p),
+                )
         finally:
             model.train(training)
-        self.seconds["generation"] += time.perf_counter() - began
-        return {"prompt_ids": ids, "completion_ids": [c.ids for c in done], "logprobs": None}
-
-    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        """TRL's own generation; what is sent to vLLM on the way is timed where it is sent (`sync`)."""
-        began, pushed = time.perf_counter(), self.seconds["push"]
-        found = super()._generate_single_turn(*args, **options)
-        self.seconds["generation"] += time.perf_counter() - began - (self.seconds["push"] - pushed)
-        return found
+        return {"prompt_ids": ids, "completion_ids": [c.ids for c in completions], "logprobs": None}
 
     def pay(self, completion_ids: list[list[int]], task: list[int], log_metric: Any, **_: Any) -> list[float]:
         """The rewards of a batch; shares of the reasons are logged."""
-        began = time.perf_counter()
         rewards, reasons, cut = [], Counter(dict.fromkeys(REASONS, 0)), 0
-        for ids, number in zip(completion_ids, task, strict=True):
-            completion = Completion(ids, bool(ids) and ids[-1] in self.stops)
-            cut += not completion.finished
-            chain = split_chain(self.tokenizer, self.tags, completion, endless=not self.stops)
-            value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
-            rewards.append(value)
-            reasons[reason] += 1
+        with self.timed("reward"):
+            for ids, number in zip(completion_ids, task, strict=True):
+                completion = Completion(ids, bool(ids) and ids[-1] in self.stops)
+                cut += not completion.finished
+                chain = split_chain(self.tokenizer, self.tags, completion, endless=not self.stops)
+                value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
+                rewards.append(value)
+                reasons[reason] += 1
         for reason, count in sorted(reasons.items()):
             log_metric(f"reason/{reason}", count / len(rewards))
         if self.stops:  # without an end token nothing is cut off
             log_metric("cut off", cut / len(rewards))
         self.counted += reasons
         self.counted["tokens"] += sum(map(len, completion_ids))
-        self.seconds["reward"] += time.perf_counter() - began
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        began, before = time.perf_counter(), sum(self.seconds.values())
-        found = super()._generate_and_score_completions(inputs)
-        if self.rollout_func is None:  # what our engine does not time itself
-            inside = sum(self.seconds.values()) - before
-            self.seconds["generation"] += time.perf_counter() - began - inside
+        # Our engine times itself; TRL's is timed here, less what is pushed to vLLM on the way (`sync`).
+        with nullcontext() if self.rollout_func else self.timed("generation"):
+            batch = super()._generate_and_score_completions(inputs)
         if self.beta == 0.0:
-            self._measure_kl(found)
-        advantages = self.accelerator.gather(found["advantages"])
+            self._measure_kl(batch)
+        advantages = self.accelerator.gather(batch["advantages"])
         self.nothing_learnt = self.beta == 0.0 and not bool(advantages.any())
-        self.counted["groups"] += len(advantages) // self.num_generations
-        flat = (advantages.view(-1, self.num_generations) == 0).all(dim=1).sum()
-        self.counted["groups without a difference"] += int(flat)
         if self.nothing_learnt:
             self.counted["steps skipped"] += 1
             why = "in every group all rewards are equal"
@@ -153,25 +155,24 @@ class VectorTrainer(GRPOTrainer):
                     "(--group), would help"
                 )
             warnings.warn(f"step {self.state.global_step + 1} is skipped: {why}", SteerableWarning, stacklevel=2)
-        return found
+        return batch
 
     @torch.no_grad()
     def _measure_kl(self, batch: Mapping[str, Any]) -> None:
         """KL(policy || untrained) a token by Schulman's k3 estimator, on a few rollouts of different tasks."""
         if self._dist.is_fsdp or self._dist.is_zero3 or not self.kl_rows:
             return
-        began = time.perf_counter()
-        rows = torch.arange(0, len(batch["completion_ids"]), self.num_generations)[: self.kl_rows]
-        mask = batch["completion_mask"][rows]
-        ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
-        seen = torch.cat([batch["prompt_mask"][rows], mask], dim=1)
-        policy, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, seen, mask.shape[1])
-        with self.trained.reference() as known:
-            if known:
-                first, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, seen, mask.shape[1])
-                ratio = first - policy
-                self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
-        self.seconds["kl"] += time.perf_counter() - began
+        with self.timed("kl"):
+            rows = torch.arange(0, len(batch["completion_ids"]), self.num_generations)[: self.kl_rows]
+            mask = batch["completion_mask"][rows]
+            ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
+            seen = torch.cat([batch["prompt_mask"][rows], mask], dim=1)
+            score = partial(self._get_per_token_logps_and_entropies, self.model, ids, seen, mask.shape[1])
+            policy = score()[0]
+            with self.trained.reference() as known:
+                if known:
+                    ratio = score()[0] - policy
+                    self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """TRL's, which begins again with the first epoch's order where a training goes on in a later one."""
@@ -192,29 +193,21 @@ class VectorTrainer(GRPOTrainer):
         """One process: only then may the rows of a forward pass depend on the data."""
         return bool(self.accelerator.num_processes == 1)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        others = ("generation", "push", "reward", "kl")
-        before, began = sum(self.seconds[name] for name in others), time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(float(loss)):
-            raise SteerableError(
-                f"the loss of step {self.state.global_step + 1} is not a finite number: the last checkpoint before it "
-                "is kept; lower --learning-rate, or use --dtype float32"
-            )
-        if self.nothing_learnt:  # no gradient at all, so that the optimiser's momentum does not move it either
+    def training_step(self, model: Any, *args: Any, **options: Any) -> Tensor:
+        """One forward and backward pass; a step that teaches nothing leaves no gradient."""
+        loss = super().training_step(model, *args, **options)
+        if self.nothing_learnt:  # without any gradient the optimiser's momentum does not move the parameters either
             for parameter in model.parameters():
                 parameter.grad = None
-        inside = sum(self.seconds[name] for name in others) - before
-        self.seconds["update"] += time.perf_counter() - began - inside
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         # A rollout without an advantage has no part in the gradient: most of those whose group agrees.
-        kept = (inputs["advantages"] != 0).nonzero()[:, 0]
+        chosen = (inputs["advantages"] != 0).nonzero()[:, 0]
         rows = len(inputs["advantages"])
-        if self.beta == 0.0 and self._alone and 0 < len(kept) < rows:
+        if self.beta == 0.0 and self._alone and 0 < len(chosen) < rows:
             inputs = {
-                name: value[kept] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+                name: value[chosen] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
                 for name, value in inputs.items()
             }
         return super()._compute_loss(model, inputs)
@@ -230,7 +223,7 @@ class VectorTrainer(GRPOTrainer):
         left, right = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
         order = attention_mask.sum(1).argsort()
         parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-        for rows in order.split(_GROUP):
+        for rows in order.split(_ROWS):
             start = left.shape[1] - int(left[rows].sum(1).max())
             keep = max(1, int(right[rows].sum(1).max()))
             ids, seen = (x[rows, start : left.shape[1] + keep] for x in (input_ids, attention_mask))
@@ -244,20 +237,127 @@ class VectorTrainer(GRPOTrainer):
             None if aux[0] is None else torch.stack(aux).mean(),
         )
 
-    # Checkpoints hold what is trained, and no copy of a frozen model
+    # What it says and leaves
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.trained.save(Path(output_dir or self.args.output_dir) / WEIGHTS, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: `restore` has read the parameters before they were sharded."""
+    def row(self, logs: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+        """A step's line of log.jsonl, from what TRL logs."""
+        made = (self.counted["tokens"] - self.logged_tokens) * self.accelerator.num_processes  # with equal shares
+        self.logged_tokens = self.counted["tokens"]
+        return {
+            "reward": logs["reward"],
+            "accuracy": logs.get("reason/right"),
+            "tokens": logs["completions/mean_length"],
+            "truncated": logs.get("cut off"),
+            "kl": logs.get("kl"),
+            "entropy": logs.get("entropy"),
+            "flat_groups": logs["frac_reward_zero_std"],
+            "skipped": self.nothing_learnt,
+            "loss": float(logs["loss"]),
+            "gradient_norm": float(logs.get("grad_norm") or 0.0),
+            "learning_rate": float(logs["learning_rate"]),
+            "reasons": {reason: logs.get(f"reason/{reason}") for reason in REASONS},
+            "seconds": seconds,
+            "tokens_per_second": round(made / max(seconds.get("generation", 0.0), 1e-9), 1) if made else None,
+        }
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: the artefact describes itself."""
 
-    def restore(self, checkpoint: Path) -> None:
-        """Take the trained parameters from a checkpoint; call it before `train(resume_from_checkpoint=...)`."""
-        self.trained.restore(checkpoint / WEIGHTS)
+
+def grpo_arguments(
+    folder: Path,
+    model: Any,
+    *,
+    steps: int,
+    prompts: int,
+    group: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    micro_batch: int = 64,
+    generation: str = "engine",
+    vllm_url: str = "",
+    vllm_memory: float = 0.3,
+    longest: int | None = None,
+    **common: Any,
+) -> GRPOConfig:
+    """The published loss as TRL's settings.
+
+    Args:
+        folder: Where checkpoints go.
+        model: The model that is trained.
+        steps: Optimiser steps, one for every batch of rollouts.
+        prompts: Tasks a step, over all processes.
+        group: Samples of each task.
+        max_new_tokens: Longest completion.
+        temperature: Of the rollouts.
+        beta: Weight of the KL term.
+        micro_batch: Rollouts in one forward and backward pass, on each device.
+        generation: "engine", "generate", "vllm-colocate" or "vllm-server".
+        vllm_url: Where vLLM's server listens.
+        vllm_memory: The share of the GPU's memory of a vLLM in this process.
+        longest: Tokens of the longest prompt, for vLLM's memory.
+        common: See `loop.common_arguments`.
+
+    Raises:
+        UsageError: The processes cannot share the rollouts.
+    """
+    from accelerate import PartialState
+
+    rollouts = prompts * group
+    processes = PartialState(cpu=models.device(model).type == "cpu").num_processes
+    share = rollouts // processes
+    if rollouts % processes or share % min(micro_batch, share):
+        raise UsageError(
+            f"{rollouts} rollouts a step (--prompts {prompts} x --group {group}) cannot be shared by {processes} "
+            f"processes in passes of {micro_batch}: choose numbers that divide each other"
+        )
+    passes = share // min(micro_batch, share)
+    vllm: dict[str, Any] = {}
+    if generation.startswith("vllm"):
+        vllm = {
+            "use_vllm": True,
+            "vllm_mode": generation.removeprefix("vllm-"),
+            "vllm_server_base_url": vllm_url,
+            "vllm_server_timeout": _PATIENCE,
+            "vllm_max_model_length": None if longest is None else longest + max_new_tokens,
+            "vllm_gpu_memory_utilization": vllm_memory,
+            "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
+        }
+    return GRPOConfig(
+        **common_arguments(folder, model, **common),
+        loss_type="dapo",
+        scale_rewards="none",
+        beta=beta,
+        use_bias_correction_kl=False,
+        num_iterations=1,
+        num_generations=group,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        max_completion_length=max_new_tokens,
+        per_device_train_batch_size=share // passes,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
+        max_steps=steps,
+        **vllm,
+    )
+
+
+def check_sharding(trainer: Any, *, own_engine: bool, rank: int | None) -> None:
+    """Raises UsageError for what needs the weights in one piece where FSDP or ZeRO 3 has cut them up.
+
+    rank: of vectors in one subspace.
+    """
+    if not (trainer._dist.is_fsdp or trainer._dist.is_zero3):
+        return
+    if own_engine:
+        raise UsageError(
+            "--generation engine cannot roll out from weights that FSDP or ZeRO 3 spreads over processes: use "
+            "vllm-colocate or vllm-server, or, where one device holds the model, accelerate's MULTI_GPU or ZeRO 2"
+        )
+    if rank:
+        raise UsageError("--rank with --method bias cannot be trained by FSDP or ZeRO 3: use MULTI_GPU or ZeRO 2")
 
 
 def _padding(tokenizer: Any, model: Any) -> Any:
