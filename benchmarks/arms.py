@@ -171,10 +171,8 @@ def do(out: Path, name: str) -> None:
 def do_training(out: Path, name: str, job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from steerable.jobs.judged import report
-    from steerable.methods.train.rl import open_model, train_and_judge
-    from steerable.methods.train.settings import from_dict
-    from steerable.store.run_folder import RunFolder
+    from steerable.jobs.reinforcement import train_rl
+    from steerable.store.run_folder import read_json
 
     torch.set_num_threads(1)
     settings = {key: value for key, value in job.items() if key not in ("tuned", "needs")}
@@ -182,18 +180,14 @@ def do_training(out: Path, name: str, job: dict[str, Any]) -> dict[str, Any]:
     if "tuned" in job:
         settings.setdefault("learning_rate", best_rate(out, job["tuned"], tried(out, job["tuned"])))
     test = "validation" if tuning else "test"
-    s = from_dict(
+    settings = (
         COMMON
         | {"tasks": str(out / "train.jsonl"), "test": str(out / f"{test}.jsonl"), "evaluation": SIZES[test]}
         | {"samples": 4 if tuning else 2}
         | settings
     )
-    folder = RunFolder(out / name)
-    loaded = open_model(s)
-    with folder.locked():
-        borrow_base(out, name, test, s.seed)
-        train_and_judge(folder, s, loaded, workers=1)
-        return report(folder, s, loaded)
+    borrow_base(out, name, test, settings.get("seed", 0))
+    return dict(read_json(train_rl(out / name, workers=1, **settings) / "report.json"))
 
 
 def borrow_base(out: Path, name: str, test: str, seed: int) -> None:
@@ -241,16 +235,17 @@ def do_controls(out: Path, name: str, seed: int) -> dict[str, Any]:
     from steerable.evals.cells import measure_cell
     from steerable.evals.logit_lens import lens
     from steerable.jobs.arms import Arm
-    from steerable.jobs.judged import DECODINGS, answer, measured
-    from steerable.methods.train.settings import from_dict
+    from steerable.jobs.training import Training
+    from steerable.jobs.training_settings import RLSettings
     from steerable.models import loading as models
     from steerable.store.run_folder import RunFolder, read_json
 
     torch.set_num_threads(1)
     trained = out / f"bias-{seed}"
-    folder, s = RunFolder(out / name), from_dict(read_json(trained / "config.json"))
+    folder, s = RunFolder(out / name), RLSettings(**read_json(trained / "config.json"))
     copy(trained / "tasks.jsonl", folder / "tasks.jsonl")
     loaded = models.load("pocket")
+    training = Training(folder, s, loaded, workers=1)
     direction = Direction.load(trained / "bias.safetensors")
     layers = direction.layers
     order = random.Random(seed).sample(layers, len(layers))
@@ -269,8 +264,8 @@ def do_controls(out: Path, name: str, seed: int) -> dict[str, Any]:
             prefix: tuple[int, ...] = ()
         else:
             arm, prefix = Arm(control, "base", "pocket"), ids
-        answer(folder, s, arm, loaded, folder / f".kept/{control}", prefix=prefix, workers=1)
-        result[control] = {d: measure_cell(measured(folder, s, control, d, loaded.tokenizer), seed) for d in DECODINGS}
+        training.answer(arm, folder / f".kept/{control}", prefix)
+        result[control] = {d: measure_cell(rows, seed) for d, rows in training.measured(control).items()}
     return result
 
 

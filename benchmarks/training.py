@@ -71,26 +71,31 @@ def one_step(
     """Two steps; the second is measured, when everything has been warmed up."""
     from steerable.chains.generation import prompt_text
     from steerable.chains.tasks import make_tasks
-    from steerable.methods.train import loop
-    from steerable.methods.train.journal import own_callbacks
+    from steerable.jobs.reinforcement import COMMON
+    from steerable.jobs.training import open_model
+    from steerable.jobs.training_settings import RLSettings
+    from steerable.methods.train.loop import quietly
     from steerable.methods.train.parameters import attach
     from steerable.methods.train.rewards import reward
-    from steerable.methods.train.rl import open_model
-    from steerable.methods.train.settings import RLSettings
-    from steerable.methods.train.trainer import VectorTrainer
+    from steerable.methods.train.trainer import OWN, VectorTrainer, grpo_arguments
 
     s = RLSettings(model=args.model, method=method, steps=2, learning_rate=IDLE, save_every=100, seed=turn,
                    generation=engine)  # fmt: skip
     loaded = open_model(s)
     tasks = make_tasks(args.tasks, 2 * s.prompts, seed=turn)
-    with loop.quietly():
+    with quietly():
         trainer = VectorTrainer(
-            attach(loaded.model, method), loop.arguments(root / f"{method}-{turn}", s, loaded),
-            train_dataset=loop.dataset([prompt_text(loaded.tokenizer, task["prompt"]) for task in tasks]),
-            processing_class=loaded.tokenizer, tasks=tasks, reward=reward, own_engine=engine == "engine", kl_rows=0,
-        )  # fmt: skip
+            attach(loaded.model, method),
+            grpo_arguments(root / f"{method}-{turn}", loaded.model, **s.subset(f"{COMMON} {OWN}")),
+            [prompt_text(loaded.tokenizer, task["prompt"]) for task in tasks],
+            tasks,
+            reward,
+            loaded.tokenizer,
+            own_engine=engine == "engine",
+            kl_rows=0,
+        )
         marks: list[dict[str, float]] = []
-        own_callbacks(trainer, marker(trainer, marks))
+        trainer.add_callback(marker(trainer, marks))
         began = time.perf_counter()
         trainer.train()
     first, second = marks

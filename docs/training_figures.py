@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from steerable.methods.train.settings import RLSettings
+from steerable.jobs.training_settings import RLSettings
 from steerable.pages import words
 from steerable.pages.cells import interval
 
@@ -183,10 +182,10 @@ def ratio(name: str, style: str, given: Sources) -> str:
 def options(given: Sources) -> str:
     """One row a setting of `steerable train rl`."""
     rows = []
-    for setting in fields(RLSettings):
+    for name, setting in RLSettings.model_fields.items():
         default = "" if setting.default in (None, "") else "off" if setting.default is False else f"`{setting.default}`"
-        text = setting.metadata["help"].replace("<", "&lt;").replace("|", "\\|")
-        rows.append([f"`--{setting.name.replace('_', '-')}`", default, text])
+        text = (setting.description or "").replace("<", "&lt;").replace("|", "\\|")
+        rows.append([f"`--{name.replace('_', '-')}`", default, text])
     return table(["option", "default", "meaning"], rows)
 
 

@@ -21,17 +21,6 @@ MODULES = {
 }
 # What is still to be mended.
 CLIMBS: set[tuple[str, str]] = {
-    ("methods.train.controls", "jobs.arms"),
-    ("methods.train.rl", "jobs"),
-    ("methods.train.rl", "jobs.arms"),
-    ("methods.train.rl", "jobs.judged"),
-    ("methods.train.rl", "pages.rl_page"),
-    ("methods.train.settings", "jobs.settings"),
-    ("methods.train.sync", "jobs.arms"),
-    ("methods.train.sync", "jobs"),
-    ("methods.train.traces", "jobs.settings"),
-    ("methods.train.upft", "jobs.judged"),
-    ("methods.train.upft", "pages.rl_page"),
     ("pages.rl_page", "jobs.lens_document"),
 }
 CIRCLES = {

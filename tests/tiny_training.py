@@ -4,10 +4,10 @@ import copy
 
 from transformers import GenerationConfig
 
-from steerable.methods.train import loop
+from steerable.jobs.reinforcement import COMMON
+from steerable.jobs.training_settings import RLSettings
 from steerable.methods.train.parameters import attach
-from steerable.methods.train.settings import RLSettings
-from steerable.methods.train.trainer import VectorTrainer
+from steerable.methods.train.trainer import OWN, VectorTrainer, grpo_arguments
 from steerable.models.loading import Loaded
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6 w7", "w8 w9 w10"]
@@ -44,10 +44,8 @@ def trainer(tmp_path, found, reward, *, method="bias", layers=None, after="mlp",
                       "micro_batch": 16, "method": method, "save_every": 100} | settings)  # fmt: skip
     trained = attach(found.model, method, layers=layers, after=after, rank=rank, reference=s.beta > 0)
     texts = [f"<user> {task['prompt']} <assistant> " for task in TASKS]
-    made = VectorTrainer(
-        trained, loop.arguments(tmp_path, s, found), train_dataset=loop.dataset(texts),
-        processing_class=found.tokenizer, tasks=TASKS, reward=reward,
-    )  # fmt: skip
+    arguments = grpo_arguments(tmp_path, found.model, **s.subset(f"{COMMON} {OWN}"))
+    made = VectorTrainer(trained, arguments, texts, TASKS, reward, found.tokenizer)
     made.tags = None  # a model that thinks aloud: its whole text is judged
     return made
 

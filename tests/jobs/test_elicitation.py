@@ -14,7 +14,9 @@ from steerable.chains.records import content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.evals.likelihood import surprisal
 from steerable.evals.passk import pass_at_k
+from steerable.jobs import arms as arms_module
 from steerable.jobs import elicitation
+from steerable.jobs.arms import spread
 from steerable.jobs.elicitation import passk
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
@@ -171,7 +173,7 @@ def test_the_lora_s_chains_are_its_own(place, finished):
 
 def test_a_killed_call_goes_on(place, arms, finished, tmp_path, monkeypatch):
     """Stopped behind the chains of the second arm, with one block of them lost: the same bytes, and no block twice."""
-    monkeypatch.setattr(elicitation, "_BLOCK", 5)
+    monkeypatch.setattr(arms_module, "BLOCK", 5)
     some = {"lora": arms["lora"]}
     undisturbed = tmp_path / "whole"
     run(place, some, undisturbed)
@@ -294,5 +296,5 @@ def test_workers_open_the_arm_not_its_name(place, arms):
         opened.append(loaded)
         return block
 
-    made = elicitation._spread(lambda: "arm", work, [1, 2], setup=lambda: "base", workers=1)
+    made = spread(lambda: "arm")(work, [1, 2], setup=lambda: "base", workers=1)
     assert (made, opened) == ([1, 2], ["arm", "arm"])

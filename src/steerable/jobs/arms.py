@@ -1,4 +1,5 @@
-"""What is compared with a base model: a direction that steers it, an adapter merged into it, or a checkpoint.
+"""What is compared with a base model: a direction that steers it, an adapter merged into it, or a checkpoint; and the
+tasks that all of them answer.
 
 Every arm answers the base's own prompts (its tokenizer and chat template) by the base's decoding and stop tokens, in
 the base's dtype and on its device, so that nothing but the training differs.
@@ -10,7 +11,8 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +20,25 @@ from typing import Any, Literal
 
 import torch
 
-from steerable.chains.generation import Steering
+from steerable.chains.generation import Job, Steering, generate_jobs
+from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
+from steerable.chains.tasks import make_tasks
 from steerable.engines.hf.hooks import steer
 from steerable.engines.pool import MapBlocks, loader, map_blocks
+from steerable.formats import import_file
+from steerable.jobs.settings import LARGEST_SEED, flag
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
+from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import sha256, sha256_of
+from steerable.store.plurals import counted, plural
+from steerable.store.run_folder import RunFolder
 
 BASE = "base"
+BLOCK = 256
+"""Chains that are computed, and kept, as one piece: what a killed run may lose."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
@@ -43,7 +54,7 @@ class Arm:
 
 def parse_arms(given: Iterable[str]) -> dict[str, str]:
     """{name: source} from `name=source` or `source` alone, which is then named after the file. Raises UsageError."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for text in given:
         name, equals, source = text.partition("=")
         if not equals or not _NAME.fullmatch(name):
@@ -51,10 +62,10 @@ def parse_arms(given: Iterable[str]) -> dict[str, str]:
             name, source = path.stem if path.is_file() else path.name, text
         if not source:
             raise UsageError(f"--arm {text!r} names no file: expected NAME=FILE, e.g. bias=runs/rl/bias.safetensors")
-        if name in found:
+        if name in sources:
             raise UsageError(f"two arms are named {name!r}: give them names, e.g. --arm other={source}")
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def find_arms(model: str, given: Mapping[str, str | Path]) -> list[Arm]:
@@ -110,12 +121,26 @@ def fingerprint(arm: Arm, model: Any = None) -> str:
     return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")})
 
 
+def check_counts(seed: int, **counts: int) -> None:
+    """Raises UsageError for a seed that is none, and for a count, named after its option, below 1."""
+    for name, number in counts.items():
+        if number < 1:
+            raise UsageError(f"{flag(name)} is {number}: expected 1 or more")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"--seed is {seed}: expected a whole number from 0 to {LARGEST_SEED}")
+
+
+def check_fit(base: Loaded, direction: Direction) -> None:
+    """Raises UsageError for vectors that do not fit the model: now, and not after the base's chains."""
+    with steer(base.model, direction, tokenizer=base.tokenizer, track=False):
+        pass
+
+
 def check_arms(arms: Iterable[Arm], base: Loaded) -> None:
     """Refuse, before anything is generated, what does not fit the base. Raises UsageError; see `steer` for warnings."""
     for arm in arms:
         if arm.kind == "direction":
-            with steer(base.model, _direction(arm.source), tokenizer=base.tokenizer, track=False):
-                pass  # a vector that does not fit is refused now, not after the base's chains
+            check_fit(base, _direction(arm.source))
         elif arm.kind == "adapter":
             _check_adapter(arm, base.model)
         elif arm.kind == "model":
@@ -131,8 +156,6 @@ def steering(arm: Arm) -> Steering | None:
 
 
 def _direction(source: str) -> Direction:
-    from steerable.formats import import_file
-
     direction = import_file(source)
     return replace(direction, model_id=models.short_name(direction.model_id))
 
@@ -162,16 +185,81 @@ def _check_model(arm: Arm, base: Any) -> None:
     path = Path(arm.source)
     if not path.exists():
         return  # the hub's: `load` says what is wrong with it
-    try:
+    with _refused(f"arm {arm.name!r}: {path} is not a loadable model folder"):
         config = AutoConfig.from_pretrained(arm.source, trust_remote_code=False).get_text_config()
-    except Exception as error:  # foreign files: the library that reads them raises what it likes
-        raise UsageError(f"arm {arm.name!r}: {path} is not a loadable model folder ({str(error)[:120]})") from error
     mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size
     if mine != theirs:
         raise UsageError(
             f"arm {arm.name!r} has a vocabulary of {theirs} tokens, the base of {mine}: expected a model trained from "
             "the base, because the base is to judge its tokens"
         )
+
+
+# --- answering ---
+
+
+def draw_tasks(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequence[str | Path]) -> list[Record]:
+    """The tasks of a comparison, drawn once into the folder's tasks.jsonl.
+
+    Args:
+        folder: The comparison's run folder.
+        source: Where tasks come from, as for `chains.tasks.make_tasks`.
+        limit: How many.
+        seed: Of the draw.
+        exclude: Files of tasks that must not be among them.
+
+    Raises:
+        UsageError: The tasks have no reference answers.
+    """
+    if source.partition(":")[0] == "llm":
+        raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
+    seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
+    settings = {"tasks": source, "limit": limit, "seed": seed, "exclude": seen}
+    if Path(source).exists():
+        settings["tasks_sha256"] = sha256(Path(source))
+
+    def work(_: Path) -> None:
+        drawn = make_tasks(source, limit, seed, seen)
+        if open_ended := sum(task.get("answer") is None and task.get("entry") is None for task in drawn):
+            raise UsageError(
+                f"{open_ended} of {counted(len(drawn), 'task')} {plural(open_ended, 'has', 'have')} neither an answer "
+                "nor an entry, so nobody can judge them: give tasks with reference answers (docs/tasks.md)"
+            )
+        write_jsonl(folder / "tasks.jsonl", drawn)
+
+    folder.run_stage("tasks", [], settings, ["tasks.jsonl"], work)
+    return read_jsonl(folder / "tasks.jsonl", "task")
+
+
+def answer(arm: Arm, base: Loaded, job: Job, *, title: str, display: Display, keep: Path, **how: Any) -> list[Record]:
+    """One arm's chains for a job's tasks.
+
+    Args:
+        arm: What answers.
+        base: The untrained model.
+        job: Tasks, samples and prompting; its steering is what steers the base, for an arm that is a direction.
+        title: What the progress bar says.
+        display: Where it is shown.
+        keep: Where finished blocks wait for the next call, if this one is killed.
+        how: Further arguments of `generate_jobs`.
+    """
+    opens = opener(arm, base)
+    loaded = base if arm.kind in ("base", "direction") else opens()
+    display.start(title, len(job.tasks) * len(job.samples))
+    chains = generate_jobs(
+        loaded, [job], block=BLOCK, spread=spread(opens), keep=keep, progress=display.advance, **how
+    )[0]
+    display.done()
+    return chains
+
+
+def spread(opens: Callable[[], Loaded]) -> MapBlocks:
+    """`map_blocks` with workers that open the arm's own model: its name alone is that of the base, if it is merged."""
+
+    def work(*arguments: Any, setup: Any, **options: Any) -> list[Any]:
+        return map_blocks(*arguments, setup=opens, **options)
+
+    return work
 
 
 # --- adapters ---
@@ -186,10 +274,10 @@ def _check_adapter(arm: Arm, base: Any) -> None:
             f"arm {arm.name!r}: {folder} has no {_WEIGHTS} (an adapter_model.bin is a pickle and not read)"
         )
     named = models.short_name(str(_adapter_config(folder).get("base_model_name_or_path") or ""))
-    known = models.model_id(base)
     if not models.is_named(base, named):
         warnings.warn(
-            f"arm {arm.name!r} is an adapter of {named!r}, the base is {known!r}: it may do nothing good here",
+            f"arm {arm.name!r} is an adapter of {named!r}, the base is {models.model_id(base)!r}: it may do nothing "
+            "good here",
             SteerableWarning,
             stacklevel=3,
         )
@@ -202,14 +290,9 @@ def _open_adapter(load: Callable[[], Loaded], arm: Arm) -> Loaded:
 
     base = load()
     folder = Path(arm.source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is missing is found below, and refused
-            model = PeftModel.from_pretrained(base.model, str(folder))
-            stored, loaded = load_file(folder / _WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
-    except Exception as error:  # somebody else's files and library: anything may be raised
-        reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"arm {arm.name!r}: the adapter {folder} does not fit the base ({reason})") from error
+    with _refused(f"arm {arm.name!r}: the adapter {folder} does not fit the base"):
+        model = PeftModel.from_pretrained(base.model, str(folder))
+        stored, loaded = load_file(folder / _WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
     if not _same(stored, loaded):
         raise UsageError(
             f"arm {arm.name!r}: the adapter {folder} holds other weights than the base would take up: it was made for "
@@ -218,12 +301,20 @@ def _open_adapter(load: Callable[[], Loaded], arm: Arm) -> Loaded:
     if not hasattr(model, "merge_and_unload"):
         kind = _adapter_config(folder).get("peft_type")
         raise UsageError(f"arm {arm.name!r}: an adapter of type {kind} cannot be merged into the weights: give a LoRA")
-    try:
+    with _refused(f"arm {arm.name!r}: the adapter {folder} cannot be merged"):
         merged = model.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"arm {arm.name!r}: the adapter {folder} cannot be merged ({reason})") from error
     return Loaded(merged.eval().requires_grad_(False), base.tokenizer)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a foreign file makes a library raise, as a UsageError; its warnings are silent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is noticed afterwards, and refused
+            yield
+    except Exception as error:
+        raise UsageError(f"{what} ({' '.join(str(error).split())[:160]})") from error
 
 
 def _same(stored: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> bool:
@@ -233,12 +324,3 @@ def _same(stored: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]
         name in stored and torch.equal(stored[name].float(), tensor.to("cpu", torch.float32))
         for name, tensor in loaded.items()
     )
-
-
-def spread(opener: Callable[[], Loaded]) -> MapBlocks:
-    """`map_blocks` with workers that open the arm's own model: its name alone is that of the base, if it is merged."""
-
-    def work(*arguments: Any, setup: Any, **options: Any) -> list[Any]:
-        return map_blocks(*arguments, setup=opener, **options)
-
-    return work

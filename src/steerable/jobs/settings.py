@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -424,36 +423,3 @@ STAGES = (
     ),
 )  # fmt: skip
 """The main job, in order. `jobs/main_job.py` says what each stage does."""
-
-
-# --- for `methods/train/settings.py`, until its tables are `Settings` ---
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of settings: its default, and the help of its option."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-def check_types(settings: Any) -> None:
-    """Raises UsageError for a value of another type than its field's ("int", "str | None", ...)."""
-    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    for f in dataclasses.fields(settings):
-        kind, _, optional = str(f.type).partition(" | ")
-        value = getattr(settings, f.name)
-        if type(value) not in types[kind] and not (optional and value is None):
-            raise UsageError(f"{flag(f.name)} is {value!r}: expected {names[kind]}")
-
-
-def check_positive(settings: Any, names: Sequence[str]) -> None:
-    """Raises UsageError for one of these settings below 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{flag(name)} is {getattr(settings, name)}: expected 1 or more")
-
-
-def check_names(table: Any, values: Mapping[str, Any]) -> None:
-    """Raises UsageError for a key that the table of settings has not."""
-    names = {f.name for f in dataclasses.fields(table)}
-    if unknown := sorted(set(values) - names):
-        raise UsageError(f"unknown setting {unknown[0]!r}: expected some of {', '.join(sorted(names))}")

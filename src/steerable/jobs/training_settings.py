@@ -39,9 +39,7 @@ class TrainSettings(Settings):
     dtype: str | None = Field(
         None, description="Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
     )
-    device: str | None = Field(
-        None, description="Device, e.g. cpu or cuda:0; default: a GPU where there is one."
-    )
+    device: str | None = Field(None, description="Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
     attention: str | None = Field(
         None, description="Attention kernel: sdpa, eager, ...; default: what transformers chooses."
     )
@@ -70,9 +68,7 @@ class TrainSettings(Settings):
         description="Rank of lora (4) and adaptive (1), numbers of tinylora (13); with bias: all layers' vectors share "
         "it.",
     )
-    learning_rate: float | None = Field(
-        None, gt=0, description="Default: by method; tuned for the bundled model."
-    )
+    learning_rate: float | None = Field(None, gt=0, description="Default: by method; tuned for the bundled model.")
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     clip: float = Field(2.0, gt=0, description="Largest norm of a gradient.")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of tasks, sampling and parameters.")
@@ -151,20 +147,16 @@ class RLSettings(TrainSettings):
     beta: float = Field(0.0, ge=0, description="Weight of the KL term; 0: none, and no reference model.")
     steps: int = Field(40, ge=1, description="Optimiser steps, one for every batch of rollouts.")
     prompts: int = Field(16, ge=1, description="Tasks a step, over all processes.")
-    group: int = Field(8, ge=2, description="Samples of each task, which are compared with one another.")
+    group: int = Field(8, ge=2, description="Samples of each task.")
     generation: Literal["engine", "generate", "vllm-colocate", "vllm-server"] = Field(
         "engine", description="What rolls out: engine (ours), generate, vllm-colocate or vllm-server."
     )
     vllm_url: str = Field("http://localhost:8000", description="With vllm-server: where `vllm serve` listens.")
-    vllm_memory: float = Field(
-        0.3, gt=0, lt=1, description="With vllm-colocate: vLLM's share of the GPU's memory."
-    )
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="With vllm-colocate: vLLM's share of the GPU's memory.")
     launcher: Literal["accelerate"] | None = Field(
         None, description="accelerate: train in the processes that `accelerate launch` starts."
     )
-    accelerate_config: str | None = Field(
-        None, description="Its configuration: FSDP, DeepSpeed, how many processes."
-    )
+    accelerate_config: str | None = Field(None, description="Its configuration: FSDP, DeepSpeed, how many processes.")
 
     @property
     def batch_size(self) -> int:

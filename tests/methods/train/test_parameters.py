@@ -132,7 +132,7 @@ def test_the_reference_is_the_model_before_training(tiny_llama, tokenizer):
 
 
 def test_the_reference_of_very_many_parameters_is_not_kept(tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr("steerable.methods.train.parameters._KEEP_FIRST", 10)
+    monkeypatch.setattr("steerable.methods.train.parameters._MOST_COPIED", 10)
     trained = moved(attach(loaded(tiny_llama, tokenizer).model, "full"))
     trained.remember()
     with trained.reference() as known:

@@ -12,9 +12,12 @@ from tiny_training import PROMPTS, TASKS, loaded
 from transformers import PreTrainedTokenizerFast
 
 from steerable.chains.records import write_jsonl
-from steerable.methods.train import journal, loop, sync
+from steerable.jobs.arms import Arm, fingerprint
+from steerable.jobs.reinforcement import train_policy
+from steerable.jobs.training_settings import RLSettings
+from steerable.methods.train import sync, trainer
+from steerable.methods.train.log import read_log
 from steerable.methods.train.parameters import attach
-from steerable.methods.train.settings import RLSettings
 from steerable.models.biases import AFTER
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
@@ -59,13 +62,19 @@ def settings(tmp_path, **given):
     )
 
 
+def prepare(folder, s, found):
+    """What `train_policy` does before the model is made trainable."""
+    source = fingerprint(Arm("base", "base", s.model), found.model)
+    sync.prepare(folder, found, source=source, **s.subset("method after revision"))
+
+
 def connect(tmp_path, s, found, **options):
     """A trainer's parts around TRL's real VLLMGeneration: what `only_trained` is given."""
     from accelerate import Accelerator
     from peft import get_peft_model
     from trl.generation.vllm_generation import VLLMGeneration
 
-    sync.prepare(tmp_path, s, found)
+    prepare(tmp_path, s, found)
     trained = attach(found.model, s.method, reference=s.beta > 0, rank=s.rank, layers=s.chosen_layers, after=s.after)
     if trained.peft_config is not None:
         trained.model = get_peft_model(trained.model, trained.peft_config)
@@ -183,12 +192,12 @@ def test_sharded_weights_are_sent_whole(found, method):
 def test_what_cannot_be_done_with_sharded_weights():
     fsdp = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=True, is_zero3=False))
     alone = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=False, is_zero3=False))
-    loop._check_sharding(alone, RLSettings())
-    loop._check_sharding(fsdp, RLSettings(generation="vllm-colocate"))
+    trainer.check_sharding(alone, own_engine=True, rank=2)
+    trainer.check_sharding(fsdp, own_engine=False, rank=None)
     with pytest.raises(UsageError, match="vllm-colocate or vllm-server"):
-        loop._check_sharding(fsdp, RLSettings())
+        trainer.check_sharding(fsdp, own_engine=True, rank=None)
     with pytest.raises(UsageError, match="--rank"):
-        loop._check_sharding(fsdp, RLSettings(generation="vllm-server", rank=2))
+        trainer.check_sharding(fsdp, own_engine=False, rank=2)
 
 
 # --- what is refused ---
@@ -234,7 +243,7 @@ def test_what_the_engine_loads(tmp_path, monkeypatch, found):
     instead_of_vllm(monkeypatch)
     for after in AFTER:
         model = copy.deepcopy(found.model)
-        sync.prepare(tmp_path, settings(tmp_path, after=after), Loaded(model, found.tokenizer))
+        prepare(tmp_path, settings(tmp_path, after=after), Loaded(model, found.tokenizer))
         assert model.name_or_path == str(tmp_path / "base")
         assert model.config._name_or_path == found.model.config._name_or_path, "a direction names the model itself"
         engine = Engine(tmp_path / "base")
@@ -243,21 +252,21 @@ def test_what_the_engine_loads(tmp_path, monkeypatch, found):
         wanted = names(MLP if after == "mlp" else ATTENTION)
         assert all(not held[name].any() for name in wanted)
     written = (tmp_path / "base/model.safetensors").stat().st_mtime_ns
-    sync.prepare(tmp_path, settings(tmp_path, after=after), found)
+    prepare(tmp_path, settings(tmp_path, after=after), found)
     assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns == written, "not written again"
 
     has = tiny("llama")  # with biases of its own
     has.name_or_path = "elsewhere"
-    sync.prepare(tmp_path, settings(tmp_path), Loaded(has, found.tokenizer))
+    prepare(tmp_path, settings(tmp_path), Loaded(has, found.tokenizer))
     assert has.name_or_path == "elsewhere"
     with pytest.raises(UsageError, match="revision"):
-        sync.prepare(tmp_path, settings(tmp_path, revision="v2"), Loaded(has, found.tokenizer))
+        prepare(tmp_path, settings(tmp_path, revision="v2"), Loaded(has, found.tokenizer))
     with pytest.raises(UsageError, match="no stock class"):
-        sync.prepare(tmp_path / "other", settings(tmp_path), Loaded(tiny("qwen3"), found.tokenizer))
+        prepare(tmp_path / "other", settings(tmp_path), Loaded(tiny("qwen3"), found.tokenizer))
     monkeypatch.undo()
     monkeypatch.setattr(sync.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"steerable\[vllm\]"):
-        sync.prepare(tmp_path, settings(tmp_path), found)
+        prepare(tmp_path, settings(tmp_path), found)
 
 
 # --- whole trainings ---
@@ -268,7 +277,7 @@ def run(root, s, found):
     write_jsonl(root / "tasks.jsonl", [task | {"split": "train"} for task in TASKS])
     monkey = copy.deepcopy(found.model)
     monkey.name_or_path = found.model.name_or_path
-    loop.train(root, s, Loaded(monkey, found.tokenizer), Display(quiet=True))
+    train_policy(root, s, Loaded(monkey, found.tokenizer), Display(quiet=True))
 
 
 def test_a_training_in_one_process_with_the_engine(tmp_path, monkeypatch, found):
@@ -280,7 +289,7 @@ def test_a_training_in_one_process_with_the_engine(tmp_path, monkeypatch, found)
     assert seconds["push"] > 0 and seconds["generation"] > 0
     vectors = Direction.load(tmp_path / "run/bias.safetensors").vectors
     assert len(vectors) == 4 and len(PROMPTS) == 4
-    assert [row["step"] for row in journal.read_log(tmp_path / "run")] == [1, 2]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2]
 
 
 def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
@@ -288,7 +297,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
     servers = []
     instead_of_vllm(monkeypatch, lambda: servers[-1])
     monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *a, **k: None)
-    monkeypatch.setattr(loop, "_PATIENCE", 0.0)
+    monkeypatch.setattr(trainer, "_PATIENCE", 0.0)
     root = tmp_path / "run"
     base = root / "base"
 
@@ -318,7 +327,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
     servers.append(Server(base))
     run(root, RLSettings(**s.to_dict() | {"vllm_url": servers[-1].url}), found)
     servers[-1].die()
-    assert [row["step"] for row in journal.read_log(root)] == [1, 2, 3]
+    assert [row["step"] for row in read_log(root)] == [1, 2, 3]
     assert (root / "bias.safetensors").exists()
 
 
@@ -327,7 +336,7 @@ def test_a_server_that_is_sent_half_a_map_is_found_out(tmp_path, monkeypatch, fo
     server = []
     instead_of_vllm(monkeypatch, lambda: server[-1])
     s = settings(tmp_path, generation="vllm-server")
-    sync.prepare(tmp_path, s, Loaded(copy.deepcopy(found.model), found.tokenizer))
+    prepare(tmp_path, s, Loaded(copy.deepcopy(found.model), found.tokenizer))
     server.append(Server(tmp_path / "base"))
     made = connect(tmp_path, s, found, mode="server", server_base_url=server[-1].url)
     walk = sync.tensors

@@ -110,6 +110,7 @@ def test_scores_do_not_depend_on_grouping_by_length(tmp_path, tiny_llama, tokeni
     torch.testing.assert_close(ours[3, : len(texts[3])], naive, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_an_easy_task_and_nothing_but_the_vectors_changes(tmp_path, tiny_llama, tokenizer):
     found = loaded(tiny_llama, tokenizer)
     before = {name: p.clone() for name, p in found.model.named_parameters()}
@@ -121,6 +122,7 @@ def test_it_learns_an_easy_task_and_nothing_but_the_vectors_changes(tmp_path, ti
     assert changed == {f"model.layers.{i}.mlp.down_proj.bias" for i in range(4)}
 
 
+@pytest.mark.slow
 def test_the_plain_loop_learns_it_too(tiny_llama, tokenizer):
     """So that the oracle is known to be one."""
     from steerable.methods.folding import add_bias
@@ -160,13 +162,15 @@ def test_a_step_without_a_difference_is_skipped_and_counted(tmp_path, tiny_llama
 
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, tiny_llama, tokenizer, monkeypatch):
     made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, steps=3, save_every=1)
-    plain = type(made).__mro__[1]._compute_loss
+    from trl import GRPOTrainer
+
+    plain = GRPOTrainer._compute_loss
 
     def broken(self, model, inputs):
         found = plain(self, model, inputs)
         return found * math.nan if self.state.global_step == 1 else found
 
-    monkeypatch.setattr(type(made).__mro__[1], "_compute_loss", broken)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", broken)
     with pytest.raises(SteerableError, match="loss of step 2 is not a finite number.*is kept"):
         made.train()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*"))

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from steerable.jobs.commands.shared import Json, Overwrite, Workers, given, print_json, print_tables, say, with_settings
-from steerable.methods.train.settings import RLSettings, UPFTSettings
-from steerable.store.plurals import plural
+from steerable.jobs.training_settings import RLSettings, UPFTSettings
 
 
 @partial(with_settings, table=RLSettings)
@@ -32,7 +31,7 @@ def train_rl(
     Ends with the untrained and the trained model judged on unseen tasks, greedily and sampled: report.json and
     report.html. A killed training goes on from its last checkpoint with the same command.
     """
-    from steerable.methods.train.rl import train_rl as train
+    from steerable.jobs.reinforcement import train_rl as train
     from steerable.store.display import Display
 
     with Display(quiet=as_json) as display:
@@ -54,7 +53,7 @@ def train_upft(
 
     Ends as `steerable train rl` does, and goes on where it was stopped.
     """
-    from steerable.methods.train.upft import train_upft as train
+    from steerable.jobs.first_tokens import train_upft as train
     from steerable.store.display import Display
 
     with Display(quiet=as_json) as display:
@@ -63,37 +62,14 @@ def train_upft(
 
 
 def _tell_outcome(folder: Path, as_json: bool) -> None:
+    from steerable.jobs.training import outcome
     from steerable.store.run_folder import read_json
 
-    found = read_json(folder / "report.json")
+    report = read_json(folder / "report.json")
     if as_json:
-        print_json(found)
-        return
-    method = found["config"]["method"]
-    for decoding in ("greedy", "sampled"):
-        before, after = (found[arm][decoding]["accuracy"] for arm in ("base", method))
-        if before is None or after is None:
-            say(f"{decoding}: these tasks have no reference answers, so accuracy is not measured")
-            continue
-        low, high = found["difference"][decoding]["accuracy"][1:]
-        say(
-            f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
-            f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
-        )
-    say(*_skipped(found["training"]), f"The report is {(folder / 'report.html').resolve()}")
-
-
-def _skipped(training: dict[str, Any]) -> list[str]:
-    """What is said of steps that taught nothing."""
-    steps, skipped = training["steps"], training.get("steps_skipped")
-    if not skipped:
-        return []
-    why = "as in every group all rewards were equal"
-    if skipped == steps:
-        cut = (training.get("last") or {}).get("truncated") == 1
-        cure = "raise --max-new-tokens, which cut off every reply" if cut else "give easier or harder tasks"
-        return [f"Every step was skipped, {why}: nothing was learnt; {cure}, or use a larger --group"]
-    return [f"{skipped} of {steps} steps {plural(skipped, 'was', 'were')} skipped, {why}"]
+        print_json(report)
+    else:
+        say(*outcome(report), f"The report is {(folder / 'report.html').resolve()}")
 
 
 def passk(

@@ -171,9 +171,9 @@ def compose(
     as_json: Json = False,
 ) -> None:
     """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model."""
-    from steerable.jobs import composition
+    from steerable.jobs import additivity
 
-    result = composition.compose(
+    result = additivity.compose(
         files, model=model, tasks=tasks, pairs=pairs, to=to, exclude=exclude or (), limit=limit, samples=samples,
         max_new_tokens=max_new_tokens, greedy=greedy, system=system, template=template, seed=seed, out=out,
         workers=workers, overwrite=overwrite, quiet=as_json,
@@ -183,5 +183,5 @@ def compose(
     elif tasks is None:
         say(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
     else:
-        print_tables(composition.tables(result))
+        print_tables(additivity.tables(result))
         say(f"Written: {out / 'compose.json'}")

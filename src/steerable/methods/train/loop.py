@@ -48,7 +48,7 @@ class SmallCheckpoints:
     def __init__(self, trained: Trained, *args: Any, **options: Any) -> None:
         self.trained = trained
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        super().__init__(trained.model, *args, **options)
+        super().__init__(trained.model, *args, **options)  # type: ignore[call-arg]
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -247,7 +247,9 @@ def explained(micro_batch: int, rows: int, server: str = "", serve_command: str 
                 f"out of memory: lower --micro-batch (now {micro_batch}), --rows (now {rows}) or --max-new-tokens, "
                 f"or give --checkpointing; {AGAIN}"
             ) from error
-        if server and (isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3"))):
+        if server and (
+            isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3"))
+        ):
             raise SteerableError(
                 f"the vLLM server at {server} does not answer: look at its log, or start it with "
                 f"`{serve_command}`; {AGAIN}"

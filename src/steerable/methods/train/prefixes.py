@@ -31,9 +31,10 @@ from steerable.methods.train.parameters import Trained
 
 IGNORED = -100
 """The label of what is not learnt, as torch and transformers have it."""
+Ids = Sequence[int]
 
 
-def examples(prompts: Sequence[Sequence[int]], solutions: Sequence[Sequence[int]], k: int) -> list[dict[str, list[int]]]:
+def examples(prompts: Sequence[Ids], solutions: Sequence[Ids], k: int) -> list[dict[str, list[int]]]:
     """Rows for the trainer, `{"input_ids", "labels"}`: prompt and first k tokens; labels are -100 on the prompt."""
     return [
         {"input_ids": [*prompt, *ids[:k]], "labels": [IGNORED] * len(prompt) + list(ids[:k])}

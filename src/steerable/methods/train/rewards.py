@@ -72,7 +72,10 @@ def random_reward(seed: int) -> Reward:
 
 def reward_of(name: str, seed: int) -> Reward:
     """The reward by its name: `correct`, `format` or `random`."""
-    return {"correct": reward, "format": format_only, "random": random_reward(seed)}[name]
+    rewards = {"correct": reward, "format": format_only, "random": random_reward(seed)}
+    if name not in rewards:
+        raise UsageError(f"unknown reward {name!r}: expected {', '.join(rewards)}")
+    return rewards[name]
 
 
 #: A reply that is right for more of the tasks than this is what a policy would learn to write, whatever is asked.

@@ -35,6 +35,8 @@ from steerable.models.loading import stop_ids
 from steerable.steering.think import think_tags_if_any
 from steerable.store.errors import SteerableWarning, UsageError
 
+OWN = "steps prompts group max_new_tokens temperature beta micro_batch generation vllm_url vllm_memory"
+"""Arguments of `grpo_arguments` that have the names of settings."""
 _ROWS = 16  # of one forward pass, grouped by length
 _PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
 

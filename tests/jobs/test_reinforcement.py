@@ -13,9 +13,11 @@ from tiny_families import tiny
 
 from steerable import Direction
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.methods.train import journal, loop
-from steerable.methods.train.rl import is_verifiable, train_rl
-from steerable.methods.train.settings import RLSettings, from_dict, read_recipe, recipes
+from steerable.jobs import reinforcement
+from steerable.jobs.reinforcement import train_rl
+from steerable.jobs.training_settings import RLSettings, read_recipe, recipes
+from steerable.methods.train.log import read_log
+from steerable.methods.train.rewards import is_verifiable
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json
 
@@ -56,7 +58,7 @@ def test_the_report(run):
 def test_what_lies_in_the_folder(run):
     for name in ("config.json", "tasks.jsonl", "log.jsonl", "bias.safetensors", "training.json", "report.html"):
         assert (run / name).is_file(), name
-    assert [row["step"] for row in journal.read_log(run)] == [1, 2, 3]
+    assert [row["step"] for row in read_log(run)] == [1, 2, 3]
     assert len(list((run / "checkpoints").glob("checkpoint-*"))) == 2
     weights = sum(f.stat().st_size for f in (run / "checkpoints/checkpoint-3").glob("trained.safetensors"))
     assert weights < 10_000, "a checkpoint holds no copy of the model"
@@ -82,7 +84,7 @@ def test_tasks_that_a_constant_reply_wins(tmp_path, steerable):
 
 
 def test_a_finished_run_is_not_done_again(run, monkeypatch):
-    monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("it trains again"))
+    monkeypatch.setattr(reinforcement, "train_policy", lambda *args: pytest.fail("it trains again"))
     before = (run / "bias.safetensors").read_bytes()
     assert train_rl(run, workers=1, **SMALL) == run
     assert (run / "bias.safetensors").read_bytes() == before
@@ -106,7 +108,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
         log.write('{"step": 3, "rew')
     train_rl(out, workers=1, **SMALL)
     assert (out / "bias.safetensors").read_bytes() == (run / "bias.safetensors").read_bytes()
-    assert [row["step"] for row in journal.read_log(out)] == [1, 2, 3]
+    assert [row["step"] for row in read_log(out)] == [1, 2, 3]
     assert read_json(out / "report.json")["bias"] == read_json(run / "report.json")["bias"]
 
 
@@ -115,7 +117,7 @@ def test_another_training_in_the_same_folder_begins_anew(tmp_path):
     train_rl(tmp_path, workers=1, **settings)
     train_rl(tmp_path, workers=1, **settings | {"layers": "3"})
     assert Direction.load(tmp_path / "bias.safetensors").layers == [3]
-    assert len(journal.read_log(tmp_path)) == 1
+    assert len(read_log(tmp_path)) == 1
 
 
 def test_the_system_message_and_own_files(tmp_path):
@@ -234,7 +236,7 @@ def test_json_is_the_report(steerable, run):
 
 def test_settings_go_through_a_dict():
     s = RLSettings(method="lora", layers="1,2", beta=0.01)
-    assert from_dict(s.to_dict()) == s
+    assert RLSettings(**s.to_dict()) == s
     assert s.chosen_layers == [1, 2]
     assert RLSettings(prompts=3, group=3, micro_batch=64).micro_batch == 9
     assert RLSettings(prompts=8, group=8, micro_batch=48).micro_batch == 32
@@ -242,4 +244,4 @@ def test_settings_go_through_a_dict():
 
 def test_every_recipe_is_sound():
     for name in recipes():
-        assert from_dict(read_recipe(name)).steps > 0
+        assert RLSettings(**read_recipe(name)).steps > 0

@@ -10,7 +10,7 @@ from steerable.chains.generation import generate_chains
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.engines.hf.hooks import steer
-from steerable.jobs import composition
+from steerable.jobs import additivity, arms
 from steerable.models.loading import load
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
@@ -56,7 +56,7 @@ def options(place, out):
 @pytest.fixture(scope="module")
 def composed(place, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "c"
-    return out, composition.compose(files(place, 0, 1, 2), to=str(place / "sibling"), **options(place, out))
+    return out, additivity.compose(files(place, 0, 1, 2), to=str(place / "sibling"), **options(place, out))
 
 
 def test_accuracies_are_those_of_the_chains(composed, place):
@@ -101,29 +101,29 @@ def test_what_is_finished_is_not_done_again(composed, place, monkeypatch):
     def refuse(*arguments, **more):
         raise AssertionError("generated again")
 
-    monkeypatch.setattr(composition, "generate_jobs", refuse)
-    again = composition.compose(files(place, 0, 1, 2), to=str(place / "sibling"), **options(place, out))
+    monkeypatch.setattr(arms, "generate_jobs", refuse)
+    again = additivity.compose(files(place, 0, 1, 2), to=str(place / "sibling"), **options(place, out))
     assert again == result
     with pytest.raises(AssertionError, match="generated again"):  # another file, and the pairs with it, alone
-        composition.compose(files(place, 0, 1, 3), **options(place, out))
+        additivity.compose(files(place, 0, 1, 3), **options(place, out))
 
 
 def test_two_files_have_one_pair_which_is_all(place, tmp_path):
-    result = composition.compose(files(place, 0, 2), pairs="all", **options(place, tmp_path / "two"))
+    result = additivity.compose(files(place, 0, 2), pairs="all", **options(place, tmp_path / "two"))
     assert list(result["cells"]) == ["base", "all", "random", "layer0", "layer2"]
     (pair,) = result["pairs"]
     assert pair["gain"] is None and pair["room"] is None and pair["adjacent"] is False
     best = max(result["cells"][name]["accuracy"][0] for name in ("layer0", "layer2"))
     assert pair["difference"][0] == pytest.approx(result["cells"]["all"]["accuracy"][0] - best)
-    assert composition.tables(result)
+    assert additivity.tables(result)
 
 
 def test_without_tasks_only_the_sum(place, tmp_path):
-    done = composition.compose(files(place, 0, 0), out=tmp_path / "sum.safetensors")
+    done = additivity.compose(files(place, 0, 0), out=tmp_path / "sum.safetensors")
     one = Direction.load(place / "layer0.safetensors")
     assert torch.allclose(Direction.load(done["combined"]).at(0), 2 * one.at(0))
     assert list(done["files"]) == ["layer0", "layer0-2"]
-    assert composition.compose(files(place, 1), out=tmp_path)["combined"] == str(tmp_path / "combined.safetensors")
+    assert additivity.compose(files(place, 1), out=tmp_path)["combined"] == str(tmp_path / "combined.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore::steerable.SteerableWarning")
@@ -131,7 +131,7 @@ def test_refused_before_anything_is_generated(place, tmp_path, monkeypatch):
     def never(*arguments, **more):
         raise AssertionError("generated")
 
-    monkeypatch.setattr(composition, "generate_jobs", never)
+    monkeypatch.setattr(arms, "generate_jobs", never)
     given = options(place, tmp_path / "out")
     (tmp_path / "open.jsonl").write_text('{"id": "a", "prompt": "w1"}\n')
     for said, layers, more in (
@@ -147,4 +147,4 @@ def test_refused_before_anything_is_generated(place, tmp_path, monkeypatch):
         ("width 32, but the model's width there is 64", (0,), {"model": str(place / "wide")}),
     ):
         with pytest.raises(UsageError, match=said):
-            composition.compose(files(place, *layers), **given | more)
+            additivity.compose(files(place, *layers), **given | more)

@@ -7,7 +7,7 @@ import torch
 from tiny_families import tiny
 
 from steerable.engines.hf.hooks import steer
-from steerable.jobs.compose_command import combine, transferred
+from steerable.jobs.additivity import combine, transferred
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError

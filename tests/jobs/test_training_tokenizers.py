@@ -14,9 +14,9 @@ import steerable as st
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.engines.hf.generation import Request, generate
 from steerable.jobs.elicitation import passk
-from steerable.methods.train.journal import read_log
-from steerable.methods.train.rl import train_rl
-from steerable.methods.train.upft import train_upft
+from steerable.jobs.first_tokens import train_upft
+from steerable.jobs.reinforcement import train_rl
+from steerable.methods.train.log import read_log
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.run_folder import read_json
 

@@ -1,6 +1,5 @@
 """`accelerate launch` with two processes on a CPU: killed, gone on with, and what its errors say."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,11 @@ from safetensors.torch import load_file
 from tiny_training import TASKS, loaded
 
 from steerable.chains.records import write_jsonl
-from steerable.methods.train import journal, launcher, loop
-from steerable.methods.train.settings import RLSettings
+from steerable.jobs import launcher
+from steerable.jobs.reinforcement import COMMON, key
+from steerable.jobs.training_settings import RLSettings
+from steerable.methods.train import loop, trainer
+from steerable.methods.train.log import read_log
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -59,7 +61,7 @@ def configure(root, **given):
 def start(root, steps):
     """The launcher in a process of its own, which can be killed."""
     code = """import sys; from pathlib import Path
-from steerable.display import Display; from steerable.train import launcher
+from steerable.store.display import Display; from steerable.jobs import launcher
 launcher.launch(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Display(quiet=True))"""
     arguments = [str(root), str(root.parent / "two.yaml"), str(steps)]
     return subprocess.Popen([sys.executable, "-c", code, *arguments])
@@ -73,7 +75,7 @@ def workers(root):
             words = entry.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"steerable.methods.train.worker" in words and str(root).encode() in words:
+        if b"steerable.jobs.launcher" in words and str(root).encode() in words:
             found.append(int(entry.parent.name))
     return found
 
@@ -95,12 +97,12 @@ def test_two_processes_killed_and_gone_on_with(root):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     until(lambda: not workers(root))
-    reached = int(loop.last_checkpoint(root, s).name.rpartition("-")[2])
+    reached = int(loop.last_checkpoint(root, key(root, s)).name.rpartition("-")[2])
     assert 0 < reached < s.steps
-    first = journal.read_log(root)[:reached]
+    first = read_log(root)[:reached]
 
     launcher.launch(root, str(root.parent / "two.yaml"), s.steps, Display(quiet=True))
-    rows = journal.read_log(root)
+    rows = read_log(root)
     assert [row["step"] for row in rows] == list(range(1, s.steps + 1)), "each once, by the first process alone"
     assert rows[:reached] == first, "it went on"
     assert all(row["kl"] is not None and row["tokens_per_second"] > 0 for row in rows)
@@ -124,47 +126,46 @@ def test_what_a_worker_raises_is_raised_here(root):
 def test_rollouts_that_the_processes_cannot_share(root, monkeypatch, tiny_llama, tokenizer):
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=2))
     with pytest.raises(UsageError, match="9 rollouts a step .* cannot be shared by 2 processes .* divide each other"):
-        loop.arguments(root, configure(root, prompts=3, group=3), loaded(tiny_llama, tokenizer))
+        s, model = configure(root, prompts=3, group=3), loaded(tiny_llama, tokenizer).model
+        trainer.grpo_arguments(root, model, **s.subset(f"{COMMON} {trainer.OWN}"))
 
 
 ELASTIC = """E1121 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0
 Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-steerable.methods.train.worker FAILED
+steerable.jobs.launcher FAILED
   exitcode  : {code} (pid: 10063)
 """
 
 
 @pytest.mark.parametrize(
-    ("printed", "kind", "text"),
+    ("raised", "printed", "kind", "text"),
     [
+        (SteerableError("out of memory"), ELASTIC.format(code=1), SteerableError, "^out of memory$"),
+        (UsageError("two\nlines"), ELASTIC.format(code=1), UsageError, "^two lines$"),
         (
-            'a warning\nsteerable error: {"usage": false, "text": "out of memory"}\n' + ELASTIC.format(code=1),
+            torch.AcceleratorError("CUDA error: bad\nand more"),
+            ELASTIC.format(code=1),
             SteerableError,
-            "^out of memory$",
+            "failed: AcceleratorError: CUDA error: bad .*launch.log.*goes on",
         ),
-        (
-            "[rank1]: Traceback (most recent call last):\n[rank1]: torch.AcceleratorError: CUDA error: bad\n"
-            + ELASTIC.format(code=1),
-            SteerableError,
-            "failed: torch.AcceleratorError: CUDA error: bad .*launch.log.*goes on",
-        ),
-        (ELASTIC.format(code=-9), SteerableError, "killed by signal 9 .*goes on"),
-        ("nothing known\n", SteerableError, "ended with code 3"),
+        (None, ELASTIC.format(code=-9), SteerableError, "killed by signal 9 .*goes on"),
+        (None, "nothing known\n", SteerableError, "ended with code 3"),
     ],
 )
-def test_errors_in_one_sentence(tmp_path, printed, kind, text):
+def test_errors_in_one_sentence(tmp_path, raised, printed, kind, text):
     (tmp_path / "launch.log").write_text(printed)
+    if raised:
+        launcher.report(tmp_path, raised)
+        launcher.report(tmp_path, SteerableError("what the other processes say of it"))
     with pytest.raises(kind, match=text) as error:
-        launcher._explain(tmp_path / "launch.log", 3)
+        launcher.explain(tmp_path, 3)
     assert "\n" not in str(error.value)
 
 
-def test_what_a_worker_says(monkeypatch, capsys):
-    monkeypatch.setenv(launcher.LAUNCHER, "1")
-    assert launcher.report(UsageError("two\nlines")) == 2
-    line = capsys.readouterr().err
-    assert json.loads(line.removeprefix("steerable error: ")) == {"usage": True, "text": "two lines"}
-    monkeypatch.delenv(launcher.LAUNCHER)
-    assert launcher.report(SteerableError("it failed")) == 1
-    assert capsys.readouterr().err == "steerable: it failed\n"
+def test_a_worker_that_is_started_by_hand(root, monkeypatch, capsys):
+    monkeypatch.delenv(launcher.LAUNCHER, raising=False)
+    monkeypatch.setattr(sys, "argv", ["launcher", str(root)])
+    write_json(root / "config.json", configure(root).to_dict() | {"trust_remote_code": True})
+    with pytest.raises(SystemExit, match="steerable: config.json asks for trust_remote_code, which no file may"):
+        launcher.main()

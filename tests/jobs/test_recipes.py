@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steerable.methods.train.launcher import configurations
-from steerable.methods.train.settings import from_dict, read_recipe, recipes
+from steerable.jobs.launcher import configurations
+from steerable.jobs.training_settings import RLSettings, read_recipe, recipes
 
 # name: steps, group, learning rate, beta; the size of the data, the epochs
 PUBLISHED = {
@@ -25,12 +25,12 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings(name):
     steps, group, rate, beta, data, epochs = PUBLISHED[name]
-    s = from_dict(read_recipe(name))
+    s = RLSettings(**read_recipe(name))
     assert (s.steps, s.group, s.learning_rate, s.beta, s.prompts) == (steps, group, rate, beta, 128)
     assert s.steps == epochs * math.floor(data / 128)
     assert 128 <= s.limit <= data and s.limit > 0.98 * data
     assert (s.method, s.temperature, s.clip, s.warmup, s.reward) == ("bias", 1.0, 2.0, 0.03, "correct")
-    assert s.rollouts % s.micro_batch == 0 and s.rollouts // 8 % s.micro_batch == 0, "on 8 GPUs"
+    assert s.batch_size % s.micro_batch == 0 and s.batch_size // 8 % s.micro_batch == 0, "on 8 GPUs"
     assert s.system == "Please reason step by step, and put your final answer within \\boxed{}."
     assert s.model.startswith("Qwen/Qwen2.5-") and s.test and s.test != s.tasks
     assert s.max_new_tokens <= (4096 if name == "deepscaler" else 1024), "prompt and answer together"
@@ -56,12 +56,12 @@ def test_configurations_of_accelerate():
 
 def test_they_come_with_the_package(tmp_path):
     pytest.importorskip("hatchling")
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
     for name in PUBLISHED:
-        assert f"steerable/train/recipes/{name}.json" in held
+        assert f"steerable/methods/train/recipes/{name}.json" in held
     for name in configurations():
-        assert f"steerable/train/recipes/accelerate/{name}.yaml" in held
+        assert f"steerable/methods/train/recipes/accelerate/{name}.yaml" in held

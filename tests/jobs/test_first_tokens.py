@@ -14,11 +14,11 @@ from steerable import Direction
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.engines.hf.generation import Request, generate
 from steerable.engines.sampling import Decoding
-from steerable.methods.train import upft
-from steerable.methods.train.journal import read_log
+from steerable.jobs.first_tokens import train_prefixes, train_upft
+from steerable.jobs.training_settings import UPFTSettings
+from steerable.methods.train.log import read_log
 from steerable.methods.train.parameters import attach
-from steerable.methods.train.settings import UPFTSettings
-from steerable.methods.train.upft import collate, examples, prefix_loss, train_upft
+from steerable.methods.train.prefixes import collate, examples, prefix_loss
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import RunFolder, read_json
@@ -79,7 +79,7 @@ def loss_of(model, rows, count=None):
 def test_the_loss_is_that_of_every_row_alone(name):
     model = tiny_family(name)
     trained = attach(model, "bias")
-    rows = examples(None, PROMPTS, SAID, 3)
+    rows = examples(PROMPTS, SAID, 3)
     total, count = naive(model, rows)
     assert count == 3 + 3 + 1
     wanted = torch.autograd.grad(total / count, list(trained.parameters().values()))
@@ -92,16 +92,16 @@ def test_the_loss_is_that_of_every_row_alone(name):
 
 
 def test_only_the_last_logits_are_computed(tiny_llama):
-    batch = collate(examples(None, PROMPTS[:1], SAID[:1], 3))
+    batch = collate(examples(PROMPTS[:1], SAID[:1], 3))
     assert batch["logits_to_keep"] == 4  # three labels and the last token, which predicts none
-    batch = collate(examples(None, PROMPTS, SAID, 2))
+    batch = collate(examples(PROMPTS, SAID, 2))
     assert batch["input_ids"].shape == (3, 7) and batch["labels"][1].tolist() == [-100, 23, 24, *[-100] * 4]
     assert batch["logits_to_keep"] == 7  # the shortest prompt has one token
 
 
 def test_no_token_after_the_first_k_counts():
-    rows = examples(None, PROMPTS, SAID, 2)
-    assert rows == examples(None, PROMPTS, [ids[:2] + [60] * len(ids[2:]) for ids in SAID], 2)
+    rows = examples(PROMPTS, SAID, 2)
+    assert rows == examples(PROMPTS, [ids[:2] + [60] * len(ids[2:]) for ids in SAID], 2)
     assert [sum(label != -100 for label in row["labels"]) for row in rows] == [2, 2, 1]
 
 
@@ -117,7 +117,7 @@ def test_at_temperature_1_the_expected_gradient_is_zero():
     parameters = list(attach(model, "bias").parameters().values())
     with torch.no_grad():
         logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    each = torch.stack([gradient(model, parameters, examples(None, PROMPTS[:1], [[y]], 1)) for y in range(64)])
+    each = torch.stack([gradient(model, parameters, examples(PROMPTS[:1], [[y]], 1)) for y in range(64)])
 
     def expected(temperature):
         return float(((logits / temperature).softmax(-1)[:, None] * each).sum(0).norm())
@@ -134,7 +134,7 @@ def test_own_solutions_at_temperature_1_teach_little_but_noise():
         with torch.no_grad():
             requests = [Request(PROMPTS[0], seed) for seed in range(600)]
             said = generate(model, None, requests, max_new_tokens=4, rows=300, decoding=Decoding(temperature))
-        return float(gradient(model, parameters, examples(None, PROMPTS[:1] * 600, [c.ids for c in said], 4)).norm())
+        return float(gradient(model, parameters, examples(PROMPTS[:1] * 600, [c.ids for c in said], 4)).norm())
 
     assert mean_gradient(1.0) < 0.35 * mean_gradient(0.5)
 
@@ -180,7 +180,7 @@ def test_the_first_loss_is_that_of_the_solutions(run, folder):
     a, b = read_log(whole)[0], read_log(parts)[0]
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
-    s, root = UPFTSettings.from_dict({k: v for k, v in small(folder).items() if k != "workers"}), RunFolder(whole)
+    s, root = UPFTSettings(**{k: v for k, v in small(folder).items() if k != "workers"}), RunFolder(whole)
     from steerable.chains.generation import Prompting
     from steerable.models import loading as models
 
@@ -188,7 +188,7 @@ def test_the_first_loss_is_that_of_the_solutions(run, folder):
     tasks = {task["id"]: task["prompt"] for task in read_jsonl(root / "tasks.jsonl", "task")}
     chains = read_jsonl(root / "solutions.jsonl", "chain")
     prompts = [Prompting().ids(loaded.tokenizer, tasks[chain["task_id"]]) for chain in chains]
-    total, count = naive(loaded.model, examples(None, prompts, [chain["ids"] for chain in chains], 4))
+    total, count = naive(loaded.model, examples(prompts, [chain["ids"] for chain in chains], 4))
     assert a["loss"] == pytest.approx(float(total) / count, rel=1e-4)
 
 
@@ -197,11 +197,11 @@ def test_only_the_vectors_change(run, folder):
 
     loaded = models.load(folder / "model")
     before = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    s = UPFTSettings.from_dict({k: v for k, v in small(folder, layers="1,3").items() if k != "workers"})
+    s = UPFTSettings(**{k: v for k, v in small(folder, layers="1,3").items() if k != "workers"})
     root = RunFolder(folder / "alone")
     for name in ("tasks.jsonl", "solutions.jsonl"):
         write_jsonl(root / name, read_jsonl(run / name))
-    upft._train(root, s, loaded, Display(quiet=True))
+    train_prefixes(root.root, s, loaded, Display(quiet=True))
     after = dict(loaded.model.named_parameters())
     biases = {f"model.layers.{layer}.mlp.down_proj.bias" for layer in (1, 3)}
     assert set(after) - set(before) == biases and all(after[name].any() for name in biases)
@@ -219,7 +219,7 @@ def test_a_finished_run_is_not_done_again(run, folder):
 KILLED = """
 import json, os, signal, sys
 from transformers import Trainer
-from steerable.train.upft import train_upft
+from steerable.jobs.first_tokens import train_upft
 step = Trainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 5:

@@ -1,0 +1,415 @@
+"""`steerable compose`: whether vectors add up, and whether they can be used on a sibling model.
+
+Sinii et al. 2025, "Small Vectors, Big Effects" (arXiv 2509.06608): vectors that were trained one layer at a time are
+measured alone, in pairs and all together, on the same tasks. Every setting's chains are one file of the folder; what is
+finished is not done again. The draws are paired: a chain's randomness comes from the seed, the task and the sample's
+number, so that settings differ by the vectors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerable.chains.generation import Job, Prompting, Steering
+from steerable.chains.records import read_jsonl, write_jsonl
+from steerable.evals.cells import measure_cell, values
+from steerable.evals.intervals import difference_interval
+from steerable.evals.metrics import Measured, measure
+from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
+from steerable.formats import import_file
+from steerable.jobs.arms import BASE, Arm, answer, check_counts, check_fit, draw_tasks, fingerprint
+from steerable.models import loading as models
+from steerable.models.loading import Loaded
+from steerable.steering.direction import Direction
+from steerable.store.display import Display
+from steerable.store.errors import UsageError
+from steerable.store.plurals import counted
+from steerable.store.run_folder import RunFolder, sha256, write_json
+
+ALL, RANDOM = "all", "random"
+_KEYS = ("tasks", "samples", "accuracy", "tokens", "loops", "unclosed")
+
+
+def compose(
+    files: Sequence[str | Path],
+    *,
+    model: str = "pocket",
+    tasks: str | None = None,
+    pairs: str = "all",
+    to: str | None = None,
+    exclude: Sequence[str | Path] = (),
+    limit: int = 100,
+    samples: int = 1,
+    max_new_tokens: int = 500,
+    greedy: bool = False,
+    system: str = "",
+    template: str = "",
+    seed: int = 0,
+    out: str | Path = "runs/compose",
+    workers: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model.
+
+    Args:
+        files: Direction files, usually of one layer each.
+        model: 'pocket', a model folder or a hub name.
+        tasks: Tasks with answers, or auto; without it the files are only added up.
+        pairs: Pairs to measure: all, adjacent (layers) or none.
+        to: Also measure all files together on this sibling model.
+        exclude: Files of tasks not to draw: those of the training. Repeatable.
+        limit: Tasks.
+        samples: Chains a task.
+        max_new_tokens: Longest answer, thinking included.
+        greedy: Greedy decoding; default: the model's own.
+        system: A system message.
+        template: A text with {prompt}, in place of the chat template.
+        seed: Seed of tasks, sampling and the random direction.
+        out: The folder of the results; without --tasks a .safetensors file will do.
+        workers: Processes that generate; default: one a core for small models. Changes no result.
+        overwrite: Let results of another model in --out be replaced; else that is refused.
+        quiet: Show no progress.
+
+    Returns:
+        What it writes to compose.json (docs/lens.md). The sum is written to combined.safetensors.
+
+    Raises:
+        UsageError: The files do not go together or do not fit the model, the sibling has another shape, or nobody can
+            judge the tasks; nothing was generated.
+
+    Example:
+        steerable compose layer2.safetensors layer3.safetensors --tasks auto --out runs/compose
+    """
+    if not files:
+        raise UsageError("there is nothing to compose: give one direction file at least")
+    if pairs not in ("all", "adjacent", "none"):
+        raise UsageError(f"--pairs is {pairs!r}: expected all, adjacent or none")
+    check_counts(seed, limit=limit, samples=samples, max_new_tokens=max_new_tokens)
+    directions = _named(files)
+    together = combine(list(directions.values()))
+    layers = {name: direction.layers for name, direction in directions.items()}
+    about: dict[str, Any] = {
+        "files": {n: {"file": str(f), "layers": layers[n]} for n, f in zip(directions, files, strict=True)},
+        "layers": together.layers,
+    }
+    if tasks is None:
+        if to is not None:
+            raise UsageError("--to measures the vectors on another model: name the tasks with --tasks")
+        target = Path(out) if Path(out).suffix == ".safetensors" else Path(out) / "combined.safetensors"
+        return {**about, "combined": str(together.save(target))}
+    if tasks == "auto":
+        tasks = "pocket" if model == "pocket" else "reasoning-gym"
+    folder = RunFolder(out)
+    folder.refuse_other("compose", model, overwrite=overwrite)
+    chosen = names_of_pairs(layers, pairs)
+    if pairs == "adjacent" and not chosen:
+        raise UsageError("--pairs adjacent: no two of the files are of single, neighbouring layers; give --pairs all")
+    loaded = models.load(model)
+    check_fit(loaded, together)
+    prompting = Prompting(system, template)
+    prompting.ids(loaded.tokenizer, "")  # refuses what cannot be put to this model
+    if to is not None:
+        _check_shape(to, loaded.model)
+    settings = {
+        "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
+        "system": system, "template": template, "pairs": pairs, "seed": seed,
+    }  # fmt: skip
+    with folder.locked(), Display(quiet) as display:
+        drawn = draw_tasks(folder, tasks, limit, seed, exclude)
+        write_json(folder / "config.json", {"job": "compose", "model": model, **settings})
+        together.save(folder / "combined.safetensors")
+        job = Job(drawn, range(samples), prompting=prompting)
+        how = {"seed": seed, "greedy": greedy or None, "max_new_tokens": max_new_tokens, "workers": workers}
+        measured = partial(_measured, folder, job, how, display)
+        cells = {
+            name: measured(name, direction, model, loaded)
+            for name, direction in _settings(directions, together, chosen, pairs, seed).items()
+        }
+        result = {
+            **about,
+            "model": models.model_id(loaded.model) or model,
+            "settings": settings,
+            "tasks_sha256": sha256(folder / "tasks.jsonl"),
+            "cells": _cells(cells, seed),
+            **_gains(cells, layers, chosen, seed),
+            "transfer": None,
+        }
+        if to is not None:
+            count = models.n_layers(loaded.model)
+            del loaded  # two big models need not fit at once
+            sibling = models.load(to)
+            there = transferred(together, sibling.model, count)
+            steered = {BASE: None, ALL: there, RANDOM: there.random_like(seed)}
+            cells = {n: measured(n, direction, to, sibling, "to.") for n, direction in steered.items()}
+            result["transfer"] = {"model": models.model_id(sibling.model) or to, "cells": _cells(cells, seed)}
+        write_json(folder / "compose.json", result)
+    return result
+
+
+# --- adding up ---
+
+
+def combine(directions: Sequence[Direction]) -> Direction:
+    """One direction that does what all of them do together.
+
+    Vectors at the same site are added: that is what steering with both does. Where the strengths are equal the result
+    keeps it, else each is multiplied into its vectors and the result's strength is 1. Of `norms` at one site the first
+    counts. `stats["combined"]` lists what went in.
+
+    Args:
+        directions: At least one.
+
+    Raises:
+        UsageError: There is none, or they have different models, widths, maps or gates: a direction has one gate, so
+            that those have to be given to `steer` side by side.
+    """
+    if not directions:
+        raise UsageError("there is nothing to combine: expected one direction at least")
+    for what, different in (
+        ("models", {d.model_id for d in directions if d.model_id}),
+        ("gates", {d.gate for d in directions}),
+        ("maps", {d.map for d in directions}),
+    ):
+        if len(different) > 1:
+            named = " and ".join(repr(value) for value in sorted(different)[:3])
+            raise UsageError(f"the directions have different {what}, {named}: expected one for all of them")
+    fold = len({d.strength for d in directions}) > 1
+    vectors: dict[Any, torch.Tensor] = {}
+    for direction in directions:
+        for site, vector in direction.vectors.items():
+            vector = (vector.double() * direction.strength).float() if fold else vector.clone()
+            if (other := vectors.get(site)) is not None:
+                if other.shape != vector.shape:
+                    shapes = f"{tuple(other.shape)} and {tuple(vector.shape)}"
+                    raise UsageError(f"the vectors at {site} differ in shape: {shapes}")
+                vector = torch.add(other.double(), vector.double()).float()
+            vectors[site] = vector
+    return Direction(
+        vectors,
+        model_id=_common(d.model_id for d in directions),
+        model_revision=_common(d.model_revision for d in directions),
+        behaviour=_joined(" + ", (d.behaviour for d in directions)),
+        method=f"sum of {len(directions)}: {_joined(' + ', (d.method for d in directions))}",
+        map=directions[0].map,
+        gate=directions[0].gate,
+        strength=1.0 if fold else directions[0].strength,
+        norms={site: norm for direction in reversed(directions) for site, norm in direction.norms.items()},
+        stats={
+            "combined": [
+                {"sites": [str(site) for site in d.vectors], "strength": d.strength}
+                | {key: getattr(d, key) for key in ("behaviour", "method", "data_sha256")}
+                for d in directions
+            ]
+        },
+        data_sha256=_common(d.data_sha256 for d in directions),
+        created_by="steerable compose",
+        licence=_joined("; ", (d.licence for d in directions)),
+    )
+
+
+def transferred(direction: Direction, model: Any, layers: int) -> Direction:
+    """The same vectors as a direction of another model, which has as many layers and the same width.
+
+    Args:
+        direction: The vectors.
+        model: The other model.
+        layers: How many layers the model has that the direction belongs to.
+
+    Returns:
+        A direction that names the new model, so that `steer` does not warn; `stats["transferred_from"]` names the old.
+
+    Raises:
+        UsageError: The shapes differ.
+    """
+    count, width = models.n_layers(model), models.width(model)
+    widths = {int(v.shape[-1]) for site, v in direction.vectors.items() if site.kind not in ("head_in", "mlp_act")}
+    if count != layers or widths - {width}:
+        wide = f" of width {widths.pop()}" if widths else ""
+        raise UsageError(
+            f"a direction of a model with {counted(layers, 'layer')}{wide} cannot be used on one with "
+            f"{counted(count, 'layer')} of width {width}: expected a sibling of the same shape"
+        )
+    return replace(
+        direction,
+        model_id=models.model_id(model),
+        model_revision=models.model_revision(model),
+        stats={**direction.stats, "transferred_from": direction.model_id},
+    )
+
+
+def _common(values: Iterable[str]) -> str:
+    """The one value that all have; those without any do not count."""
+    distinct = {value for value in values if value}
+    return distinct.pop() if len(distinct) == 1 else ""
+
+
+def _joined(separator: str, values: Iterable[str]) -> str:
+    return separator.join(dict.fromkeys(value for value in values if value))
+
+
+def _named(files: Sequence[str | Path]) -> dict[str, Direction]:
+    """The directions, named after their files; equal names get numbers."""
+    directions: dict[str, Direction] = {}
+    for file in files:
+        stem = Path(file).stem.replace("+", "-")  # which joins the names of pairs
+        taken = (BASE, ALL, RANDOM, "tasks", *directions)
+        name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(files) + 3))) if n not in taken)
+        directions[name] = import_file(file)
+    return directions
+
+
+# --- measuring ---
+
+
+def _settings(
+    directions: Mapping[str, Direction],
+    together: Direction,
+    chosen: Sequence[tuple[str, str]],
+    pairs: str,
+    seed: int,
+) -> dict[str, Direction | None]:
+    """All that is generated on the first model. A single file is all there is, and so is the pair of two."""
+    settings: dict[str, Direction | None] = {BASE: None, ALL: together, RANDOM: together.random_like(seed)}
+    if len(directions) > 1 and pairs != "none":
+        settings |= directions
+    if len(directions) > 2:
+        settings |= {f"{a}+{b}": combine([directions[a], directions[b]]) for a, b in chosen}
+    return settings
+
+
+def _measured(
+    folder: RunFolder,
+    job: Job,
+    how: Mapping[str, Any],
+    display: Display,
+    name: str,
+    direction: Direction | None,
+    model: str,
+    loaded: Loaded,
+    prefix: str = "",
+) -> list[Measured]:
+    """One setting's chains, from its file where they are there, measured."""
+    arm, file = Arm(BASE, "base", model), f"chains/{prefix}{name}.jsonl"
+    settings = {
+        "model": fingerprint(arm, loaded.model),
+        "samples": len(job.samples),
+        "system": job.prompting.system,
+        "template": job.prompting.template,
+        "direction": None if direction is None else hashlib.sha256(direction.to_bytes()).hexdigest(),
+        **{key: value for key, value in how.items() if key != "workers"},
+    }
+
+    def work(keep: Path) -> None:
+        steered = {} if direction is None else {"steering": Steering(direction, direction.strength)}
+        control = RANDOM if name == RANDOM else None
+        labelled = replace(job, strength=direction.strength if direction else 0.0, control=control, **steered)
+        chains = answer(arm, loaded, labelled, title=f"{prefix}{name}", display=display, keep=keep, **how)
+        write_jsonl(folder / file, chains)
+
+    folder.run_stage(f"{prefix}{name}", ["tasks.jsonl"], settings, [file], work)
+    return measure(job.tasks, read_jsonl(folder / file, "chain"), None, loaded.tokenizer)
+
+
+def _cells(measured: Mapping[str, list[Measured]], seed: int) -> dict[str, Any]:
+    base = values(measured[BASE], "accuracy")
+    cells = {}
+    for name, chains in measured.items():
+        cell = measure_cell(chains, seed)
+        against = None if name == BASE else difference_interval(values(chains, "accuracy"), base, seed)
+        cells[name] = {key: cell[key] for key in _KEYS} | {"against_base": against}
+    return cells
+
+
+def _gains(
+    measured: Mapping[str, list[Measured]],
+    layers: Mapping[str, Sequence[int]],
+    chosen: Sequence[tuple[str, str]],
+    seed: int,
+) -> dict[str, Any]:
+    """What pairs add to the better one of them; with two files the pair is all there is, so there is no gain."""
+    if len(layers) < 2 or not chosen:
+        return {"pairs": [], "pooled": None}
+    right = {name: values(chains, "accuracy") for name, chains in measured.items()}
+    is_all = len(layers) == 2
+    pairs = [
+        Pair(right[a], right[b], right[ALL if is_all else f"{a}+{b}"], is_adjacent(layers[a], layers[b]))
+        for a, b in chosen
+    ]
+    everything = None if is_all else right[ALL]
+    rows = [
+        {"files": [a, b], "layers": [*layers[a], *layers[b]], "adjacent": pair.adjacent, **gain}
+        for (a, b), pair, gain in zip(chosen, pairs, pair_gains(pairs, everything, seed), strict=True)
+    ]
+    return {"pairs": rows, "pooled": pooled_gains(pairs, everything, seed)}
+
+
+def _check_shape(to: str, model: Any) -> None:
+    """Refuse a sibling of another shape before anything is generated; its weights are loaded later."""
+    from transformers import AutoConfig
+
+    path = str(models.pocket_path()) if to == "pocket" else to
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    except Exception as error:  # foreign files: the library that reads them raises what it likes
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(f"--to {to!r} is not a loadable model ({reason}); give a folder or a hub name") from error
+    shape = models.n_layers(model), models.width(model)
+    other = int(config.num_hidden_layers), int(config.hidden_size)
+    if shape != other:
+        raise UsageError(
+            f"--to {to!r} has {other[0]} layers of width {other[1]}, the vectors' model {shape[0]} layers of width "
+            f"{shape[1]}: expected a sibling of the same shape"
+        )
+
+
+# --- in words ---
+
+
+def tables(result: Mapping[str, Any]) -> list[Any]:
+    """rich tables for a terminal: accuracy of every setting, the pairs, the sibling."""
+    from rich.table import Table
+
+    printed = [_accuracies(result["model"], result["cells"])]
+    if result["pairs"]:
+        table = Table(
+            "pair", "adjacent", "over the better", "room", "gain",
+            title="Pairs", caption="gain: what the pair adds to the better one, as a share of what all add",
+        )  # fmt: skip
+        for pair in result["pairs"]:
+            adjacent = {True: "yes", False: "no", None: "-"}[pair["adjacent"]]
+            table.add_row(" + ".join(pair["files"]), adjacent, *map(_text, (pair[k] for k in _GAIN)))
+        table.add_section()
+        for kind in ("adjacent", "apart"):
+            if pooled := result["pooled"][kind]:
+                table.add_row(f"{pooled['pairs']} {kind}", "", *map(_text, (pooled[k] for k in _GAIN)), style="bold")
+        printed.append(table)
+    if result["transfer"]:
+        printed.append(_accuracies(result["transfer"]["model"], result["transfer"]["cells"]))
+    return printed
+
+
+_GAIN = ("difference", "room", "gain")
+
+
+def _accuracies(model: str, cells: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("vectors", "accuracy", "against base", "tokens", title=f"On {model}")
+    for name, cell in cells.items():
+        table.add_row(name, _text(cell["accuracy"]), _text(cell["against_base"]), _text(cell["tokens"], "{:.0f}"))
+    return table
+
+
+def _text(interval: Sequence[float] | None, style: str = "{:.3f}") -> str:
+    if interval is None:
+        return "-"
+    mean, low, high = (style.format(number) for number in interval)
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,147 @@
+"""`steerable train rl`: from tasks to trained vectors, judged beside the untrained model on unseen tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerable.chains.records import write_jsonl
+from steerable.jobs import arms, launcher
+from steerable.jobs.training import Training, draw_tasks, open_model, opened
+from steerable.jobs.training_settings import MODEL, RLSettings, TrainSettings, read_recipe
+from steerable.methods.train.parameters import artefact
+from steerable.methods.train.rewards import is_verifiable, refuse_constants, reward_of
+from steerable.models.loading import Loaded
+from steerable.store.display import Display
+from steerable.store.errors import UsageError
+from steerable.store.plurals import plural
+from steerable.store.run_folder import RunFolder, write_json
+
+_TASKS = "tasks test seed limit evaluation prompts"
+_TRAINED = f"""{MODEL} system template method layers after rank reward learning_rate beta steps prompts group
+    max_new_tokens temperature warmup clip seed micro_batch checkpointing generation rows"""
+_UNTRACKED = """evaluation samples controls annotator test save_every launcher accelerate_config vllm_url vllm_memory"""
+COMMON = "learning_rate warmup clip seed checkpointing save_every"
+
+
+def train_rl(
+    out: str | Path = "runs/rl",
+    *,
+    recipe: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    **settings: Any,
+) -> Path:
+    """Reinforcement learning on verifiable answers: one vector a layer, or an adapter, or all weights.
+
+    Ends with the untrained and the trained model judged on unseen tasks, greedily and sampled: report.json and
+    report.html. A killed training goes on from its last checkpoint with the same command.
+
+    Args:
+        out: The run folder: everything that the training reads and writes.
+        recipe: Settings of a published experiment by name, or a JSON file; a wrong name lists them.
+        workers: Processes that generate; default: one a core for small models. Changes no result.
+        overwrite: Let results of another model in --out be replaced; else that is refused.
+        display: Where progress is shown.
+        settings: Those of `RLSettings`; they win over the recipe's.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError: A setting or an input is wrong; nothing was written.
+        SteerableError: The training failed; the same call goes on with it.
+
+    Example:
+        steerable train rl --tasks reasoning-gym:gcd,simple_equations --out runs/rl
+    """
+    s = RLSettings(**(read_recipe(recipe) if recipe else {}) | settings)
+    with opened("train rl", out, s, workers=workers, overwrite=overwrite, display=display) as training:
+        folder, display = training.folder, training.display
+        training.stage("tasks", (), _TASKS, ["tasks.jsonl"], lambda _: _make_tasks(folder, s, display))
+        write_json(folder / "config.json", s.to_dict())
+        outputs = [artefact(s.method), "training.json"]
+        training.stage("train", ["tasks.jsonl"], _TRAINED, outputs, lambda _: _train(folder, s, display))
+    return training.folder.root
+
+
+def _make_tasks(folder: RunFolder, s: RLSettings, display: Display) -> None:
+    drawn = draw_tasks(s)
+    tasks = [task for task in drawn if task["split"] != "train" or is_verifiable(task)]
+    training = [task for task in tasks if task["split"] == "train"]
+    if len(training) < s.prompts:
+        raise UsageError(
+            f"{s.tasks} has {len(training)} {plural(len(training), 'task')} with an answer that can be checked, but a "
+            f"step takes {s.prompts}: give tasks with reference answers (docs/tasks.md), or fewer --prompts"
+        )
+    if not any(is_verifiable(task) for task in tasks if task["split"] == "evaluation"):
+        raise UsageError(
+            f"none of the tasks of {s.test or s.tasks} to judge on has an answer that can be checked: give tasks with "
+            "reference answers (docs/tasks.md)"
+        )
+    if s.reward == "correct":
+        refuse_constants(training)
+    if dropped := len(drawn) - len(tasks):
+        verb = plural(dropped, "was", "were")
+        display.say(f"tasks: {dropped} of {s.limit} {verb} left out, as no reply could be checked against the answer")
+    write_jsonl(folder / "tasks.jsonl", tasks)
+
+
+def _train(folder: RunFolder, s: RLSettings, display: Display) -> None:
+    if s.launcher is None:
+        train_policy(folder.root, s, open_model(s), display)
+    else:
+        launcher.launch(folder.root, s.accelerate_config, s.steps, display)
+
+
+def train_policy(root: Path, s: RLSettings, loaded: Loaded, display: Display) -> None:
+    """Train in this process until the artefact and training.json lie in the run folder `root`, which has tasks.jsonl.
+
+    Raises UsageError and SteerableError; what was reached is kept, and the same call goes on from it.
+    """
+    from steerable.methods.train import loop, sync, trainer
+    from steerable.methods.train.parameters import attach
+
+    training, vllm = Training(RunFolder(root), s, loaded), s.generation.startswith("vllm")
+    with loop.quietly():
+        torch.manual_seed(s.seed)  # the factors of a rank are drawn
+        if vllm:
+            source = arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model)
+            sync.prepare(root, loaded, source=source, **s.subset("method after revision"))
+        trained = attach(loaded.model, s.method, layers=s.chosen_layers, reference=s.beta > 0, **s.subset("after rank"))
+        prompts = training.prompts()
+        longest = loop.check_length(loaded, prompts, s.max_new_tokens, spare=s.generation == "engine")
+        server = s.vllm_url if s.generation == "vllm-server" else ""
+        with loop.explained(s.micro_batch, s.rows, server, sync.serve_command(root, s.model)):
+            policy = trainer.VectorTrainer(
+                trained,
+                trainer.grpo_arguments(root, loaded.model, longest=longest, **s.subset(f"{COMMON} {trainer.OWN}")),
+                prompts,
+                training.tasks("train"),
+                reward_of(s.reward, s.seed),
+                loaded.tokenizer,
+                own_engine=s.generation == "engine",
+                rows=s.rows,
+            )
+            rank = s.rank if s.method == "bias" else None
+            trainer.check_sharding(policy, own_engine=s.generation == "engine", rank=rank)
+            if vllm:
+                sync.only_trained(policy)
+            loop.run(policy, loaded.model, root, key(root, s), display)
+            sync.unshard(trained)
+        if policy.accelerator.is_main_process:
+            about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
+            trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
+            write_json(root / "training.json", loop.summary(root, policy))
+
+
+def key(root: Path, s: TrainSettings) -> str:
+    """What tells a training from others in the same folder, as a hash of its tasks and settings."""
+    settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
+    tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
+    return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
