@@ -173,6 +173,7 @@ def test_the_likelihood_of_the_solutions_rises(run):
     assert sum(losses[4:]) < sum(losses[:4]) - 0.2
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_solutions(run, folder):
     """The trainer's loss over two passes is the mean over the tokens of the whole step."""
     whole = train_upft(folder / "whole", **small(folder, epochs=1, batch=14, micro_batch=14))
@@ -230,6 +231,7 @@ train_upft(sys.argv[1], **json.loads(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, folder, tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(small(folder))]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -243,6 +245,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, folder, tmp_path
     assert drop(read_log(tmp_path)) == drop(read_log(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "artefact"), [("lora", "adapter"), ("full", "model")])
 def test_what_it_is_compared_with(folder, method, artefact):
     out = train_upft(folder / method, **small(folder, method=method, learning_rate=1e-3, epochs=1))

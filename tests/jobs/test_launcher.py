@@ -15,7 +15,7 @@ from tiny_training import TASKS, loaded
 
 from steerable.chains.records import write_jsonl
 from steerable.jobs import launcher
-from steerable.jobs.reinforcement import COMMON, key
+from steerable.jobs.reinforcement import COMMON, key, main
 from steerable.jobs.training_settings import RLSettings
 from steerable.methods.train import loop, trainer
 from steerable.methods.train.log import read_log
@@ -75,7 +75,7 @@ def workers(root):
             words = entry.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"steerable.jobs.launcher" in words and str(root).encode() in words:
+        if b"steerable.jobs.reinforcement" in words and str(root).encode() in words:
             found.append(int(entry.parent.name))
     return found
 
@@ -87,6 +87,7 @@ def until(condition, seconds=300):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_two_processes_killed_and_gone_on_with(root):
     s = configure(root, steps=50)
@@ -115,6 +116,7 @@ def test_two_processes_killed_and_gone_on_with(root):
     assert not list(root.rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_is_raised_here(root):
     write_json(root / "config.json", configure(root).to_dict() | {"group": 1})
     with pytest.raises(UsageError, match=r"^--group is 1: expected 2 or more"):
@@ -133,7 +135,7 @@ def test_rollouts_that_the_processes_cannot_share(root, monkeypatch, tiny_llama,
 ELASTIC = """E1121 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0
 Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-steerable.jobs.launcher FAILED
+steerable.jobs.reinforcement FAILED
   exitcode  : {code} (pid: 10063)
 """
 
@@ -165,7 +167,7 @@ def test_errors_in_one_sentence(tmp_path, raised, printed, kind, text):
 
 def test_a_worker_that_is_started_by_hand(root, monkeypatch, capsys):
     monkeypatch.delenv(launcher.LAUNCHER, raising=False)
-    monkeypatch.setattr(sys, "argv", ["launcher", str(root)])
+    monkeypatch.setattr(sys, "argv", ["reinforcement", str(root)])
     write_json(root / "config.json", configure(root).to_dict() | {"trust_remote_code": True})
     with pytest.raises(SystemExit, match="steerable: config.json asks for trust_remote_code, which no file may"):
-        launcher.main()
+        main()

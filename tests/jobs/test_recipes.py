@@ -54,6 +54,7 @@ def test_configurations_of_accelerate():
     assert content["fsdp_config"]["fsdp_version"] == 2
 
 
+@pytest.mark.slow
 def test_they_come_with_the_package(tmp_path):
     pytest.importorskip("hatchling")
     root = Path(__file__).parents[2]

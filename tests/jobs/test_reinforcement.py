@@ -34,6 +34,7 @@ def run(tmp_path_factory):
     return train_rl(tmp_path_factory.mktemp("rl") / "run", workers=1, **SMALL)
 
 
+@pytest.mark.slow
 def test_the_report(run):
     found = read_json(run / "report.json")
     for arm in ("base", "bias"):
@@ -55,6 +56,7 @@ def test_the_report(run):
     assert found["config"]["method"] == "bias" and found["versions"]["trl"]
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_folder(run):
     for name in ("config.json", "tasks.jsonl", "log.jsonl", "bias.safetensors", "training.json", "report.html"):
         assert (run / name).is_file(), name
@@ -69,6 +71,7 @@ def test_what_lies_in_the_folder(run):
     assert (splits.count("train"), splits.count("evaluation")) == (12, 4)
 
 
+@pytest.mark.slow
 def test_tensorboard_is_written(run):
     pytest.importorskip("tensorboard")
     assert list((run / "tensorboard").glob("events*"))
@@ -83,6 +86,7 @@ def test_tasks_that_a_constant_reply_wins(tmp_path, steerable):
     assert "the constant reply 'no' is right for" in said.err and not (tmp_path / "run/tasks.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_done_again(run, monkeypatch):
     monkeypatch.setattr(reinforcement, "train_policy", lambda *args: pytest.fail("it trains again"))
     before = (run / "bias.safetensors").read_bytes()
@@ -90,6 +94,7 @@ def test_a_finished_run_is_not_done_again(run, monkeypatch):
     assert (run / "bias.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     out = tmp_path / "killed"
     options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -112,6 +117,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     assert read_json(out / "report.json")["bias"] == read_json(run / "report.json")["bias"]
 
 
+@pytest.mark.slow
 def test_another_training_in_the_same_folder_begins_anew(tmp_path):
     settings = SMALL | {"steps": 1, "max_new_tokens": 8, "evaluation": 2, "samples": 1}
     train_rl(tmp_path, workers=1, **settings)
@@ -120,6 +126,7 @@ def test_another_training_in_the_same_folder_begins_anew(tmp_path):
     assert len(read_log(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_the_system_message_and_own_files(tmp_path):
     tasks = [{"id": f"a{i}", "prompt": f"Solve for x: 2*x + {i} = {i + 4}", "answer": "2"} for i in range(6)]
     write_jsonl(tmp_path / "tasks.jsonl", tasks)
@@ -206,6 +213,7 @@ def test_the_last_token_needs_no_position(tmp_path, tokenizer):
     assert max(len(chain["prompt_ids"]) + len(chain["ids"]) for chain in chains) == 10
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
     import torch
     from trl import GRPOTrainer
@@ -225,6 +233,7 @@ def test_the_command_line_ends_with_the_right_codes(steerable, tmp_path):
     assert said.code == 2 and "expected one, or" in said.err
 
 
+@pytest.mark.slow
 def test_json_is_the_report(steerable, run):
     options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     said = steerable("train", "rl", "--out", str(run), "--workers", "1", *options, "--json")

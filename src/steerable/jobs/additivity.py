@@ -308,10 +308,11 @@ def _measured(
     }
 
     def work(keep: Path) -> None:
-        steered = {} if direction is None else {"steering": Steering(direction, direction.strength)}
+        strength = 0.0 if direction is None else direction.strength
+        steering = None if direction is None else Steering(direction, strength)
         control = RANDOM if name == RANDOM else None
-        labelled = replace(job, strength=direction.strength if direction else 0.0, control=control, **steered)
-        chains = answer(arm, loaded, labelled, title=f"{prefix}{name}", display=display, keep=keep, **how)
+        steered = replace(job, steering=steering, strength=strength, control=control)
+        chains = answer(arm, loaded, steered, title=f"{prefix}{name}", display=display, keep=keep, **how)
         write_jsonl(folder / file, chains)
 
     folder.run_stage(f"{prefix}{name}", ["tasks.jsonl"], settings, [file], work)

@@ -1,6 +1,6 @@
 """`accelerate launch` as a child process: its progress, its errors in one sentence, and no orphans.
 
-Every process that it starts runs `main` of this module: the training of a run folder that has settings and tasks. What
+Every process that it starts runs `reinforcement.main`: the training of a run folder that has settings and tasks. What
 they print goes to `launch.log` of the run folder; the steps are read from `log.jsonl` and what failed from
 `launch-error.json`. A worker whose launcher is gone ends, so that the same command can go on in the folder.
 """
@@ -46,7 +46,7 @@ def launch(root: Path, config: str | None, steps: int, display: Display) -> None
         )
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(configurations().get(config, config))] if config else []
-    command += ["-m", "steerable.jobs.launcher", str(root)]
+    command += ["-m", "steerable.jobs.reinforcement", str(root)]
     (root / "launch-error.json").unlink(missing_ok=True)
     with open(file_target(root / "launch.log"), "wb") as log:
         environment = os.environ | {LAUNCHER: str(os.getpid())}
@@ -98,30 +98,19 @@ def explain(root: Path, code: int) -> NoReturn:
 # --- in the workers ---
 
 
-def main() -> None:
-    """Train in this process, as one of those that `accelerate launch` has started."""
-    import torch
+def end_with_launcher() -> None:
+    """End this process when the launcher that started it has ended, however it did. Nothing where there is none."""
 
-    from steerable.jobs.reinforcement import train_policy
-    from steerable.jobs.training import open_model
-    from steerable.jobs.training_settings import RLSettings
+    def watch(process: int) -> None:
+        while True:
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1.0)
 
-    root, launched = Path(sys.argv[1]), LAUNCHER in os.environ
-    if launched:
-        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is then this process's own
-    try:
-        settings = RLSettings(**read_json(root / "config.json"))
-        if settings.trust_remote_code and not launched:
-            raise UsageError("config.json asks for trust_remote_code, which no file may: use `steerable train rl`")
-        quiet = launched or os.environ.get("RANK", "0") != "0"
-        train_policy(root, settings, open_model(settings), Display(quiet=quiet))
-    except Exception as error:
-        report(root, error)
-        if isinstance(error, SteerableError):
-            sys.exit(f"steerable: {error}")
-        raise
+    if LAUNCHER in os.environ:
+        threading.Thread(target=watch, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
 
 
 def report(root: Path, error: Exception) -> None:
@@ -131,17 +120,3 @@ def report(root: Path, error: Exception) -> None:
         text = f"the training failed: {type(error).__name__}: {text[:300]} (see {root / 'launch.log'}); {AGAIN}"
     if not path.exists():
         write_json(path, {"kind": "usage" if isinstance(error, UsageError) else "failure", "text": text})
-
-
-def _end_with(process: int) -> None:
-    """End this process when the launcher has ended, however it did."""
-    while True:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            os._exit(1)
-        time.sleep(1.0)
-
-
-if __name__ == "__main__":
-    main()

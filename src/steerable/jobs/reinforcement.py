@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from steerable.methods.train.parameters import artefact
 from steerable.methods.train.rewards import is_verifiable, refuse_constants, reward_of
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 from steerable.store.plurals import plural
-from steerable.store.run_folder import RunFolder, write_json
+from steerable.store.run_folder import RunFolder, read_json, write_json
 
 _TASKS = "tasks test seed limit evaluation prompts"
 _TRAINED = f"""{MODEL} system template method layers after rank reward learning_rate beta steps prompts group
@@ -145,3 +147,26 @@ def key(root: Path, s: TrainSettings) -> str:
     settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
     tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
     return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
+
+
+def main() -> None:
+    """Train in this process the run folder that is named on its command line, as `accelerate launch` has it."""
+    root, launched = Path(sys.argv[1]), launcher.LAUNCHER in os.environ
+    launcher.end_with_launcher()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is then this process's own
+    try:
+        settings = RLSettings(**read_json(root / "config.json"))
+        if settings.trust_remote_code and not launched:
+            raise UsageError("config.json asks for trust_remote_code, which no file may: use `steerable train rl`")
+        quiet = launched or os.environ.get("RANK", "0") != "0"
+        train_policy(root, settings, open_model(settings), Display(quiet=quiet))
+    except Exception as error:
+        launcher.report(root, error)
+        if isinstance(error, SteerableError):
+            sys.exit(f"steerable: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,7 @@ def test_verdicts(answer, completion, paid, reason):
     assert reward(task(answer), completion) == (paid, reason)
 
 
+@pytest.mark.slow
 def test_a_tower_of_powers_costs_seconds_and_is_wrong():
     paid, reason = reward(task("9^{9^9}"), r"\boxed{9^{9^{9^9}}}")
     assert paid == -1.0 and reason in ("timeout", "wrong", "parse-error")
