@@ -30,8 +30,8 @@ import steerable as st
 from steerable.chains.generation import prompt_ids, request_seed
 from steerable.chains.tasks import make_tasks
 from steerable.engines.hf.generation import Completion, Request, generate
-from steerable.steering.maps import shift
 from steerable.steering.site import Site
+from steerable.steering.spec import shift
 from steerable.store.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"

@@ -19,7 +19,8 @@ _EXPORTS = {
     "tap": "models.taps",
     "selectors": "steering.gates",
     "parse_selector": "steering.gates",
-    "Intervention": "steering.maps",
+    "Intervention": "steering.spec",
+    "parse_steering": "steering.text",
     "Direction": "steering.direction",
     "steer": "engines.hf.hooks",
     "capture": "engines.activations",
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
     from .steering.direction import Direction as Direction
     from .steering.gates import parse_selector as parse_selector
     from .steering.gates import selectors as selectors
-    from .steering.maps import Intervention as Intervention
     from .steering.site import Site as Site
+    from .steering.spec import Intervention as Intervention
+    from .steering.text import parse_steering as parse_steering
     from .steering.think import think_tags as think_tags
     from .store.errors import SteerableError as SteerableError
     from .store.errors import SteerableWarning as SteerableWarning

@@ -14,8 +14,8 @@ from steerable.evals.logit_lens import lens
 from steerable.models import loading as models
 from steerable.models.taps import check_site, missing, tap, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.maps import shift
 from steerable.steering.site import KINDS, Site
+from steerable.steering.spec import shift
 from steerable.store.errors import SteerableWarning, UsageError
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}  # another order of additions

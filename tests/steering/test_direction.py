@@ -102,7 +102,7 @@ def test_a_minimal_foreign_file(tmp_path):
     [
         ({"format": None}, "no format"),
         ({"format": "pt"}, "expected"),
-        ({"version": "2"}, "expected"),
+        ({"version": "3"}, "expected"),
         ({"colour": "red"}, "unknown metadata key 'colour'"),
         ({"map": "warp"}, "unknown map"),
         ({"gate": "always"}, "not a selector"),

@@ -159,7 +159,7 @@ def _sums(
         columns = torch.arange(longest := ids.shape[1], device=device)
         # the token at position t is predicted at t - 1
         predicts = (columns >= firsts[:, None] - 1) & (columns < valid.sum(1, keepdim=True) - 1)
-        state = SequenceState(handle.tags, handle.breaks) if handle else SequenceState()
+        state = handle.new_state() if handle else SequenceState()
         state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
         is_whole = longest <= most or len(batch) > 1
         caches = [None if is_whole else new_cache(model, longest) for _ in strengths]

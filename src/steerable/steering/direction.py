@@ -17,18 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.gates import parse_selector
+from steerable.steering.gates import Gate, parse_gate, quoted
+from steerable.steering.maps import MAPS, Map, fitted, map_text
+from steerable.steering.modifiers import parse_map, parse_schedule
+from steerable.steering.plain import decoded, encoded
+from steerable.steering.schedule import SCHEDULES, Schedule, schedule_text
 from steerable.steering.site import Site
+from steerable.steering.spec import Intervention, Program, Source, gate_from_json, gate_to_json
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
 
-FORMAT, VERSION = "steerable.direction", "1"
-MAPS = ("shift",)
+FORMAT, VERSION = "steerable.direction", "2"
+UNITS = ("raw", "mean activation", "calibrated")
 # what these sites hold has the width of the residual stream in every model
 _STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _ABOUT = ("data_sha256", "created_by", "licence")
-_TEXT = ("model_id", "model_revision", "behaviour", "method", "map", "gate", *_ABOUT)
-_JSON = ("strength", "norms", "stats")
+_TEXT = ("model_id", "model_revision", "behaviour", "method", *_ABOUT)
+_V1 = ("map", "gate", "strength")
 
 
 @dataclass
@@ -37,7 +42,14 @@ class Direction:
 
     vectors: float32 [d], or [k, d] for a subspace. norms: mean ||h|| of ordinary tokens (attention sinks left out) at
     each site, in the model's own units.
-    strength and gate are the defaults of `steer`. stats: anything JSON can hold.
+    map, gate, schedule, strength and rescale are how it steers by itself: see `steering`. map and schedule are texts
+        ("ablate", "clip(-1, 2)"; "constant", "ramp(0, 1, 50)"), and so is a gate that does not read activations; all
+        three may be given as objects as well. A map counts its coordinates in the rows of the vectors (`maps`).
+    unit: what strength 1 is: "raw", the vector as its method made it; "mean activation", a vector with the norm of the
+        mean activation; "calibrated", the dose at which a budget that `stats` states is reached.
+    stats: anything JSON can hold.
+
+    Example: `Direction({Site("resid_post", 3): torch.ones(64)}, gate="thinking", strength=0.5)`.
     """
 
     vectors: dict[Site, Tensor]
@@ -45,9 +57,12 @@ class Direction:
     model_revision: str = ""
     behaviour: str = ""
     method: str = ""
-    map: str = "shift"
-    gate: str = "all"
+    map: Map = "shift"
+    gate: Gate | str = "all"
+    schedule: Schedule | str = "constant"
     strength: float = 1.0
+    rescale: bool = False
+    unit: str = "raw"
     norms: dict[Site, float] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
     data_sha256: str = ""
@@ -67,11 +82,14 @@ class Direction:
         if len(widths) > 1:
             found = " and ".join(map(str, sorted(widths)[:3]))
             raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {found}")
-        if self.map not in MAPS:
-            raise UsageError(f"unknown map {self.map!r}: expected one of {', '.join(MAPS)}")
+        if self.unit not in UNITS:
+            raise UsageError(f"unknown unit {self.unit!r}: expected one of {', '.join(UNITS)}")
         if not math.isfinite(self.strength) or not all(math.isfinite(n) for n in self.norms.values()):
             raise UsageError("a direction's strength and norms must be finite numbers")
-        parse_selector(self.gate)
+        self.map = map_text(parse_map(self.map))
+        self.schedule = schedule_text(parse_schedule(self.schedule))
+        gate = parse_gate(self.gate)
+        self.gate = gate if gate.readings else str(gate)
 
     @property
     def layers(self) -> list[int]:
@@ -91,6 +109,47 @@ class Direction:
         if missing := sorted(wanted - set(self.layers)):
             raise UsageError(f"no vector at layer {missing[0]}: this direction has layers {self.layers}")
         return self._with({site: v for site, v in self.vectors.items() if site.layer in wanted})
+
+    def steering(
+        self,
+        strength: float | None = None,
+        layers: int | Iterable[int] | None = None,
+        where: Gate | str | None = None,
+        rescale: bool | None = None,
+        *,
+        map: Map | str | None = None,
+        schedule: Schedule | str | None = None,
+        name: str = "",
+    ) -> Program:
+        """What this direction does to a run, for any engine: an intervention for each of its sites.
+
+        strength, where (the gate), rescale, map, schedule: None takes what the direction says. layers: which of its
+        layers; None: all. name: what the text form calls it. Raises UsageError for rows that are not independent, for
+        what the map does not take, and for a layer that it does not have.
+
+        Example: `direction.steering(0.5, layers=[3], where="thinking")`.
+        """
+        chosen = self if layers is None else self.only([layers] if isinstance(layers, int) else layers)
+        phi = parse_map(self.map if map is None else map)
+        gate = parse_gate(self.gate if where is None else where)
+        text = name or quoted(self.behaviour or "direction")
+        if layers is not None and chosen.layers != self.layers:
+            text += f"[{', '.join(str(layer) for layer in chosen.layers)}]"
+        if map_text(phi) != self.map:
+            text += f"|{map_text(phi)}"
+        source = Source(text, str(self.gate), str(self.schedule), self.rescale)
+        return Program(
+            Intervention(
+                site,
+                *fitted(v[None] if v.dim() == 1 else v, phi),
+                gate,
+                parse_schedule(self.schedule if schedule is None else schedule),
+                self.strength if strength is None else strength,
+                self.rescale if rescale is None else rescale,
+                source,
+            )
+            for site, v in chosen.vectors.items()
+        )
 
     def scaled(self, factor: float) -> Direction:
         return self._with({site: v * factor for site, v in self.vectors.items()})
@@ -145,7 +204,16 @@ class Direction:
     def to_bytes(self) -> bytes:
         """The file's bytes; equal directions give equal bytes."""
         meta = {key: getattr(self, key) for key in _TEXT} | {"format": FORMAT, "version": VERSION}
-        meta["strength"] = _dumps(float(self.strength))
+        meta["unit"] = self.unit
+        meta["steering"] = _dumps(
+            {
+                "map": encoded(parse_map(self.map), MAPS),
+                "gate": gate_to_json(parse_gate(self.gate)),
+                "schedule": encoded(parse_schedule(self.schedule), SCHEDULES),
+                "strength": self.strength,
+                "rescale": self.rescale,
+            }
+        )
         meta["norms"] = _dumps({str(site): n for site, n in self.norms.items()})
         meta["stats"] = _dumps(self.stats)
         header: dict[str, Any] = {"__metadata__": meta}
@@ -192,24 +260,48 @@ class Direction:
 
 def _fields(meta: dict[str, str]) -> dict[str, Any]:
     """The dataclass fields in a file's metadata. Raises ValueError."""
-    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        found = f"{meta.get('format', 'no format')} {meta.get('version', '')}".strip()
-        raise ValueError(f"its metadata say {found!r}, expected '{FORMAT} {VERSION}'")
-    if unknown := sorted(set(meta) - {*_TEXT, *_JSON, "format", "version"}):
+    version = meta.get("version")
+    if meta.get("format") != FORMAT or version not in ("1", VERSION):
+        found = f"{meta.get('format', 'no format')} {version or ''}".strip()
+        raise ValueError(f"its metadata say {found!r}, expected '{FORMAT} {VERSION}' or 1")
+    here = _V1 if version == "1" else ("steering", "unit")
+    if unknown := sorted(set(meta) - {*_TEXT, *here, "norms", "stats", "format", "version"}):
         raise ValueError(f"unknown metadata key {unknown[0]!r}")
-    found_fields: dict[str, Any] = {key: meta[key] for key in _TEXT if key in meta}
-    for key, kind in (("strength", (int, float)), ("norms", dict), ("stats", dict)):
-        if key in meta:
-            value = strict_json(meta[key])
-            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"metadata {key!r} has the wrong type {type(value).__name__}")
-            found_fields[key] = value
-    norms = found_fields.get("norms", {})
+    texts: dict[str, Any] = {key: meta[key] for key in (*_TEXT, "map", "gate", "unit") if key in meta}
+    if version == "1" and texts.get("map", "shift") != "shift":
+        raise ValueError(f"unknown map {texts['map']!r}: version 1 knows 'shift'")
+    numbers = {key: _read(meta, key, kind) for key, kind in (("norms", dict), ("stats", dict)) if key in meta}
+    if version == "1":
+        steering = {"strength": _read(meta, "strength", (int, float))} if "strength" in meta else {}
+    else:
+        steering = _steering(_read(meta, "steering", dict)) if "steering" in meta else {}
+    norms = numbers.get("norms", {})
     if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in norms.values()):
         raise ValueError("metadata 'norms' must map sites to numbers")
-    found_fields["norms"] = {Site.parse(site): n for site, n in norms.items()}
-    return found_fields
+    return texts | numbers | steering | {"norms": {Site.parse(site): n for site, n in norms.items()}}
+
+
+def _read(meta: dict[str, str], key: str, kind: Any) -> Any:
+    value = strict_json(meta[key])
+    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"metadata {key!r} has the wrong type {type(value).__name__}")
+    return value
+
+
+def _steering(data: dict[str, Any]) -> dict[str, Any]:
+    readers: dict[str, Any] = {
+        "map": lambda value: decoded(value, MAPS, "map"),
+        "gate": gate_from_json,
+        "schedule": lambda value: decoded(value, SCHEDULES, "schedule"),
+    }
+    kinds: dict[str, Any] = {"strength": (int, float), "rescale": bool}
+    if unknown := sorted(set(data) - set(readers) - set(kinds)):
+        raise ValueError(f"unknown key {unknown[0]!r} in the steering")
+    for key, kind in kinds.items():
+        if key in data and (not isinstance(data[key], kind) or kind is not bool and isinstance(data[key], bool)):
+            raise ValueError(f"the {key} of the steering has the wrong type {type(data[key]).__name__}")
+    return {key: readers[key](value) if key in readers else value for key, value in data.items()}
 
 
 def _encoded(text: str) -> bytes:

@@ -1,29 +1,40 @@
-"""Which tokens an intervention touches: per-row state of the running sequences, and selectors over it.
+"""Gates: which tokens an intervention touches, by the state of the running sequences and by activations.
 
-A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when
-that is fed to predict the second.
+A token is a position that is fed to the model, so "generated" holds from the first sampled token on, when that is fed
+to predict the second.
 
-"thinking" is what stands after the token that completes the opening tag, up to the one that completes the closing
-tag, neither included, whatever came before: the last tag counts. A tag of several tokens (see `think`) is known by
-its last one only, so its first tokens still belong to what it ends.
+"thinking" is what stands after the token that completes the opening tag, up to the one that completes the closing tag,
+neither included, whatever came before: the last tag counts. A tag of several tokens (see `think`) is known by its last
+one only, so its first tokens still belong to what it ends.
 
 "boundary" is the token that completes a paragraph break (see `breaks`), however many tokens spell it.
+
+A gate on activations (`when`, `probe`) compares each token's activation at a site with a threshold. It reads the
+activation as it arrives there in the same forward pass, before anything is done at that site; what was done at earlier
+sites is in it. The site is that of the intervention or an earlier one, so that the answer is known in time.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerable.steering.automaton import Automaton
+from steerable.steering.automaton import Automaton, Matcher
 from steerable.steering.breaks import break_automaton, break_steps
+from steerable.steering.plain import Registry, call_text, number_text, value_of
+from steerable.steering.site import Site
 from steerable.steering.think import ANSWER, BEFORE, THINKING, ThinkTags
 from steerable.store.errors import UsageError
+
+CLOSING = "close"
+Event = str | tuple[int, ...]
+"""What may end a schedule: the closing think tag (`CLOSING`), or token ids that follow each other."""
 
 
 @dataclass
@@ -38,20 +49,40 @@ class Tokens:
     thinking: Tensor  # bool: strictly between the tags that open and close the think block
     answer: Tensor  # bool: after the tag that closes it (or that begins the answer)
     boundary: Tensor | None = None  # bool: completes a paragraph break (see `breaks`); None: was not followed
+    made: Tensor | None = None  # int: tokens generated before this one; None: was not counted
+    passed: Mapping[Event, Tensor] = field(default_factory=dict)  # bool: the event was completed before this token
+
+    def generated(self) -> Tensor:
+        """Tokens generated before each one. Raises UsageError where they were not counted."""
+        if self.made is None:
+            raise UsageError("a schedule needs the generated tokens counted: make the SequenceState with events=")
+        return self.made
+
+    def after(self, event: Event) -> Tensor:
+        """Which tokens follow the event. Raises UsageError where it was not looked out for."""
+        if event not in self.passed:
+            raise UsageError(f"the sequences were not watched for {event!r}: make the SequenceState with events=")
+        return self.passed[event]
 
 
 class SequenceState:
-    """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think
-    block, part of a tag or of a paragraph break.
+    """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think block, part of
+    a tag or of a paragraph break, events among the generated tokens.
 
-    tags: without them no token counts as thinking or answer. breaks: what finds paragraph breaks (`Selector.breaks`).
+    tags: without them no token counts as thinking or answer. breaks: what finds paragraph breaks (`Gate.breaks`).
+    events: what schedules wait for; None where the generated tokens need not be counted.
     """
 
-    ROWS = ("seen", "phase", "tag", "line", "prompt_lengths")
-    """The fields that hold the state: tensors [rows], or None."""
+    ROWS = ("seen", "phase", "tag", "line", "prompt_lengths", "made", "parts", "passed")
+    """The fields that hold the state: tensors [rows] or [rows, events], or None."""
 
-    def __init__(self, tags: ThinkTags | None = None, breaks: Automaton | None = None):
-        self.tags, self.breaks = tags, breaks
+    def __init__(
+        self,
+        tags: ThinkTags | None = None,
+        breaks: Automaton | None = None,
+        events: tuple[Event, ...] | None = None,
+    ) -> None:
+        self.tags, self.breaks, self.events = tags, breaks, events
         self.start(0)
 
     def start(self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None) -> None:
@@ -63,6 +94,9 @@ class SequenceState:
         self.phase = torch.full_like(self.seen, BEFORE)
         self.tag = torch.zeros_like(self.seen)  # how much of a tag has been fed
         self.line = torch.zeros_like(self.seen)  # how much of a paragraph break
+        self.made = torch.zeros_like(self.seen)
+        self.parts = self.seen.new_zeros(rows, len(self.events or ()))  # how much of each event
+        self.passed = self.parts.bool()
         self.prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device)
         self._fresh = True
 
@@ -75,13 +109,13 @@ class SequenceState:
     def reset_rows(self, index: Tensor) -> None:
         """New sequences begin in these rows (the caller then says in `advance` which tokens are prompt)."""
         self.phase[index] = BEFORE
-        for rows in (self.seen, self.tag, self.line):
+        for rows in (self.seen, self.tag, self.line, self.made, self.parts, self.passed):
             rows[index] = 0
 
     def join(self, other: SequenceState) -> SequenceState:
-        """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths
-        in both or neither."""
-        joined = SequenceState(self.tags, self.breaks)
+        """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths in both
+        or neither."""
+        joined = SequenceState(self.tags, self.breaks, self.events)
         for name in self.ROWS:
             if (rows := getattr(self, name)) is not None:
                 setattr(joined, name, torch.cat([rows, getattr(other, name)]))
@@ -91,10 +125,10 @@ class SequenceState:
         """Feed ids [B, T] and return what they are.
 
         valid: [B, T] bool, False on padding; None when there is none.
-        prompt: which of them belong to the prompt: one bool, [B] or [B, T]; a row's last prompt token is then
-            the last of them in this call. None: by `prompt_lengths` if known, else all of the first call.
+        prompt: which of them belong to the prompt: one bool, [B] or [B, T]; a row's last prompt token is then the last
+            of them in this call. None: by `prompt_lengths` if known, else all of the first call.
         """
-        rows, length = ids.shape
+        length = ids.shape[1]
         if valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
         position = self.seen[:, None] + (valid.cumsum(1) - 1 if length > 1 else 0)
@@ -110,28 +144,54 @@ class SequenceState:
                 is_prompt = valid & (prompt[:, None] if prompt.dim() == 1 else prompt)
                 last_prompt = _last(is_prompt)
         self._fresh = False
-        thinking, answer = self._advance_phase(ids, valid)
+        thinking, answer, tags = self._advance_phase(ids, valid)
         boundary = None
         if self.breaks is not None:
             events, self.line = self.breaks.advance(self.line, ids, valid)
             boundary = events > 0
         self.seen = self.seen + valid.sum(1)
-        return Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer, boundary)
+        tokens = Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer, boundary)
+        return tokens if self.events is None else self._advance_events(tokens, tags)
 
-    def _advance_phase(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _advance_phase(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.tags is None:
             nothing = torch.zeros_like(valid)
-            return nothing, nothing
+            return nothing, nothing, None
         # what each tag begins stands at its last token, which belongs to neither side
-        starts, self.tag = self.tags.matcher.advance(self.tag, ids, valid)
-        tags = starts > 0
+        begins, self.tag = self.tags.matcher.advance(self.tag, ids, valid)
+        tags, starts = begins > 0, begins
         if ids.shape[1] > 1:  # the last tag so far: its column and phase in one number, so that cummax finds it
             column = torch.arange(1, ids.shape[1] + 1, device=ids.device)
             starts = torch.where(tags, column * 4 + starts, 0).cummax(1).values & 3
         phase = torch.where(starts > 0, starts, self.phase[:, None])
         self.phase = phase[:, -1]
         inside = valid & ~tags
-        return inside & (phase == THINKING), inside & (phase == ANSWER)
+        return inside & (phase == THINKING), inside & (phase == ANSWER), begins
+
+    def _advance_events(self, tokens: Tokens, tags: Tensor | None) -> Tokens:
+        generated = tokens.valid & ~tokens.prompt
+        before = generated.cumsum(1) - generated.long()
+        tokens.made = self.made[:, None] + before
+        self.made = self.made + generated.sum(1)
+        passed: dict[Event, Tensor] = {}
+        for i, event in enumerate(self.events or ()):
+            if event == CLOSING:
+                hit = torch.zeros_like(generated) if tags is None else generated & (tags > 0) & (tags != THINKING)
+            else:
+                hits, parts = _event_matcher(event).advance(self.parts[:, i], tokens.ids, generated)
+                hit = hits > 0
+                self.parts = self.parts.index_copy(1, torch.tensor([i], device=parts.device), parts[:, None])
+            upto = hit.cumsum(1)
+            passed[event] = self.passed[:, i : i + 1] | (upto - hit.long() > 0)
+            over = self.passed[:, i] | (upto[:, -1] > 0)
+            self.passed = self.passed.index_copy(1, torch.tensor([i], device=over.device), over[:, None])
+        tokens.passed = passed
+        return tokens
+
+
+@lru_cache(maxsize=64)
+def _event_matcher(ids: tuple[int, ...]) -> Matcher:
+    return Matcher([(ids, 1)], {i: (i,) for i in ids})
 
 
 def _last(mask: Tensor) -> Tensor:
@@ -140,24 +200,60 @@ def _last(mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Selector:
+class Reading:
+    """What a gate on activations compares: the coordinate of a token's activation along a vector, counted in vectors
+    (<h, v> / <v, v>), or a probe's score, 1 / (1 + exp(-<h, v> - bias)).
+
+    vectors: site, float32 bytes of v, bias. name: what text calls it.
+    """
+
+    name: str
+    vectors: tuple[tuple[Site, bytes, float], ...]
+    is_probe: bool = False
+
+    def at(self, site: Site) -> Reading:
+        """For an intervention at a site: the reading there, or at the last site before it. Raises UsageError."""
+        sites = [entry for entry in sorted(self.vectors) if entry[0] <= site]
+        if not sites:
+            raise UsageError(
+                f"{self.name!r} is read at {min(self.vectors)[0]}, which comes after {site}: a gate reads the "
+                "activation at the site of its intervention or at an earlier one"
+            )
+        return replace(self, vectors=(sites[-1],))
+
+    @property
+    def site(self) -> Site:
+        return self.vectors[0][0]
+
+    def weight(self) -> Tensor:
+        """[d] float64: the reading is <h, weight> + bias."""
+        v = torch.frombuffer(bytearray(self.vectors[0][1]), dtype=torch.float32).double()
+        return v if self.is_probe else v / (v @ v).clamp_min(1e-300)
+
+
+_SIGNS: dict[str, tuple[float, bool]] = {">": (1.0, False), ">=": (1.0, True), "<": (-1.0, False), "<=": (-1.0, True)}
+
+
+@dataclass(frozen=True)
+class Gate:
     """A set of tokens. Called with `Tokens` it gives a bool mask [B, T]; combine with `&`, `|` and `~`.
 
-    `str` gives text that `parse_selector` reads back.
+    `str` gives text that `parse_gate` reads back. Gates on activations are asked with `opened`, which says where each
+    of their parts `when` and `probe` is open.
     """
 
     op: str
-    parts: tuple[Selector, ...] = ()
+    parts: tuple[Gate, ...] = ()
     args: tuple[Any, ...] | None = None
 
-    def __and__(self, other: Selector) -> Selector:
-        return Selector("&", (self, other))
+    def __and__(self, other: Gate) -> Gate:
+        return Gate("&", (self, other))
 
-    def __or__(self, other: Selector) -> Selector:
-        return Selector("|", (self, other))
+    def __or__(self, other: Gate) -> Gate:
+        return Gate("|", (self, other))
 
-    def __invert__(self) -> Selector:
-        return Selector("~", (self,))
+    def __invert__(self) -> Gate:
+        return Gate("~", (self,))
 
     @property
     def name(self) -> str:
@@ -173,33 +269,27 @@ class Selector:
             wrap_left = self.op == "&" and left.op == "|"
             wrap_right = right.op == "|" or right.op == self.op
             return f"{f'({left})' if wrap_left else left} {self.op} {f'({right})' if wrap_right else right}"
-        if self.op in ("tokens", "positions"):
-            return f"{self.op}({', '.join(map(str, self.args or ()))})"
-        return self.op
+        if self.reads:
+            reading, comparison, threshold = self.args or ()
+            return f"{self.op}({quoted(reading.name)} {comparison} {number_text(threshold)})"
+        return self.op if self.op == "boundary" else call_text(self.op, *(self.args or ()))
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: Tokens, opened: Callable[[Gate], Tensor] | None = None) -> Tensor:
         """The mask [B, T] of the selected tokens; padding is never selected."""
         match self.op:
             case "&":
-                return self.parts[0](tokens) & self.parts[1](tokens)
+                return self.parts[0](tokens, opened) & self.parts[1](tokens, opened)
             case "|":
-                return self.parts[0](tokens) | self.parts[1](tokens)
+                return self.parts[0](tokens, opened) | self.parts[1](tokens, opened)
             case "~":
-                return tokens.valid & ~self.parts[0](tokens)
-            case "all":
-                return tokens.valid
-            case "generated":
-                return tokens.valid & ~tokens.prompt
-            case "positions":
-                start, stop = self.args or (0, 0)
-                return tokens.valid & (tokens.position >= start) & (tokens.position < stop)
-            case "tokens":
-                table = _membership(self.args or (), tokens.ids.device)
-                return tokens.valid & table[tokens.ids.clamp(max=len(table) - 1)]
+                return tokens.valid & ~self.parts[0](tokens, opened)
             case "boundary":
                 return self._boundary(tokens) if tokens.boundary is None else tokens.boundary
-            case field:
-                return getattr(tokens, field)
+            case "when" | "probe":
+                if opened is None:
+                    raise UsageError(f"{self} depends on activations: only a steered forward pass knows them")
+                return tokens.valid & opened(self)
+        return tokens.valid & GATES[self.op](tokens, *(self.args or ()))
 
     def _boundary(self, tokens: Tokens) -> Tensor:
         """For tokens of a state that does not follow paragraph breaks: sequences that begin with this call."""
@@ -219,9 +309,76 @@ class Selector:
             return None if self.args is None else break_automaton(self.args)
         return next((breaks for part in self.parts if (breaks := part.breaks) is not None), None)
 
+    @property
+    def reads(self) -> bool:
+        """Whether this very gate compares activations."""
+        return self.op in ("when", "probe")
+
+    @property
+    def readings(self) -> tuple[Gate, ...]:
+        """The parts that compare activations."""
+        return (self,) if self.reads else tuple(leaf for part in self.parts for leaf in part.readings)
+
     def uses(self, *ops: str) -> bool:
-        """Whether one of these selectors occurs in this one."""
+        """Whether one of these gates occurs in this one."""
         return self.op in ops or any(part.uses(*ops) for part in self.parts)
+
+    def at(self, site: Site) -> Gate:
+        """The gate of an intervention at a site: activations are read there, or at the last site before it that the
+        gate knows. Raises UsageError where there is none."""
+        if self.reads:
+            reading, *rest = self.args or ()
+            return replace(self, args=(reading.at(site), *rest))
+        return replace(self, parts=tuple(part.at(site) for part in self.parts)) if self.parts else self
+
+    def line(self) -> tuple[Tensor, float, bool]:
+        """Of a gate on activations: weight [d] float64, bias, and whether equality opens it; it is open where
+        <h, weight> + bias is more than 0."""
+        reading, comparison, threshold = self.args or ()
+        sign, equal = _SIGNS[comparison]
+        return sign * reading.weight(), sign * (reading.vectors[0][2] - _linear(threshold, reading.is_probe)), equal
+
+
+Selector = Gate
+
+
+def _linear(threshold: float, is_probe: bool) -> float:
+    """The threshold of what stands inside a probe's sigmoid."""
+    return float(torch.tensor(threshold, dtype=torch.float64).logit()) if is_probe else threshold
+
+
+def quoted(name: str) -> str:
+    """A direction's name in text: as it is where it reads back so, else in quotes."""
+    if all(part.isidentifier() for part in name.split(".")):
+        return name
+    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+GATES = Registry("steerable.gates")
+"""Functions of `Tokens`, and of the arguments that are written behind the name, which give masks [B, T]."""
+
+
+def register_gate(name: str) -> Callable[[Any], Any]:
+    """Make a function `(tokens, *arguments) -> mask [B, T]` known as the gate of this name; a decorator. Packages may
+    name theirs as entry points of the group `steerable.gates` instead."""
+    return GATES.registering(name)
+
+
+for _field in ("prompt", "thinking", "answer", "last_prompt"):
+    GATES[_field] = lambda tokens, _field=_field: getattr(tokens, _field)
+GATES["all"] = lambda tokens: tokens.valid
+GATES["generated"] = lambda tokens: ~tokens.prompt
+
+
+@register_gate("positions")
+def _positions(tokens: Tokens, start: int, stop: int) -> Tensor:
+    return (tokens.position >= start) & (tokens.position < stop)
+
+
+@register_gate("tokens")
+def _with_ids(tokens: Tokens, *ids: int) -> Tensor:
+    table = _membership(ids, tokens.ids.device)
+    return table[tokens.ids.clamp(max=len(table) - 1)]
 
 
 @lru_cache(maxsize=64)
@@ -231,110 +388,180 @@ def _membership(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return table.to(device)
 
 
-def tokens(*ids: int) -> Selector:
+def tokens(*ids: int) -> Gate:
     """Tokens with one of these ids."""
-    if not ids or any(i < 0 for i in ids):
+    if not ids or not all(_is_index(i) for i in ids):
         raise UsageError("tokens(...) needs one or more token ids, each 0 or more")
-    return Selector("tokens", args=tuple(sorted(set(ids))))
+    return Gate("tokens", args=tuple(sorted(set(ids))))
 
 
-def positions(start: int, stop: int) -> Selector:
+def positions(start: int, stop: int) -> Gate:
     """Tokens start, ..., stop - 1 of each row, padding not counted."""
-    if not 0 <= start < stop:
+    if not (_is_index(start) and _is_index(stop) and start < stop):
         raise UsageError(f"positions({start}, {stop}) is empty: expected 0 <= start < stop")
-    return Selector("positions", args=(start, stop))
+    return Gate("positions", args=(start, stop))
+
+
+def _is_index(i: Any) -> bool:
+    return isinstance(i, int) and not isinstance(i, bool) and i >= 0
+
+
+def when(vectors: Any, comparison: str, threshold: float, name: str = "") -> Gate:
+    """Tokens whose coordinate along a vector is on one side of a threshold.
+
+    vectors: a Direction, or a mapping of sites to vectors [d]. An intervention at a site reads the vector of this site,
+        or that of the last site before it. comparison: ">", ">=", "<" or "<=".
+    threshold: in lengths of the vector: the coordinate is <h, v> / <v, v>, the projection itself where ||v|| = 1.
+    """
+    return _comparing("when", vectors, comparison, threshold, name, {})
+
+
+def probe(
+    weights: Any, comparison: str, threshold: float, bias: float | Mapping[Site, float] = 0.0, name: str = ""
+) -> Gate:
+    """Tokens of which a linear probe's score, 1 / (1 + exp(-<h, weight> - bias)), is on one side of a threshold.
+
+    weights: as the vectors of `when`. threshold: strictly between 0 and 1. bias: one number, or one for each site.
+    """
+    if not 0 < threshold < 1:
+        raise UsageError(f"a probe's threshold is a probability between 0 and 1, not {threshold}")
+    return _comparing("probe", weights, comparison, threshold, name, bias)
+
+
+def _comparing(op: str, vectors: Any, comparison: str, threshold: float, name: str, bias: Any) -> Gate:
+    if comparison not in _SIGNS:
+        raise UsageError(f"{comparison!r} is no comparison: expected one of {', '.join(_SIGNS)}")
+    if not torch.isfinite(torch.tensor(float(threshold))):
+        raise UsageError(f"the threshold of a gate must be a finite number, not {threshold}")
+    entries = []
+    for site, v in getattr(vectors, "vectors", vectors).items():
+        flat = v.detach().to("cpu", torch.float32).reshape(-1)
+        if v.numel() != v.shape[-1] or not torch.isfinite(flat).all() or not flat.any():
+            raise UsageError(f"a gate compares with one finite vector [d] other than zero, and has none at {site}")
+        own = bias.get(site, 0.0) if isinstance(bias, Mapping) else bias
+        entries.append((site, flat.numpy().astype("<f4").tobytes(), float(own)))
+    if not entries:
+        raise UsageError("a gate on activations needs a vector at one site at least")
+    name = name or getattr(vectors, "behaviour", "") or "direction"
+    return Gate(op, args=(Reading(name, tuple(sorted(entries)), op == "probe"), comparison, float(threshold)))
 
 
 class selectors:
-    """The selectors by name; see `Tokens` for what each field means."""
+    """The gates by name; see `Tokens` for what each field means."""
 
-    all = Selector("all")
-    prompt = Selector("prompt")
-    generated = Selector("generated")
-    thinking = Selector("thinking")
-    answer = Selector("answer")
-    last_prompt = Selector("last_prompt")
-    boundary = Selector("boundary")  # needs `resolve`
+    all = Gate("all")
+    prompt = Gate("prompt")
+    generated = Gate("generated")
+    thinking = Gate("thinking")
+    answer = Gate("answer")
+    last_prompt = Gate("last_prompt")
+    boundary = Gate("boundary")  # needs `resolve`
     tokens = staticmethod(tokens)
     positions = staticmethod(positions)
+    when = staticmethod(when)
+    probe = staticmethod(probe)
 
 
 _NAMES = ("all", "prompt", "generated", "thinking", "answer", "last_prompt", "boundary")
 
 
-def resolve(selector: Selector, tokenizer: Any) -> Selector:
-    """Fill in what a selector needs to know of the vocabulary: the tokens that `boundary` follows.
+def resolve(gate: Gate, tokenizer: Any) -> Gate:
+    """Fill in what a gate needs to know of the vocabulary: the tokens that `boundary` follows.
 
-    Raises UsageError when no sequence of tokens spells a paragraph break, since the selector could never match.
+    Raises UsageError when no sequence of tokens spells a paragraph break, since the gate could never match.
     """
-    if selector.op == "boundary" and selector.args is None:
+    if gate.op == "boundary" and gate.args is None:
         if not (steps := break_steps(tokenizer)):
             raise UsageError(
                 "the selector 'boundary' never matches: no tokens of this vocabulary spell a paragraph break, two "
                 "newlines with nothing but blanks between them"
             )
-        return Selector("boundary", args=steps)
-    return Selector(selector.op, tuple(resolve(part, tokenizer) for part in selector.parts), selector.args)
+        return Gate("boundary", args=steps)
+    return Gate(gate.op, tuple(resolve(part, tokenizer) for part in gate.parts), gate.args)
 
 
-def parse_selector(text: str | Selector) -> Selector:
-    """Read "thinking & ~boundary" and the like: names, tokens(i, ...), positions(start, stop), & | ~ ( ).
+class GateError(UsageError):
+    """A text that is no gate; `column` says where, from 0."""
 
-    `~` binds tightest, then `&`, then `|`. Raises UsageError.
+    column = 0
+
+
+def parse_gate(text: str | Gate, directions: Callable[[str], Any] | None = None) -> Gate:
+    """Read "thinking & ~boundary" and the like: names, tokens(i, ...), positions(start, stop), when(name > 0.4),
+    probe(name > 0.5), & | ~ ( ), and the gates of other packages.
+
+    `~` binds tightest, then `&`, then `|`. directions: gives the direction of a name. Raises UsageError.
     """
-    if isinstance(text, Selector):
+    if isinstance(text, Gate):
         return text
-    words = re.findall(r"\w+|[^\w\s]", text)
-    selector, rest = _parse_or(words, text)
-    if rest:
-        raise _bad(text, f"unexpected {rest[0]!r}")
-    return selector
+    try:
+        return _gate(ast.parse(text.strip(), mode="eval").body, text.strip(), directions)
+    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
+        if isinstance(error, _Misread):
+            why, column = str(error), error.column
+        else:
+            why = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
+            column = max((getattr(error, "offset", 1) or 1) - 1, 0)
+        raised = GateError(
+            f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), "
+            "positions(a, b), when(name > x), combined with & | ~ and parentheses"
+        )
+        raised.column = column + len(text) - len(text.lstrip())
+        raise raised from None
 
 
-def _bad(text: str, why: str) -> UsageError:
-    return UsageError(
-        f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), "
-        "positions(a, b), combined with & | ~ and parentheses"
-    )
+parse_selector = parse_gate
 
 
-def _parse_or(words: list[str], text: str) -> tuple[Selector, list[str]]:
-    left, words = _parse_and(words, text)
-    while words[:1] == ["|"]:
-        right, words = _parse_and(words[1:], text)
-        left = left | right
-    return left, words
+class _Misread(ValueError):
+    def __init__(self, node: ast.expr, why: str) -> None:
+        super().__init__(why)
+        self.column = node.col_offset
 
 
-def _parse_and(words: list[str], text: str) -> tuple[Selector, list[str]]:
-    left, words = _parse_one(words, text)
-    while words[:1] == ["&"]:
-        right, words = _parse_one(words[1:], text)
-        left = left & right
-    return left, words
+def _gate(node: ast.expr, text: str, directions: Callable[[str], Any] | None) -> Gate:
+    match node:
+        case ast.Name() if node.id in _NAMES:
+            return Gate(node.id)
+        case ast.UnaryOp(op=ast.Invert()):
+            return ~_gate(node.operand, text, directions)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
+            left, right = (_gate(part, text, directions) for part in (node.left, node.right))
+            return left & right if isinstance(node.op, ast.BitAnd) else left | right
+        case ast.Call(func=ast.Name(id="when" | "probe" as op), args=[ast.Compare(ops=[_]) as compared], keywords=[]):
+            return _comparison(op, compared, text, directions)
+        case ast.Call(func=ast.Name(), keywords=[]) if node.args:
+            name = node.func.id  # type: ignore[attr-defined]
+            try:
+                arguments = tuple(map(value_of, node.args))
+                if name in ("tokens", "positions"):
+                    return (tokens if name == "tokens" else positions)(*arguments)
+            except (ValueError, TypeError, UsageError) as error:
+                raise _Misread(node, str(error) if isinstance(error, UsageError) else f"{name} needs numbers") from None
+            if name not in (*_NAMES, "when", "probe") and GATES.knows(name):
+                return Gate(name, args=arguments)
+            raise _Misread(node, f"unknown name {name!r}" if name not in _NAMES else f"{name} takes no arguments")
+        case ast.Name() if node.id not in ("tokens", "positions", "when", "probe") and GATES.knows(node.id):
+            return Gate(node.id)
+    raise _Misread(node, f"unknown name {node.id!r}" if isinstance(node, ast.Name) else "not a gate")
 
 
-def _parse_one(words: list[str], text: str) -> tuple[Selector, list[str]]:
-    if not words:
-        raise _bad(text, "it ends too soon")
-    word, rest = words[0], words[1:]
-    if word == "~":
-        inner, rest = _parse_one(rest, text)
-        return ~inner, rest
-    if word == "(":
-        inner, rest = _parse_or(rest, text)
-        if rest[:1] != [")"]:
-            raise _bad(text, "a parenthesis is not closed")
-        return inner, rest[1:]
-    if word in ("tokens", "positions"):
-        if rest[:1] != ["("] or ")" not in rest:
-            raise _bad(text, f"{word} needs numbers in parentheses")
-        end = rest.index(")")
-        numbers = [w for w in rest[1:end] if w != ","]
-        if not all(w.isascii() and w.isdigit() for w in numbers) or (word == "positions" and len(numbers) != 2):
-            raise _bad(text, f"{word} needs {'two ' if word == 'positions' else ''}whole numbers")
-        make = tokens if word == "tokens" else positions
-        return make(*map(int, numbers)), rest[end + 1 :]
-    if word not in _NAMES:
-        raise _bad(text, f"unknown name {word!r}")
-    return Selector(word), rest
+_COMPARISONS = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<="}
+
+
+def _comparison(op: str, node: ast.Compare, text: str, directions: Callable[[str], Any] | None) -> Gate:
+    left, right = node.left, node.comparators[0]
+    name = left.value if isinstance(left, ast.Constant) else ast.get_source_segment(text, left)
+    if directions is None or not isinstance(name, str):
+        raise _Misread(left, f"no direction is known as {name!r}")
+    try:
+        comparison, threshold = _COMPARISONS[type(node.ops[0])], float(value_of(right))
+    except (KeyError, ValueError, TypeError):
+        raise _Misread(node, f"{op} compares a direction with a number by >, >=, < or <=") from None
+    direction = directions(name)
+    if op == "when":
+        return when(direction, comparison, threshold, name)
+    bias = getattr(direction, "stats", {}).get("bias", 0.0)
+    if isinstance(bias, Mapping):
+        bias = {Site.parse(site): value for site, value in bias.items()}
+    return probe(direction, comparison, threshold, bias, name)

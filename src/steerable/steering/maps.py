@@ -1,118 +1,403 @@
-"""The one formula of every intervention (V has orthonormal columns, g is the gate, s the strength):
+"""Maps: what happens to the coordinates of an activation inside a subspace. They are the `phi` of the one formula
 
     h' = R( h,  h + g s V ( phi(V^T h) - V^T h ) )
 
-`phi` is a map of coordinates in the subspace of V, `R` is the identity or a rescaling to ||h||. A new method
-is a
-new map: a small frozen dataclass that is called with coordinates [..., k] and returns coordinates [..., k].
+with V orthonormal, g the gate, s the strength and R the identity or a rescaling to ||h||.
+
+A map is a frozen dataclass whose fields are its parameters: numbers, and tuples of numbers for one a coordinate. It is
+called with coordinates x [..., k] and returns as many. Inside a batch its fields are tensors that broadcast against x,
+so that `__call__` uses torch operations only. A new map is written in the same way and named:
+
+    @register_map("squash")
+    @dataclass(frozen=True)
+    class Squash:
+        limit: float = 1.0
+
+        def __call__(self, x):
+            return self.limit * torch.tanh(x / self.limit)
+
+It then works in `steer`, in text ("happy|squash(2)"), in direction files and in every engine. Another package may name
+its maps as entry points of the group `steerable.maps` instead.
+
+Rows that are not orthonormal: coordinates are counted in rows. With W [k, d] the rows that were given, the part of h in
+their span is c W, and a map acts on c; so an amount of 1 adds a row as it is, and `floor(0.5)` leaves at least half of
+it. `fitted` writes such a map as one of the coordinates V^T h = R c, with W^T = V R (QR, the diagonal of R positive).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerable.steering.gates import Selector, selectors
-from steerable.steering.site import Site
+from steerable.steering.plain import Registry, call_text, numbers
 from steerable.store.errors import UsageError
 
-Map = Callable[[Tensor], Tensor]
+Map = Any
+"""An instance of a registered map."""
+Numbers = Any
+"""A number, a tuple of numbers [k], or in a batch a tensor; tensors and lists are made tuples."""
+Key = tuple[Any, ...]
+
+MAPS = Registry("steerable.maps")
+NAMED: dict[str, Callable[..., Map]] = {}
+"""Maps with some of their parameters fixed, such as "ablate"."""
 
 
-@dataclass(frozen=True, eq=False)
+def register_map(name: str) -> Callable[[Any], Any]:
+    """Make a frozen dataclass known as the map of this name; a decorator."""
+    return MAPS.registering(name)
+
+
+@register_map("shift")
+@dataclass(frozen=True)
 class Shift:
-    """phi(x) = x + amount, with amount [k]: activation addition."""
+    """x + amount: activation addition."""
 
-    amount: Tensor
+    amount: Numbers = 1.0
+
+    def __post_init__(self) -> None:
+        _store(self, amount=self.amount)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x + self.amount
+        return x + _like(self.amount, x)
+
+    @property
+    def is_identity(self) -> bool:
+        return not any(_flat(self.amount))
+
+    def in_basis(self, frame: Tensor) -> Map:
+        return Shift(frame @ _row(self.amount, frame))
 
 
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """One application of the formula at one site.
+@register_map("clip")
+@dataclass(frozen=True)
+class Clip:
+    """x limited to [lo, hi]: `ablate` is [0, 0], `set_to(c)` is [c, c], and `floor` and `ceiling` limit one side, as
+    capping along the assistant axis and RAPTOR do."""
 
-    basis: V, [d, k], orthonormal columns, on the CPU. rescale: whether R restores the norm of h.
-    strength: a number, or a tensor [B] with one for each row of the batch.
+    lo: Numbers = -math.inf
+    hi: Numbers = math.inf
+
+    def __post_init__(self) -> None:
+        _store(self, lo=self.lo, hi=self.hi)
+        lo, hi = torch.tensor(self.lo), torch.tensor(self.hi)
+        if lo.dim() and hi.dim() and len(lo) != len(hi) or bool((lo > hi).any()):
+            raise UsageError(f"clip needs lo <= hi, as many of the one as of the other, not {self.lo} and {self.hi}")
+
+    @classmethod
+    def ablate(cls) -> Clip:
+        """Takes the subspace out of the activation."""
+        return cls(0.0, 0.0)
+
+    @classmethod
+    def set_to(cls, value: Numbers) -> Clip:
+        """Makes the coordinates equal to the value."""
+        return cls(value, value)
+
+    @classmethod
+    def floor(cls, value: Numbers) -> Clip:
+        """Raises coordinates that are below the value."""
+        return cls(lo=value)
+
+    @classmethod
+    def ceiling(cls, value: Numbers) -> Clip:
+        """Lowers coordinates that are above the value."""
+        return cls(hi=value)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(x, _like(self.hi, x)), _like(self.lo, x))
+
+    @property
+    def is_identity(self) -> bool:
+        return set(_flat(self.lo)) == {-math.inf} and set(_flat(self.hi)) == {math.inf}
+
+    def in_basis(self, frame: Tensor) -> Map:
+        if (scale := _diagonal(frame)) is None:
+            return Framed(self, frame)
+        return Clip(_row(self.lo, frame) * scale, _row(self.hi, frame) * scale)
+
+    @property
+    def text(self) -> str:
+        if self.lo == self.hi:
+            return "ablate" if self.lo == 0 else call_text("set", self.lo)
+        if self.is_identity or -math.inf != self.lo and self.hi != math.inf:
+            return call_text("clip", self.lo, self.hi)
+        return call_text("floor", self.lo) if self.hi == math.inf else call_text("ceiling", self.hi)
+
+
+NAMED |= {"ablate": Clip.ablate, "set": Clip.set_to, "floor": Clip.floor, "ceiling": Clip.ceiling}
+
+
+@register_map("rotate")
+@dataclass(frozen=True)
+class Rotate:
+    """The two coordinates turned by an angle (Selective Steering, arXiv 2601.19375) or, absolute, to an angle (Angular
+    Steering, arXiv 2510.26243), their length kept.
+
+    The plane is that of two rows, of whatever length: angles count from the first row towards the second.
     """
 
-    site: Site
-    basis: Tensor
+    degrees: float
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        _store(self, degrees=self.degrees)
+        if not isinstance(self.degrees, float) or not math.isfinite(self.degrees):
+            raise UsageError(f"rotate needs one finite angle in degrees, not {self.degrees}")
+
+    def check(self, k: int) -> None:
+        if k != 2:
+            raise UsageError(f"rotate needs a plane, which two rows [2, d] span, and got {k}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        angle = torch.atleast_1d(_like(self.degrees, x)).deg2rad()
+        cos, sin = angle.cos(), angle.sin()
+        if self.absolute:
+            return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * torch.cat([cos, sin], -1)
+        a, b = x[..., :1], x[..., 1:]
+        return torch.cat([cos * a - sin * b, sin * a + cos * b], -1)
+
+    @property
+    def is_identity(self) -> bool:
+        return not self.absolute and self.degrees % 360 == 0
+
+    def in_basis(self, frame: Tensor) -> Map:
+        return self
+
+    @property
+    def text(self) -> str:
+        return call_text("rotate_to" if self.absolute else "rotate", self.degrees)
+
+
+NAMED["rotate_to"] = lambda degrees: Rotate(degrees, absolute=True)
+
+
+@register_map("affine")
+@dataclass(frozen=True)
+class Affine:
+    """scale x + offset for coordinates in [lo, hi], and x for others: the transport maps of AcT (arXiv 2410.23054) and
+    LinEAS (arXiv 2503.10679), with one-hot rows for a support of single neurons.
+
+    scale: a number, one a coordinate [k], or a matrix [k, k].
+    """
+
+    scale: Numbers = 1.0
+    offset: Numbers = 0.0
+    lo: Numbers = -math.inf
+    hi: Numbers = math.inf
+
+    def __post_init__(self) -> None:
+        _store(self, scale=self.scale, offset=self.offset, lo=self.lo, hi=self.hi)
+
+    def check(self, k: int) -> None:
+        if (scale := torch.tensor(self.scale)).dim() > 1 and scale.shape != (k, k):
+            raise UsageError(f"the matrix of affine must be [{k}, {k}], not {list(scale.shape)}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale, k = _like(self.scale, x), x.shape[-1]
+        new = x @ scale.mT if k > 1 and scale.dim() > 1 and scale.shape[-2:] == (k, k) else x * scale
+        new = new + _like(self.offset, x)
+        return torch.where((x >= _like(self.lo, x)) & (x <= _like(self.hi, x)), new, x)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale == 1.0 and not any(_flat(self.offset))
+
+    def in_basis(self, frame: Tensor) -> Map:
+        if (scale := _diagonal(frame)) is None or isinstance(self.scale, tuple) and isinstance(self.scale[0], tuple):
+            return Framed(self, frame)
+        return Affine(self.scale, *(_row(x, frame) * scale for x in (self.offset, self.lo, self.hi)))
+
+
+@register_map("swap")
+@dataclass(frozen=True)
+class Swap:
+    """The coordinates of a source activation in place of x: interchange interventions (DAS; CDAS, arXiv 2602.05234).
+
+    source: coordinates [k] for all tokens, or [T, k], one line for each position of the sequence; positions from T on
+    are left alone.
+    """
+
+    source: Numbers
+    by_position: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        _store(self, source=self.source)
+        object.__setattr__(self, "by_position", torch.tensor(self.source).dim() == 2)
+
+    def check(self, k: int) -> None:
+        if torch.tensor(self.source).dim() == 0 or torch.tensor(self.source).shape[-1] != k:
+            raise UsageError(f"swap needs {k} coordinates of the source, one a row, or such a list for each position")
+
+    def __call__(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        source = _like(self.source, x)
+        if not self.by_position:
+            return source.expand_as(x)
+        if position is None:
+            position = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
+        length = source.shape[-2]
+        at = position.clamp(0, length - 1)
+        if source.dim() == 3:  # one source a row of the batch
+            taken = source.expand(len(x), -1, -1).gather(1, at[..., None].expand(*at.shape, x.shape[-1]))
+        else:
+            taken = source[at]
+        return torch.where((position < length)[..., None], taken, x)
+
+    def in_basis(self, frame: Tensor) -> Map:
+        return Swap(torch.tensor(self.source, dtype=frame.dtype) @ frame.mT)
+
+
+@register_map("framed")
+@dataclass(frozen=True)
+class Framed:
+    """Another map, of the coordinates c with x = frame c: what `fitted` makes of one that cannot be written anew."""
+
     map: Map
-    strength: float | Tensor = 1.0
-    where: Selector = selectors.all
-    rescale: bool = False
+    frame: Numbers
 
-    def apply(self, h: Tensor, mask: Tensor | None = None, strength: float | Tensor | None = None) -> Tensor:
-        """Change h [B, T, d] where mask [B, T] is True (None: everywhere); the other positions stay bit-
-        identical.
+    def __post_init__(self) -> None:
+        _store(self, frame=self.frame)
 
-        The arithmetic is in float32 (float64 if h is); the result has h's type. Strength 0 returns h itself.
-        """
-        return self.bind(self.strength if strength is None else strength, h.device)(h, mask)
+    @property
+    def by_position(self) -> bool:
+        return getattr(self.map, "by_position", False)
 
-    def bind(self, strength: float | Tensor, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """`apply` with the strength fixed and everything that does not depend on h computed once."""
-        rows: Tensor | None = None  # [B, 1]: rows with a strength other than 0, where some have 0
-        s: Any = strength
-        if isinstance(strength, torch.Tensor):
-            on = (strength != 0).to(device)
-            if not on.any():
-                return _unchanged
-            rows = None if on.all() else on[:, None]
-            s = strength.to(device)[:, None, None]
-        elif strength == 0:
-            return _unchanged
-        # a shift's change does not depend on h, so it is one addition a layer
-        amount = self.map.amount if isinstance(self.map, Shift) else None
-        constant = None if amount is None else s * (self.basis @ amount).to(device, torch.float32)
+    @property
+    def sees_activation(self) -> bool:
+        return getattr(self.map, "sees_activation", False)
 
-        def run(h: Tensor, mask: Tensor | None) -> Tensor:
-            narrow = h.dtype in (torch.bfloat16, torch.float16)
-            wide = h.float() if narrow else h
-            if constant is not None:
-                new = wide + constant
-            else:
-                v = self.basis.to(h.device, wide.dtype)
-                x = wide @ v
-                new = wide + s * ((self.map(x) - x) @ v.T)
-            if self.rescale:
-                old_norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-                new = new * (old_norm / torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(1e-30))
-            if narrow:
-                new = new.to(h.dtype)
-            if rows is not None:
-                mask = rows if mask is None else mask & rows
-            return new if mask is None else torch.where(mask[..., None], new, h)
+    @property
+    def is_identity(self) -> bool:
+        return getattr(self.map, "is_identity", False)
 
-        return run
+    def __call__(self, x: Tensor, **context: Tensor) -> Tensor:
+        frame = _like(self.frame, x)
+        c = torch.linalg.solve_triangular(frame, x.mT if x.dim() > 1 else x[:, None], upper=True).mT
+        c = c if x.dim() > 1 else c[0]
+        return self.map(c, **context) @ frame.mT
+
+    def in_basis(self, frame: Tensor) -> Map:
+        return Framed(self.map, frame @ torch.tensor(self.frame, dtype=frame.dtype))
 
 
-def _unchanged(h: Tensor, mask: Tensor | None) -> Tensor:
-    return h
+def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
+    """An orthonormal basis [d, k], float64, of given rows [k, d], and the map of coordinates in it that does what `map`
+    does with the rows. Raises UsageError for rows that are not independent, and where the map needs another k."""
+    k = len(rows)
+    if (check := getattr(map, "check", None)) is not None:
+        check(k)
+    for f in fields(map):
+        value = getattr(map, f.name)
+        if isinstance(value, tuple) and value and isinstance(value[0], float) and len(value) != k:
+            raise UsageError(f"the {f.name} of {map_text(map)} has {len(value)} numbers, but there are {k} rows")
+    wide = rows.detach().to("cpu", torch.float64)
+    if not torch.isfinite(wide).all():
+        raise UsageError("the vector holds NaN or infinite numbers")
+    if isinstance(map, Shift):  # several rows add up to one
+        wide, map = (_row(map.amount, wide) @ wide)[None], Shift(1.0)
+    if len(wide) == 1:  # by hand, so that the basis times the norm rounds to the very row
+        norm = wide.norm()
+        if norm == 0 and isinstance(map, Shift):
+            return torch.zeros_like(wide).T, Shift(0.0)
+        basis, frame = (wide / norm.clamp_min(1e-300)).T, norm[None, None]
+    else:
+        basis, frame = torch.linalg.qr(wide.T)
+        sign = torch.where(frame.diagonal() < 0, -1.0, 1.0)
+        basis, frame = basis * sign, frame * sign[:, None]
+    if not bool((frame.diagonal() > 1e-9 * wide.norm(dim=-1).max().clamp_min(1e-300)).all()):
+        raise UsageError(f"{k} rows span fewer than {k} dimensions: they must be independent, and none of them zero")
+    if not isinstance(map, Shift) and bool((frame - torch.eye(k, dtype=frame.dtype)).abs().max() < 1e-6):
+        return basis, map  # orthonormal, as far as float32 tells
+    return basis, map.in_basis(frame) if hasattr(map, "in_basis") else Framed(map, frame)
 
 
-def shift(
-    site: Site,
-    vector: Tensor,
-    strength: float | Tensor = 1.0,
-    where: Selector = selectors.all,
-    rescale: bool = False,
-) -> Intervention:
-    """h' = h + strength * vector: V = vector / ||vector||, phi(x) = x + ||vector||. vector: [d] or [1, d]."""
-    v = vector.detach().to(torch.float32)
-    if v.dim() == 2 and len(v) == 1:
-        v = v[0]
-    if v.dim() != 1:
-        raise UsageError(f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}")
-    if not torch.isfinite(v).all():
-        raise UsageError(f"the vector at {site} holds NaN or infinite numbers")
-    # in float64, so that V ||v|| rounds to the very vector that was given
-    v = v.double().cpu()
-    norm = v.norm()
-    return Intervention(site, (v / norm.clamp_min(1e-300))[:, None], Shift(norm[None]), strength, where, rescale)
+def parameters(map: Map) -> dict[str, Any]:
+    """The numeric parameters of a map, by name: what differs between maps that are computed together."""
+    return {f.name: v for f in fields(map) if isinstance(v := getattr(map, f.name), (float, tuple)) or is_dataclass(v)}
+
+
+def kind(map: Map) -> Key:
+    """Equal for maps that can be computed together: the same class, shapes and settings."""
+    numeric = parameters(map)
+    shapes = [(n, kind(v) if is_dataclass(v) else tuple(torch.tensor(v).shape)) for n, v in numeric.items()]
+    fixed = [(f.name, getattr(map, f.name)) for f in fields(map) if f.name not in numeric]
+    return (type(map), *shapes, *fixed)
+
+
+def stacked(maps: Sequence[Map], dtype: torch.dtype, device: torch.device | str) -> Map:
+    """Maps of one kind as one, whose parameters are tensors with a line for each: [n, 1, 1], [n, 1, k] or [n, a, b]."""
+    result = object.__new__(type(maps[0]))
+    numeric = parameters(maps[0])
+    for f in fields(maps[0]):
+        values = [getattr(map, f.name) for map in maps]
+        if f.name not in numeric:
+            value = values[0]
+        elif is_dataclass(values[0]):
+            value = stacked(values, dtype, device)
+        else:
+            value = torch.tensor(values, dtype=torch.float64)
+            value = value.reshape(len(maps), *[1] * (3 - value.dim()), *value.shape[1:]).to(device, dtype)
+        object.__setattr__(result, f.name, value)
+    return result
+
+
+def selected(map: Map, index: Tensor) -> Map:
+    """The lines of a `stacked` map for each row of a batch."""
+    result = object.__new__(type(map))
+    for f in fields(map):
+        value = getattr(map, f.name)
+        if isinstance(value, Tensor):
+            value = value[index.to(value.device)]
+        elif is_dataclass(value):
+            value = selected(value, index)
+        object.__setattr__(result, f.name, value)
+    return result
+
+
+def called(map: Map, x: Tensor, h: Tensor, position: Tensor | None) -> Tensor:
+    """The map of the coordinates x [..., k] of the activations h [..., d], with what else it asks for by its attributes
+    `by_position` and `sees_activation`."""
+    context: dict[str, Any] = {}
+    if getattr(map, "by_position", False):
+        context["position"] = position
+    if getattr(map, "sees_activation", False):
+        context["h"] = h
+    return map(x, **context)
+
+
+def map_text(map: Map) -> str:
+    """A map as it is written behind `|`, for example "clip(-1, 2)"."""
+    if (text := getattr(map, "text", None)) is not None:
+        return str(text)
+    settable = [f for f in fields(map) if f.init]
+    while settable and getattr(map, settable[-1].name) == settable[-1].default:
+        settable.pop()
+    return call_text(MAPS.name_of(type(map)), *(getattr(map, f.name) for f in settable))
+
+
+def _store(map: Map, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(map, name, numbers(value))
+
+
+def _flat(value: Any) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _like(value: Any, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
+
+
+def _row(value: Numbers, frame: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=frame.dtype).expand(len(frame))
+
+
+def _diagonal(frame: Tensor) -> Tensor | None:
+    """The diagonal of a matrix that has nothing else, up to rounding."""
+    diagonal = frame.diagonal()
+    return diagonal if (frame - diagonal.diag()).abs().max() <= 1e-9 * diagonal.abs().max() else None

@@ -13,8 +13,8 @@ from steerable.evals.logit_lens import lens
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.maps import shift
 from steerable.steering.site import KINDS, Site
+from steerable.steering.spec import shift
 from steerable.store.errors import UsageError
 
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -18,8 +18,8 @@ from steerable.engines import sampling
 from steerable.engines.hf.generation import Request, generate
 from steerable.engines.hf.slots import Reach, arrange
 from steerable.engines.sampling import Decoding, choose, decoding_of, uniforms
-from steerable.steering.maps import shift
 from steerable.steering.site import Site
+from steerable.steering.spec import shift
 from steerable.store.errors import SteerableError, UsageError
 
 STOPS = [5, 9, 17]

@@ -13,8 +13,8 @@ from steerable.engines.hf.generation import Request, generate
 from steerable.engines.hf.routes import OWN, PLAIN, route
 from steerable.engines.sampling import Decoding
 from steerable.models import loading as models
-from steerable.steering.maps import shift
 from steerable.steering.site import Site
+from steerable.steering.spec import shift
 from steerable.steering.think import ThinkTags
 from steerable.store.errors import UsageError
 

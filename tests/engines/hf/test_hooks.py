@@ -12,8 +12,9 @@ from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import SequenceState, selectors
-from steerable.steering.maps import Intervention, shift
+from steerable.steering.maps import Clip
 from steerable.steering.site import KINDS, Site
+from steerable.steering.spec import Intervention, shift
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 OPEN, CLOSE, BREAK = 1, 2, 3
@@ -281,7 +282,7 @@ def test_report(model):
     assert report["angle"] == pytest.approx(float(cosine.acos().rad2deg().mean()), rel=1e-4)
     with steer(model, direction, track=False) as handle:
         logits(model, ROWS[0])
-    assert handle.report()["resid_post.2"] == {"tokens": 12, "relative_change": None, "angle": None}
+    assert handle.report()["resid_post.2"] == {"tokens": 12, "dose": None, "relative_change": None, "angle": None}
 
 
 def test_report_over_many_steps(tiny_llama):
@@ -311,9 +312,9 @@ def test_several_at_one_site_act_in_order(tiny_llama):
 
 
 def test_another_map(tiny_llama):
-    """Whatever is called with coordinates and returns coordinates will do as a map."""
+    """The coordinates in a subspace are taken out, and the others stay."""
     site, basis = Site("resid_post", 1), torch.eye(32)[:, :2]
-    ablate = Intervention(site, basis, torch.zeros_like)
+    ablate = Intervention(site, basis, Clip.ablate())
     seen = []
     with steer(tiny_llama, ablate), tap(tiny_llama, {site: seen.append}):
         logits(tiny_llama, ROWS[0])
@@ -412,7 +413,7 @@ def test_a_site_that_never_ran(tiny_llama):
     [
         ({"directions": Direction({Site("resid_post", 1): torch.ones(9)})}, "width 9, but the model's"),
         ({"directions": Direction({Site("resid_post", 50): torch.ones(32)})}, "layers 0 to 3"),
-        ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)})}, "one vector"),
+        ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)}, map="ablate")}, "must be independent"),
         ({"directions": []}, "one direction at least"),
         ({"layers": [7]}, "no vector at layer 7"),
         ({"strength": math.inf}, "finite"),

@@ -14,7 +14,6 @@ from torch import Tensor
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.sampling import Decoding, choose, mark, signed
 from steerable.models.loading import stop_ids
-from steerable.steering.gates import SequenceState
 from steerable.store.errors import SteerableError
 
 
@@ -136,7 +135,7 @@ class _Chooser:
         self.broken = torch.zeros((), dtype=torch.bool, device=ids.device)
         self.said: Tensor | None = None
         if steering:
-            self.state = SequenceState(steering.tags, steering.breaks)
+            self.state = steering.new_state()
             self.state.start(len(ids), ids.device)
             steering.feed(self.state.advance(ids, valid))
 

@@ -192,7 +192,7 @@ class _Batch:
         shape = (rows, self.capacity)
         self.masks = {name: torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device) for name in names}
         self.eos = stop_ids(model)
-        self.state = SequenceState(steering.tags, steering.breaks) if steering else SequenceState()
+        self.state = steering.new_state() if steering else SequenceState()
         # A strength for each row only where requests ask for it: one number for all is the faster path.
         self.per_row = any(request.strength is not None for request in requests)
         self.default = default
@@ -297,7 +297,7 @@ class _Batch:
         width = max(len(prompt) for prompt in prompts)
         index = torch.tensor(repeat, device=self.device)
         if self.steering:
-            fresh = SequenceState(self.steering.tags, self.steering.breaks)
+            fresh = self.steering.new_state()
             whole = torch.tensor([lengths[row] for row in first], device=self.device)
             fresh.start(len(first), self.device, whole)
         if width:

@@ -13,13 +13,10 @@ Steering belongs to the thread that entered the `with`: passes of other threads 
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import or_
+from dataclasses import replace
 from threading import get_ident, local
 from typing import Any
 
@@ -27,121 +24,151 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from steerable.engines.hf.meter import Count, Meter
+from steerable.engines.hf.meter import Count, Meter, Report
 from steerable.engines.hf.precision import rounding_watched
+from steerable.engines.hf.programs import Chosen, Passing, Table
 from steerable.engines.hf.sequences import Follower, cached_tokens
 from steerable.engines.hf.threads import waits_for_batch
 from steerable.models import loading as models
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
-from steerable.steering.maps import Intervention, shift
+from steerable.steering.gates import CLOSING, Gate, SequenceState, Tokens, parse_gate, resolve, selectors
 from steerable.steering.site import Site
+from steerable.steering.spec import Intervention, Program, Steering
+from steerable.steering.text import named_direction, parse_steering
 from steerable.steering.think import think_tags
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 Strength = float | Tensor
-Steering = Direction | Intervention
+Steers = Direction | Intervention | Steering | str
 
 
 @contextmanager
 def steer(
     model: nn.Module,
-    directions: Steering | Sequence[Steering],
+    directions: Steers | Sequence[Steers],
     *,
     strength: Strength | None = None,
     layers: int | Iterable[int] | None = None,
-    where: str | Selector | None = None,
-    rescale: bool = False,
+    where: str | Gate | None = None,
+    rescale: bool | None = None,
     tokenizer: Any = None,
     track: bool = True,
 ) -> Iterator[Handle]:
     """Steer every forward pass of the model inside the context.
 
-    directions: one or several; at a shared site they act in this order.
-    strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number
-    or a
-        tensor [B], one a row; None: what each direction says. 0 is a bit-exact no-op.
-    layers: which of a direction's layers; None: all. where: a selector or its text; None: what each direction
-    says.
-    rescale: keep each token's norm. tokenizer: needed by `thinking`, `answer` and `boundary`.
+    directions: a direction, an intervention, a steering or its text ("0.5 happy.safetensors@thinking"), or several; at
+        a shared site they act in this order.
+    strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number or a tensor
+        [B], one a row; None: what each says. 0 is a bit-exact no-op.
+    layers: which of their layers; None: all. where: a gate or its text; None: what each says.
+    rescale: keep each token's norm; None: what each says. tokenizer: needed by `thinking`, `answer` and `boundary`.
     track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
     model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
 
-    Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector
-    with NaN, a selector without its tokenizer. Warns (SteerableWarning) about a direction of another model, about a
-    relative dose ||s v|| / ||h|| that a 16-bit model does not resolve (`precision`), and at the end about sites where
-    no token was touched.
+    Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector with NaN,
+    a gate without its tokenizer. Warns (SteerableWarning) about a direction of another model, about a relative dose
+    ||s v|| / ||h|| that a 16-bit model does not resolve (`precision`), and at the end about sites where no token was
+    touched.
+
+    Example: `with steer(model, direction, strength=0.5, where="thinking", tokenizer=tokenizer) as handle: ...`
     """
     model = models.unwrap(model)
-    items = [directions] if isinstance(directions, (Direction, Intervention)) else list(directions)
+    is_one = isinstance(directions, (Direction, Intervention, str, Program))
+    items: list[Any] = [directions] if is_one else list(directions)  # type: ignore[arg-type]
     if not items:
         raise UsageError("steer needs one direction at least")
-    wanted = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
-    selector = None if where is None else parse_selector(where)
-    interventions: list[Intervention] = []
+    chosen = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
+    gate = None if where is None else parse_gate(where)
+    norms: dict[Site, float] = {}
+    program: list[Intervention] = []
     for item in items:
-        interventions += _interventions(model, item, strength, wanted, selector, rescale)
-    handle = Handle(model, interventions, tokenizer, track)
-    with rounding_watched(model, items, interventions), handle._listening():
+        program += _interventions(model, item, chosen, gate, rescale, norms)
+    handle = Handle(model, [tuple(program)], tokenizer, track, strength=strength)
+    with rounding_watched(model, norms, program, strength), handle.listening(stacklevel=6):
         yield handle
-    handle._check_end()
 
 
 def _interventions(
     model: nn.Module,
-    item: Steering,
-    strength: Strength | None,
+    item: Steers,
     layers: list[int] | None,
-    where: Selector | None,
-    rescale: bool,
-) -> list[Intervention]:
-    if isinstance(item, Intervention):
-        s = item.strength if strength is None else strength
-        found = [replace(item, strength=s, where=where or item.where, rescale=rescale or item.rescale)]
-    else:
-        name = models.model_id(model)
-        # widths are checked below: a model of another width is an error
-        if not models.is_named(model, item.model_id):
-            text = f"this direction was made on {item.model_id!r}, the model is {name!r}: it may do nothing here"
-            warnings.warn(text, SteerableWarning, stacklevel=4)
-        chosen = item if layers is None else item.only(layers)
-        s = item.strength if strength is None else strength
-        gate = where or parse_selector(item.gate)
-        found = [shift(site, vector, s, gate, rescale) for site, vector in chosen.vectors.items()]
-    for intervention in found:
-        site, d = intervention.site, len(intervention.basis)
-        check_site(model, site)
-        if d != (expected := width_at(model, site.kind, site.layer)):
-            raise UsageError(
-                f"the vector at {site} has width {d}, but the model's width there is {expected}: "
-                "use a direction made on this model"
-            )
-    return found
+    gate: Gate | None,
+    rescale: bool | None,
+    norms: dict[Site, float],
+) -> Steering:
+    """What an argument of `steer` does. The norms that its directions know are put into `norms`."""
+
+    def heard(direction: Direction) -> Direction:
+        # widths are checked later: a model of another width is an error
+        if not models.is_named(model, direction.model_id):
+            text = f"this direction was made on {direction.model_id!r}, the model is {models.model_id(model)!r}: "
+            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=6 if by_name else 5)
+        norms.update({site: norm for site, norm in direction.norms.items() if norm > 0})
+        return direction
+
+    by_name = isinstance(item, str)
+    if isinstance(item, Direction):
+        return heard(item).steering(None, layers, gate, rescale)
+    if isinstance(item, str):
+        item = parse_steering(item, lambda name: heard(named_direction(name)))
+    changes: dict[str, Any] = {} if gate is None else {"gate": gate}
+    changes |= {} if rescale is None else {"rescale": rescale}
+    steering = (item,) if isinstance(item, Intervention) else item
+    if not all(isinstance(i, Intervention) for i in steering):
+        raise UsageError(f"steer takes directions, interventions, steerings and texts, not {type(item).__name__}")
+    return tuple(replace(i, **changes) for i in steering if layers is None or i.site.layer in layers)
 
 
 class Handle:
     """What `steer` yields: change the strength, tell what is fed, read what steering did.
 
-    An engine with its own cache and rows calls `feed` before each forward pass; it may skip that where
-    `needs_tokens` is False. `tags` and `breaks` are what its `SequenceState` needs.
+    programs: what may steer a row; by `assign` each row has one of them, and before it all rows have the first one.
+
+    An engine with its own cache and rows makes a handle, enters `listening`, and calls `assign` when its rows change
+    and `feed` before each forward pass; it may skip the latter where `needs_tokens` is False. `new_state` is the state
+    of its sequences.
     """
 
-    def __init__(self, model: nn.Module, interventions: list[Intervention], tokenizer: Any, track: bool):
-        used = [i.where for i in interventions]
-        thinks = any(s.uses("thinking", "answer") for s in used)
-        if tokenizer is None and (thinks or any(s.uses("boundary") and resolved(s) is False for s in used)):
-            name = next(str(s) for s in used if s.uses("thinking", "answer", "boundary"))
+    def __init__(
+        self,
+        model: nn.Module,
+        programs: Sequence[Steering],
+        tokenizer: Any = None,
+        track: bool = True,
+        *,
+        strength: Strength | None = None,
+    ) -> None:
+        interventions = [i for program in programs for i in program]
+        for i in dict.fromkeys(interventions):
+            check_site(model, i.site)
+            if (d := len(i.basis)) != (expected := width_at(model, i.site.kind, i.site.layer)):
+                raise UsageError(
+                    f"the vector at {i.site} has width {d}, but the model's width there is {expected}: "
+                    "use a direction made on this model"
+                )
+        gates = list(dict.fromkeys(i.gate for i in interventions))
+        schedules = list(dict.fromkeys(i.schedule for i in interventions))
+        events = dict.fromkeys(s.event for s in schedules if s.event is not None)
+        thinks = CLOSING in events or any(gate.uses("thinking", "answer") for gate in gates)
+        if tokenizer is None and (thinks or any(g.uses("boundary") and not resolved(g) for g in gates)):
+            name = next((str(g) for g in gates if g.uses("thinking", "answer", "boundary")), "until(close)")
             raise UsageError(f"where={name!r} needs the tokenizer: pass tokenizer= to steer")
-        if tokenizer is not None:
-            used = [resolve(s, tokenizer) for s in used]
+        resolutions = {g: g if tokenizer is None else resolve(g, tokenizer) for g in gates}
+        self.programs = [tuple(replace(i, gate=resolutions[i.gate]) for i in program) for program in programs]
         self.tags = think_tags(tokenizer) if thinks else None
-        self.breaks = next((s.breaks for s in used if s.uses("boundary")), None)
-        self.needs_tokens = any(s != selectors.all for s in used)
-        prompts = any(s.uses("prompt", "generated", "last_prompt") for s in used)
+        self.breaks = next((g.breaks for g in resolutions.values() if g.uses("boundary")), None)
+        counts = any(s.needs_tokens for s in schedules)
+        self.events = tuple(events) if counts else None
+        self.needs_tokens = (
+            counts
+            or any(g != selectors.all for g in gates)
+            or any(getattr(i.map, "by_position", False) for i in interventions)
+        )
+        prompts = counts or any(g.uses("prompt", "generated", "last_prompt") for g in gates)
         self._model = model
-        self._follower = Follower(lambda: SequenceState(self.tags, self.breaks), prompts)
+        self._follower = Follower(self.new_state, prompts)
         self._local = _Local()
         self._threads = {get_ident()}
         self._strange = 0  # passes of other threads
@@ -152,34 +179,48 @@ class Handle:
         self._is_over = False
         self._is_fed = False
         self._fed = Count()
-        self._active = False
-        self._rows: Tensor | None = None
-        self._selectors: list[Selector] = []
-        self._sites: dict[Site, _SteeredSite] = {}
+        self._table = Table(self.programs)
+        self._sites = {site: _SteeredSite(self, site, track) for site in self._table.sites}
         blocks = models.blocks(model)
-        for site in sorted({i.site for i in interventions}):
-            here = [(i, self._index(s)) for i, s in zip(interventions, used, strict=True) if i.site == site]
-            union = self._index(_union([self._selectors[index] for _, index in here]))
-            device = models.device(blocks[site.layer])
-            self._sites[site] = _SteeredSite(self, site, here, union, device, track)
         self._blocks = {blocks[site.layer] for site in self._sites}
         self._taps = Taps(model, {site: steered.change for site, steered in self._sites.items()})
-        self._bind(None)
+        self._index: Tensor | None = None
+        self._factor: Tensor | None = None
+        self.set_strength(strength)
+
+    def new_state(self) -> SequenceState:
+        """A state of sequences that follows what these programs ask of the tokens."""
+        return SequenceState(self.tags, self.breaks, self.events)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """With the hooks in place."""
+    def listening(self, stacklevel: int = 4) -> Iterator[Handle]:
+        """With the hooks in place. At the end it says what went otherwise than intended, as `steer` does."""
         base = models.base(self._model)
         self._hooks += [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
         if base is not self._model:
             self._hooks.append(Hook.before(self._model, self._before_logits))
         try:
             with self._taps:
-                yield
+                yield self
         finally:
             self._is_over = True
             for hook in self._hooks:
                 hook.remove()
+        self._check_end(stacklevel)
+
+    def assign(self, index: Tensor | None, factor: Tensor | None = None) -> None:
+        """Which program steers each row from the next forward pass on.
+
+        index: [rows] numbers of programs, -1 for none; None: the first program steers all rows, however many.
+        factor: [rows] what each request asks for, where a schedule is `per_request`.
+        """
+        if index is not None:
+            if index.dim() != 1 or len(index) and not -1 <= int(index.min()) <= int(index.max()) < len(self.programs):
+                raise UsageError(f"assign needs a number of one of {len(self.programs)} programs, or -1, for each row")
+            if len(self.programs) == 1 and not bool(index.any()) and factor is None:
+                index = None
+        self._index, self._factor = index, factor
+        self._plan_now()
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -200,34 +241,27 @@ class Handle:
         """The strength of all interventions. Raises SteerableError where each has its own."""
         if self._strength is not None:
             return self._strength
-        own = [i.strength for steered in self._sites.values() for i, _ in steered.here]
-        if any(s is not own[0] and (isinstance(s, Tensor) or s != own[0]) for s in own):
+        strengths = {i.strength for program in self.programs for i in program}
+        if len(strengths) != 1:
             raise SteerableError("the directions have different strengths: pass strength= to steer")
-        return own[0]
+        return strengths.pop()
 
-    def set_strength(self, strength: Strength) -> None:
-        """The strength of everything from the next forward pass on: a number or a tensor [B], one a row."""
-        self._bind(strength)
-
-    def _bind(self, strength: Strength | None) -> None:
-        strengths = [i.strength if strength is None else strength for s in self._sites.values() for i, _ in s.here]
-        for s in strengths:
-            finite = bool(torch.isfinite(s).all()) if isinstance(s, torch.Tensor) else math.isfinite(s)
-            if not finite:
-                raise UsageError(f"the strength must be a finite number, not {s}")
-            if isinstance(s, torch.Tensor) and s.dim() != 1:
-                raise UsageError(f"a strength tensor must have the shape [B], not {tuple(s.shape)}")
+    def set_strength(self, strength: Strength | None) -> None:
+        """The strength of everything from the next forward pass on: a number or a tensor [B], one a row; None: what
+        each intervention says. Schedules go on."""
+        if strength is not None:
+            numbers = torch.as_tensor(strength)
+            if not bool(torch.isfinite(numbers).all()):
+                raise UsageError(f"the strength must be a finite number, not {strength}")
+            if isinstance(strength, Tensor) and strength.dim() != 1:
+                raise UsageError(f"a strength tensor must have the shape [B], not {tuple(strength.shape)}")
         self._strength = strength
-        for steered in self._sites.values():
-            steered.bind(strength)
-        on = [(s != 0) if isinstance(s, torch.Tensor) else torch.tensor([s != 0]) for s in strengths]
-        lengths = {len(s) for s in strengths if isinstance(s, torch.Tensor)}
-        if len(lengths) > 1:
-            raise UsageError(f"the strengths have different numbers of rows: {sorted(lengths)}")
-        self._strengths = lengths.pop() if lengths else None
-        rows = reduce(or_, [o.cpu() for o in on])
-        self._active = bool(rows.any())
-        self._rows = None if bool(rows.all()) or not self._active else rows[:, None]
+        self._plan_now()
+
+    def _plan_now(self) -> None:
+        self._plan = self._table.plan(self._index, self._strength, self._factor)
+        for site in self._plan.steps:
+            self._sites[site].was_on = True
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> None:
         """Where each row's prompt ends (in tokens from the row's start, padding not counted) in the sequences that the
@@ -239,22 +273,19 @@ class Handle:
         self._local.fed = self._some_tokens(tokens)
         self._is_fed = True
 
-    def report(self) -> dict[str, dict[str, Any]]:
-        """For each site ("resid_post.3"): `tokens` touched, and over these, attention sinks left out, the mean
-        `relative_change` ||h' - h|| / ||h|| and the mean `angle` between h and h' in degrees (None where not
-        measured)."""
-        return {str(site): steered.report() for site, steered in self._sites.items()}
+    def report(self) -> Report:
+        """What steering did, for each site ("resid_post.3"): `tokens` touched, and over these, attention sinks left
+        out, the mean `dose` ||s v|| / ||h|| that was given (before rescaling), the mean `relative_change`
+        ||h' - h|| / ||h|| and the mean `angle` between h and h' in degrees (None where not measured). Its attribute
+        `steering` is the text of what steered."""
+        texts = dict.fromkeys(str(Program(program)) for program in self.programs if program)
+        return Report({str(site): steered.report() for site, steered in self._sites.items()}, " / ".join(texts))
 
     @property
     def tokens_fed(self) -> int:
         """Tokens that went through the model while the strength was not 0, padding left out where it is
         known."""
         return self._fed.total()
-
-    def _index(self, selector: Selector) -> int:
-        if selector not in self._selectors:
-            self._selectors.append(selector)
-        return self._selectors.index(selector)
 
     def _before_logits(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         asked = kwargs.get("logits_to_keep")
@@ -280,7 +311,7 @@ class Handle:
             return
         self._local.now = self._read(args, kwargs, packed)
 
-    def _read(self, args: Any, kwargs: Any, packed: bool) -> _Pass | None:
+    def _read(self, args: Any, kwargs: Any, packed: bool) -> Passing | None:
         """What the next pass feeds, from the inputs of the model."""
         asked, self._local.asked = self._local.asked, None
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -292,7 +323,7 @@ class Handle:
         rows, length = fed.shape[:2]
         valid = None if packed else _valid(kwargs.get("attention_mask"), past, rows, length)
         if not self.needs_tokens:
-            current = self._all_tokens(rows, length, valid, fed.device)
+            current = self._all_tokens(rows, length, valid)
         elif packed:
             self._refused = SteerableError(
                 "`generate_batch` packs all sequences into one row, in which only the selector 'all' can be followed: "
@@ -348,11 +379,11 @@ class Handle:
                 "`backward` inside of the `with`, or switch gradient checkpointing off"
             )
 
-    def _remember(self, h: Tensor, current: _Pass) -> None:
+    def _remember(self, h: Tensor, current: Passing) -> None:
         known = self._passes.get(h, current)
         self._passes[h] = current if known is current else None
 
-    def _again(self, h: Any) -> _Pass | None:
+    def _again(self, h: Any) -> Passing | None:
         """The pass that autograd repeats; None where that was not steered."""
         if h not in self._passes:
             return None
@@ -363,170 +394,110 @@ class Handle:
             )
         return found  # type: ignore[no-any-return]
 
-    def _all_tokens(self, rows: int, length: int, valid: Tensor | None, device: torch.device) -> _Pass:
-        self._check_rows(rows)
-        if valid is None and self._rows is not None:
-            valid = torch.ones(rows, length, dtype=torch.bool, device=device)
-        count = rows * length if valid is None else self._and_rows(valid).sum()
-        if self._active:
+    def _all_tokens(self, rows: int, length: int, valid: Tensor | None) -> Passing:
+        self._plan.check_rows(rows)
+        if self._plan.steps:
             self._fed.add(rows * length if valid is None else valid.sum())
-        several = len(self._selectors)
-        return _Pass(valid, [None] * several, [count] * several, self._rows, self._runs())
+        return Passing(self._plan, rows, length, valid, None)
 
-    def _some_tokens(self, tokens: Tokens) -> _Pass:
-        self._check_rows(len(tokens.ids))
-        # "all" needs no mask: what happens on padding reaches no token
-        masks = [None if s == selectors.all else s(tokens) for s in self._selectors]
-        touched = [tokens.valid if mask is None else mask for mask in masks]
-        counts: list[int | Tensor] = [self._and_rows(mask).sum() for mask in touched]
-        if self._active:
+    def _some_tokens(self, tokens: Tokens) -> Passing:
+        rows, length = tokens.ids.shape
+        self._plan.check_rows(rows)
+        if self._plan.steps:
             self._fed.add(tokens.valid.sum())
-        return _Pass(tokens.valid, masks, counts, self._rows, self._runs())
+        return Passing(self._plan, rows, length, tokens.valid, tokens)
 
-    def _runs(self) -> dict[Site, list[tuple[_Run, int]]]:
-        return {site: steered.runs for site, steered in self._sites.items()}
-
-    def _and_rows(self, mask: Tensor) -> Tensor:
-        return mask if self._rows is None else mask & self._rows.to(mask.device)
-
-    def _check_rows(self, rows: int) -> None:
-        if self._strengths not in (None, rows):
-            raise SteerableError(f"the strength has {self._strengths} rows, but the batch has {rows}")
-
-    def _check_end(self) -> None:
+    def _check_end(self, stacklevel: int) -> None:
         """Say what went otherwise than intended."""
         if self._refused is not None:
             raise self._refused
         if not self.tokens_fed:
-            if self._strange and self._active:
+            if self._strange and self._plan.steps:
                 warnings.warn(
                     f"steering touched nothing: all {self._strange} forward passes came from threads other than the "
                     "`with`'s own; enter `handle.here()` in the thread that runs the model",
                     SteerableWarning,
-                    stacklevel=4,
+                    stacklevel=stacklevel,
                 )
             return
         idle = [s for s in self._sites.values() if s.was_on and not s.touched.total()]
         if idle:
-            names = ", ".join(f"{s.site} (where={self._selectors[s.union]})" for s in idle[:4])
+            names = ", ".join(f"{s.site} (where={s.where()})" for s in idle[:4])
             warnings.warn(
                 f"steering touched none of the {self.tokens_fed} tokens fed at {names}: no effect there",
                 SteerableWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
-
-
-_Run = Callable[[Tensor, Tensor | None], Tensor]
-
-
-@dataclass
-class _Pass:
-    """How one forward pass is steered: fixed when it begins, and the same when autograd repeats a part of it."""
-
-    valid: Tensor | None
-    masks: list[Tensor | None]  # one for each selector
-    counts: list[int | Tensor]  # tokens touched, by selector
-    rows: Tensor | None  # rows that are steered at all; None: all of them
-    runs: dict[Site, list[tuple[_Run, int]]]
-    _moved: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
-
-    def mask(self, index: int, device: torch.device) -> Tensor | None:
-        """A selector's mask where a layer wants it: the layers may be spread over devices."""
-        mask = self.masks[index]
-        if mask is None or mask.device == device:
-            return mask
-        if (index, device) not in self._moved:
-            self._moved[index, device] = mask.to(device)
-        return self._moved[index, device]
 
 
 class _Local(local):
     """What belongs to the pass of one thread."""
 
-    now: _Pass | None = None
-    fed: _Pass | None = None
+    now: Passing | None = None
+    fed: Passing | None = None
     asked: int | None = None  # of the next pass: the last tokens whose logits are wanted
 
 
 class _SteeredSite:
-    """The interventions at one site, and what they did."""
+    """A site that is steered or read, and what was done there."""
 
-    def __init__(
-        self,
-        handle: Handle,
-        site: Site,
-        here: list[tuple[Intervention, int]],
-        union: int,
-        device: torch.device,
-        track: bool,
-    ):
-        self.handle, self.site, self.here, self.union, self.device = handle, site, here, union, device
+    def __init__(self, handle: Handle, site: Site, track: bool) -> None:
+        self.handle, self.site = handle, site
+        self.readings = handle._table.readings.get(site)
         self.touched = Count()
-        self.strength: Strength | None = None
         self.was_on = False  # at any time
         self.meter = Meter() if track else None
-        self.runs: list[tuple[_Run, int]] = []
-
-    def bind(self, strength: Strength | None) -> None:
-        self.strength = strength
-        bound = [(i, i.strength if strength is None else strength, index) for i, index in self.here]
-        self.runs = [
-            (i.bind(s, self.device), index)
-            for i, s, index in bound
-            if (bool((s != 0).any()) if isinstance(s, torch.Tensor) else s != 0)
-        ]
-        self.was_on |= bool(self.runs)
 
     def change(self, h: Tensor) -> Tensor | None:
         handle = self.handle
         current = handle._local.now
         if current is None:
-            if self.runs and get_ident() in handle._threads and not in_backward():
+            if self.site in handle._plan.steps and get_ident() in handle._threads and not in_backward():
                 raise SteerableError(
                     f"{self.site} ran outside the model's forward pass: call the model, not its blocks"
                 )
             return None
-        if not (runs := current.runs[self.site]):
+        if self.readings is not None:
+            current.opened[self.site] = self.readings, self.readings.open(h)
+        if not (steps := current.plan.steps.get(self.site)):
             return None
-        if h.device != self.device:  # offloaded weights, or a model that was moved since
-            self.device = h.device
-            self.bind(self.strength)
-            runs = current.runs[self.site] = self.runs
-        new = h
-        for run, index in runs:
-            mask = current.mask(index, h.device)
-            if mask is not None and mask.shape != h.shape[:2]:
+        new, taken, chosen = h, None, []
+        for step in steps:
+            here = current.chosen(step.window, h.device)
+            if here.mask is not None and here.mask.shape != h.shape[:2]:
                 raise SteerableError(
-                    f"steering was told of {tuple(mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
+                    f"steering was told of {tuple(here.mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
                 )
-            new = run(new, mask)
+            new, lost = step.run(new, here, current.position(h.device))
+            taken = lost if taken is None else taken if lost is None else taken + lost
+            chosen.append(here)
         if not in_backward():
-            self._measure(current, h, new)
+            self._measure(chosen, h, new, taken)
         return new
 
-    def _measure(self, current: _Pass, h: Tensor, new: Tensor) -> None:
-        self.touched.add(current.counts[self.union])
+    def _measure(self, chosen: list[Chosen], h: Tensor, new: Tensor, taken: Tensor | None) -> None:
+        touched, count = chosen[0].touched, chosen[0].count
+        for other in chosen[1:]:
+            if other.touched is not touched:
+                touched = None if touched is None or other.touched is None else touched | other.touched
+                count = h.shape[0] * h.shape[1] if touched is None else touched.sum()
+        self.touched.add(count)
         if self.meter is not None:
-            mask = current.masks[self.union]
-            weights = current.valid if mask is None else mask
-            if weights is not None and current.rows is not None:
-                weights = weights & current.rows.to(weights.device)
-            self.meter.add(h, new, None if weights is None else weights.to(h.device))
+            self.meter.add(h, new, taken, touched)
+
+    def where(self) -> str:
+        """The gates of what is done here."""
+        here = {str(i.gate) for program in self.handle.programs for i in program if i.site == self.site}
+        return " | ".join(sorted(here))
 
     def report(self) -> dict[str, Any]:
-        change, angle = self.meter.means() if self.meter is not None else (None, None)
-        return {"tokens": self.touched.total(), "relative_change": change, "angle": angle}
+        dose, change, angle = (None,) * 3 if self.meter is None else self.meter.means()
+        return {"tokens": self.touched.total(), "dose": dose, "relative_change": change, "angle": angle}
 
 
-def resolved(selector: Selector) -> bool:
+def resolved(gate: Gate) -> bool:
     """Whether every `boundary` in it knows its tokens."""
-    own = selector.op != "boundary" or selector.args is not None
-    return own and all(resolved(part) for part in selector.parts)
-
-
-def _union(parts: list[Selector]) -> Selector:
-    distinct = list(dict.fromkeys(parts))
-    return selectors.all if selectors.all in distinct else reduce(or_, distinct)
+    return (gate.op != "boundary" or gate.args is not None) and all(resolved(part) for part in gate.parts)
 
 
 def _piece(position: Any, length: int) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,54 +31,63 @@ class Count:
         return self._whole + (int(torch.stack(self._parts).sum()) if self._parts else 0)
 
 
+class Report(dict[str, dict[str, Any]]):
+    """What steering did at each site; `steering` is the text form of what was done."""
+
+    def __init__(self, sites: dict[str, dict[str, Any]], steering: str) -> None:
+        super().__init__(sites)
+        self.steering = steering
+
+
 class Meter:
-    """Mean relative change and angle over the touched tokens, attention sinks left out, from the activations before
-    and after. They are kept until there are enough to measure at once: at one token a call the calls would cost more
-    than the numbers."""
+    """Means over the touched tokens, attention sinks left out, from the activations before and after. They are held
+    until there are enough to measure at once: at one token a call the calls would cost more than the numbers."""
 
     ENOUGH = 256  # tokens
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._held: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._tokens = 0
-        self._sums: Tensor | None = None  # float64: touched tokens, relative changes, angles
+        self._sums: Tensor | None = None  # float64: touched tokens, doses, relative changes, angles
 
-    def add(self, before: Tensor, after: Tensor, weights: Tensor | None) -> None:
+    def add(self, before: Tensor, after: Tensor, taken: Tensor | None, touched: Tensor | None) -> None:
+        """taken: what rescaling took away of what was added. touched: [B, T]; None: all."""
         if after.requires_grad:
-            before, after = before.detach(), after.detach()
-        self._kept.append((before, after, weights))
+            before, after, taken = before.detach(), after.detach(), None if taken is None else taken.detach()
+        self._held.append((before, after, taken, touched))
         self._tokens += before.shape[0] * before.shape[1]
         if self._tokens >= self.ENOUGH:
             self._measure()
 
     def _measure(self) -> None:
-        if not self._kept:
+        if not self._held:
             return
-        d = self._kept[0][0].shape[-1]
-        before = torch.cat([b.reshape(-1, d) for b, _, _ in self._kept]).float()
-        after = torch.cat([a.reshape(-1, d) for _, a, _ in self._kept]).float()
-        if all(w is None for _, _, w in self._kept):
-            weights = before.new_ones(len(before))
-        else:
-            weights = torch.cat(
-                [
-                    b.new_ones(b.shape[0] * b.shape[1]) if w is None else w.expand(b.shape[:2]).reshape(-1)
-                    for b, _, w in self._kept
-                ]
-            )
-        self._kept, self._tokens = [], 0
+        d = self._held[0][0].shape[-1]
+        before = torch.cat([b.reshape(-1, d) for b, _, _, _ in self._held]).float()
+        after = torch.cat([a.reshape(-1, d) for _, a, _, _ in self._held]).float()
+        weights = _joined([(b.new_ones(b.shape[:2]) if w is None else w.to(b.device)) for b, _, _, w in self._held])
+        added = after - before
+        change = dose = torch.linalg.vector_norm(added, dim=-1)
+        if any(t is not None for _, _, t, _ in self._held):
+            taken = [torch.zeros_like(b) if t is None else t.to(b.dtype) for b, _, t, _ in self._held]
+            dose = torch.linalg.vector_norm(added + torch.cat([t.reshape(-1, d) for t in taken]), dim=-1)
+        self._held, self._tokens = [], 0
         norm, new_norm = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
-        touched = norm.masked_fill(weights == 0, torch.nan)
-        weights = weights * ~(norm > ELSEWHERE * touched.nanmedian())  # beside a massive activation all change is small
-        change = torch.linalg.vector_norm(after - before, dim=-1)
-        relative = change / norm.clamp_min(1e-30)
+        median = norm.masked_fill(weights == 0, torch.nan).nanmedian()
+        weights = weights * ~(norm > ELSEWHERE * median)  # beside a massive activation all change is small
         # sin^2(angle / 2) from the triangle's three sides: precise for small angles, unlike acos of a cosine
         square = (change - new_norm + norm) * (change + new_norm - norm)
         angle = 2 * (square / (4 * norm * new_norm).clamp_min(1e-30)).clamp(0, 1).sqrt().asin()
-        sums = torch.stack([torch.ones_like(norm), relative, angle]).double() @ weights.double()
-        self._sums = sums if self._sums is None else self._sums + sums
+        norm = norm.clamp_min(1e-30)
+        sums = torch.stack([torch.ones_like(norm), dose / norm, change / norm, angle]).double() @ weights.double()
+        self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
-    def means(self) -> tuple[float | None, float | None]:
+    def means(self) -> tuple[float | None, float | None, float | None]:
+        """Mean dose, relative change, and angle in degrees; None where nothing was touched."""
         self._measure()
-        total, relative, angle = (0.0, 0.0, 0.0) if self._sums is None else self._sums.tolist()
-        return (relative / total, math.degrees(angle / total)) if total else (None, None)
+        total, dose, change, angle = (0.0,) * 4 if self._sums is None else self._sums.tolist()
+        return (dose / total, change / total, math.degrees(angle / total)) if total else (None, None, None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1).float() for part in parts])

@@ -10,7 +10,7 @@ the direction is lost at 6 times the type's epsilon.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from steerable.models import loading as models
 from steerable.models.sinks import norms_of
 from steerable.models.taps import tap
-from steerable.steering.direction import Direction
-from steerable.steering.maps import Intervention, Shift
 from steerable.steering.site import Site
+from steerable.steering.spec import Intervention
 from steerable.store.errors import SteerableWarning
 
 EPSILONS = 6.0  # the least relative dose that a type resolves, in units of its epsilon (0.047 in bfloat16)
@@ -39,21 +38,24 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def rounding_watched(
-    model: nn.Module, items: Sequence[Direction | Intervention], interventions: Sequence[Intervention]
+    model: nn.Module,
+    norms: Mapping[Site, float],
+    interventions: Sequence[Intervention],
+    strength: float | Tensor | None,
 ) -> Iterator[None]:
     """Warn (SteerableWarning) where the relative dose of what is added lies under what the model's type resolves: at
-    once where a direction knows the norm of its site, else in the first forward pass, from the norms there."""
+    once where the norm of the site is in `norms`, else in the first forward pass, from the norms there.
+
+    strength: of all interventions, as `steer` is given it; None: each has its own.
+    """
     blocks = models.blocks(model)
     lengths: dict[Site, float] = {}  # of the smallest that is added at each site
     for i in interventions:
-        if (length := _length(i)) and is_narrow(dtype_of(blocks[i.site.layer])):
+        if (length := _length(i, strength)) and is_narrow(dtype_of(blocks[i.site.layer])):
             lengths[i.site] = min(length, lengths.get(i.site, length))
-    known = {
-        site: norm for item in items if isinstance(item, Direction) for site, norm in item.norms.items() if norm > 0
-    }
-    _warn({s: (length, known[s]) for s, length in lengths.items() if s in known}, blocks, stacklevel=6)
+    _warn({s: (length, norms[s]) for s, length in lengths.items() if s in norms}, blocks, stacklevel=6)
     with ExitStack() as measuring:
-        if unknown := {site: length for site, length in lengths.items() if site not in known}:
+        if unknown := {site: length for site, length in lengths.items() if site not in norms}:
             measuring.enter_context(tap(model, {site: _Once(site, length, blocks) for site, length in unknown.items()}))
         yield
 
@@ -71,14 +73,14 @@ class _Once:
             _warn({self.site: (self.length, norm)} if norm > 0 else {}, self.blocks, stacklevel=3)
 
 
-def _length(intervention: Intervention) -> float:
+def _length(intervention: Intervention, strength: float | Tensor | None) -> float:
     """||s v|| of a shift, of several strengths the smallest that is not zero; 0 where nothing is added or the map says
     how much."""
-    if not isinstance(intervention.map, Shift):
+    if (vector := intervention.vector) is None:
         return 0.0
-    strengths = torch.as_tensor(intervention.strength).abs().reshape(-1)
+    strengths = torch.as_tensor(intervention.strength if strength is None else strength).abs().reshape(-1)
     strengths = strengths[strengths > 0]
-    return float(strengths.min() * intervention.map.amount.norm()) if len(strengths) else 0.0
+    return float(strengths.min() * vector.norm()) if len(strengths) else 0.0
 
 
 def _warn(found: dict[Site, tuple[float, float]], blocks: Any, stacklevel: int) -> None:

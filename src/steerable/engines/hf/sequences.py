@@ -78,7 +78,7 @@ class Sequences:
             raise _unseen(past, self.columns)
         index = same.int().argmax(1).to(self.state.seen.device)
         fields = [x for x in vars(self.state).values() if isinstance(x, Tensor) and len(x) == same.shape[1]]
-        state = torch.stack(fields, 1)
+        state = torch.cat([x.reshape(len(x), -1).long() for x in fields], 1)
         if bool((same.to(index.device) & (state != state[index][:, None]).any(-1)).any()):
             raise SteerableError(
                 "the rows of the cache were reordered, and their keys do not tell which of them is in the think block: "

@@ -1,0 +1,151 @@
+"""Schedules: how the strength changes from layer to layer, from token to token and from request to request.
+
+Each is plain data and gives a factor of the strength: a number, or one for each token [B, T].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.steering.gates import CLOSING, Event, Tokens
+from steerable.steering.plain import Registry, call_text, numbers
+from steerable.store.errors import UsageError
+
+SCHEDULES = Registry("steerable.schedules")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor of 1 everywhere; the base of all schedules."""
+
+    needs_tokens = False
+    """Whether the factor differs between tokens."""
+
+    def at(self, layer: int) -> float:
+        """The part of the factor that depends on the layer."""
+        return 1.0
+
+    def over(self, tokens: Tokens) -> Tensor:
+        """The part that depends on the token, [B, T]; only asked where `needs_tokens`."""
+        return torch.ones_like(tokens.position, dtype=torch.float32)
+
+    @property
+    def event(self) -> Event | None:
+        """What the state of the sequences must look out for."""
+        return None
+
+
+@SCHEDULES.registering("constant")
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The strength as it is."""
+
+
+@SCHEDULES.registering("layers")
+@dataclass(frozen=True)
+class PerLayer(Schedule):
+    """A factor for each layer, from layer 0 on; the last one holds for all further layers."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        given = numbers(self.factors)
+        object.__setattr__(self, "factors", given if isinstance(given, tuple) else (given,))
+        _finite(self.factors)
+
+    def at(self, layer: int) -> float:
+        return self.factors[min(layer, len(self.factors) - 1)]
+
+
+@SCHEDULES.registering("ramp")
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """From `start` at the first generated token linearly to `stop` at the one with number `tokens`, counted from 0, and
+    `stop` from there on. The prompt has `start`."""
+
+    start: float
+    stop: float
+    tokens: int
+    needs_tokens = True
+
+    def __post_init__(self) -> None:
+        _finite((self.start, self.stop))
+        if not _whole(self.tokens):
+            raise UsageError(f"a ramp needs a whole number of tokens, 1 or more, not {self.tokens!r}")
+        object.__setattr__(self, "start", float(self.start))
+        object.__setattr__(self, "stop", float(self.stop))
+
+    def over(self, tokens: Tokens) -> Tensor:
+        share = (tokens.generated().float() / self.tokens).clamp(max=1)
+        return self.start + (self.stop - self.start) * share
+
+
+@SCHEDULES.registering("until")
+@dataclass(frozen=True)
+class Until(Schedule):
+    """1 up to an event among the generated tokens, its last token included, and 0 after it.
+
+    end: a number of generated tokens, the ids of tokens that follow each other, or "close", the closing think tag.
+    """
+
+    end: int | tuple[int, ...] | str
+    needs_tokens = True
+
+    def __post_init__(self) -> None:
+        ids = self.end if isinstance(self.end, tuple) else ()
+        if not (_whole(self.end) or self.end == CLOSING or ids and all(_whole(i, 0) for i in ids)):
+            raise UsageError(
+                f"until needs a number of tokens, a list of token ids or `{CLOSING}`, the closing think tag, "
+                f"not {self.end!r}"
+            )
+
+    def over(self, tokens: Tokens) -> Tensor:
+        over = tokens.generated() >= self.end if isinstance(self.end, int) else tokens.after(self.end)
+        return (~over).float()
+
+    @property
+    def event(self) -> Event | None:
+        return None if isinstance(self.end, int) else self.end
+
+
+@SCHEDULES.registering("per_request")
+@dataclass(frozen=True)
+class PerRequest(Schedule):
+    """The factor that the request gives (`Handle.assign`), and `default` where it gives none."""
+
+    default: float = 1.0
+
+    def __post_init__(self) -> None:
+        _finite((self.default,))
+        object.__setattr__(self, "default", float(self.default))
+
+
+def schedule_text(schedule: Schedule) -> str:
+    """A schedule as it is written behind `|`, for example "ramp(0, 1, 50)"."""
+    given = [getattr(schedule, f.name) for f in fields(schedule)]
+    if given == [f.default for f in fields(schedule)]:
+        given = []
+    if isinstance(schedule, PerLayer):
+        given = list(schedule.factors)
+    return call_text(SCHEDULES.name_of(type(schedule)), *given)
+
+
+def make_schedule(name: str, *arguments: Any) -> Schedule:
+    """The schedule that text names: layers(1, 0.5), ramp(0, 1, 50), until(close), per_request, constant."""
+    make: Callable[..., Schedule] = SCHEDULES[name]
+    return PerLayer(arguments) if make is PerLayer else make(*arguments)
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _finite(values: tuple[Any, ...]) -> None:
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise UsageError(f"a schedule's factors must be finite numbers, not {values}")

@@ -1,0 +1,274 @@
+"""How a run is steered: one frozen description that every engine lowers, every file holds and every process can read.
+
+    h' = R( h,  h + g s V ( phi(V^T h) - V^T h ) )
+
+An `Intervention` is this formula at one site; a `Steering` is a tuple of them, which act in this order where they share
+a site.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.steering.gates import Gate, Reading, parse_gate, selectors
+from steerable.steering.maps import MAPS, Map, Shift, called, fitted
+from steerable.steering.plain import decoded, encoded, number_text
+from steerable.steering.schedule import SCHEDULES, Constant, Schedule, schedule_text
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+from steerable.store.files import strict_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an intervention came from: how text names its direction, and what that direction says by itself. Text
+    (`format_steering`) gives the name and what differs."""
+
+    text: str = "direction"
+    gate: str = "all"
+    schedule: str = "constant"
+    rescale: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """The formula at one site, as plain data: equal by value, hashable, and written as JSON by `to_json`.
+
+    basis: V [d, k] with orthonormal columns, on the CPU. map: phi, of coordinates [..., k] (`maps`).
+    gate: g, the tokens that are touched (`gates`). strength: s, times the factor of the schedule.
+    rescale: whether R restores the norm of h; else it is the identity.
+
+    Raises UsageError for a basis, a strength or a gate that cannot be used. See `shift`, and `Direction.steering` for
+    rows that are not orthonormal.
+    """
+
+    site: Site
+    basis: Tensor
+    map: Map
+    gate: Gate = selectors.all
+    schedule: Schedule = Constant()
+    strength: float = 1.0
+    rescale: bool = False
+    source: Source = Source()
+
+    def __post_init__(self) -> None:
+        basis = self.basis.detach().to("cpu")
+        if basis.dim() != 2 or basis.numel() == 0:
+            raise UsageError(f"the basis at {self.site} must be [d, k], not {list(basis.shape)}")
+        if not torch.isfinite(basis).all():
+            raise UsageError(f"the vector at {self.site} holds NaN or infinite numbers")
+        if (check := getattr(self.map, "check", None)) is not None:
+            check(basis.shape[1])
+        try:
+            strength = float(self.strength)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UsageError(f"an intervention has one number as its strength, not {self.strength!r}") from None
+        if not math.isfinite(strength):
+            raise UsageError(f"the strength must be a finite number, not {self.strength}")
+        for name, value in (("basis", basis), ("strength", strength), ("gate", parse_gate(self.gate).at(self.site))):
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        basis = (self.basis.shape, self.basis.double().numpy().tobytes())
+        return (self.site, basis, self.map, self.gate, self.schedule, self.strength, self.rescale)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Intervention) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> Any:  # without the hash, which is another in each process
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing at any token."""
+        return self.strength == 0 or bool(getattr(self.map, "is_identity", False))
+
+    @property
+    def vector(self) -> Tensor | None:
+        """What a shift adds at strength 1, [d] float64; None for other maps."""
+        if not isinstance(self.map, Shift):
+            return None
+        return self.basis.double() @ torch.tensor(self.map.amount, dtype=torch.float64).expand(self.basis.shape[1])
+
+    def apply(
+        self, h: Tensor, mask: Tensor | None = None, strength: float | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """The formula itself, for one intervention: the oracle of the engines.
+
+        h: [B, T, d]. mask: [B, T] where the gate is open; None: everywhere. strength: instead of its own.
+        position: [B, T] of the tokens in their sequences, for maps that differ between positions; None: 0, 1, ...
+        The schedule is left out. The arithmetic is in float32 (float64 if h is); the result has h's type. Where nothing
+        changes h is returned, or its numbers, bit for bit.
+        """
+        s = self.strength if strength is None else strength
+        if s == 0 or getattr(self.map, "is_identity", False):
+            return h
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        if (vector := self.vector) is not None:
+            new = wide + s * vector.to(wide.device, wide.dtype)
+        else:
+            v = self.basis.to(wide.device, wide.dtype)
+            x = wide @ v
+            new = wide + s * ((called(self.map, x, wide, position) - x) @ v.T)
+        if self.rescale:
+            new = rescaled(new, wide)
+        new = new.to(h.dtype)
+        return new if mask is None else torch.where(mask[..., None], new, h)
+
+
+Steering = tuple[Intervention, ...]
+"""What steers a run. Interventions at one site act in this order."""
+
+
+class Program(tuple[Intervention, ...]):
+    """A Steering whose `str` is its text form."""
+
+    def __str__(self) -> str:
+        return format_steering(self)
+
+    def __add__(self, other: Any) -> Program:
+        return Program((*self, *other))
+
+
+def rescaled(new: Tensor, h: Tensor) -> Tensor:
+    """Each activation of `new` with the norm that it has in `h`."""
+    norm, before = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (new, h))
+    return new * (before / norm.clamp_min(1e-30))
+
+
+def shift(
+    site: Site, vector: Tensor, strength: float = 1.0, where: Gate | str = selectors.all, rescale: bool = False
+) -> Intervention:
+    """Activation addition, h' = h + strength * vector at the tokens of `where`. vector: [d] or [1, d].
+
+    Raises UsageError for another shape, and for NaN. Example: `shift(Site("attn_out", 2), torch.ones(64), 0.1)`.
+    """
+    row = vector[None] if vector.dim() == 1 else vector
+    if row.dim() != 2 or len(row) != 1:
+        raise UsageError(f"a shift at {site} needs one vector [d], not a tensor of shape {tuple(vector.shape)}")
+    return Intervention(site, *fitted(row, Shift()), parse_gate(where), strength=strength, rescale=rescale)
+
+
+def scaled(steering: Iterable[Intervention], factor: float) -> Program:
+    """The same steering with each strength times a factor."""
+    return Program(replace(i, strength=i.strength * factor) for i in steering)
+
+
+def format_steering(steering: Sequence[Intervention]) -> str:
+    """The text form, "0.5 happy@thinking - 0.2 verbose@answer & ~boundary"; `parse_steering` reads it back."""
+    terms: list[tuple[Any, Site]] = []
+    for i in steering:
+        term = (i.source, i.strength, str(i.gate), schedule_text(i.schedule), i.rescale)
+        if terms and terms[-1][0] == term and terms[-1][1] < i.site:
+            terms[-1] = (term, i.site)
+        else:
+            terms.append((term, i.site))
+    text = ""
+    for (source, strength, gate, schedule, is_rescaled), _ in terms:
+        sign = "- " if strength < 0 or math.copysign(1, strength) < 0 else "+ "
+        text += f" {sign if text else sign.strip().removeprefix('+')}{number_text(abs(strength))} {source.text}"
+        text += f"|{schedule}" * (schedule != source.schedule)
+        text += ("|rescale" if is_rescaled else "|rescale(off)") * (is_rescaled != source.rescale)
+        text += f"@{gate}" * (gate != source.gate)
+    return text.strip()
+
+
+def gate_to_json(gate: Gate) -> Any:
+    """A gate as JSON holds it: its text, and with it what its parts on activations read."""
+    if not gate.readings:
+        return str(gate)
+    readings = [
+        [[str(site), base64.b64encode(v).decode(), bias] for site, v, bias in leaf.args[0].vectors]  # type: ignore[index]
+        for leaf in gate.readings
+    ]
+    return {"text": str(gate), "readings": readings}
+
+
+def gate_from_json(data: Any) -> Gate:
+    """The inverse of `gate_to_json`. Raises UsageError."""
+    if isinstance(data, str):
+        return parse_gate(data)
+    try:
+        waiting = [
+            tuple((Site.parse(site), base64.b64decode(v, validate=True), float(bias)) for site, v, bias in entries)
+            for entries in data["readings"]
+        ]
+        gate = parse_gate(data["text"], lambda name: {Site("resid_post", 0): torch.ones(1)})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"a gate must be a text, or a text with readings ({error})") from None
+    if len(waiting) != len(gate.readings) or not all(
+        entries and all(len(v) and len(v) % 4 == 0 and math.isfinite(b) for _, v, b in entries) for entries in waiting
+    ):
+        raise UsageError("the readings of a gate do not fit its text")
+    return _with_readings(gate, iter(waiting))
+
+
+def _with_readings(gate: Gate, waiting: Any) -> Gate:
+    if not gate.reads:
+        return replace(gate, parts=tuple(_with_readings(part, waiting) for part in gate.parts))
+    reading, *rest = gate.args or ()
+    return replace(gate, args=(Reading(reading.name, next(waiting), reading.is_probe), *rest))
+
+
+def to_json(steering: Iterable[Intervention]) -> str:
+    """A steering as JSON, its bases included, so that another process can do the same."""
+    return json.dumps(
+        [
+            {
+                "site": str(i.site),
+                "basis": {
+                    "shape": list(i.basis.shape),
+                    "float64": base64.b64encode(i.basis.double().numpy().astype("<f8").tobytes()).decode(),
+                },
+                "map": encoded(i.map, MAPS),
+                "gate": gate_to_json(i.gate),
+                "schedule": encoded(i.schedule, SCHEDULES),
+                "strength": i.strength,
+                "rescale": i.rescale,
+                "source": [i.source.text, i.source.gate, i.source.schedule, i.source.rescale],
+            }
+            for i in steering
+        ],
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+
+
+def from_json(text: str) -> Program:
+    """The inverse of `to_json`. Raises UsageError for what is no steering."""
+    try:
+        return Program(_intervention(entry) for entry in strict_json(text))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"this JSON is no steering: {error}") from error
+
+
+def _intervention(data: dict[str, Any]) -> Intervention:
+    d, k = data["basis"]["shape"]
+    content = bytearray(base64.b64decode(data["basis"]["float64"], validate=True))
+    return Intervention(
+        Site.parse(data["site"]),
+        torch.frombuffer(content, dtype=torch.float64).reshape(d, k),
+        decoded(data["map"], MAPS, "map"),
+        gate_from_json(data["gate"]),
+        decoded(data["schedule"], SCHEDULES, "schedule"),
+        data["strength"],
+        bool(data["rescale"]),
+        Source(*data.get("source", ())),
+    )
