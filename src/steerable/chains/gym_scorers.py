@@ -9,13 +9,16 @@ where it evaluates a reply only to give it less than full marks.
 from __future__ import annotations
 
 import ast
+import cmath
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from steerable.chains.equality import compare
+from steerable.chains.quantities import word_set
 
 Entry = Mapping[str, Any]
 
@@ -23,16 +26,7 @@ Entry = Mapping[str, Any]
 
 _BRACED = re.compile(r"\\(?:f?boxed|text(?:bf|it|rm|tt)?|math(?:bf|it|rm|tt))\s*\{(.*)\}", re.DOTALL)
 _FENCED = re.compile(r"```[a-z]*\n(.*?)\n?```", re.DOTALL)
-_QUOTED = (
-    ("$$", "$$"),
-    ("$", "$"),
-    (r"\(", r"\)"),
-    (r"\[", r"\]"),
-    ("***", "***"),
-    ("**", "**"),
-    ("*", "*"),
-    ("`", "`"),
-)
+_QUOTED = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]", "***": "***", "**": "**", "*": "*", "`": "`"}
 
 #: Nobody wraps an answer in more; a degenerate policy does.
 LAYERS = 10
@@ -56,9 +50,9 @@ def _peeled(text: str) -> str:
     if text.endswith((".", "\u3002")) and not text.endswith("..."):
         return text[:-1]
     for pattern in (_BRACED, _FENCED):
-        if found := pattern.fullmatch(text):
-            return found[1]
-    for left, right in _QUOTED:
+        if match := pattern.fullmatch(text):
+            return match[1]
+    for left, right in _QUOTED.items():
         inside = text[len(left) : -len(right)]
         if inside and text.startswith(left) and text.endswith(right):
             return inside
@@ -68,16 +62,7 @@ def _peeled(text: str) -> str:
 # --- formulas that may reach sympy ---
 
 _TOKEN = re.compile(r"\d+\.?\d*|\.\d+|[A-Za-z]+|\s+|.", re.DOTALL | re.ASCII)
-_FUNCTIONS = frozenset(
-    (
-        "exp",
-        "log",
-        "sqrt",
-        "pi",
-        *("sin", "cos", "tan", "asin", "acos", "atan"),
-        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
-    )
-)
+_FUNCTIONS = word_set("exp log sqrt pi sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh")
 #: Letters that are functions or tables for sympy, not variables: some compute as many digits as they are asked for.
 _TAKEN = frozenset("NOQS")
 #: A number in scientific notation is short to write and may be long to print.
@@ -152,11 +137,9 @@ def _may_be_roots(entry: Entry, reply: str) -> bool:
     return bool(entry["answer"].strip() or no_root)
 
 
-_FRACTION = re.compile(r"\$?\s*(?:\\d?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}|\d+\s*/\s*\d+)\s*\$?", re.IGNORECASE)
-
-
-def _is_digits(entry: Entry, reply: str) -> bool:
-    return not re.search(r"[^\d\s]", reply)
+def _matches(pattern: str) -> Callable[[Entry, str], bool]:
+    """A reply of certain signs alone, in any case."""
+    return lambda entry, reply: bool(re.fullmatch(pattern, reply, re.IGNORECASE))
 
 
 #: May the scorer of a family see this reply to this entry? Where not, the reply is not readable.
@@ -171,30 +154,24 @@ GUARDS: dict[str, Callable[[Entry, str], bool]] = {
     "rubiks_cube": _is_short_walk,
     "rush_hour": _is_short_walk,
     # `nan` is at distance nan from the answer, and min(1, nan) is 1: full marks.
-    "complex_arithmetic": lambda entry, reply: bool(re.fullmatch(r"[-+\d.eij()\s]*", reply, re.IGNORECASE)),
+    "complex_arithmetic": _matches(r"[-+\d.eij()\s]*"),
     # They pass over what follows the answer, or stands in its lines.
     "letter_jumble": _is_as_long(None),
     "word_sorting": _is_as_long(","),
     "advanced_geometry": _is_as_long(","),
-    "fraction_simplification": lambda entry, reply: bool(_FRACTION.fullmatch(reply)),
-    "kakurasu": _is_digits,
-    "survo": _is_digits,
+    "fraction_simplification": _matches(
+        r"\$?\s*(?:\\d?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}|\d+\s*/\s*\d+)\s*\$?",
+    ),
+    "kakurasu": _matches(r"[\d\s]*"),
+    "survo": _matches(r"[\d\s]*"),
     "polynomial_equations": _may_be_roots,
     # They pick letters out of any text, so that words are taken for moves.
-    "quantum_lock": lambda entry, reply: bool(re.fullmatch(r"[A-C\s,>\u2192-]*", reply, re.IGNORECASE)),
-    "sokoban": lambda entry, reply: bool(re.fullmatch(r"[UDLR\s,]*", reply, re.IGNORECASE)),
+    "quantum_lock": _matches(r"[A-C\s,>\u2192-]*"),
+    "sokoban": _matches(r"[UDLR\s,]*"),
 }
 
 
 # --- comparisons in the place of a scorer ---
-
-
-def _is_the_word(entry: Entry, reply: str) -> bool:
-    return reply.casefold() == str(entry["answer"]).casefold()
-
-
-def _is_the_answer(entry: Entry, reply: str) -> bool:
-    return reply == str(entry["answer"]).strip()
 
 
 def _is_probability(entry: Entry, reply: str) -> bool | None:
@@ -203,23 +180,8 @@ def _is_probability(entry: Entry, reply: str) -> bool | None:
     if not re.fullmatch(r"\d{1,12}(\.\d{0,30})?(\s*/\s*\d{1,12})?|\.\d{1,30}", reply):
         return None
     above, _, below = reply.partition("/")
-    value = Fraction(above.strip()) / Fraction(below.strip() or 1)
-    wanted = Fraction(entry["answer"])
-    return bool(value) == bool(wanted) and abs(value - wanted) <= Fraction(1, 10_000)
-
-
-def _is_equal_integer(entry: Entry, reply: str) -> bool:
-    """The scorer evaluates the entry's problem; its answer says the same."""
-    return int(reply, 0) == int(entry["answer"], 0)
-
-
-def _is_number(entry: Entry, reply: str) -> bool:
-    """The scorer reads the first digits of any text, without their sign: -9, and `9 or 8`, would be 9."""
-    return compare(str(entry["answer"]), reply, str(entry["question"])) == "right"
-
-
-def _is_a_placement(entry: Entry, reply: str) -> bool:
-    return reply in entry["metadata"]["valid_answers"]
+    value, answer = Fraction(above.strip()) / Fraction(below.strip() or 1), Fraction(entry["answer"])
+    return bool(value) == bool(answer) and abs(value - answer) <= Fraction(1, 10_000)
 
 
 def _is_antiderivative(entry: Entry, reply: str) -> bool | None:
@@ -234,39 +196,36 @@ def _is_antiderivative(entry: Entry, reply: str) -> bool | None:
         return None
     x = sympy.Symbol(name)
     slope = sympy.diff(sympy.parse_expr(reply, local_dict={name: x, "C": sympy.Symbol("C")}), x)
-    wanted = sympy.parse_expr(integrand, local_dict={name: x})
+    derivative = sympy.parse_expr(integrand, local_dict={name: x})
     if slope.free_symbols - {x}:
         return False
-    pairs = list(_values([sympy.lambdify(x, formula, "cmath") for formula in (slope, wanted)]))
+    functions = [sympy.lambdify(x, formula, "cmath") for formula in (slope, derivative)]
+    pairs = []
+    for point in (-2.71, -1.37, -0.61, -0.23, 0.19, 0.47, 0.83, 1.31, 2.17, 3.43):
+        with contextlib.suppress(ArithmeticError, ValueError):
+            pairs.append([complex(function(complex(point))) for function in functions])
+    pairs = [pair for pair in pairs if all(map(cmath.isfinite, pair))]
     return len(pairs) >= 3 and all(abs(a - b) <= 1e-7 * max(1, abs(b)) for a, b in pairs)
 
 
-def _values(functions: list[Callable[[complex], complex]]) -> Iterator[list[complex]]:
-    for point in (-2.71, -1.37, -0.61, -0.23, 0.19, 0.47, 0.83, 1.31, 2.17, 3.43):
-        try:
-            found = [complex(function(complex(point))) for function in functions]
-        except (ArithmeticError, ValueError):
-            continue
-        if all(map(_is_finite, found)):
-            yield found
-
-
-def _is_finite(value: complex) -> bool:
-    return math.isfinite(value.real) and math.isfinite(value.imag)
+def _is_as_written(entry: Entry, reply: str) -> bool:
+    return reply == str(entry["answer"]).strip()
 
 
 #: Is this reply to this entry right? None: not readable.
 COMPARISONS: dict[str, Callable[[Entry, str], bool | None]] = {
     # Full marks for any text: it compares `bool(answer)`, which is true for "False".
-    "game_of_life_halting": _is_the_word,
+    "game_of_life_halting": lambda entry, reply: reply.casefold() == str(entry["answer"]).casefold(),
     "coin_flip": _is_probability,
     # These evaluate what is not the answer itself, for a tenth or half of the marks.
-    "binary_matrix": _is_the_answer,
-    "spiral_matrix": _is_the_answer,
-    "string_insertion": _is_the_answer,
-    "gsm_symbolic": _is_number,
-    "n_queens": _is_a_placement,
-    "bitwise_arithmetic": _is_equal_integer,
+    "binary_matrix": _is_as_written,
+    "spiral_matrix": _is_as_written,
+    "string_insertion": _is_as_written,
+    # It reads the first digits of any text, without their sign: -9, and `9 or 8`, would be 9.
+    "gsm_symbolic": lambda entry, reply: compare(str(entry["answer"]), reply, str(entry["question"])) == "right",
+    "n_queens": lambda entry, reply: reply in entry["metadata"]["valid_answers"],
+    # It evaluates the entry's problem; the answer says the same.
+    "bitwise_arithmetic": lambda entry, reply: int(reply, 0) == int(entry["answer"], 0),
     "simple_integration": _is_antiderivative,
     "intermediate_integration": _is_antiderivative,
 }
