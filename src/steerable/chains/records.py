@@ -26,13 +26,8 @@ Kind = Literal["task", "chain", "span"]
 
 #: The labels of Venhoff et al. 2025 (arXiv 2506.18167), and those of them that are steered.
 LABELS = (
-    "initializing",
-    "deduction",
-    "adding-knowledge",
-    "example-testing",
-    "uncertainty-estimation",
-    "backtracking",
-)
+    "initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking",
+)  # fmt: skip
 STEERABLE = LABELS[2:]
 
 _REQUIRED: dict[str, dict[str, type]] = {
@@ -40,38 +35,53 @@ _REQUIRED: dict[str, dict[str, type]] = {
     "chain": {"task_id": str, "sample": int, "thinking": str, "answer": str, "closed": bool, "tokens": int},
     "span": {"task_id": str, "sample": int, "label": str, "start": int, "end": int},
 }
-_IDS = ("prompt_ids", "ids")  # of a chain that has them
 _NAMES = {str: "text", int: "a whole number", bool: "true or false"}
 
 
 def read_jsonl(path: str | Path, kind: Kind | None = None) -> list[Record]:
-    """All records of a file, with the keys that `kind` needs checked.
+    """All records of a file of JSON lines, with the keys that `kind` needs checked.
 
-    Blank lines are skipped. UsageError, naming the file and the line, for a missing, unreadable or empty
-    file, a line that is no JSON object, and a record with a missing or ill-typed key. A span file may be
-    empty: a chain need not show any behaviour.
+    Args:
+        path: the file; blank lines in it are skipped.
+        kind: `task`, `chain` or `span`; None takes any objects. A file of spans may be empty: a chain need not show
+            any behaviour.
+
+    Raises:
+        UsageError: naming the file and the line, for a missing, unreadable or empty file, a line that is no JSON
+            object, and a record with a missing or ill-typed key.
+
+    Example:
+        >>> chains = read_jsonl("runs/pocket/chains.jsonl", "chain")
     """
-    refuse_stand_in(path)
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}: expected JSON lines{_of(kind)}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    records = []
+    each = f" with one {kind} each" if kind else ""
+    data = read_bytes(path, f"JSON lines{each}")
     # Split at "\n" alone: other line separators of Unicode may stand inside a string.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            records.append(_parse(line, kind, f"{path}, line {number}"))
+    lines = enumerate(data.split(b"\n"), start=1)
+    records = [_parse(line, kind, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not records and kind != "span":
-        raise UsageError(f"{path} is empty: expected at least one JSON line{_of(kind)}")
+        raise UsageError(f"{path} is empty: expected at least one JSON line{each}")
     return records
 
 
-def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write records, one a line, whole or not at all; equal records give equal bytes.
+def read_bytes(path: str | Path, expected: str) -> bytes:
+    """What a file holds, without a byte-order mark. UsageError where it is missing or cannot be read."""
+    refuse_stand_in(path)
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}: expected {expected}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
 
-    SteerableError for a full disk and for what JSON cannot hold (NaN and infinities among it).
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write records as JSON lines, whole or not at all; equal records give equal bytes. Returns the path.
+
+    Raises:
+        SteerableError: for a full disk, and for what JSON cannot hold (NaN and infinities among it).
+
+    Example:
+        >>> write_jsonl("tasks.jsonl", [{"id": "a", "prompt": "What is 2 + 3?", "answer": "5"}])
     """
     return write_atomic(path, b"".join(dump(record) + b"\n" for record in records))
 
@@ -102,27 +112,20 @@ def _parse(line: bytes, kind: Kind | None, where: str) -> Record:
         raise UsageError(f"{where} is not valid JSON ({reason}): expected one object a line") from None
     if not isinstance(record, dict):
         raise UsageError(f"{where} holds {type(record).__name__}: expected a JSON object")
-    for key, wanted in _REQUIRED[kind].items() if kind else ():
+    required = _REQUIRED[kind] if kind else {}
+    for key, type_ in required.items():
         if key not in record:
-            raise UsageError(f"{where} has no key {key!r}: a {kind} needs {', '.join(_REQUIRED[kind or ''])}")
-        value = record[key]
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise UsageError(f"{where}: {key!r} is {json.dumps(value)[:40]}, expected {_NAMES[wanted]}")
-    for key in _IDS if kind == "chain" else ():
-        if not _are_ids(ids := record.get(key, [])):
+            raise UsageError(f"{where} has no key {key!r}: a {kind} needs {', '.join(required)}")
+        if type(record[key]) is not type_:
+            raise UsageError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, expected {_NAMES[type_]}")
+    for key in ("prompt_ids", "ids") if kind == "chain" else ():
+        ids = record.get(key, [])
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise UsageError(f"{where}: {key!r} is {json.dumps(ids)[:40]}, expected a list of token ids")
     if kind == "span" and not 0 <= record["start"] < record["end"]:
         raise UsageError(f"{where}: a span needs 0 <= start < end, got [{record['start']}, {record['end']})")
     return record
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
-
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON number")
-
-
-def _of(kind: Kind | None) -> str:
-    return f" with one {kind} each" if kind else ""

@@ -12,32 +12,23 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from steerable.chains import sources
 from steerable.chains.judging import final_answer
 from steerable.chains.records import Record
 from steerable.store.errors import UsageError
 
 #: What a column may be called, the first that is there; capitals and `_` do not matter. `?prompt=NAME` names another.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "task_id", "unique_id", "question_id", "problem_id", "uid"),
-    "prompt": ("prompt", "question", "problem", "query", "input", "instruction", "messages", "conversations"),
-    "answer": (
-        "answer",
-        "final_answer",
-        "target",
-        "label",
-        "gold",
-        "ground_truth",
-        "expected_answer",
-        "reference_answer",
-        "best_answer",
-        "correct_answer",
-        "solution",
-    ),
-    "category": ("category", "subject", "type", "topic", "domain", "level"),
+COLUMNS = {
+    field: names.split()
+    for field, names in {
+        "id": "id task_id unique_id question_id problem_id uid",
+        "prompt": "prompt question problem query input instruction messages conversations",
+        "answer": "answer final_answer target label gold ground_truth expected_answer reference_answer best_answer "
+        "correct_answer solution",
+        "category": "category subject type topic domain level",
+    }.items()
 }
-_CHOICES = ("choices", "options")
 _OPTIONS = (*COLUMNS, "split", "config", "revision")
-_MARKS = re.compile(r"<<[^<>]*>>")
 
 
 def read_tasks(source: str, seed: int) -> dict[str, list[Record]]:
@@ -48,8 +39,6 @@ def read_tasks(source: str, seed: int) -> dict[str, list[Record]]:
 
     UsageError for a missing, unreadable or empty source, one without a prompt, and ids that occur twice.
     """
-    from steerable.chains import sources
-
     place, options = parse_source(source)
     rows, name = sources.read_rows(place, options)
     columns = {field: options[field] for field in COLUMNS if field in options}
@@ -75,12 +64,11 @@ def parse_source(source: str) -> tuple[str, dict[str, str]]:
     place, mark, rest = source.rpartition("?")
     if not mark or "=" not in rest:
         return source, {}
-    options = {}
-    for part in rest.split("&"):
-        key, _, value = part.partition("=")
-        if key not in _OPTIONS:
-            raise UsageError(f"{key!r} in {source!r} is no option of a task source: expected {', '.join(_OPTIONS)}")
-        options[key] = value
+    options = {key: value for key, _, value in (part.partition("=") for part in rest.split("&"))}
+    if unknown := options.keys() - set(_OPTIONS):
+        raise UsageError(
+            f"{min(unknown)!r} in {source!r} is no option of a task source: expected {', '.join(_OPTIONS)}"
+        )
     return place, options
 
 
@@ -91,11 +79,10 @@ def task_of(
 
     UsageError, naming the place `where`, for a record without a prompt.
     """
-    columns = columns or {}
     used: set[str] = set()
 
     def take(field: str) -> Any:
-        if field in columns:
+        if columns and field in columns:
             value, names = _named(row, columns[field], where)
             used.update(names)
             return value
@@ -112,10 +99,10 @@ def task_of(
             f"{where} has no prompt: expected text under {', '.join(COLUMNS['prompt'][:6])}, or name the column as "
             f"{source.partition('?')[0]}?prompt=COLUMN (there are: {', '.join(map(str, row))[:200]})"
         )
-    own_id, answer, category = take("id"), take("answer"), take("category")
+    identity, answer, category = take("id"), take("answer"), take("category")
     prompt, answer = _with_choices(row, prompt, answer)
     task: Record = {
-        "id": str(own_id) if own_id is not None else f"{name}-{number}",
+        "id": str(identity) if identity is not None else f"{name}-{number}",
         "prompt": prompt,
         "category": str(category) if category is not None else "all",
         "source": row["source"] if isinstance(row.get("source"), str) and row["source"] else source,
@@ -129,11 +116,10 @@ def task_of(
         if worked is None and isinstance(answer, str) and len(answer) > len(reference) + 8:
             worked = answer
     if worked:
-        task["solution"] = _MARKS.sub("", worked)
+        task["solution"] = re.sub(r"<<[^<>]*>>", "", worked)  # GSM8K's marks of calculations
     # What was read, and what a task's own keys would be mistaken for, stands here already.
-    known = {*used, *task, "answer", "entry"}
-    rest = {key: value for key, value in row.items() if isinstance(key, str) and key not in known and _is_json(value)}
-    return {**task, **rest}
+    taken = {*used, *task, "answer", "entry"}
+    return task | {key: v for key, v in row.items() if isinstance(key, str) and key not in taken and _is_json(v)}
 
 
 def _candidates(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
@@ -156,8 +142,8 @@ def _named(row: Mapping[str, Any], column: str, where: str) -> tuple[Any, list[s
 def _prompt(value: Any) -> str:
     """The text of a prompt; of a chat, what the user says last."""
     if isinstance(value, list):
-        said = [m for m in value if isinstance(m, dict) and m.get("role", m.get("from")) in ("user", "human")]
-        value = said[-1].get("content", said[-1].get("value")) if said else None
+        turns = [m for m in value if isinstance(m, dict) and m.get("role", m.get("from")) in ("user", "human")]
+        value = turns[-1].get("content", turns[-1].get("value")) if turns else None
     return value if isinstance(value, str) and value.strip() else ""
 
 
@@ -177,7 +163,7 @@ def _reference(answer: Any, is_solution: bool) -> str | None:
 
 def _with_choices(row: Mapping[str, Any], prompt: str, answer: Any) -> tuple[str, Any]:
     """Multiple choice: the choices with their letters belong to the prompt, and the answer is a letter."""
-    choices = next((row[name] for name in _candidates(row, _CHOICES)), None)
+    choices = next((row[name] for name in _candidates(row, ("choices", "options"))), None)
     letters = None
     if isinstance(choices, dict):  # as in ARC: {"text": [...], "label": ["A", ...]}
         letters, choices = choices.get("label"), choices.get("text")

@@ -6,7 +6,8 @@ A task is `{"id", "prompt", "category", "source"}` with what it is judged by: `a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +36,28 @@ def make_tasks(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """`n` tasks from a source, balanced over categories, none twice and none in `exclude_hashes` (of `content_hash`).
+    """`n` tasks from a source, balanced over categories, in which none stands twice.
 
-    `source` is `pocket` (the bundled model's families), `reasoning-gym` (the paper's categories),
-    `reasoning-gym:gcd,@causal-reasoning,...`, a data set (`gsm8k`, `math500:test`, `hf:<id>[:<config>][:<split>]`),
-    the path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file or of a folder, or
-    `llm[:MODEL[@URL]]`, tasks that a language model writes. Categories alternate, so any beginning of the list is
-    balanced as well. The same arguments give the same tasks. Tasks of the bundled model's families come from the half
-    that its training never saw.
+    Categories alternate, so any beginning of the list is balanced as well. The same arguments give the same tasks.
+    Tasks of the bundled model's families come from the half that its training never saw.
 
-    endpoint, cache, progress: for `llm` alone; the server if the source does not name it, the folder of replies, and
-    where what is done is reported.
+    Args:
+        source: `pocket` (the bundled model's families), `reasoning-gym` (the paper's categories),
+            `reasoning-gym:gcd,@causal-reasoning,...`, a data set (`gsm8k`, `math500:test`,
+            `hf:<id>[:<config>][:<split>]`), the path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow`
+            file or of a folder, or `llm[:MODEL[@URL]]`, tasks that a language model writes.
+        n: how many.
+        seed: of the choice and the order.
+        exclude_hashes: hashes (`content_hash`) of tasks that are not wanted.
+        endpoint, cache, progress: for `llm` alone; the server if the source does not name it, the folder of replies,
+            and where what is done is reported.
 
-    UsageError when the source is unknown, or too small for `n` distinct tasks; SteerableError when it cannot be
-    reached.
+    Raises:
+        UsageError: the source is unknown, or too small for `n` distinct tasks.
+        SteerableError: the source cannot be reached.
+
+    Example:
+        >>> tasks = make_tasks("reasoning-gym:@spatial-reasoning,gcd", 4)
     """
     return _draw(source, [n], seed, set(exclude_hashes), endpoint, cache, progress)[0]
 
@@ -64,8 +73,14 @@ def make_splits(
 ) -> list[Record]:
     """Disjoint groups of tasks in one list, each task with the name of its group as `split`.
 
-    `sizes` gives the number of tasks of each split, e.g. `{"extraction": 300, "evaluation": 50}`. No task stands in two
-    splits, nor twice in one, in another spelling either (`duplicates.normalised`). See `make_tasks`.
+    No task stands in two splits, nor twice in one, in another spelling either (`duplicates.normalised`).
+
+    Args:
+        source: where the tasks come from; see `make_tasks`, also for the other arguments and the errors.
+        sizes: the number of tasks of each split.
+
+    Example:
+        >>> tasks = make_splits("pocket", {"extraction": 300, "evaluation": 50})
     """
     drawn = _draw(source, list(sizes.values()), seed, set(), endpoint, cache, progress)
     return [{**task, "split": split} for split, tasks in zip(sizes, drawn, strict=True) for task in tasks]
@@ -84,45 +99,32 @@ def _draw(
     if small := [n for n in sizes if n < 1]:
         raise UsageError(f"the number of tasks must be at least 1, got {small[0]}")
     if source.partition(":")[0] == "llm":
-        wanted = sum(sizes)
-        written_tasks = written.write_tasks(
-            source, wanted, seed, excluded, endpoint=endpoint, cache=cache, progress=progress
+        tasks = written.write_tasks(
+            source, sum(sizes), seed, excluded, endpoint=endpoint, cache=cache, progress=progress
         )
-        streams = [_listed(written_tasks)]
+        streams: list[Callable[[], Iterable[Record]]] = [lambda: tasks]
     else:
         streams = _open(source, seed)
     seen: set[str] = set()
     groups = []
     for n in sizes:
-        groups.append(_take([stream() for stream in streams], n, seen, excluded))
+        groups.append(_take([iter(stream()) for stream in streams], n, seen, excluded))
         if len(groups[-1]) < n:
             few = f"{len(groups[-1])} more distinct {plural(len(groups[-1]), 'task')}"
             raise UsageError(f"{source} gives only {few}, but {n} {plural(n, 'was', 'were')} asked for: ask for fewer")
     return groups
 
 
-Streams = list[Callable[[], Iterator[Record]]]
-
-
-def _open(source: str, seed: int) -> Streams:
+def _open(source: str, seed: int) -> list[Callable[[], Iterable[Record]]]:
     """What gives a source's tasks, one stream a category, each as often as it is asked."""
     name, _, rest = source.partition(":")
     if source == "pocket":
-        return [_gym(family, (family,), seed) for family in FAMILIES]
+        return [partial(gym.stream, family, (family,), seed) for family in FAMILIES]
     if name == GYM:
         if not rest and ":" in source:
             raise UsageError(f"{source!r} names no family: expected for example {GYM}:countdown,gcd, or {GYM} alone")
-        return [_gym(category, families, seed) for category, families in gym.parse_families(rest)]
-    by_category = tables.read_tasks(source, seed)
-    return [_listed(tasks) for tasks in by_category.values()]
-
-
-def _gym(category: str, families: tuple[str, ...], seed: int) -> Callable[[], Iterator[Record]]:
-    return lambda: gym.stream(category, families, seed)
-
-
-def _listed(tasks: list[Record]) -> Callable[[], Iterator[Record]]:
-    return lambda: iter(tasks)
+        return [partial(gym.stream, category, families, seed) for category, families in gym.parse_families(rest)]
+    return [partial(iter, tasks) for tasks in tables.read_tasks(source, seed).values()]
 
 
 def _take(streams: list[Iterator[Record]], n: int, seen: set[str], excluded: Collection[str]) -> list[Record]:
@@ -134,7 +136,7 @@ def _take(streams: list[Iterator[Record]], n: int, seen: set[str], excluded: Col
 
     while streams and len(taken) < n:
         for stream in list(streams):
-            task = next((task for task in stream if is_new(task)), None)
+            task = next(filter(is_new, stream), None)
             if task is None:
                 streams.remove(stream)
             elif len(taken) < n:
