@@ -21,7 +21,7 @@ from transformers import (
 import steerable as st
 from steerable.formats import export_file, import_file
 from steerable.formats.checkpoint import as_checkpoint
-from steerable.methods import folding as edits
+from steerable.models import writers as edits
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError

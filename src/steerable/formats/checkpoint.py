@@ -25,7 +25,7 @@ from torch import Tensor
 
 from steerable.formats.base import FOLDED, Format, WriteOptions
 from steerable.models import loading as models
-from steerable.models.biases import Place, bias_names, linear, number_type, placed
+from steerable.models.writers import Place, bias_names, linear, number_type, placed
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 
@@ -54,7 +54,7 @@ def as_checkpoint(
 
     Weights keep their type, tied embeddings stay tied, nothing is copied in memory, the model is not changed. The
     folder is there whole or not at all. Returns it. Raises UsageError where no stock class can hold the biases, for
-    quantised weights, for what no bias does (`biases.placed`) and for a folder that is not empty; SteerableError where
+    quantised weights, for what no bias does (`writers.placed`) and for a folder that is not empty; SteerableError where
     the tokenizer would be read back as another one, or where writing fails.
     """
     folder = Path(os.path.realpath(folder))  # a symbolic link stays, and what it points to is written

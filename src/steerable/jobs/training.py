@@ -32,8 +32,8 @@ from steerable.jobs.lens_document import read_direction
 from steerable.jobs.training_settings import MODEL, TrainSettings
 from steerable.methods.train.log import read_log
 from steerable.methods.train.parameters import artefact, check_vectors, places
-from steerable.models import biases
 from steerable.models import loading as models
+from steerable.models import writers
 from steerable.models.loading import Loaded, stop_ids
 from steerable.pages import rl_page
 from steerable.steering.direction import Direction
@@ -235,7 +235,7 @@ def check(settings: TrainSettings, loaded: Loaded) -> None:
     if settings.method in ("bias", "adaptive", "lora"):
         chosen = places(loaded.model, settings.chosen_layers, settings.after)
         for place in chosen:
-            biases.linear(loaded.model, place)
+            writers.linear(loaded.model, place)
         if settings.method == "bias":
             check_vectors(loaded.model, chosen, settings.rank, getattr(settings, "beta", 0.0) > 0)
     Prompting(settings.system, settings.template or "").text(loaded.tokenizer, "")

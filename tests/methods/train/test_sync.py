@@ -18,8 +18,8 @@ from steerable.jobs.training_settings import RLSettings
 from steerable.methods.train import sync, trainer
 from steerable.methods.train.log import read_log
 from steerable.methods.train.parameters import attach
-from steerable.models.biases import AFTER
 from steerable.models.loading import Loaded
+from steerable.models.writers import AFTER
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError

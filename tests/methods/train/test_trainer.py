@@ -125,7 +125,7 @@ def test_it_learns_an_easy_task_and_nothing_but_the_vectors_changes(tmp_path, ti
 @pytest.mark.slow
 def test_the_plain_loop_learns_it_too(tiny_llama, tokenizer):
     """So that the oracle is known to be one."""
-    from steerable.methods.folding import add_bias
+    from steerable.models.writers import add_bias
 
     found = loaded(tiny_llama, tokenizer)
     parameters = add_bias(found.model)

@@ -21,10 +21,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from steerable.methods import folding
 from steerable.methods.train import Method
-from steerable.models import biases
 from steerable.models import loading as models
+from steerable.models import writers
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import folder_target, write_atomic
@@ -116,9 +115,9 @@ class Trained:
         if self.method != "bias":
             raise UsageError(f"--method {self.method} trains no vectors: only bias does")
         if self.factors is None:
-            return folding.extract_bias(self.model, **about)
+            return writers.extract_bias(self.model, **about)
         vectors = self.factors.vectors().detach().float().cpu()
-        sites = [biases.site(self.model, place) for place in self.model.steering_places]
+        sites = [writers.site(self.model, place) for place in self.model.steering_places]
         identity = {"model_id": models.model_id(self.model), "model_revision": models.model_revision(self.model)}
         return Direction(dict(zip(sites, vectors, strict=True)), **identity | about)
 
@@ -192,23 +191,23 @@ def attach(
         if rank:
             return Trained(model, method, factors=_factorised(model, chosen, rank))
         if not reference:
-            folding.add_bias(model, [place.layer for place in chosen], after)
+            writers.add_bias(model, [place.layer for place in chosen], after)
             return Trained(model, method)
     return Trained(model, method, _adapter(model, method, chosen, rank or RANKS.get(method, 0)))
 
 
-def places(model: Any, layers: Sequence[int] | None, after: str) -> list[biases.Place]:
+def places(model: Any, layers: Sequence[int] | None, after: str) -> list[writers.Place]:
     """Where vectors are added, in the order of `layers` (default: all)."""
-    return [biases.Place(layer, after) for layer in (range(models.n_layers(model)) if layers is None else layers)]
+    return [writers.Place(layer, after) for layer in (range(models.n_layers(model)) if layers is None else layers)]
 
 
-def check_vectors(model: Any, chosen: Sequence[biases.Place], rank: int | None, reference: bool) -> None:
+def check_vectors(model: Any, chosen: Sequence[writers.Place], rank: int | None, reference: bool) -> None:
     """Raises UsageError where vectors at these places cannot have the rank, or, with a `reference`, be an adapter."""
     most = min(len(chosen), models.width(model))
     if (rank or 0) > most:
         vectors, dimensions = plural(len(chosen), "vector spans", "vectors span"), plural(most, "dimension")
         raise UsageError(f"--rank is {rank}: {len(chosen)} {vectors} no more than {most} {dimensions}")
-    kinds = [type(biases.linear(model, place)) for place in chosen if reference and not rank]
+    kinds = [type(writers.linear(model, place)) for place in chosen if reference and not rank]
     if other := next((kind for kind in kinds if not issubclass(kind, nn.Linear)), None):
         raise UsageError(
             "--beta with --method bias makes the vectors an adapter of PEFT, which this model's "
@@ -216,8 +215,8 @@ def check_vectors(model: Any, chosen: Sequence[biases.Place], rank: int | None, 
         )
 
 
-def _factorised(model: Any, chosen: Sequence[biases.Place], rank: int) -> Factors:
-    linears = [biases.linear(model, place) for place in chosen]
+def _factorised(model: Any, chosen: Sequence[writers.Place], rank: int) -> Factors:
+    linears = [writers.linear(model, place) for place in chosen]
     factors = Factors(len(chosen), rank, models.width(model), linears[0].weight.device)
     model.steering, model.steering_places = factors, tuple(chosen)
 
@@ -229,14 +228,14 @@ def _factorised(model: Any, chosen: Sequence[biases.Place], rank: int) -> Factor
     return factors
 
 
-def _adapter(model: Any, method: str, chosen: Sequence[biases.Place], rank: int) -> Any:
+def _adapter(model: Any, method: str, chosen: Sequence[writers.Place], rank: int) -> Any:
     import peft
 
     if method == "tinylora":
         return peft.TinyLoraConfig(
             r=2, u=rank, weight_tying=1.0, target_modules="all-linear", task_type="CAUSAL_LM", projection_seed=0
         )
-    linears = [biases.linear(model, place) for place in chosen]
+    linears = [writers.linear(model, place) for place in chosen]
     names = [name for name, module in model.named_modules() if any(module is linear for linear in linears)]
     if method == "bias":
         return peft.BeftConfig(target_modules=names, task_type="CAUSAL_LM")

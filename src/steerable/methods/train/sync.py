@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from steerable.formats.checkpoint import as_checkpoint
 from steerable.methods.train.parameters import Trained
-from steerable.models.biases import bias_names, linear, number_type
 from steerable.models.loading import Loaded
+from steerable.models.writers import bias_names, linear, number_type
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json, write_json
 
