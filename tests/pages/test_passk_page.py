@@ -8,7 +8,7 @@ from labels import check_labels
 
 from steerable.jobs.elicitation import against, summary
 from steerable.pages import words
-from steerable.pages.cells import Interval
+from steerable.pages.words import Interval
 from steerable.pages.passk_page import findings, render, tables
 
 KS = [1, 2, 4, 8]

@@ -7,19 +7,13 @@ unsteered cell serves every setting and control.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from steerable.pages.words import Interval
 
 Cell = dict[str, Any]
 CONTROLS = ("random", "shuffled")
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Setting(NamedTuple):
@@ -41,31 +35,22 @@ class Effect(NamedTuple):
     def verdict(self) -> str:
         """One phrase on how the effect stands beside its controls."""
         side = "above" if self.strength > 0 else "below"
-        measured = {name: won for name, won in self.beats.items() if won is not None}
+        measured = {name: beaten for name, beaten in self.beats.items() if beaten is not None}
         if self.fraction is None:
             return "not measured"
         if not measured:
             return "controls not measured"
-        won = [name for name, beaten in measured.items() if beaten]
-        if not won:
+        beaten = [name for name, is_beaten in measured.items() if is_beaten]
+        if not beaten:
             return "no clear difference from the controls"
-        if len(won) < len(measured):
-            return f"{side} the {won[0]} control only"
-        return f"{side} both controls" if len(won) == len(CONTROLS) else f"{side} the {won[0]} control"
+        if len(beaten) < len(measured):
+            return f"{side} the {beaten[0]} control only"
+        return f"{side} both controls" if len(beaten) == len(CONTROLS) else f"{side} the {beaten[0]} control"
 
     @property
     def clear(self) -> bool:
         """Beyond the interval of every control, all of which were measured."""
         return all(self.beats.values())
-
-
-def interval(value: Any) -> Interval | None:
-    """`[mean, low, high]` as an Interval; None when it was not measured."""
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        return None
-    if any(not isinstance(x, int | float) or not math.isfinite(x) for x in value):
-        return None
-    return Interval(*map(float, value))
 
 
 def measured(cells: list[Cell], metric: str) -> Interval | None:
@@ -74,17 +59,12 @@ def measured(cells: list[Cell], metric: str) -> Interval | None:
     Several cells (random directions that were not pooled) become their mean with the widest interval, which
     is the cautious choice.
     """
-    found = []
-    for cell in cells:
-        if metric.startswith("fractions."):
-            value = (cell.get("fractions") or {}).get(metric.removeprefix("fractions."))
-        else:
-            value = cell.get(metric)
-        if (read := interval(value)) is not None:
-            found.append(read)
-    if not found:
+    name, _, label = metric.partition(".")
+    values = [(cell.get(name) or {}).get(label) if label else cell.get(name) for cell in cells]
+    reads = [read for value in values if (read := Interval.of(value))]
+    if not reads:
         return None
-    return Interval(sum(i.mean for i in found) / len(found), min(i.low for i in found), max(i.high for i in found))
+    return Interval(sum(i.mean for i in reads) / len(reads), min(i.low for i in reads), max(i.high for i in reads))
 
 
 def setting_of(cell: Cell) -> Setting:
@@ -95,67 +75,67 @@ def setting_of(cell: Cell) -> Setting:
 def unsteered(cells: list[Cell], behaviour: str) -> list[Cell]:
     """The unsteered cell: the behaviour's own when there is one, else the one that all behaviours share."""
     zero = [c for c in cells if c.get("strength") == 0 and c.get("control") is None]
-    for owner in (behaviour, None):
-        if own := [c for c in zero if c.get("behaviour") == owner]:
-            return own[:1]
-    return zero[:1]
+    return sorted(zero, key=lambda c: [behaviour, None, c.get("behaviour")].index(c.get("behaviour")))[:1]
 
 
 def doses(cells: list[Cell], behaviour: str, control: str | None, setting: Setting) -> dict[float, list[Cell]]:
     """The cells of one vector, or of a control of it, in one setting by rising strength, unsteered too."""
-    found: dict[float, list[Cell]] = {}
+    by_strength: dict[float, list[Cell]] = {}
     for cell in cells:
         # A random direction may be shared by all behaviours: its cells then name none.
         ours = cell.get("behaviour") == behaviour or (control == "random" and cell.get("behaviour") is None)
         if ours and cell.get("control") == control and cell.get("strength") and setting_of(cell) == setting:
-            found.setdefault(float(cell["strength"]), []).append(cell)
-    if found and (zero := unsteered(cells, behaviour)):
-        found[0.0] = zero
-    return dict(sorted(found.items()))
+            by_strength.setdefault(float(cell["strength"]), []).append(cell)
+    if by_strength and (zero := unsteered(cells, behaviour)):
+        by_strength[0.0] = zero
+    return dict(sorted(by_strength.items()))
+
+
+def curve(
+    cells: list[Cell], behaviour: str, control: str | None, setting: Setting, metric: str
+) -> dict[float, Interval]:
+    """One metric by rising strength, where it was measured."""
+    by_strength = doses(cells, behaviour, control, setting)
+    return {strength: read for strength, group in by_strength.items() if (read := measured(group, metric))}
 
 
 def settings(cells: list[Cell], behaviour: str) -> list[Setting]:
     """Every setting in which the behaviour's own vector was measured, in the order of the cells."""
-    return list(
-        dict.fromkeys(
-            setting_of(c)
-            for c in cells
-            if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength")
-        )
-    )
+    steered = (c for c in cells if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength"))
+    return list(dict.fromkeys(map(setting_of, steered)))
 
 
-def main_setting(cells: list[Cell], behaviour: str, selection: dict[str, Any] | None) -> Setting | None:
+def main_setting(cells: list[Cell], behaviour: str, selection: Mapping[str, Any] | None) -> Setting | None:
     """The setting that the figures show: the selected single layer at all positions where it was measured."""
-    found = settings(cells, behaviour)
+    measured_settings = settings(cells, behaviour)
     selection = selection or {}
-    wanted = [(selection.get("layer"),), tuple(selection.get("layers") or ())]
-    order = [Setting(layers, where) for where in ("all", "thinking") for layers in wanted]
-    return next((s for s in order if s in found), found[0] if found else None)
+    candidates = [(selection.get("layer"),), tuple(selection.get("layers") or ())]
+    order = [Setting(layers, where) for where in ("all", "thinking") for layers in candidates]
+    return next((s for s in [*order, *measured_settings] if s in measured_settings), None)
 
 
 def effect(cells: list[Cell], behaviour: str, setting: Setting, strength: float) -> Effect:
     """What the vector did to its own behaviour at one strength, beside unsteered and the controls."""
     metric = f"fractions.{behaviour}"
     base = measured(unsteered(cells, behaviour), metric)
-    got = measured(doses(cells, behaviour, None, setting).get(strength, []), metric)
+    read = curve(cells, behaviour, None, setting, metric).get(strength)
     beats: dict[str, bool | None] = {}
     for control in CONTROLS:
-        rival = measured(doses(cells, behaviour, control, setting).get(strength, []), metric)
-        if rival is None or got is None:
+        rival = curve(cells, behaviour, control, setting, metric).get(strength)
+        if read is None or rival is None:
             beats[control] = None
         else:
-            beats[control] = got.low > rival.high if strength > 0 else got.high < rival.low
-    ratio = got.mean / base.mean if got and base and base.mean > 0 else None
-    return Effect(strength, got, ratio, beats)
+            beats[control] = read.low > rival.high if strength > 0 else read.high < rival.low
+    ratio = read.mean / base.mean if read and base and base.mean > 0 else None
+    return Effect(strength, read, ratio, beats)
 
 
 def extremes(cells: list[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:
     """The two strengths that the headline names: -1 and +1, or the outermost measured ones, those with controls
     before others."""
-    own = {s for s in doses(cells, behaviour, None, setting) if s}
+    steered = {s for s in doses(cells, behaviour, None, setting) if s}
     controlled = {s for control in CONTROLS for s in doses(cells, behaviour, control, setting)}
-    strengths = (own & controlled) or own
+    strengths = (steered & controlled) or steered
     negative, positive = [s for s in strengths if s < 0], [s for s in strengths if s > 0]
     down = -1.0 if -1.0 in negative or not negative else min(negative)
     up = 1.0 if 1.0 in positive or not positive else max(positive)

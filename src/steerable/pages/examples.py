@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steerable.chains.spans import stretches
@@ -24,41 +26,40 @@ class Column(NamedTuple):
     shares: list[tuple[str, float]]
 
 
-def segments(text: str, spans: list[dict[str, Any]]) -> list[Segment]:
+def segments(text: str, spans: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """The text cut at the spans' character offsets, nothing lost: text between spans has no label.
 
     `chains.spans` says whose a character is where spans overlap; offsets beyond the text are cut to it.
     """
     pieces, at = [], 0
     for place, start, end in stretches(spans, len(text)):
-        if start > at:
-            pieces.append(Segment(text[at:start], None))
-        pieces.append(Segment(text[start:end], spans[place]["label"]))
+        pieces += [Segment(text[at:start], None), Segment(text[start:end], spans[place]["label"])]
         at = end
-    if at < len(text):
-        pieces.append(Segment(text[at:], None))
-    return pieces
+    return [piece for piece in [*pieces, Segment(text[at:], None)] if piece.text]
 
 
-def shares(pieces: list[Segment], order: list[str]) -> list[tuple[str, float]]:
+def shares(pieces: Sequence[Segment], order: Sequence[str]) -> list[tuple[str, float]]:
     """The labels' shares of the labelled characters, in the given order, absent labels left out."""
-    count: dict[str, int] = {}
+    count: Counter[str] = Counter()
     for piece in pieces:
         if piece.label is not None:
-            count[piece.label] = count.get(piece.label, 0) + len(piece.text.strip())
-    total = sum(count.values())
-    known = [label for label in order if label in count] + sorted(set(count) - set(order))
-    return [(label, count[label] / total) for label in known if total]
+            count[piece.label] += len(piece.text.strip())
+    labels = [label for label in order if label in count] + sorted(set(count) - set(order))
+    return [(label, count[label] / count.total()) for label in labels if count.total()]
 
 
-def columns(example: dict[str, Any], order: list[str]) -> list[Column]:
-    """The unsteered chain, then up, then down; a chain that is missing is left out."""
-    found = []
-    for key, title in (("unsteered", "Unsteered"), ("plus", "Steered up"), ("minus", "Steered down")):
-        chain = example.get(key)
-        if not chain:
-            continue
-        pieces = segments(chain.get("thinking") or "", chain.get("spans") or [])
-        answer = (chain.get("answer") or "").strip()
-        found.append(Column(title, answer, chain.get("correct"), pieces, shares(pieces, order)))
-    return found
+def columns(example: Mapping[str, Any], titles: Mapping[str, str], order: Sequence[str]) -> list[Column]:
+    """The chains of an example by the keys of `titles`; a chain that is missing is left out."""
+    made = []
+    for key, title in titles.items():
+        if chain := example.get(key):
+            pieces = segments(chain.get("thinking") or "", chain.get("spans") or [])
+            answer = (chain.get("answer") or "").strip()
+            made.append(Column(title, answer, chain.get("correct"), pieces, shares(pieces, order)))
+    return made
+
+
+def labels_in(examples: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """The labels of all spans in the chains of some examples, in the order in which they appear."""
+    chains = [example.get(key) or {} for example in examples for key in titles]
+    return list(dict.fromkeys(span["label"] for chain in chains for span in chain.get("spans") or []))

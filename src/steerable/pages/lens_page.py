@@ -1,24 +1,24 @@
-"""What trained vectors say, as a section for any of the reports and as a page by itself.
+"""What vectors say, as a section for any of the pages, as a page by itself, and as tables for a terminal.
 
-Both are pure functions of a lens document (`readout.document.read_direction`; schema: docs/lens.md).
+All are pure functions of a lens document (`jobs.lens_job.read_direction`; schema: docs/lens.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
-from steerable.evals.lens_tokens import visible
-from steerable.pages import panels, words
-from steerable.pages.figures import Point, Scale, Series, curves, nice_scale
-from steerable.pages.templates import render
+from steerable.pages import words
+from steerable.pages.figures import Panel, Point, Scale, Series, curves, nice_scale, step_scale
+from steerable.pages.html import render
+from steerable.pages.words import Table
 from steerable.store.plurals import plural
 
 Document = Mapping[str, Any]
-_NUMBERS = 13  # a heat map with more columns shows its numbers on hover only
 SCORES = {
     "cosine": "Cosine with the rows of the unembedding",
     "dot": "Dot product",
@@ -31,197 +31,235 @@ PERSISTENCE = {
 }
 
 
-class Heat(NamedTuple):
-    """A table of numbers in [-1, 1] as colours; None is an empty cell."""
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[float | None]]]
-
-    @property
-    def dense(self) -> bool:
-        return len(self.columns) > _NUMBERS
-
-
-class Said(NamedTuple):
-    """One way of scoring: its name, and what each vector says by it."""
-
-    title: str
-    rows: Sequence[tuple[str, Sequence[tuple[str, float]], Sequence[tuple[str, float]]]]
-
-
 def section(document: Document, identity: str = "lens") -> Markup:
-    """The document as one `<section id=identity>`, with the few styles of its own; the rest is the reports' style
-    sheet. It loads nothing and runs no script."""
-    return Markup(render("lens_section.html", **_view(document), identity=identity))
+    """The document as one `<section id=identity>` with the few styles of its own; the rest is the pages' style sheet.
+
+    It loads nothing and runs no script.
+    """
+    names = [vector["name"] for vector in document["vectors"]]
+    return Markup(
+        render(
+            "lens_section.html",
+            identity=identity,
+            document=document,
+            headline=_headline(document),
+            readings=_readings(document),
+            group_panels=[_group_panel(document, name) for name in document["groups"]],
+            group_table=_group_table(document),
+            shape=_shape_panels(document),
+            persistence=_persistence(document.get("persistence")),
+            columns=_short_names(document),
+            cosines=list(zip(names, document["cosines"]["matrix"], strict=True)),
+        )
+    )
 
 
 def page(document: Document) -> str:
     """The section on a page of its own."""
-    direction = document["direction"]
-    facts = [
-        f"{len(document['vectors'])} {plural(len(document['vectors']), 'vector')} of width {document['width']}",
-        f"{words.number(document['vocabulary'])} tokens",
+    title = Path(document["file"]).stem if document.get("file") else document["direction"]["behaviour"] or "Vectors"
+    return render("lens.html", title=title, section=section(document), document=document)
+
+
+def tables(document: Document, score: str = "cosine", norm: bool = False) -> list[Any]:
+    """Tables of rich for a terminal: tokens by one score, groups, the vectors' shape, persistence.
+
+    Args:
+        document: What `read_direction` returned.
+        score: The score by which tokens are listed.
+        norm: Whether they are scored through the final norm; the published tables have the cosine without it.
+    """
+    way = f"{score}, {'with' if norm else 'without'} the final norm"
+    caption = "0.5: no different from other tokens; *: beyond 95 % of random vectors, as one in 20 is by chance"
+    made = [
+        words.printed(_token_table(document, score, norm), f"Tokens by {way}"),
+        words.printed(_auc_table(document, score, norm), f"Token groups, AUC by {way}", caption),
+        words.printed(_shape_table(document), "The vectors beside one another"),
     ]
-    facts += [direction[key] for key in ("behaviour", "method") if direction[key]]
-    title = Path(document["file"]).stem if document.get("file") else direction["behaviour"] or "Vectors"
-    about = {"model": document["model"] or direction["model_id"], "facts": facts}
-    return render("lens_page.html", title=title, section=section(document), **about)
+    if followed := document.get("persistence"):
+        size = f"{followed['tokens']:,} tokens of {followed['texts']} {plural(followed['texts'], 'text')}"
+        for name in ("diff_diff", "diff_vector"):
+            made.append(words.printed(_persistence_table(followed, name), ": ".join(PERSISTENCE[name]), size))
+    return made
 
 
-def _view(document: Document) -> dict[str, Any]:
-    names = [vector["name"] for vector in document["vectors"]]
-    followed = document.get("persistence")
-    return {
-        "headline": _headline(document),
-        "said": _said(document),
-        "group_panels": [_group_panel(document, name) for name in document["groups"]],
-        "group_rows": _group_rows(document),
-        "members": [(name, group) for name, group in document["groups"].items()],
-        "beyond": document["beyond_random"],
-        "random": document["random"]["vectors"],
-        "norms": _norms(document),
-        "singular": _singular(document),
-        "cosines": Heat(
-            "Cosines of the vectors",
-            f"95 % of the cosines of random vectors are below {document['cosines']['random']:.2f} in size.",
-            _short(document),
-            list(zip(names, document["cosines"]["matrix"], strict=True)),
-        ),
-        "persistence": _persistence(followed) if followed else [],
-        "followed": followed,
-        "skipped": document["skipped"],
-    }  # fmt: skip
+def _headline(document: Document) -> str:
+    rank, random, count = document["stable_rank"], document["random_stable_rank"], len(document["vectors"])
+    if rank is None:
+        return "All vectors are zero."
+    if count == 1:
+        return "One vector."
+    beside = f"; random vectors of these norms have {random[0]:.2f} to {random[1]:.2f}" if random else ""
+    return f"{count} vectors, stable rank {rank:.2f}{beside}."
 
 
-def _short(document: Document) -> list[str]:
+def _readings(document: Document) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
+    """Every way of scoring that was used, the published one first, with what each vector says by it."""
+    readings = []
+    for norm, (score, title) in product((False, True), SCORES.items()):
+        said = [
+            (vector["name"], reading)
+            for vector in document["vectors"]
+            for reading in vector["tokens"]
+            if (reading["score"], reading["norm"]) == (score, norm)
+        ]
+        readings += [(f"{title}, {'with' if norm else 'without'} the final norm", said)] if said else []
+    return readings
+
+
+# --- figures ---
+
+
+def _short_names(document: Document) -> list[str]:
     """Names of the vectors in narrow places: the layers alone, where these tell them apart."""
     layers = [str(vector["layer"]) for vector in document["vectors"]]
     return layers if len(set(layers)) == len(layers) else [vector["name"] for vector in document["vectors"]]
 
 
-def _headline(document: Document) -> str:
-    rank, random = document["stable_rank"], document["random_stable_rank"]
-    if rank is None:
-        return "All vectors are zero."
-    count = len(document["vectors"])
-    said = [f"{count} vectors, stable rank {rank:.2f}" if count > 1 else "One vector"]
-    if count > 1 and random:
-        said.append(f"random vectors of these norms have {random[0]:.2f} to {random[1]:.2f}")
-    return "; ".join(said) + "."
+def _by_vector(
+    document: Document, series: Sequence[Series], y: Scale, label: str, reference: Point | None = None
+) -> Markup:
+    """Lines over the vectors of the document."""
+    names = _short_names(document)
+    x = step_scale(len(names), lambda at: names[round(at)])
+    return curves(series, x, y, label=label, height=150, reference=reference, x_title="vector of layer")
 
 
-def _said(document: Document) -> list[Said]:
-    """Every way of scoring, the published one first."""
-    found = []
-    for norm in (False, True):
-        for score, title in SCORES.items():
-            rows = [
-                (vector["name"], one["top"], one["bottom"])
-                for vector in document["vectors"]
-                for one in vector["tokens"]
-                if (one["score"], one["norm"]) == (score, norm)
-            ]
-            if rows:
-                found.append(Said(f"{title}, {'with' if norm else 'without'} the final norm", rows))
-    return found
+def _cell(cells: Sequence[Mapping[str, Any]], group: str, score: str, norm: bool) -> Mapping[str, Any] | None:
+    return next((c for c in cells if (c["group"], c["score"], c["norm"]) == (group, score, norm)), None)
 
 
-def _axis(document: Document) -> tuple[Scale, Any]:
-    count, labels = len(document["vectors"]), _short(document)
-    step = max(1, round(count / 8))
-    return Scale(-0.4, count - 0.6, range(0, count, step)), lambda at: labels[round(at)]
-
-
-def _group_panel(document: Document, group: str) -> panels.Panel:
+def _group_panel(document: Document, group: str) -> Panel:
     """AUC of one group by the cosine over the vectors; the band is what random vectors do."""
     series = []
+    dense = " dense" if len(document["vectors"]) > 12 else ""
     for norm, name, css, marker in (
         (True, "with the norm", "m-2", "triangle"),
         (False, "without", "m-3 hue-2", "circle"),
     ):
-        points = [
-            Point(i, cell["auc"], tip=f"{vector['name']}, {name}: {cell['auc']:.3f}, {cell['z']:.1f} random deviations")
-            for i, vector in enumerate(document["vectors"])
-            for cell in vector["groups"]
-            if (cell["group"], cell["score"], cell["norm"]) == (group, "cosine", norm) and cell["z"] is not None
-        ]
-        series.append(Series(name, css if len(document["vectors"]) <= 12 else f"{css} dense", points, marker))
-    bounds = next(
-        c["auc"]
-        for c in document["random"]["groups"]
-        if (c["group"], c["score"], c["norm"]) == (group, "cosine", False)
-    )
-    x, label = _axis(document)
+        points = []
+        for i, vector in enumerate(document["vectors"]):
+            cell = _cell(vector["groups"], group, "cosine", norm)
+            if cell and cell["z"] is not None:
+                tip = f"{vector['name']}, {name}: {cell['auc']:.3f}, {cell['z']:.1f} random deviations"
+                points.append(Point(i, cell["auc"], tip=tip))
+        series.append(Series(name, css + dense, points, marker))
+    random = _cell(document["random"]["groups"], group, "cosine", False)
     figure = None
-    if any(one.points for one in series):
-        figure = curves(
-            series, x, Scale(0, 1, (0, 0.25, 0.5, 0.75, 1)), label, words.number, label=f"AUC of {group} tokens",
-            height=150, reference=Point(0, 0.5, *bounds), x_title="vector of layer",
-        )  # fmt: skip
+    if any(one.points for one in series) and random:
+        y = Scale(0, 1, (0, 0.25, 0.5, 0.75, 1))
+        figure = _by_vector(document, series, y, f"AUC of {group} tokens", Point(0, 0.5, *random["auc"]))
     about = document["groups"][group]
-    tokens = ", ".join(visible(t) for t in about["examples"][:6])
-    return panels.Panel(
-        group, figure, f"{words.number(about['tokens'])} {plural(about['tokens'], 'token')}: {tokens}, …"
-    )
+    examples = ", ".join(map(words.visible, about["examples"][:6]))
+    return Panel(group, figure, f"{words.number(about['tokens'])} {plural(about['tokens'], 'token')}: {examples}, …")
 
 
-def _group_rows(document: Document) -> list[list[str]]:
-    rows = []
-    for vector in document["vectors"]:
-        for cell in vector["groups"]:
-            if cell["auc"] is None:
-                continue
-            shares = [words.percent(cell[end]) for end in ("top", "bottom")]
-            scored = f"{cell['score']}, {'with' if cell['norm'] else 'without'} norm"
-            numbers = [f"{cell['auc']:.3f}", words.MISSING if cell["z"] is None else f"{cell['z']:+.1f}"]
-            numbers.append(f"{cell['mean']:+.2f}")
-            rows.append([vector["name"], scored, cell["group"], *numbers, *shares])
-    return [[text.replace("-", words.MINUS) if i > 2 else text for i, text in enumerate(row)] for row in rows]
-
-
-def _norms(document: Document) -> list[panels.Panel]:
-    """Norms of the vectors, and as a share of the activations' where the file knows these."""
-    found = []
-    for key, title, tick in (
+def _shape_panels(document: Document) -> list[Panel]:
+    """Norms of the vectors, also as a share of the activations' where the file knows these, and singular values."""
+    panels = []
+    titles: Sequence[tuple[str, str, Callable[[float], str]]] = (
         ("norm", "Norms of the vectors", words.number),
         ("relative_norm", "As a share of the mean activation norm", words.percent_tick),
-    ):
-        points = [
-            Point(i, vector[key], tip=f"{vector['name']}: {words.number(vector[key])}")
-            for i, vector in enumerate(document["vectors"])
-            if vector[key] is not None
-        ]
-        if points:
-            x, label = _axis(document)
-            figure = curves(
-                [Series(title, "m-3", points)], x, nice_scale([p.y for p in points]), label, tick,
-                label=title, height=150, x_title="vector of layer",
-            )  # fmt: skip
-            found.append(panels.Panel(title, figure))
-    return found
-
-
-def _singular(document: Document) -> panels.Panel | None:
+    )
+    for key, title, write in titles:
+        norms = [(i, v["name"], v[key]) for i, v in enumerate(document["vectors"]) if v[key] is not None]
+        if norms:
+            points = [Point(i, norm, tip=f"{name}: {words.number(norm)}") for i, name, norm in norms]
+            y = nice_scale([norm for _, _, norm in norms], write)
+            panels.append(Panel(title, _by_vector(document, [Series(title, "m-3", points)], y, title)))
     values = document["singular_values"]
-    if len(values) < 2:
-        return None
-    points = [Point(i + 1, s, tip=f"{i + 1}: {words.number(s)}") for i, s in enumerate(values)]
-    x = Scale(0.6, len(values) + 0.4, range(1, len(values) + 1, max(1, round(len(values) / 8))))
-    figure = curves(
-        [Series("singular values", "m-3", points)], x, nice_scale(values), words.number, words.number,
-        label="Singular values of the vectors", height=150,
-    )  # fmt: skip
-    return panels.Panel("Singular values", figure, _headline(document))
+    if len(values) > 1:
+        points = [Point(i, s, tip=f"{i}: {words.number(s)}") for i, s in enumerate(values, 1)]
+        x = Scale(0.6, len(values) + 0.4, range(1, len(values) + 1, max(1, round(len(values) / 8))))
+        series = [Series("singular values", "m-3", points)]
+        figure = curves(series, x, nice_scale(values), label="Singular values of the vectors", height=150)
+        panels.append(Panel("Singular values", figure, _headline(document)))
+    return panels
 
 
-def _persistence(found: Mapping[str, Any]) -> list[Heat]:
+def _persistence(followed: Mapping[str, Any] | None) -> list[tuple[str, str, list[tuple[str, Sequence[float | None]]]]]:
+    """Title, note and rows of every heat map: the tables of the vectors, each beside that of random ones."""
     heats = []
-    for name, (title, note) in PERSISTENCE.items():
-        for kind, values in (("", found), (" Random vectors of its norm", found["random"] or {})):
+    for name, (title, note) in PERSISTENCE.items() if followed else ():
+        for kind, values in (("", followed), (" Random vectors of its norm", followed["random"] or {})):
             if name in values:
-                rows = [(str(source), row) for source, row in zip(found["sources"], values[name], strict=True)]
-                columns = [str(layer) for layer in range(len(rows[0][1]))]
-                heats.append(Heat(title + kind, note, columns, rows))
+                rows = [(str(source), row) for source, row in zip(followed["sources"], values[name], strict=True)]
+                heats.append((title + kind, note, rows))
     return heats
+
+
+# --- tables ---
+
+
+def _group_table(document: Document) -> Table:
+    rows = [
+        [
+            vector["name"],
+            f"{cell['score']}, {'with' if cell['norm'] else 'without'} norm",
+            cell["group"],
+            words.fixed(cell["auc"], ".3f"),
+            words.fixed(cell["z"], "+.1f"),
+            words.fixed(cell["mean"], "+.2f"),
+            words.percent(cell["top"]),
+            words.percent(cell["bottom"]),
+        ]
+        for vector in document["vectors"]
+        for cell in vector["groups"]
+        if cell["auc"] is not None
+    ]
+    head = ["Vector", "Score", "Group", "AUC", "Random deviations", "Mean score"]
+    return Table([*head, "Among the top 50", "Among the bottom 50"], rows)
+
+
+def _token_table(document: Document, score: str, norm: bool) -> Table:
+    rows = []
+    for vector in document["vectors"]:
+        reading = next((r for r in vector["tokens"] if (r["score"], r["norm"]) == (score, norm)), None)
+        ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
+        share = vector["relative_norm"]
+        rows.append([vector["name"], f"{vector['norm']:.3g}", "-" if share is None else f"{share:.3f}", *ends])
+    return Table(["vector", "norm", "of ||h||", "most", "least"], rows)
+
+
+def _auc_table(document: Document, score: str, norm: bool) -> Table:
+    """The AUC of every group, with a star beyond 95 % of random vectors."""
+    names = list(document["groups"])
+    rows = []
+    for vector in document["vectors"]:
+        cells = [_cell(vector["groups"], name, score, norm) for name in names]
+        aucs = [f"{c['auc']:.2f}{'*' * c['beyond']}" if c and c["auc"] is not None else "-" for c in cells]
+        rows.append([vector["name"], *aucs])
+    bounds = [_cell(document["random"]["groups"], name, score, norm) for name in names]
+    for end, label in enumerate(("random, low", "random, high")):
+        lows = [b["auc"][end] if b else None for b in bounds]
+        rows.append([label, *("-" if low is None else f"{low:.2f}" for low in lows)])
+    rows.append(["tokens", *(str(group["tokens"]) for group in document["groups"].values())])
+    return Table(["vector", *names], rows)
+
+
+def _shape_table(document: Document) -> Table:
+    rank, random = document["stable_rank"], document["random_stable_rank"]
+    rows = []
+    if rank is not None:
+        beside = f" (random vectors of these norms: {random[0]:.2f} to {random[1]:.2f})" if random else ""
+        rows.append(["stable rank", f"{rank:.2f} of at most {len(document['vectors'])}{beside}"])
+    rows.append(["singular values", "  ".join(f"{s:.3g}" for s in document["singular_values"])])
+    matrix = document["cosines"]["matrix"]
+    neighbours = [row[i + 1] for i, row in enumerate(matrix[:-1]) if row[i + 1] is not None]
+    if neighbours:
+        rows.append(["cosine with the next one", "  ".join(f"{c:.2f}" for c in neighbours)])
+        rows.append(["|cosine| of random vectors", f"below {document['cosines']['random']:.2f} in 95 %"])
+    beyond = document["beyond_random"]
+    chance = f"{beyond['outside']} of {beyond['cells']}, by chance {beyond['cells'] / 20:.0f}"
+    rows.append(["groups beyond random", chance])
+    rows += [["not in the stream", ", ".join(document["skipped"])]] if document["skipped"] else []
+    return Table(["", ""], rows)
+
+
+def _persistence_table(followed: Mapping[str, Any], name: str) -> Table:
+    """Rows: the layer whose vector is added; columns: the layer behind which the shift is read."""
+    rows = []
+    for i, source in enumerate(followed["sources"]):
+        for kind, values in (("", followed), (" random", followed["random"])):
+            if values:
+                rows.append([f"{source}{kind}", *("" if v is None else f"{v:.2f}" for v in values[name][i])])
+    return Table(["added at", *map(str, range(len(rows[0]) - 1))], rows)

@@ -3,213 +3,150 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
-from steerable.pages import templates, words
-from steerable.pages.cells import Interval
-from steerable.pages.figures import Point, Scale, Series, curves, nice_scale
-from steerable.store.plurals import plural
+from steerable.pages import words
+from steerable.pages.figures import SHAPES, Point, Scale, Series, curves, nice_scale, share_scale
+from steerable.pages.html import render as render_template
+from steerable.pages.words import Interval, Table
 
 Result = Mapping[str, Any]
 _HUES = ("hue-2", "hue-5", "hue-3", "hue-4", "hue-0", "hue-1")
-_MARKERS = ("circle", "square", "triangle", "diamond")
 _BASE = "base"
-
-
-class Table(NamedTuple):
-    """Column names and rows of words; the first cell of a row is its name."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+_FORM = {  # name in passk.json -> title, unit
+    "accuracy": ("right", "share"),
+    "tokens": ("tokens a chain", "tokens"),
+    "loops": ("repeated 8-grams", "share"),
+    "unclosed": ("think block never closed", "share"),
+}
 
 
 def render(result: Result) -> str:
     """Draw the content of passk.json as one page that needs no other file; the same input gives the same bytes."""
-    arms, settings = result["arms"], result["settings"]
-    tasks = len(arms[_BASE]["counts"])
-    return templates.render(
+    arms, trained = result["arms"], _trained(result)
+    signs = {_BASE: ("unsteered", "circle")}
+    for place, name in enumerate(trained):
+        signs[name] = f"slim {_HUES[place % len(_HUES)]}", SHAPES[(place + 1) % len(SHAPES)]
+    form = [[name, *(words.with_interval(arm[key], unit) for key, (_, unit) in _FORM.items())] for name, arm in arms.items()]
+    return render_template(
         "passk.html",
         model=result["model"],
-        facts=[
-            f"{tasks} {plural(tasks, 'task')} of {settings['tasks']}",
-            f"{settings['samples']} {plural(settings['samples'], 'sample')} each",
-            _decoding(settings),
-        ],
+        settings=result["settings"],
+        tasks=len(arms[_BASE]["counts"]),
         findings=findings(result),
-        legend=[(name, *_sign(result, name)) for name in arms],
-        curves=_curves(result),
-        differences=_differences(result),
-        pass_table=pass_table(result),
-        difference_table=difference_table(result),
-        samples=settings["samples"],
-        solved=solved_table(result),
-        surprise=perplexity_table(result),
-        form=_form_table(result),
-        record=Table(["", ""], list(words.flat({**settings, "versions": result["versions"]}))),
+        legend=[(name, *sign) for name, sign in signs.items()],
+        curves=_curves(result, {name: arm["passk"] for name, arm in arms.items()}, signs, "pass@k against k"),
+        differences=_curves(
+            result,
+            {name: arm["against_base"]["difference"] for name, arm in trained.items()},
+            signs,
+            "Difference of pass@k to the base against k",
+            floor=None,
+            against=" - base",
+        ),
+        pass_table=_pass_table(result),
+        difference_table=_difference_table(result),
+        solved=_solved_table(result),
+        surprise=_perplexity_table(result),
+        form=Table(["", *(title for title, _ in _FORM.values())], form),
+        record=Table(["", ""], list(words.flat({**result["settings"], "versions": result["versions"]}))),
     )
 
 
 def tables(result: Result) -> list[Any]:
-    """The same numbers as tables of rich, for `print`."""
-    from rich.table import Table as Printed
-
-    found = []
-    surprise = perplexity_table(result)
-    for title, data in (
-        ("pass@k", _turned(pass_table(result))),
-        ("difference to the base, in points", _turned(difference_table(result))),
-        ("tasks solved at least once", solved_table(result)),
-        ("perplexity under the base", Table(surprise.head[:4], [row[:4] for row in surprise.rows])),
-    ):
-        if data is not None:
-            printed = Printed(*data.head, title=title, title_justify="left")
-            for row in data.rows:
-                printed.add_row(*row)
-            found.append(printed)
-    return found
-
-
-def _turned(data: Table | None) -> Table | None:
-    """Rows for columns: a terminal is narrow, and there are more k than arms."""
-    if data is None:
-        return None
-    head, *rows = zip(data.head, *data.rows, strict=True)
-    return Table(head, rows)
+    """The same numbers as tables of rich, for a terminal; where there are more k than arms, with a row for each k."""
+    surprise = _perplexity_table(result)
+    titled = {
+        "pass@k": _turned(_pass_table(result)),
+        "difference to the base, in points": _turned(_difference_table(result)),
+        "tasks solved at least once": _solved_table(result),
+        "perplexity under the base": Table(surprise.head[:4], [row[:4] for row in surprise.rows]),
+    }
+    return [words.printed(table, title) for title, table in titled.items() if table.rows]
 
 
 def findings(result: Result) -> list[str]:
     """One sentence an arm: how its curve stands to the base's, and what each solved that the other did not."""
-    found = []
-    for name, arm in _trained(result):
+    sentences = []
+    for name, arm in _trained(result).items():
         beside = arm["against_base"]
         only = f"by {name} alone: {len(beside['created'])}, by the base alone: {len(beside['lost'])}"
-        found.append(f"{beside['crossing']['sentence']}. Tasks solved at least once {only}.")
-    return found
+        sentences.append(f"{beside['crossing']['sentence']}. Tasks solved at least once {only}.")
+    return sentences
 
 
-def pass_table(result: Result) -> Table:
+def _trained(result: Result) -> dict[str, Any]:
+    return {name: arm for name, arm in result["arms"].items() if name != _BASE}
+
+
+def _turned(table: Table) -> Table:
+    head, *rows = zip(table.head, *table.rows, strict=True)
+    return Table(head, rows if table.rows else [])
+
+
+def _by_k(result: Result, by_arm: Mapping[str, Mapping[str, Any]], write: Callable[[Any], str]) -> Table:
     ks = result["settings"]["ks"]
-    rows = [[name, *(_percent(arm["passk"][str(k)]) for k in ks)] for name, arm in result["arms"].items()]
+    rows = [[name, *(write(values[str(k)]) for k in ks)] for name, values in by_arm.items()]
     return Table(["", *(f"k = {k}" for k in ks)], rows)
 
 
-def difference_table(result: Result) -> Table | None:
-    ks = result["settings"]["ks"]
-    rows = [[name, *(_points(arm["against_base"]["difference"][str(k)]) for k in ks)] for name, arm in _trained(result)]
-    return Table(["", *(f"k = {k}" for k in ks)], rows) if rows else None
+def _pass_table(result: Result) -> Table:
+    by_arm = {name: arm["passk"] for name, arm in result["arms"].items()}
+    return _by_k(result, by_arm, lambda read: words.with_interval(read, "share"))
 
 
-def solved_table(result: Result) -> Table | None:
-    rows = [
-        [name, *(str(n) for n in (len(b["created"]), len(b["lost"]), b["both"], b["neither"]))]
-        for name, arm in _trained(result)
-        for b in [arm["against_base"]]
-    ]
-    return Table(["", "by the arm alone", "by the base alone", "by both", "by neither"], rows) if rows else None
+def _difference_table(result: Result) -> Table:
+    by_arm = {name: arm["against_base"]["difference"] for name, arm in _trained(result).items()}
+    return _by_k(result, by_arm, lambda read: words.change(read, "share", points=""))
 
 
-def perplexity_table(result: Result) -> Table:
+def _solved_table(result: Result) -> Table:
+    rows = []
+    for name, arm in _trained(result).items():
+        beside = arm["against_base"]
+        counts = (len(beside["created"]), len(beside["lost"]), beside["both"], beside["neither"])
+        rows.append([name, *map(str, counts)])
+    return Table(["", "by the arm alone", "by the base alone", "by both", "by neither"], rows)
+
+
+def _perplexity_table(result: Result) -> Table:
     rows = []
     for name, arm in result["arms"].items():
+        beside = arm.get("against_base")
         row = [name, str(arm["solved"])]
         for which in ("correct", "all"):
-            row.append(_plain(arm["perplexity"][which]))
-            row.append("" if name == _BASE else _plain(arm["against_base"]["perplexity_ratio"][which]))
-        row.append("" if name == _BASE else _plain(arm["against_base"]["perplexity_created"]))
-        rows.append(row)
+            row.append(words.with_interval(arm["perplexity"][which], "ratio"))
+            row.append(words.with_interval(beside["perplexity_ratio"][which], "ratio") if beside else "")
+        rows.append([*row, words.with_interval(beside["perplexity_created"], "ratio") if beside else ""])
     head = ["", "tasks solved", "right solutions", "× the base's", "all solutions", "× the base's"]
     return Table([*head, "right ones of tasks that the base never solved"], rows)
 
 
-def _form_table(result: Result) -> Table:
-    rows = [
-        [
-            name,
-            _percent(arm["accuracy"]),
-            _plain(arm["tokens"]),
-            _percent(arm["loops"]),
-            _percent(arm["unclosed"]),
-        ]
-        for name, arm in result["arms"].items()
-    ]
-    return Table(["", "right", "tokens a chain", "repeated 8-grams", "think block never closed"], rows)
-
-
-def _trained(result: Result) -> list[tuple[str, Any]]:
-    return [(name, arm) for name, arm in result["arms"].items() if name != _BASE]
-
-
-def _decoding(settings: Mapping[str, Any]) -> str:
-    found = settings["decoding"]
-    said = [f"temperature {words.number(found['temperature'])}"]
-    said += [f"top-p {words.number(found['top_p'])}"] if found["top_p"] < 1 else []
-    said += [f"top-k {found['top_k']}"] if found["top_k"] else []
-    return ", ".join(said)
-
-
-def _sign(result: Result, name: str) -> tuple[str, str]:
-    """CSS classes and marker of an arm."""
-    if name == _BASE:
-        return "unsteered", "circle"
-    place = [n for n, _ in _trained(result)].index(name)
-    return f"slim {_HUES[place % len(_HUES)]}", _MARKERS[(place + 1) % len(_MARKERS)]
-
-
-def _curves(result: Result) -> Markup:
-    series, highest = [], 0.0
-    for name, arm in result["arms"].items():
-        css, marker = _sign(result, name)
-        points = [_point(k, arm["passk"][str(k)], name) for k in result["settings"]["ks"]]
-        highest = max([highest, *(p.high or 0.0 for p in points)])
-        series.append(Series(name, css, points, marker, band=True, whiskers=False))
-    y = nice_scale([highest], ceiling=1.0)
-    return curves(
-        series, _log_scale(result), y, _power, words.percent_tick, label="pass@k against k", x_title="k", height=280
-    )
-
-
-def _differences(result: Result) -> Markup | None:
+def _curves(
+    result: Result,
+    by_arm: Mapping[str, Mapping[str, Sequence[float]]],
+    signs: Mapping[str, tuple[str, str]],
+    label: str,
+    floor: float | None = 0.0,
+    against: str = "",
+) -> Markup | None:
+    """One line with its band an arm, against log2 k with a margin for the outermost markers."""
     series, ends = [], [0.0]
-    for name, arm in _trained(result):
-        css, marker = _sign(result, name)
-        gaps = arm["against_base"]["difference"]
-        points = [_point(k, gaps[str(k)], f"{name} - base") for k in result["settings"]["ks"]]
-        ends += [end for p in points for end in (p.low, p.high) if end is not None]
-        series.append(Series(name, css, points, marker, band=True, whiskers=False))
+    for name, values in by_arm.items():
+        points = []
+        for k in result["settings"]["ks"]:
+            read = Interval(*values[str(k)])
+            points.append(Point(math.log2(k), *read, f"{name}{against}, k = {k}: {words.with_interval(read, 'share')}"))
+            ends += [read.low, read.high]
+        series.append(Series(name, signs[name][0], points, signs[name][1], band=True, whiskers=False))
     if not series:
         return None
-    label = "Difference of pass@k to the base against k"
-    y = nice_scale(ends, floor=None)
-    return curves(series, _log_scale(result), y, _power, words.percent_tick, label=label, x_title="k", height=280)
-
-
-def _point(k: int, read: Sequence[float], name: str) -> Point:
-    tip = f"{name}, k = {k}: {words.with_interval(Interval(*read), 'percent')}"
-    return Point(math.log2(k), read[0], read[1], read[2], tip)
-
-
-def _log_scale(result: Result) -> Scale:
-    """log2 k with a margin for the outermost markers; every second tick where they crowd."""
     places = [math.log2(k) for k in result["settings"]["ks"]]
     pad = 0.05 * ((places[-1] - places[0]) or 1)
-    return Scale(places[0] - pad, places[-1] + pad, places if len(places) < 8 else places[::2])
-
-
-def _power(place: float) -> str:
-    return str(round(2**place))
-
-
-def _percent(read: Sequence[float] | None) -> str:
-    return words.with_interval(None if read is None else Interval(*read), "percent")
-
-
-def _points(read: Sequence[float]) -> str:
-    middle, low, high = (f"{100 * x:+.1f}".replace("-", words.MINUS) for x in read)
-    return f"{middle} ({low} to {high})"
-
-
-def _plain(read: Sequence[float] | None) -> str:
-    return words.with_interval(None if read is None else Interval(*read), "number")
+    ticks = places if len(places) < 8 else places[::2]
+    x = Scale(places[0] - pad, places[-1] + pad, ticks, lambda place: str(round(2**place)))
+    y = share_scale(ends) if floor is not None else nice_scale(ends, words.percent_tick, floor=None)
+    return curves(series, x, y, label=label, x_title="k", height=280)

@@ -1,24 +1,58 @@
-"""How the report writes numbers, names and settings; a missing measurement is written out, never a zero."""
+"""The words of all pages: how they write numbers, intervals, names, tokens and tables.
+
+A missing measurement is written out, never a zero. Shares are written in per cent, everything else as a number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from steerable.pages.cells import Interval, Setting
+from steerable.chains.records import LABELS
 
 MISSING = "not measured"
 MINUS = "\N{MINUS SIGN}"
+#: The paper's six labels in its order, with names for narrow columns; other labels keep their own.
+SHORT = {label: label.removesuffix("-estimation").replace("-", " ") for label in LABELS}
+_WHITE_SPACE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"})
 
-# The paper's six labels in its order, with names for narrow columns; other labels keep their own.
-SHORT = {
-    "initializing": "initializing",
-    "deduction": "deduction",
-    "adding-knowledge": "adding knowledge",
-    "example-testing": "example testing",
-    "uncertainty-estimation": "uncertainty",
-    "backtracking": "backtracking",
-}
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: Any) -> Interval | None:
+        """`[mean, low, high]`; None for anything else, which was not measured."""
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            return None
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
+            return None
+        return cls(*map(float, value))
+
+
+class Table(NamedTuple):
+    """Column names, rows of words (the first is the row's name), and the places of the rows to set off."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: frozenset[int] = frozenset()
+
+
+def printed(table: Table, title: str, caption: str | None = None) -> Any:
+    """The table for a terminal, as rich prints it."""
+    from rich.table import Table as RichTable
+
+    made = RichTable(title=title, caption=caption, title_justify="left", show_header=any(table.head))
+    for column in table.head:
+        made.add_column(column, overflow="fold")
+    for row in table.rows:
+        made.add_row(*row)
+    return made
 
 
 def short(label: str) -> str:
@@ -28,14 +62,30 @@ def short(label: str) -> str:
 
 def hue(label: str, labels: Sequence[str] = ()) -> str:
     """The CSS class that carries a label's colour; other labels share the palette in the order given."""
-    names = list(SHORT)
-    if label in names:
-        return f"hue-{names.index(label)}"
+    if label in LABELS:
+        return f"hue-{LABELS.index(label)}"
     return f"hue-{(2 + list(labels).index(label)) % 6}" if label in labels else "hue-0"
 
 
-def number(value: float, digits: int = 3) -> str:
+def ordered(labels: Iterable[str]) -> list[str]:
+    """Each label once: the paper's six first, in its order, then others as they come."""
+    return sorted(dict.fromkeys(labels), key=lambda label: LABELS.index(label) if label in LABELS else len(LABELS))
+
+
+def visible(token: str) -> str:
+    """A token with its white space in signs: "␣wait", "↵↵"."""
+    return token.translate(_WHITE_SPACE)
+
+
+def capital(sentence: str) -> str:
+    """The sentence with a capital first letter, the others as they are."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def number(value: float | None, digits: int = 3) -> str:
     """A number with so many significant digits, a true minus sign and thin spaces between thousands."""
+    if value is None:
+        return MISSING
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
         text = f"{int(value):,}"
     elif abs(value) < 1e-4 or abs(value) >= 1e15:
@@ -48,11 +98,16 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", MINUS)
 
 
-def percent(share: float) -> str:
+def fixed(value: float | None, form: str = ".2f") -> str:
+    """A number in a fixed format, by default two decimals: cosines, correlations, AUCs."""
+    return MISSING if value is None else format(value, form).replace("-", MINUS)
+
+
+def percent(share: float | None) -> str:
     """A share as a percentage with one decimal."""
-    scaled = 100 * share
-    text = f"{scaled:.1f}" if abs(scaled) < 99.95 else f"{scaled:.0f}"
-    return f"{text.replace('-', MINUS)}%"
+    if share is None:
+        return MISSING
+    return f"{fixed(100 * share, '.1f' if abs(100 * share) < 99.95 else '.0f')}%"
 
 
 def percent_tick(share: float) -> str:
@@ -72,16 +127,35 @@ def times(ratio: float | None) -> str:
     return f"×{ratio:.0f}" if ratio >= 9.95 else f"×{ratio:.1f}" if ratio >= 0.995 else f"×{ratio:.2f}"
 
 
-def with_interval(read: Interval | None, style: str) -> str:
-    """A mean with its 95 % interval: `20.6% (18.1 to 23.0)`."""
-    if read is None:
+def with_interval(value: Any, unit: str) -> str:
+    """`[mean, low, high]` as `20.6% (18.1 to 23.0)` where the unit is `share`, else as `118 (111 to 125)`."""
+    if (read := Interval.of(value)) is None:
         return MISSING
-    if style == "percent":
-        return f"{percent(read.mean)} ({percent(read.low)[:-1]} to {percent(read.high)[:-1]})"
-    return f"{number(read.mean)} ({number(read.low)} to {number(read.high)})"
+    mean, low, high = map(percent if unit == "share" else number, read)
+    return f"{mean} ({low.removesuffix('%')} to {high.removesuffix('%')})"
 
 
-def dose(by_layer: dict[str, float] | None) -> str:
+def change(value: Any, unit: str, points: str = " points") -> str:
+    """A difference `[mean, low, high]` as `+21.3 points (+17.3 to +25.3)` where the unit is `share`."""
+    if (read := Interval.of(value)) is None:
+        return MISSING
+    if unit != "share":
+        mean, low, high = map(signed, read)
+        return f"{mean} ({low} to {high})"
+    mean, low, high = (fixed(100 * x, "+.1f") if x else "0" for x in read)
+    return f"{mean}{points} ({low} to {high})"
+
+
+def size(count: float) -> str:
+    """A number of bytes: `9.24 KB`."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{number(count)} {unit}"
+        count /= 1000
+    return f"{number(count)} GB"
+
+
+def dose(by_layer: Mapping[str, float] | None) -> str:
     """The relative dose at the layers of a setting: `0.3`, or the range over several."""
     if not by_layer:
         return MISSING
@@ -99,10 +173,9 @@ def layers(indices: Sequence[int]) -> str:
     return f"layers {indices[0]}–{indices[-1]}" if run else "layers " + ", ".join(map(str, indices))
 
 
-def setting(where: Setting) -> str:
-    """A setting in words: `layer 3, all positions`."""
-    positions = "all positions" if where.where == "all" else f"{where.where} positions"
-    return f"{layers(where.layers)}, {positions}"
+def setting(place: tuple[Sequence[int], str]) -> str:
+    """Layers and selector in words: `layer 3, all positions`."""
+    return f"{layers(place[0])}, {place[1]} positions"
 
 
 def value(anything: Any) -> str:
@@ -120,7 +193,7 @@ def value(anything: Any) -> str:
     return str(anything)
 
 
-def flat(mapping: dict[str, Any] | None, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The rows of a two-column table: nested objects become dotted names."""
     for key, item in (mapping or {}).items():
         if isinstance(item, dict) and item:

@@ -9,7 +9,7 @@ import pytest
 from labels import check_labels
 
 from steerable.pages import render, words, write_report
-from steerable.pages.cells import Interval
+from steerable.pages.words import Interval
 from steerable.pages.examples import Segment, columns, segments, shares
 from steerable.store.errors import SteerableError, UsageError
 

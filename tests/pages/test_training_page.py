@@ -10,7 +10,7 @@ import pytest
 from labels import check_labels
 
 from steerable.chains.records import LABELS
-from steerable.pages.rl_page import headline, render, write_page
+from steerable.pages.training_page import headline, render, write_page
 from steerable.store.errors import UsageError
 
 BASE = dict(zip(LABELS, (0.2, 0.5, 0.08, 0.11, 0.06, 0.05), strict=True))
