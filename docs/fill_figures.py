@@ -20,7 +20,7 @@ from typing import Any
 from steerable.chains.records import STEERABLE
 from steerable.jobs.settings import Config
 from steerable.pages import words
-from steerable.pages.cells import Setting, doses, effect, interval, main_setting, measured, settings, unsteered
+from steerable.pages.cells import Setting, doses, effect, main_setting, measured, settings, unsteered
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json, sha256, write_json
 
@@ -102,7 +102,7 @@ def costs(given: Sources) -> str:
     """One row a behaviour and strength: what steering does to everything else."""
     run = given["run"]
     rows: list[list[str]] = []
-    kinds = {"accuracy": "percent", "loops": "percent", "unclosed": "percent", "tokens": "number", "kl": "number"}
+    kinds = {"accuracy": "share", "loops": "share", "unclosed": "share", "tokens": "tokens", "kl": "nats per token"}
     head = ["vector", "strength", "accuracy", "loops", "unclosed", "tokens", "KL, nats a token"]
     for b, where in _settings(run):
         found = doses(run["cells"], b, None, where)
@@ -249,13 +249,13 @@ def pocket(given: Sources) -> str:
         return _table([], [])
     passes = found["pass"]
     ks = list(passes["mean"])
-    return _table(["pass@k", *passes], [[k, *(_share(interval(passes[f][k])) for f in passes)] for k in ks]) + _table(
+    return _table(["pass@k", *passes], [[k, *(_share(passes[f][k]) for f in passes)] for k in ks]) + _table(
         ["over all sampled chains", ""],
         [
-            ["closed and answered", _share(interval(found["closed_and_answered"]))],
-            ["wrong equations", _share(interval(found["wrong_equations"]))],
-            ["tokens a chain", words.with_interval(interval(found["tokens"]), "number")],
-            *([f"{label} tokens", _share(interval(value))] for label, value in found["fractions"].items()),
+            ["closed and answered", _share(found["closed_and_answered"])],
+            ["wrong equations", _share(found["wrong_equations"])],
+            ["tokens a chain", words.with_interval(found["tokens"], "tokens")],
+            *([f"{label} tokens", _share(value)] for label, value in found["fractions"].items()),
         ],
     )
 
@@ -277,7 +277,7 @@ def options(given: Sources) -> str:
 
 
 def _share(value: Any) -> str:
-    return words.with_interval(value, "percent")
+    return words.with_interval(value, "share")
 
 
 def _two(value: float) -> str:

@@ -15,13 +15,14 @@ from typing import Any
 from markupsafe import Markup, escape
 
 import steerable.pages
-from steerable.pages import page, panels, words
-from steerable.pages.figures import swatch
+from steerable.pages import words
+from steerable.pages.figures import Panel, swatch
+from steerable.pages.run_page import fraction_panels, layer_panel, method_sign, methods_of, vectors_of
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json, sha256
 
 IMAGES = Path(__file__).parent / "images"
-STYLE = (Path(steerable.pages.__file__).parent / "style.css").read_text(encoding="utf-8")
+STYLE = (Path(steerable.pages.__file__).parent / "templates/style.css").read_text(encoding="utf-8")
 WIDTH, COLUMNS, GAP, MARGIN = 880, 2, 20, 24
 LEFT, TOP, BELOW = 52, 52, 56  # of a panel: room for the axis, the title, what stands below the plot
 # A pattern fills the bars of the random control; the page defines it in its template.
@@ -41,7 +42,6 @@ text.soft { fill: var(--quiet); }
 
 def effect(report: dict[str, Any]) -> str:
     """What the vectors do to their behaviours, beside the controls."""
-    behaviours = page.behaviours_of(report)
     legend = [
         ("vector", swatch("vector hue-any")),
         ("unsteered", swatch("unsteered")),
@@ -49,21 +49,18 @@ def effect(report: dict[str, Any]) -> str:
         ("shuffled labels", swatch("control-shuffled")),
     ]
     title = f"Share of thinking tokens when {report['model']['name']} is steered at −1 and +1"
-    return sheet(title, legend, panels.fractions(report, behaviours), 190)
+    return sheet(title, legend, fraction_panels(vectors_of(report)), 190)
 
 
 def layers(report: dict[str, Any]) -> str:
     """Where the vectors matter, by every metric."""
-    legend = [
-        (name.replace("_", " "), swatch(css, shape))
-        for name in panels.metric_names(report)
-        for shape, css in [panels.metric_css(name)]
-    ]
+    methods = methods_of(report)
+    legend = [(name.replace("_", " "), swatch(*method_sign(name))) for name in methods]
     title = "Effect of each layer, as a share of its own peak"
-    return sheet(title, legend, panels.layer_effects(report, page.behaviours_of(report)), 190)
+    return sheet(title, legend, [layer_panel(report, v, methods) for v in vectors_of(report)], 190)
 
 
-def sheet(title: str, legend: Sequence[tuple[str, Markup]], drawn: Sequence[panels.Panel], height: int) -> str:
+def sheet(title: str, legend: Sequence[tuple[str, Markup]], drawn: Sequence[Panel], height: int) -> str:
     """Panels side by side under a title and a legend."""
     width = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) / COLUMNS
     parts, x = [f'<text class="title" x="{MARGIN}" y="42">{escape(title)}</text>'], MARGIN
@@ -91,12 +88,12 @@ def sheet(title: str, legend: Sequence[tuple[str, Markup]], drawn: Sequence[pane
     )
 
 
-def note(panel: panels.Panel) -> str:
+def note(panel: Panel) -> str:
     """A panel's note, where it is short enough to stand beside the title."""
     return panel.note if len(panel.note) < 36 else ""
 
 
-def inside(panel: panels.Panel) -> str:
+def inside(panel: Panel) -> str:
     """A figure's drawing without the page's box around it."""
     if panel.figure is None:
         return f'<text class="soft" y="20">{words.MISSING}</text>'

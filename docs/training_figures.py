@@ -8,7 +8,6 @@ from typing import Any
 
 from steerable.jobs.training_settings import RLSettings
 from steerable.pages import words
-from steerable.pages.cells import interval
 
 Sources = Mapping[str, Any]
 #: name in arms.json -> (words, what is trained)
@@ -118,7 +117,7 @@ def passk(given: Sources) -> str:
                     name,
                     against_base["crossing"]["sentence"],
                     f"{against_base['created']} / {against_base['lost']}",
-                    words.with_interval(interval(against_base["perplexity_ratio"]["correct"]), "number"),
+                    words.with_interval(against_base["perplexity_ratio"]["correct"], "ratio"),
                 ]
             )
     head = ["arm", "against the base", "tasks solved by it alone / by the base alone",
@@ -190,7 +189,7 @@ def options(given: Sources) -> str:
 
 
 def _share(value: Any) -> str:
-    return words.with_interval(interval(value), "percent")
+    return words.with_interval(value, "share")
 
 
 def _points(value: Sequence[float]) -> str:

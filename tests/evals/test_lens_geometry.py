@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from steerable.evals.lens_geometry import geometry, stable_rank
+from steerable.evals.logit_lens import geometry, stable_rank
 from steerable.store.errors import UsageError
 
 

@@ -1,7 +1,6 @@
 import pytest
 
-from steerable.evals.lens_groups import GROUPS, WORDS, group_of, token_groups
-from steerable.evals.lens_tokens import token_texts
+from steerable.evals.lens_tokens import GROUPS, WORDS, group_of, token_groups, token_texts
 from steerable.models.loading import pocket_path
 
 MEMBERS = {

@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tiny_families import VOCABULARY, tiny
 
-from steerable.evals import lens_scores as scores
-from steerable.evals.lens_scores import TOP, Unembedding, extremes, group_scores
+from steerable.evals import logit_lens as scores
+from steerable.evals.logit_lens import TOP, Unembedding, extremes, group_scores
 from steerable.models import loading as models
 from steerable.models.taps import tap
 from steerable.steering.site import Site

@@ -1,10 +1,9 @@
 """Tokens as text: byte-level and SentencePiece-like vocabularies, parts of characters, unknown ids."""
 
-import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from steerable.evals.lens_tokens import token_texts, visible
+from steerable.evals.lens_tokens import token_texts
 
 
 def byte_level(*words):
@@ -55,8 +54,3 @@ def test_a_slow_tokenizer_and_holes():
             return "abc"[ids[0]]
 
     assert token_texts(Slow()) == ["a", "<1>", "c"]
-
-
-@pytest.mark.parametrize(("text", "shown"), [(" wait", "␣wait"), ("\n\n", "↵↵"), ("\t", "⇥"), ("a b", "a␣b")])
-def test_white_space_is_shown(text, shown):
-    assert visible(text) == shown

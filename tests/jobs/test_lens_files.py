@@ -7,11 +7,11 @@ import torch
 from tiny_families import tiny
 
 from steerable.chains.records import write_jsonl
-from steerable.evals.lens_tables import tables
-from steerable.jobs.lens_files import lens_file, write_lens
-from steerable.pages.lens_page import page
+from steerable.jobs.lens_job import lens_file, stamped_lens, write_lens
+from steerable.pages.lens_page import page, tables
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
+from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
 
 
@@ -31,18 +31,28 @@ def folder(tmp_path_factory, tokenizer):
     return root
 
 
+class Counting(Display):
+    """Keeps what it is told."""
+
+    def start(self, name, total, unit="chain"):
+        self.total, self.finished = total, []
+
+    def advance(self, finished, tokens=0, note=""):
+        self.finished.append(finished)
+
+
 def test_files(folder, tmp_path):
-    counted = []
+    display = Counting(quiet=True)
     document = lens_file(
         folder / "v.safetensors",
         model=str(folder / "model"),
         k=3,
         persistence=folder / "run/chains.jsonl",
-        progress=lambda done, total: counted.append((done, total)),
+        display=display,
     )
     assert document["persistence"]["sources"] == [0, 1, 2, 3] and document["persistence"]["texts"] == 2
     assert document["persistence"]["diff_vector"][2][2] == pytest.approx(1, abs=1e-4)
-    assert sum(done for done, _ in counted) == 2 == counted[0][1]
+    assert sum(display.finished) == 2 == display.total
     json_file, html_file = write_lens(document, tmp_path / "out")
     assert json.loads(json_file.read_text()) == document and html_file.read_text() == page(document)
     assert "How long the shift persists" in html_file.read_text() and len(tables(document)) == 5
@@ -78,3 +88,19 @@ def test_another_models_vectors_are_warned_of(folder, tmp_path):
     Direction({Site("resid_post", 0): torch.ones(32)}, model_id="other").save(tmp_path / "o.safetensors")
     with pytest.warns(SteerableWarning, match="made on 'other', the model is 'model'"):
         lens_file(tmp_path / "o.safetensors", model=str(folder / "model"))
+
+
+def test_a_kept_document_is_of_the_vectors_that_are_there(tmp_path, tiny_llama, tokenizer):
+    file, kept = tmp_path / "bias.safetensors", tmp_path / "lens.json"
+
+    def save(seed):
+        generator = torch.Generator().manual_seed(seed)
+        Direction({Site("resid_post", i): torch.randn(32, generator=generator) for i in (1, 3)}).save(file)
+
+    save(0)
+    first = stamped_lens(tiny_llama, tokenizer, file, kept)
+    assert json.loads(kept.read_text()) == first and first["file"] == "bias.safetensors"
+    made = kept.stat().st_mtime_ns
+    assert stamped_lens(tiny_llama, tokenizer, file, kept) == first and kept.stat().st_mtime_ns == made
+    save(1)
+    assert stamped_lens(tiny_llama, tokenizer, file, kept)["vectors"] != first["vectors"]

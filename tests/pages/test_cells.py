@@ -3,17 +3,16 @@
 import pytest
 
 from steerable.pages.cells import (
-    Interval,
     Setting,
     doses,
     effect,
     extremes,
-    interval,
     main_setting,
     measured,
     settings,
     unsteered,
 )
+from steerable.pages.words import Interval
 
 HERE = Setting((3,), "all")
 
@@ -43,7 +42,7 @@ CELLS = [
 
 @pytest.mark.parametrize("value", [None, [], [0.1, 0.2], [0.1, None, 0.2], [0.1, float("nan"), 0.2], 0.1, "abc"])
 def test_what_is_no_interval_was_not_measured(value):
-    assert interval(value) is None
+    assert Interval.of(value) is None
 
 
 def test_separate_controls_pool_to_the_widest_interval():

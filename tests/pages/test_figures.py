@@ -34,7 +34,7 @@ def test_values_beyond_the_axis_stay_in_the_plot():
 
 def test_bars_draw_every_interval_and_escape_words():
     groups = [("<b>", "1 & 2", [("vector", Point(0, 0.5, 0.4, 0.6, "tip <x>")), ("thin", Point(0, 0.2))])]
-    drawn = ElementTree.fromstring(bars(groups, Scale(0, 1, (0, 1)), str, label='"quoted"', reference=0.3))
+    drawn = ElementTree.fromstring(bars(groups, Scale(0, 1, (0, 1), str), label='"quoted"', reference=0.3))
     assert len(drawn.findall(".//rect")) == 2
     assert len(drawn.findall(".//g[@class='whisker']")) == 1
     assert drawn.find(".//title").text == "tip <x>"
@@ -45,19 +45,9 @@ def test_bars_draw_every_interval_and_escape_words():
 def test_curves_draw_a_line_a_band_and_a_marker_for_each_point():
     points = [Point(x, x / 4, x / 4 - 0.1, x / 4 + 0.1) for x in range(4)]
     series = [Series("a", "s", points, band=True), Series("b", "t", points[:1], "square", whiskers=False)]
-    x, y = Scale(0, 3, range(4)), Scale(0, 1, (0, 1))
+    x, y = Scale(0, 3, range(4), str), Scale(0, 1, (0, 1), str)
     drawn = ElementTree.fromstring(
-        curves(
-            series,
-            x,
-            y,
-            str,
-            str,
-            label="l",
-            reference=Point(0, 0.5, 0.4, 0.6),
-            marked=[(2, "here")],
-            x_title="x",
-        )
+        curves(series, x, y, label="l", reference=Point(0, 0.5, 0.4, 0.6), marked=[(2, "here")], x_title="x")
     )
     assert len(drawn.findall(".//path[@class='line']")) == 1
     assert len(drawn.findall(".//path[@class='band']")) == 1

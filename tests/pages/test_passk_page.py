@@ -8,7 +8,6 @@ from labels import check_labels
 
 from steerable.jobs.elicitation import against, summary
 from steerable.pages import words
-from steerable.pages.words import Interval
 from steerable.pages.passk_page import findings, render, tables
 
 KS = [1, 2, 4, 8]
@@ -86,7 +85,7 @@ def test_the_tables(result):
     ]  # fmt: skip
     assert [len(t.columns) for t in found] == [4, 3, 5, 4] and [t.row_count for t in found] == [4, 4, 2, 3]
     assert list(found[0].columns[2].cells) == [
-        words.with_interval(Interval(*read), "percent") for read in result["arms"]["bias<b>"]["passk"].values()
+        words.with_interval(read, "share") for read in result["arms"]["bias<b>"]["passk"].values()
     ]
     alone = result | {"arms": {"base": result["arms"]["base"]}}
     assert len(tables(alone)) == 2 and findings(alone) == []

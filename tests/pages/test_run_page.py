@@ -9,8 +9,8 @@ import pytest
 from labels import check_labels
 
 from steerable.pages import render, words, write_report
-from steerable.pages.words import Interval
 from steerable.pages.examples import Segment, columns, segments, shares
+from steerable.pages.words import Interval
 from steerable.store.errors import SteerableError, UsageError
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -120,6 +120,21 @@ def test_null_metrics_of_a_cell_are_not_zero(report):
     assert words.MISSING in page and not re.search(r"[>: ]0\.0%", page)
 
 
+def test_one_direction_alone_may_be_measured(report):
+    report["cells"] = [c for c in report["cells"] if c["strength"] <= 0]
+    assert "−1" in " ".join(Sound(render(report)).words)
+
+
+def test_a_metric_of_somebody_else_is_drawn_and_tabled(report):
+    """The report says itself what its metrics are: no page has a list of them."""
+    report["metrics"] = {"waits": {"title": "Waits", "unit": "number", "description": "of “wait” a chain"}}
+    for i, cell in enumerate(report["cells"]):
+        cell["waits"] = [i + 0.25, i - 1.0, i + 1.5]
+    page = render(report)
+    assert "Waits against steering strength" in page and '<th scope="col">Waits</th>' in page
+    assert "1.25 (0 to 2.5)" in page and "Accuracy against" not in page
+
+
 def test_text_of_the_model_cannot_become_markup(report):
     attack = "</p><script>alert(1)</script><img src=x>"
     report["examples"][0]["plus"]["thinking"] = attack
@@ -178,8 +193,8 @@ def test_segments_lose_no_text():
 
 
 def test_columns_leave_out_a_missing_chain():
-    found = columns({"unsteered": {"thinking": "t"}, "plus": None}, [])
-    assert [(c.title, c.answer, c.correct) for c in found] == [("Unsteered", "", None)]
+    found = columns({"before": {"thinking": "t"}, "after": None}, {"before": "Before", "after": "After"}, [])
+    assert [(c.title, c.answer, c.correct) for c in found] == [("Before", "", None)]
 
 
 @pytest.mark.parametrize(
@@ -194,14 +209,19 @@ def test_columns_leave_out_a_missing_chain():
         (words.times(None), "not measured"),
         (words.layers([2, 3, 4]), "layers 2–4"),
         (words.layers([1, 4]), "layers 1, 4"),
-        (words.with_interval(Interval(0.2, 0.1, 0.3), "percent"), "20.0% (10.0 to 30.0)"),
-        (words.with_interval(None, "percent"), "not measured"),
+        (words.with_interval(Interval(0.2, 0.1, 0.3), "share"), "20.0% (10.0 to 30.0)"),
+        (words.with_interval(None, "share"), "not measured"),
         (words.value([None, True, 1.5]), "not measured, yes, 1.5"),
         (list(words.flat({"a": {"b": 2025}, "c": {}})), [("a.b", "2025"), ("c", "none")]),
     ],
 )
 def test_words(made, wanted):
     assert made == wanted
+
+
+@pytest.mark.parametrize(("text", "shown"), [(" wait", "␣wait"), ("\n\n", "↵↵"), ("\t", "⇥"), ("a b", "a␣b")])
+def test_white_space_is_shown(text, shown):
+    assert words.visible(text) == shown
 
 
 def test_the_page_has_no_colour_outside_its_variables(report):

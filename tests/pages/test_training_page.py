@@ -1,7 +1,6 @@
 """The page of a training says what report.json and log.jsonl of its run folder say."""
 
 import copy
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -10,8 +9,7 @@ import pytest
 from labels import check_labels
 
 from steerable.chains.records import LABELS
-from steerable.pages.training_page import headline, render, write_page
-from steerable.store.errors import UsageError
+from steerable.pages.training_page import headline, render
 
 BASE = dict(zip(LABELS, (0.2, 0.5, 0.08, 0.11, 0.06, 0.05), strict=True))
 AFTER = dict(zip(LABELS, (0.15, 0.49, 0.07, 0.15, 0.06, 0.08), strict=True))
@@ -189,42 +187,6 @@ def test_lora_is_read_under_its_own_name():
     report["config"] = report["config"] | {"method": "lora", "rank": None}
     said = headline(report)
     assert said.startswith("LoRA of rank 4 on the MLP’s last projection in each of the 6 layers") and "61.3%" in said
-
-
-def test_a_run_folder(tmp_path, tiny_llama, tokenizer):
-    from steerable import Direction
-    from steerable.models.loading import Loaded
-    from steerable.steering.site import Site
-
-    (tmp_path / "report.json").write_text(json.dumps(REPORT))
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)) + '\n{"step": 61, "rew')
-    page = write_page(tmp_path).read_text()
-    assert page == render(REPORT, LOG)  # the line that a killed process left is dropped
-    import torch
-
-    def vectors(seed):
-        torch.manual_seed(seed)
-        found = {Site("resid_post", layer): torch.randn(32) for layer in (1, 3)}
-        Direction(found, behaviour="reasoning", method="bias-only RL").save(tmp_path / "bias.safetensors")
-
-    vectors(0)
-    loaded = Loaded(tiny_llama, tokenizer)
-    page = write_page(tmp_path, loaded).read_text()
-    assert "What the vectors say" in words_of(page) and page.count('id="lens"') == 1
-    lens = (tmp_path / "lens.json").read_bytes()
-    assert page == write_page(tmp_path).read_text()
-    vectors(1)  # other vectors: what is kept says nothing of them
-    assert 'id="lens"' not in write_page(tmp_path).read_text()
-    write_page(tmp_path, loaded)
-    assert (tmp_path / "lens.json").read_bytes() != lens
-
-
-def test_what_is_no_training_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"report\.json"):
-        write_page(tmp_path)
-    (tmp_path / "report.json").write_text("[]")
-    with pytest.raises(UsageError, match="not the report of a training"):
-        write_page(tmp_path)
 
 
 def extreme(steps, scale, **more):

@@ -114,7 +114,7 @@ def test_progress(capsys):
 
 
 def test_pages(finished):
-    from steerable.pages.page import render
+    from steerable.pages.run_page import render
 
     report = json.loads((finished / "report.json").read_text())
     chain = {
@@ -135,6 +135,7 @@ def test_pages(finished):
 
 def test_the_lens_page(finished):
     from steerable.jobs.lens_files import lens_file
+
     from steerable.pages.lens_page import page
 
     document = json.loads(json.dumps(lens_file(finished / "vectors/backtracking.safetensors")))

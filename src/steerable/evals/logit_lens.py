@@ -1,9 +1,9 @@
 """The logit lens: what vectors say in tokens, read off through the unembedding, and how they lie to one another.
 
-nostalgebraist 2020, "interpreting GPT: the logit lens"; for steering vectors Venhoff et al. 2025 (arXiv 2506.18167) and
-Sinii et al. 2025 (arXiv 2505.18706). Scores of a vector b: `dot` W_U b, `cosine` of b and the rows of W_U, and `softmax`
-of the dots. Each without the final norm, as in the latter, and with it (b -> norm(b)), which is what the model does with
-a whole activation; through the norm's weights it is another direction.
+nostalgebraist 2020, "interpreting GPT: the logit lens"; for steering vectors Venhoff et al. 2025 (arXiv 2506.18167)
+and Sinii et al. 2025 (arXiv 2505.18706). Scores of a vector b: `dot` W_U b, `cosine` of b and the rows of W_U, and
+`softmax` of the dots. Each without the final norm, as in the latter, and with it (b -> norm(b)), which is what the
+model does with a whole activation; through the norm's weights it is another direction.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def geometry(vectors: Tensor, seed: int = 0) -> dict[str, Any]:
     units = nn.functional.normalize(v, dim=1, eps=1e-300)
     cosines = (units @ units.T).clamp(-1, 1)
     cosines[norms == 0] = cosines[:, norms == 0] = torch.nan
-    generator, ranks = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    ranks: list[Any] = []
     for _ in range(_DRAWS if norms.any() else 0):
         random = torch.randn(v.shape, generator=generator, dtype=torch.float64)
         ranks.append(stable_rank(random * (norms / random.norm(dim=1))[:, None]))

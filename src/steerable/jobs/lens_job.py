@@ -18,13 +18,12 @@ from steerable.formats import import_file
 from steerable.models import loading as models
 from steerable.models.taps import width_at
 from steerable.pages.lens_page import page
-from steerable.pages.training_page import VECTORS, read_lens
 from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import file_target, folder_target, write_atomic
-from steerable.store.run_folder import sha256, write_json
+from steerable.store.run_folder import read_json, sha256, write_json
 
 RANDOM = 200
 """Random vectors that the groups' scores are held against."""
@@ -81,7 +80,7 @@ def lens_file(
         steerable lens runs/pocket/vectors/backtracking.safetensors --k 20 --out runs/lens
     """
     if out is not None:
-        _targets(out)  # what cannot be written is refused before anything is computed
+        targets(out)  # what cannot be written is refused before anything is computed
     direction = import_file(file)
     numbers = parse_layers(layers)
     chosen = direction if numbers is None else direction.only(numbers)
@@ -114,11 +113,12 @@ def write_lens(document: dict[str, Any], out: str | Path) -> list[Path]:
     """Write a lens document: to a .json file, as a page to a .html file, else both into a folder: what was written."""
     return [
         write_json(file, document) if file.suffix == ".json" else write_atomic(file, page(document))
-        for file in _targets(out)
+        for file in targets(out)
     ]
 
 
-def _targets(out: str | Path) -> list[Path]:
+def targets(out: str | Path) -> list[Path]:
+    """The files that `write_lens` makes. Raises UsageError for what cannot be one."""
     out = Path(out)
     if out.suffix in (".json", ".html", ".htm"):
         file_target(out)
@@ -127,16 +127,13 @@ def _targets(out: str | Path) -> list[Path]:
     return [out / "lens.json", out / "lens.html"]
 
 
-def write_training_lens(root: str | Path, model: Any, tokenizer: Any) -> None:
-    """What the trained vectors of a training's folder say, as `<root>/lens.json`, once for the same vectors.
-
-    model, tokenizer: the untrained ones. Raises UsageError where the folder has no vectors, or the model is another.
-    """
-    root = Path(root)
-    if read_lens(root) is None:
-        document = read_direction(model, tokenizer, Direction.load(root / VECTORS))
-        stamp = {"file": VECTORS, "sha256": sha256(root / VECTORS)}
-        write_json(root / "lens.json", {**stamp, **document, "persistence": None})
+def stamped_lens(model: Any, tokenizer: Any, vectors: Path, out: Path) -> dict[str, Any]:
+    """The document of a direction file, kept in `out` and read anew only where that is of other vectors."""
+    stamp = sha256(vectors)
+    if not out.exists() or read_json(out).get("sha256") != stamp:
+        document = read_direction(model, tokenizer, Direction.load(vectors))
+        write_json(out, {"file": vectors.name, "sha256": stamp, **document, "persistence": None})
+    return dict(read_json(out))
 
 
 def _chains(file: Path, tasks: Path | None, limit: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -224,9 +221,10 @@ def read_direction(
                 ends = {"top": tops[i], "bottom": bottoms[i]}
                 said = {end: [[texts[token], value] for token, value in pairs] for end, pairs in ends.items()}
                 entry["tokens"].append(way | said)
-                for g, name in enumerate(groups if judged else ()):
-                    entry["groups"].append(way | {"group": name} | _cell(judged, random[score, norm], i, g))
-    cells = [cell for entry in entries for cell in entry["groups"] if cell["z"] is not None]
+                if judged is not None:
+                    cells = (_cell(judged, random[score, norm], i, g) for g in range(len(groups)))
+                    entry["groups"] += [way | {"group": name} | cell for name, cell in zip(groups, cells, strict=True)]
+    beyond = [cell["beyond"] for entry in entries for cell in entry["groups"] if cell["z"] is not None]
     return {
         "model": models.model_id(model),
         "direction": {key: getattr(direction, key) for key in ("model_id", "behaviour", "method", "strength")},
@@ -240,7 +238,7 @@ def read_direction(
             for name, ids in groups.items()
         },
         "random": {"vectors": RANDOM, "seed": seed, "groups": _bounds(random, list(groups))},
-        "beyond_random": {"cells": len(cells), "outside": sum(cell["beyond"] for cell in cells)},
+        "beyond_random": {"cells": len(beyond), "outside": sum(beyond)},
         "cosines": {
             "labels": [entry["name"] for entry in entries],
             "matrix": shape["cosines"],

@@ -37,7 +37,7 @@ from steerable.jobs.cells import (
     measure_chains,
     validation_cells,
 )
-from steerable.jobs.report_content import assemble
+from steerable.jobs.report_content import assemble, describe_model, selected_tokens
 from steerable.jobs.run import Run, recorded_settings
 from steerable.jobs.settings import (
     BASELINES,
@@ -52,7 +52,7 @@ from steerable.jobs.settings import (
     shuffled_path,
 )
 from steerable.methods.span_statistics import span_means
-from steerable.pages.page import render
+from steerable.pages.run_page import render
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
@@ -375,7 +375,9 @@ def evaluate(run: Run, partial: Path) -> None:
 
 def report(run: Run, partial: Path) -> None:
     """report.json and report.html."""
-    content = assemble(run)
+    folder, (model, tokenizer) = run.folder.root, run.loaded
+    about = describe_model(model, run.config.model, run.weights)
+    content = assemble(folder, run.config.to_dict(), about, selected_tokens(folder, model, tokenizer))
     write_json(run.folder / "report.json", content)
     write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages
 

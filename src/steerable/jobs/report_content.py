@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from steerable.chains.records import STEERABLE, Record, read_jsonl
 from steerable.chains.spans import stretches
@@ -19,10 +20,6 @@ from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
 from steerable.store.run_folder import read_json, sha256
 
-if TYPE_CHECKING:
-    from steerable.jobs.run import Run
-
-Key = tuple[str, int]
 _HASHED = (
     "tasks.jsonl",
     "chains.jsonl",
@@ -35,130 +32,118 @@ _HASHED = (
 _PACKAGES = ("steerable", "torch", "transformers", "reasoning-gym", "numpy", "safetensors")
 
 
-def assemble(run: Run) -> dict[str, Any]:
-    """Gather everything that the stages measured. Nothing in it depends on the time or the machine's speed."""
-    folder = run.folder
-    selection = read_selection(folder / "selection.json")
+def assemble(
+    folder: Path, config: Mapping[str, Any], model: Mapping[str, Any], tokens: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Gather everything that the stages measured. Nothing in it depends on the time or the machine's speed.
+
+    folder: of the run. config: its resolved settings. model: what `describe_model` gave. tokens: what `selected_tokens`
+    gave. These two need the model to be loaded; everything else is read from files.
+    """
+    chosen = read_selection(folder / "selection.json")
     effects = read_json(folder / "attribution.json", dict)
-    cosines = read_json(folder / "cosines.json", dict)
-    if lost := [b for b, chosen in selection.items() if b not in (effects.get(chosen["window"]) or {})]:
+    coverage = read_json(folder / "coverage.json", dict)
+    if lost := [b for b, one in chosen.items() if b not in (effects.get(one["window"]) or {})]:
         raise UsageError(
-            f"{folder / 'attribution.json'} lacks {lost[0]} in the window {selection[lost[0]]['window']!r}, which "
+            f"{folder / 'attribution.json'} lacks {lost[0]} in the window {chosen[lost[0]]['window']!r}, which "
             "selection.json names: run `steerable select` again"
         )
+    missing = {
+        b: f"no effect was measured on {config['patched']} chains"
+        if coverage["spans"].get(b)
+        else f"in {coverage['chains']} chains no span is labelled so"
+        for b in STEERABLE
+        if b not in chosen
+    }
+    tasks = {task["id"]: task for task in read_jsonl(folder / "tasks.jsonl", "task")}
+    examples = [_example(folder, tasks, b, one.get("strength", 1.0)) for b, one in chosen.items()]
     return {
-        "config": run.config.to_dict(),
+        "config": dict(config),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "model": _model(run),
-        "hashes": {name: sha256(folder / name) for name in _HASHED}
-        | {selected_path(b): sha256(folder / selected_path(b)) for b in selection},
-        "coverage": read_json(folder / "coverage.json", dict),
+        "model": dict(model),
+        "hashes": {name: sha256(folder / name) for name in (*_HASHED, *map(selected_path, chosen))},
+        "coverage": coverage,
         "norms": read_json(folder / "norms.json", dict),
-        "cosines": {"selected": _cosines(run, selection), **cosines},
-        "attribution": {b: effects[chosen["window"]][b] for b, chosen in selection.items()},
+        "cosines": {"selected": _cosines(folder, chosen), **read_json(folder / "cosines.json", dict)},
+        "attribution": {b: effects[one["window"]][b] for b, one in chosen.items()},
         "attribution_by_window": effects,
-        "selection": selection,
-        **({"missing": missing} if (missing := _missing(run, selection)) else {}),
+        "selection": chosen,
+        **({"missing": missing} if missing else {}),
         "metrics": {name: metric.describe() for name, metric in all_metrics().items()},
         "cells": read_json(folder / "cells.json", list),
-        "examples": [
-            example for b, chosen in selection.items() if (example := _example(run, b, chosen.get("strength", 1.0)))
-        ],
-        "lens": {b: _lens(run, b) for b in selection},
+        "examples": [example for example in examples if example],
+        "lens": dict(tokens),
     }
 
 
-def _missing(run: Run, selection: Mapping[str, Any]) -> dict[str, str]:
-    """Why a behaviour has no vector, of those that have none."""
-    coverage = read_json(run.folder / "coverage.json")
+def describe_model(model: Any, name: str, weights: str) -> dict[str, Any]:
+    """What the report says of the model; `weights` tells two of one name apart."""
     return {
-        b: f"in {coverage['chains']} chains no span is labelled so"
-        if not coverage["spans"].get(b)
-        else f"no effect was measured on {run.config.patched} chains"
-        for b in STEERABLE
-        if b not in selection
-    }
-
-
-def _model(run: Run) -> dict[str, Any]:
-    model = run.loaded.model
-    return {
-        "name": run.config.model,
+        "name": name,
         "architecture": type(model).__name__,
         "layers": models.n_layers(model),
         "width": models.width(model),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": run.weights,
+        "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
-def _selected(run: Run, behaviour: str) -> Direction:
-    return Direction.load(run.folder / selected_path(behaviour))
+def selected_tokens(folder: Path, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the logit lens says of every selected vector: `{behaviour: {"layer", "top", "bottom"}}`."""
+    tokens = {}
+    for behaviour in read_selection(folder / "selection.json"):
+        layer, vector = _selected(folder, behaviour)
+        ends = lens(model, tokenizer, vector)
+        tokens[behaviour] = {"layer": layer, "top": list(map(list, ends.top)), "bottom": list(map(list, ends.bottom))}
+    return tokens
 
 
-def _cosines(run: Run, selection: dict[str, Any]) -> dict[str, Any]:
+def _selected(folder: Path, behaviour: str) -> tuple[int, Any]:
+    """The layer of a behaviour's selected vector, and the vector as it was saved."""
+    direction = Direction.load(folder / selected_path(behaviour))
+    return direction.layers[0], direction.at(direction.layers[0])
+
+
+def _cosines(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Cosines between the vectors that were selected, each at its own layer and window (Figure 5 of the paper)."""
-    labels = [b for b in STEERABLE if b in selection]
-    chosen = [_selected(run, b) for b in labels]
-    units = [d.at(d.layers[0]).double() / d.at(d.layers[0]).double().norm() for d in chosen]
-    matrix = [[float(a @ b) for b in units] for a in units]
-    return {"labels": labels, "layers": [d.layers[0] for d in chosen], "matrix": matrix}
+    labels = [b for b in STEERABLE if b in chosen]
+    layers, vectors = zip(*(_selected(folder, b) for b in labels), strict=True)
+    units = [v.double() / v.double().norm() for v in vectors]
+    return {"labels": labels, "layers": list(layers), "matrix": [[float(a @ b) for b in units] for a in units]}
 
 
-def _lens(run: Run, behaviour: str) -> dict[str, Any]:
-    direction = _selected(run, behaviour)
-    layer = direction.layers[0]
-    said = lens(run.loaded.model, run.loaded.tokenizer, direction.at(layer))
-    return {
-        "layer": layer,
-        "top": [list(pair) for pair in said.top],
-        "bottom": [list(pair) for pair in said.bottom],
-    }
-
-
-def _example(run: Run, behaviour: str, strength: float) -> dict[str, Any] | None:
+def _example(folder: Path, tasks: Mapping[str, Record], behaviour: str, strength: float) -> dict[str, Any] | None:
     """One task unsteered, up and down: the one whose three chains show the behaviour nearest to the cells' means."""
-    tasks = {task["id"]: task for task in run.tasks("evaluation")}
     files = {"unsteered": "unsteered", "plus": f"{behaviour}.{strength:+g}", "minus": f"{behaviour}.{-strength:+g}"}
-    chains = {
-        name: {(c["task_id"], c["sample"]): c for c in read_jsonl(run.folder / f"steered/{file}.jsonl", "chain")}
-        for name, file in files.items()
-    }
-    spans = {name: _spans(run, file, chains[name]) for name, file in files.items()}
-    shares = {
-        name: {key: _share(s, behaviour, len(chains[name][key]["thinking"])) for key, s in found.items()}
-        for name, found in spans.items()
-    }
-    means = {name: sum(found.values()) / max(1, len(found)) for name, found in shares.items()}
-    keys = [
-        key for key in chains["unsteered"] if all(key in found and found[key]["closed"] for found in chains.values())
-    ]
-    if not keys:
+    # These cells have one part, so task and sample tell a chain.
+    chains: dict[str, dict[tuple[str, int], Record]] = {}
+    for name, file in files.items():
+        records = read_jsonl(folder / f"steered/{file}.jsonl", "chain")
+        chains[name] = {(chain["task_id"], chain["sample"]): chain | {"spans": []} for chain in records}
+        for span in read_jsonl(folder / f"steered_spans/{file}.jsonl", "span"):
+            chains[name][span["task_id"], span["sample"]]["spans"].append(span)
+    shares = {name: {key: _share(chain, behaviour) for key, chain in cell.items()} for name, cell in chains.items()}
+    means = {name: sum(cell.values()) / max(1, len(cell)) for name, cell in shares.items()}
+    shown = [key for key in chains["unsteered"] if all(key in cell and cell[key]["closed"] for cell in chains.values())]
+    if not shown:
         return None
-    key = min(keys, key=lambda key: sum(abs(shares[name][key] - means[name]) for name in shares))
+    key = min(shown, key=lambda key: sum(abs(shares[name][key] - means[name]) for name in shares))
     task = tasks[key[0]]
-    said = {name: _said(task, chains[name][key], spans[name][key]) for name in chains}
-    return {"behaviour": behaviour, "task_id": key[0], "sample": key[1], "prompt": task["prompt"], **said}
+    about = {"behaviour": behaviour, "task_id": key[0], "sample": key[1], "prompt": task["prompt"]}
+    return about | {name: _shown(task, cell[key]) for name, cell in chains.items()}
 
 
-def _spans(run: Run, file: str, chains: Mapping[Key, Record]) -> dict[Key, list[Record]]:
-    """A cell's spans by chain; these cells have one part, so task and sample tell a chain."""
-    found: dict[Key, list[Record]] = {key: [] for key in chains}
-    for span in read_jsonl(run.folder / f"steered_spans/{file}.jsonl", "span"):
-        found[span["task_id"], span["sample"]].append(span)
-    return found
-
-
-def _share(spans: list[Record], label: str, length: int) -> float:
-    lengths = [(kept.end - kept.start, spans[kept.span]["label"] == label) for kept in stretches(spans, length)]
+def _share(chain: Record, label: str) -> float:
+    spans: Sequence[Record] = chain["spans"]
+    lengths = [(s.end - s.start, spans[s.span]["label"] == label) for s in stretches(spans, len(chain["thinking"]))]
     return sum(n for n, ours in lengths if ours) / max(1, sum(n for n, _ in lengths))
 
 
-def _said(task: Record, chain: Record, spans: list[Record]) -> dict[str, Any]:
+def _shown(task: Record, chain: Record) -> dict[str, Any]:
     return {
         "thinking": chain["thinking"],
         "answer": chain["answer"].strip(),
         "correct": correct(task, chain["answer"]),
-        "spans": [{key: span[key] for key in ("label", "start", "end")} for span in spans],
+        "spans": [{key: span[key] for key in ("label", "start", "end")} for span in chain["spans"]],
     }

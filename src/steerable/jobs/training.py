@@ -28,20 +28,20 @@ from steerable.evals.cells import differences, measure_cell
 from steerable.evals.metrics import Measured, measure
 from steerable.jobs import arms
 from steerable.jobs.arms import BASE, Arm
-from steerable.jobs.lens_document import read_direction
+from steerable.jobs.lens_job import stamped_lens
 from steerable.jobs.training_settings import MODEL, TrainSettings
 from steerable.methods.train.log import read_log
 from steerable.methods.train.parameters import artefact, check_vectors, places
 from steerable.models import loading as models
 from steerable.models import writers
 from steerable.models.loading import Loaded, stop_ids
-from steerable.pages import rl_page
+from steerable.pages import training_page
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
 from steerable.store.plurals import plural
-from steerable.store.run_folder import RunFolder, read_json, sha256, write_json
+from steerable.store.run_folder import RunFolder, read_json, write_json
 
 DECODINGS = ("greedy", "sampled")
 CONTROLS = ("shuffled", "random", "prefix")
@@ -180,16 +180,10 @@ class Training:
 
     def write_report(self) -> None:
         """Write report.json, lens.json (what trained vectors say, docs/lens.md) and report.html."""
-        report, lens = write_json(self.folder / "report.json", self.report()), None
+        report, root, lens = write_json(self.folder / "report.json", self.report()), self.folder.root, None
         if self.settings.method == "bias":
-            stamp = {"file": _VECTORS, "sha256": sha256(self.folder / _VECTORS)}
-            path = self.folder / "lens.json"
-            if not path.exists() or read_json(path).get("sha256") != stamp["sha256"]:
-                document = read_direction(*self.loaded, Direction.load(self.folder / _VECTORS))
-                write_json(path, {**stamp, **document, "persistence": None})
-            lens = read_json(path)
-        page = rl_page.render(read_json(report), read_log(self.folder.root), lens)
-        write_atomic(self.folder / "report.html", page)
+            lens = stamped_lens(*self.loaded, root / _VECTORS, root / "lens.json")
+        write_atomic(root / "report.html", training_page.render(read_json(report), read_log(root), lens))
 
 
 @contextmanager

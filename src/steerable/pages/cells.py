@@ -7,7 +7,7 @@ unsteered cell serves every setting and control.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from steerable.pages.words import Interval
@@ -65,6 +65,18 @@ def measured(cells: list[Cell], metric: str) -> Interval | None:
     if not reads:
         return None
     return Interval(sum(i.mean for i in reads) / len(reads), min(i.low for i in reads), max(i.high for i in reads))
+
+
+def metrics_of(report: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Title, unit and description of every metric that some cell has, by name: the report's own table of metrics, or
+    the library's where an older report has none; all of them where there are no cells."""
+    metrics: Mapping[str, Mapping[str, Any]] | None = report.get("metrics")
+    if metrics is None:
+        from steerable.evals.metrics import all_metrics  # imported here, as it loads torch
+
+        metrics = {name: metric.describe() for name, metric in all_metrics().items()}
+    names = {name for cell in cells for name in cell}
+    return {name: metric for name, metric in metrics.items() if name in names or not names}
 
 
 def setting_of(cell: Cell) -> Setting:

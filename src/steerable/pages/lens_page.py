@@ -47,7 +47,7 @@ def section(document: Document, identity: str = "lens") -> Markup:
             group_panels=[_group_panel(document, name) for name in document["groups"]],
             group_table=_group_table(document),
             shape=_shape_panels(document),
-            persistence=_persistence(document.get("persistence")),
+            persistence=_persistence(document["persistence"]) if document.get("persistence") else [],
             columns=_short_names(document),
             cosines=list(zip(names, document["cosines"]["matrix"], strict=True)),
         )
@@ -176,10 +176,10 @@ def _shape_panels(document: Document) -> list[Panel]:
     return panels
 
 
-def _persistence(followed: Mapping[str, Any] | None) -> list[tuple[str, str, list[tuple[str, Sequence[float | None]]]]]:
+def _persistence(followed: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, Sequence[float | None]]]]]:
     """Title, note and rows of every heat map: the tables of the vectors, each beside that of random ones."""
     heats = []
-    for name, (title, note) in PERSISTENCE.items() if followed else ():
+    for name, (title, note) in PERSISTENCE.items():
         for kind, values in (("", followed), (" Random vectors of its norm", followed["random"] or {})):
             if name in values:
                 rows = [(str(source), row) for source, row in zip(followed["sources"], values[name], strict=True)]
@@ -216,8 +216,9 @@ def _token_table(document: Document, score: str, norm: bool) -> Table:
         reading = next((r for r in vector["tokens"] if (r["score"], r["norm"]) == (score, norm)), None)
         ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
         share = vector["relative_norm"]
-        rows.append([vector["name"], f"{vector['norm']:.3g}", "-" if share is None else f"{share:.3f}", *ends])
-    return Table(["vector", "norm", "of ||h||", "most", "least"], rows)
+        norm_text = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
+        rows.append([vector["name"], norm_text, *ends])
+    return Table(["vector", "norm", "most", "least"], rows)
 
 
 def _auc_table(document: Document, score: str, norm: bool) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from steerable.pages import words
+from steerable.pages.cells import metrics_of
 from steerable.pages.figures import SHAPES, Point, Scale, Series, curves, nice_scale, share_scale
 from steerable.pages.html import render as render_template
 from steerable.pages.words import Interval, Table
@@ -16,12 +17,6 @@ from steerable.pages.words import Interval, Table
 Result = Mapping[str, Any]
 _HUES = ("hue-2", "hue-5", "hue-3", "hue-4", "hue-0", "hue-1")
 _BASE = "base"
-_FORM = {  # name in passk.json -> title, unit
-    "accuracy": ("right", "share"),
-    "tokens": ("tokens a chain", "tokens"),
-    "loops": ("repeated 8-grams", "share"),
-    "unclosed": ("think block never closed", "share"),
-}
 
 
 def render(result: Result) -> str:
@@ -30,7 +25,11 @@ def render(result: Result) -> str:
     signs = {_BASE: ("unsteered", "circle")}
     for place, name in enumerate(trained):
         signs[name] = f"slim {_HUES[place % len(_HUES)]}", SHAPES[(place + 1) % len(SHAPES)]
-    form = [[name, *(words.with_interval(arm[key], unit) for key, (_, unit) in _FORM.items())] for name, arm in arms.items()]
+    metrics = metrics_of(result, arms.values())
+    form = [
+        [name, *(words.with_interval(arm[key], metric["unit"]) for key, metric in metrics.items())]
+        for name, arm in arms.items()
+    ]
     return render_template(
         "passk.html",
         model=result["model"],
@@ -51,7 +50,7 @@ def render(result: Result) -> str:
         difference_table=_difference_table(result),
         solved=_solved_table(result),
         surprise=_perplexity_table(result),
-        form=Table(["", *(title for title, _ in _FORM.values())], form),
+        form=Table(["", *(metric["title"] for metric in metrics.values())], form),
         record=Table(["", ""], list(words.flat({**result["settings"], "versions": result["versions"]}))),
     )
 

@@ -20,6 +20,7 @@ from steerable.pages.cells import (
     extremes,
     main_setting,
     measured,
+    metrics_of,
     setting_of,
     settings,
     unsteered,
@@ -44,13 +45,7 @@ from steerable.store.files import write_atomic
 from steerable.store.plurals import plural
 
 Report = Mapping[str, Any]
-METRICS = {  # name in a cell -> title, unit, what it is
-    "accuracy": ("Accuracy", "share", "share of right answers, by the task's own scorer"),
-    "loops": ("Loops", "share", "share of repeated 8-grams in the thinking tokens"),
-    "tokens": ("Length", "tokens", "new tokens a chain"),
-    "unclosed": ("Unclosed chains", "share", "share of chains that never end their thinking"),
-    "kl": ("Divergence", "nats", "mean KL to unsteered, nats a token"),
-}
+Metric = Mapping[str, Any]
 _CHAINS = {"unsteered": "Unsteered", "plus": "Steered up", "minus": "Steered down"}
 _RECORD = {
     "Configuration": "config",
@@ -78,17 +73,9 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         >>> page = render(json.loads(Path("runs/pocket/report.json").read_text()))
     """
     report = {key: value for key, value in report.items() if value is not None}
-    cells, selection = report.get("cells") or [], report.get("selection") or {}
-    steered = [c["behaviour"] for c in cells if c.get("behaviour") and c.get("strength")]
-    behaviours = list(dict.fromkeys([*selection, *steered]))
-    examples, cosines = report.get("examples") or [], report.get("cosines") or {}
-    fractions = (label for cell in cells for label in cell.get("fractions") or {})
-    labels = words.ordered([*behaviours, *fractions, *labels_in(examples, _CHAINS)])
-    vectors = [
-        Vector(b, words.hue(b, labels), cells, main_setting(cells, b, selection.get(b)), selection.get(b) or {})
-        for b in behaviours
-    ]
-    methods = _methods(report)
+    cells, cosines = report.get("cells") or [], report.get("cosines") or {}
+    examples, labels, vectors = report.get("examples") or [], _labels(report), vectors_of(report)
+    methods, metrics = methods_of(report), metrics_of(report, cells)
     rules, chosen, candidates = _selection(vectors)
     return render_template(
         "run.html",
@@ -101,19 +88,19 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         vectors=vectors,
         headline=_headline([v for v in vectors if v.setting]),
         cost=_cost(vectors),
-        bars=_fractions(vectors),
+        bars=fraction_panels(vectors),
         doses=[_dose_response(v) for v in vectors],
         places=[panel for v in vectors if (panel := _places(v))],
         place_legend=_place_legend(vectors),
-        side_effects=[_side_effect(vectors, name, report) for name in METRICS],
+        side_effects=[_side_effect(vectors, name, metric, report) for name, metric in metrics.items()],
         vector_legend=[(v.name, f"slim {v.hue}", SHAPES[i % len(SHAPES)]) for i, v in enumerate(vectors)],
-        method_legend=[(name.replace("_", " "), *_method_sign(name, "hue-any")) for name in methods],
-        layer_effects=[_layer_effects(report, v, methods) for v in vectors],
+        method_legend=[(name.replace("_", " "), *method_sign(name, "hue-any")) for name in methods],
+        layer_effects=[layer_panel(report, v, methods) for v in vectors],
         effects_table=_effects_table(report, vectors, methods),
         norms=_norms(report),
         hues={label: words.hue(label, labels) for label in labels},
-        cost_table=_cell_table(vectors, main_only=True),
-        cell_table=_cell_table(vectors, main_only=False),
+        cost_table=_cell_table(vectors, metrics, main_only=True),
+        cell_table=_cell_table(vectors, metrics, main_only=False),
         heatmap=cosines.get("selected"),
         baseline_table=_cosine_table(cosines.get("overall_vs_pooled")),
         window_table=_cosine_table(cosines.get("windows")),
@@ -124,6 +111,24 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         tables=[(title, Table((), list(words.flat(report.get(key))))) for title, key in _RECORD.items()],
         timings=Table((), list(words.flat(timings))) if timings else None,
     )  # fmt: skip
+
+
+def vectors_of(report: Report) -> list[Vector]:
+    """The behaviours that have a vector, in the order of the selection, then of the cells."""
+    cells, selection, labels = report.get("cells") or [], report.get("selection") or {}, _labels(report)
+    steered = [c["behaviour"] for c in cells if c.get("behaviour") and c.get("strength")]
+    return [
+        Vector(b, words.hue(b, labels), cells, main_setting(cells, b, selection.get(b)), selection.get(b) or {})
+        for b in dict.fromkeys([*selection, *steered])
+    ]
+
+
+def _labels(report: Report) -> list[str]:
+    """Every label that occurs."""
+    cells = report.get("cells") or []
+    behaviours = [*(report.get("selection") or {}), *(c["behaviour"] for c in cells if c.get("behaviour"))]
+    fractions = (label for cell in cells for label in cell.get("fractions") or {})
+    return words.ordered([*behaviours, *fractions, *labels_in(report.get("examples") or [], _CHAINS)])
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -185,13 +190,14 @@ class Vector(NamedTuple):
     @property
     def effects(self) -> list[Effect]:
         """Up, then down."""
-        return [effect(self.cells, self.behaviour, self.setting, s) for s in self.strengths[::-1]] if self.setting else []
+        place = self.setting
+        return [effect(self.cells, self.behaviour, place, s) for s in self.strengths[::-1]] if place else []
 
     @property
     def dose(self) -> Mapping[str, float] | None:
         """The relative dose of the upper strength, by layer."""
-        up = doses(self.cells, self.behaviour, None, self.setting)[self.strengths[1]] if self.setting else []
-        return next((cell["dose"] for cell in up if cell.get("dose")), None)
+        by_strength = doses(self.cells, self.behaviour, None, self.setting) if self.setting else {}
+        return next((c["dose"] for c in by_strength.get(self.strengths[1], []) if c.get("dose")), None)
 
     def base(self, metric: str = "") -> Interval | None:
         """A metric of the unsteered model, by default the behaviour's fraction."""
@@ -201,8 +207,8 @@ class Vector(NamedTuple):
         self, metric: str = "", control: str | None = None, setting: Setting | None = None
     ) -> dict[float, Interval]:
         """A metric, by default the behaviour's fraction, by strength; by default in the main setting."""
-        place = setting or self.setting
-        return curve(self.cells, self.behaviour, control, place, metric or f"fractions.{self.behaviour}") if place else {}
+        place, metric = setting or self.setting, metric or f"fractions.{self.behaviour}"
+        return curve(self.cells, self.behaviour, control, place, metric) if place else {}
 
 
 # --- sentences ---
@@ -256,7 +262,7 @@ def _point(x: float, read: Interval, what: str, unit: str = "share") -> Point:
     return Point(x, *read, f"{what}: {words.with_interval(read, unit)}")
 
 
-def _fractions(vectors: Sequence[Vector]) -> list[Panel]:
+def fraction_panels(vectors: Sequence[Vector]) -> list[Panel]:
     """Fraction of each behaviour unsteered, down and up, beside the controls (the paper's figure 4)."""
     all_groups, highest = [], []
     for v in vectors:
@@ -332,33 +338,34 @@ def _place_legend(vectors: Sequence[Vector]) -> list[tuple[str, str, str]]:
     return [(name, f"bar-{side} hue-any", "bar") for name, side in zip(named, ("down", "up"), strict=False)]
 
 
-def _side_effect(vectors: Sequence[Vector], metric: str, report: Report) -> Panel:
+def _side_effect(vectors: Sequence[Vector], name: str, metric: Metric, report: Report) -> Panel:
     """What steering costs by one metric: one line a behaviour, the unsteered model as a level."""
-    title, unit, note = METRICS[metric]
+    title, unit = metric["title"], metric["unit"]
+    note = metric["description"]
+    if note:
+        note = {"share": f"share of {note}", "nats per token": f"{note}, nats a token"}.get(unit, note)
     series, highest, strengths = [], [], []
     for index, v in enumerate(vectors):
-        reads = v.curve(metric)
+        reads = v.curve(name)
         highest += [read.high for read in reads.values()]
         strengths += list(reads)
         # The lines are set apart a little, so that their error bars do not hide one another.
         aside = 0.035 * (index - (len(vectors) - 1) / 2)
-        points = [
-            _point(s + aside if s else s, read, f"{v.name} {words.signed(s)}", unit) for s, read in reads.items()
-        ]
-        if metric == "kl" and points and 0.0 not in reads:
+        points = [_point(s + aside if s else s, read, f"{v.name} {words.signed(s)}", unit) for s, read in reads.items()]
+        if name == "kl" and points and 0.0 not in reads:
             # The unsteered model is at no distance from itself, by definition.
             points = sorted([*points, Point(0, 0, tip="unsteered: 0")], key=lambda point: point.x)
         series.append(Series(v.name, f"slim {v.hue}", points, SHAPES[index % len(SHAPES)]))
-    figure, base = None, vectors[0].base(metric) if vectors else None
+    figure, base = None, vectors[0].base(name) if vectors else None
     if strengths:
         y = share_scale(highest) if unit == "share" else nice_scale(highest)
-        reference = Point(0, *base) if base and metric != "kl" else None
+        reference = Point(0, *base) if base and name != "kl" else None
         label = f"{title} against steering strength"
         figure = curves(
             series, _strength_scale(strengths), y, label=label, height=170, reference=reference, x_title="strength"
         )
     dtype = (report.get("model") or {}).get("dtype") or "float32"
-    if metric == "kl" and dtype != "float32":
+    if name == "kl" and dtype != "float32":
         note += f"; the model ran in {dtype}, whose rounding noise is in it"
     return Panel(title, figure, note)
 
@@ -373,14 +380,14 @@ def _strength_scale(strengths: Sequence[float]) -> Scale:
     return Scale(low - pad, high + pad, ticks, words.signed)
 
 
-def _methods(report: Report) -> list[str]:
+def methods_of(report: Report) -> list[str]:
     """The attribution methods that were measured for any behaviour, `exact` last so that it is drawn on top."""
     effects = (report.get("attribution") or {}).values()
     names = [name for one in effects for name, read in (one or {}).items() if isinstance(read, dict) and "mean" in read]
     return sorted(dict.fromkeys(names), key=lambda name: name == "exact")
 
 
-def _method_sign(name: str, hue: str) -> tuple[str, str]:
+def method_sign(name: str, hue: str = "") -> tuple[str, str]:
     """CSS classes and marker of an attribution method; `exact`, which really patches, has the behaviour's colour."""
     if name.startswith("published"):
         return ("m-1", "diamond") if "rescaled" in name or "norm" in name else ("m-0", "square")
@@ -389,7 +396,7 @@ def _method_sign(name: str, hue: str) -> tuple[str, str]:
     return ("m-2", "triangle") if "fisher" in name else ("m-4", "diamond")
 
 
-def _layer_effects(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
+def layer_panel(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
     """Effect of every layer by every method, each as a share of its own peak (the paper's figure 3)."""
     attribution = report.get("attribution") or {}
     effects, series, count = attribution.get(v.behaviour) or {}, [], 0
@@ -400,10 +407,11 @@ def _layer_effects(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
         points = []
         for layer, (mean, std) in enumerate(zip(means, spreads, strict=True)):
             if mean is not None:
-                ends = (None, None) if std is None else ((mean - std) / peak, (mean + std) / peak)
-                spread = "" if std is None else f" ± {words.number(std)} (std over chains)"
-                points.append(Point(layer, mean / peak, *ends, f"{name}, layer {layer}: {words.number(mean)}{spread}"))
-        css, marker = _method_sign(name, v.hue)
+                low, high = (None, None) if std is None else ((mean - std) / peak, (mean + std) / peak)
+                tip = f"{name}, layer {layer}: {words.number(mean)}"
+                tip += "" if std is None else f" ± {words.number(std)} (std over chains)"
+                points.append(Point(layer, mean / peak, low, high, tip))
+        css, marker = method_sign(name, v.hue)
         css += " dense" if len(means) > 12 else ""
         series.append(Series(name, css, points, marker, band=name == "exact", whiskers=False))
     figure, note = None, ""
@@ -451,7 +459,7 @@ def _norms(report: Report) -> Panel | None:
 # --- tables ---
 
 
-def _cell_table(vectors: Sequence[Vector], *, main_only: bool) -> Table:
+def _cell_table(vectors: Sequence[Vector], metrics: Mapping[str, Metric], *, main_only: bool) -> Table:
     """The numbers behind the figures: every cell, or only those of the main settings without controls."""
     rows: list[list[str]] = []
     strong = set()
@@ -481,11 +489,12 @@ def _cell_table(vectors: Sequence[Vector], *, main_only: bool) -> Table:
                 strong.add(len(rows))
                 row = [v.name, "unsteered", *[""] * (len(row) - 2)]
             row.append(words.with_interval(measured([cell], f"fractions.{v.behaviour}"), "share"))
-            for name, (_, unit, _) in METRICS.items():
-                row.append("" if name == "kl" and not is_steered else words.with_interval(cell.get(name), unit))
+            for name, metric in metrics.items():
+                is_empty = name == "kl" and not is_steered
+                row.append("" if is_empty else words.with_interval(cell.get(name), metric["unit"]))
             rows.append(row)
     places = [] if main_only else ["Vector", "Where"]
-    titles = [title for title, _, _ in METRICS.values()]
+    titles = [metric["title"] for metric in metrics.values()]
     return Table(["Behaviour", "Strength", "Dose", *places, "Fraction", *titles], rows, frozenset(strong))
 
 

@@ -5,34 +5,24 @@ The page is a pure function of `report.json`, `log.jsonl` and `lens.json`; what 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerable.pages import words
+from steerable.pages.cells import metrics_of
 from steerable.pages.examples import columns, labels_in
 from steerable.pages.figures import Panel, Point, Scale, Series, bars, curves, nice_scale, share_scale
 from steerable.pages.html import render as render_template
 from steerable.pages.lens_page import section as lens_section
 from steerable.pages.words import Interval, Table
-from steerable.store.errors import UsageError
-from steerable.store.files import sha256, write_atomic
 from steerable.store.plurals import plural
-from steerable.store.run_folder import read_json
 
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 DECODINGS = ("sampled", "greedy")
-VECTORS = "bias.safetensors"
 _MARKED = 40  # steps: with more of them the markers would hide the line
-METRICS = {  # name in report.json -> title, unit
-    "accuracy": ("Right answers", "share"),
-    "tokens": ("New tokens a chain", "tokens"),
-    "loops": ("Repeated 8-grams", "share"),
-    "unclosed": ("Think block never closed", "share"),
-}
 CURVES = {  # name in log.jsonl -> title, unit, what it is
     "reward": ("Reward", "", "mean of the rollouts: +1 for a paid answer, −1 for any other"),
     "accuracy": ("Right answers", "share", "share of the rollouts, on the training tasks"),
@@ -53,40 +43,6 @@ PARTS = {"generation": "hue-2", "reward": "hue-4", "kl": "hue-0", "update": "hue
 _CHAINS = {"base": "Before", "trained": "After"}
 
 
-def write_page(root: str | Path) -> Path:
-    """Draw the run folder of a training, with its `lens.json` where that is of the trained vectors.
-
-    Args:
-        root: The folder, which holds report.json and, as far as they were made, log.jsonl, lens.json and the vectors.
-
-    Returns:
-        The path of the page, `<root>/report.html`.
-
-    Raises:
-        UsageError: There is no readable report.json.
-    """
-    root = Path(root)
-    report = read_json(root / "report.json")
-    if not isinstance(report, dict) or not isinstance(report.get("config"), dict):
-        raise UsageError(f"{root / 'report.json'} is not the report of a training")
-    rows: list[Any] = []
-    log = root / "log.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a killed process was writing it
-            break
-    return write_atomic(root / "report.html", render(report, rows, read_lens(root)))
-
-
-def read_lens(root: Path) -> Any:
-    """The lens document of a training's folder; None where it is missing or of other vectors than lie there now."""
-    if not (root / "lens.json").exists() or not (root / VECTORS).exists():
-        return None
-    document = read_json(root / "lens.json")
-    return document if document.get("sha256") == sha256(root / VECTORS) else None
-
-
 def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None) -> str:
     """The page of a training; the same input gives the same bytes.
 
@@ -98,6 +54,7 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
     config, training = report["config"], report.get("training") or {}
     labels = [label for label in words.SHORT if _read(report, "base", "sampled", f"fractions.{label}")]
     examples = report.get("examples") or []
+    metrics = metrics_of(report, (report.get("base") or {}).values())
     spoken = words.ordered(labels_in(examples, _CHAINS))
     seconds = training.get("seconds_per_step") or {}
     parts = sorted(seconds, key=lambda name: [*PARTS, name].index(name))
@@ -110,7 +67,7 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
         tasks=Path(str(config["tasks"])).name if config.get("tasks") else "",
         headline=headline(report),
         cards=[(decoding, *_before_after(report, decoding, "accuracy")) for decoding in DECODINGS],
-        changes=_changes(report, METRICS),
+        changes=_changes(report, {name: (metric["title"], metric["unit"]) for name, metric in metrics.items()}),
         controls=_controls(report),
         behaviours=[_behaviour(report, label) for label in labels],
         amplified=_amplified(report, labels),

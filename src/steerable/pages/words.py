@@ -48,8 +48,8 @@ def printed(table: Table, title: str, caption: str | None = None) -> Any:
     from rich.table import Table as RichTable
 
     made = RichTable(title=title, caption=caption, title_justify="left", show_header=any(table.head))
-    for column in table.head:
-        made.add_column(column, overflow="fold")
+    for place, column in enumerate(table.head):
+        made.add_column(column, overflow="fold", no_wrap=place == 0)
     for row in table.rows:
         made.add_row(*row)
     return made

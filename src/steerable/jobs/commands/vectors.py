@@ -117,31 +117,20 @@ def lens_(
     as_json: Json = False,
 ) -> None:
     """What a file's vectors say in tokens, layer by layer, and how they lie to one another."""
-    from steerable.evals.lens_tables import tables
-    from steerable.jobs.lens_files import lens_file, targets, write_lens
+    from steerable.jobs.lens_job import lens_file, targets
+    from steerable.pages.lens_page import tables
     from steerable.store.display import Display
 
-    if out is not None:
-        targets(out)  # what cannot be written is refused before anything is computed
     with Display(quiet=as_json) as display:
-        started: list[int] = []
-
-        def progress(done: int, total: int) -> None:
-            if not started:
-                started.append(total)
-                display.start("persistence", total)
-            display.advance(done)
-
         document = lens_file(
             file, model=model, k=k, layers=layers, persistence=persistence, tasks=tasks, limit=limit, longest=longest,
-            system=system, template=template, dtype=dtype, seed=seed, progress=progress,
+            system=system, template=template, dtype=dtype, seed=seed, out=out, display=display,
         )  # fmt: skip
-    written = [] if out is None else write_lens(document, out)
     if as_json:
         print_json(document)
         return
     print_tables(tables(document))
-    for path in written:
+    for path in [] if out is None else targets(out):
         say(f"Written: {path}")
 
 

@@ -8,10 +8,9 @@ import torch
 from rich.console import Console
 from tiny_families import tiny
 
-from steerable.evals.lens_tables import tables
-from steerable.jobs import lens_document as module
-from steerable.jobs.lens_document import read_direction
-from steerable.pages.lens_page import page
+from steerable.jobs.lens_job import read_direction
+from steerable.models import loading as models
+from steerable.pages.lens_page import page, tables
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
@@ -144,8 +143,8 @@ def test_layers_and_sites(model):
 def test_a_model_without_a_known_final_norm(model, monkeypatch):
     from dataclasses import replace
 
-    family = module.models.family(model)
-    monkeypatch.setattr(module.models, "family", lambda m: replace(family, final_norm=None))
+    family = models.family(model)
+    monkeypatch.setattr(models, "family", lambda m: replace(family, final_norm=None))
     document = read_direction(model, Words(), direction({0: 1.0}))
     assert {t["norm"] for t in document["vectors"][0]["tokens"]} == {False}
     assert page(document) and tables(document)
