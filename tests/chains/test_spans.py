@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from steerable.chains.annotators.comparison import agreement
 from steerable.chains.annotators.probe import labels_of
 from steerable.chains.records import LABELS
 from steerable.chains.segments import Segment
 from steerable.chains.spans import owners, stretches
 from steerable.chains.windows import align_chain
+from steerable.evals.agreement import measure_agreement
 from steerable.evals.metrics import label_fractions
 from steerable.pages.examples import segments, shares
 
@@ -51,7 +51,7 @@ def test_one_rule_for_all(seed):
     # compared: with the labels one by one
     single = [{**spans[0], "label": name, "start": i, "end": i + 1} for i, name in enumerate(label) if name]
     chain = {"task_id": "t", "sample": 0, "thinking": text}
-    assert agreement([chain], spans, single).accuracy == 1
+    assert measure_agreement([chain], spans, single).accuracy == 1
 
 
 def test_stretches_and_the_part_that_means_are_taken_over(tokenizer):

@@ -7,8 +7,8 @@ from threading import Lock, Thread
 
 import pytest
 
-from steerable.chains.annotators.comparison import agreement_of_files
 from steerable.chains.records import read_jsonl
+from steerable.evals.agreement import measure_agreement_of_files
 from steerable.jobs import annotation, main_job
 from steerable.models.pocket import language
 from steerable.store.errors import SteerableError, UsageError
@@ -57,7 +57,7 @@ def judge(monkeypatch):
 
 
 def kappa(folder, finished):
-    return agreement_of_files(finished / "spans.jsonl", folder / "spans.jsonl", finished / "chains.jsonl").kappa
+    return measure_agreement_of_files(finished / "spans.jsonl", folder / "spans.jsonl", finished / "chains.jsonl").kappa
 
 
 def run(folder, stage, **settings):

@@ -80,8 +80,12 @@ def generate(run: Run, partial: Path) -> None:
 def annotate(run: Run, partial: Path) -> None:
     """The thinking part of every chain in labelled spans, and how much of it was understood."""
     chains = read_jsonl(run.folder / "chains.jsonl", "chain")
-    spans, account = annotation.annotate(run, chains, "extraction")
-    stable = annotation.stable(run, chains, spans, partial) if run.config.stability else spans
+    source = run.config, chains, run.tasks("extraction"), run.loaded
+    spans, account = annotation.annotate(*source, replies=run.folder / "replies", display=run.display)
+    stable = spans
+    if run.config.stability:
+        drawn = partial / "continuations"
+        stable = annotation.keep_stable(*source, spans, continuations=drawn, display=run.display)
     flat = [span for some in stable for span in some or ()]
     counts = Counter(span["label"] for span in flat)
     annotated = sum(map(bool, spans))

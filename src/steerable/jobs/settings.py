@@ -19,7 +19,7 @@ from steerable.store.errors import UsageError
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
 ANNOTATORS = {
     "pocket": "steerable.models.pocket.language:annotate",
-    "keywords": "steerable.chains.annotators.cues:keywords",
+    "keywords": "steerable.chains.annotators.keyword_rules:keywords",
 }
 """Annotators that are plain functions; `llm` and `probe:FILE` are not."""
 BASELINES = ("pooled", "overall")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from steerable.chains.annotators.replies import Parsed, Span, parse
+from steerable.chains.annotators.marks import Parsed, Span, parse
 from steerable.chains.endpoint import Endpoint, Reply, tally
 from steerable.chains.records import Record
 from steerable.chains.segments import paragraphs, sentences
@@ -54,8 +54,7 @@ _CONTEXT = 300  # characters of the text before that a later part is shown
 _SMALLEST = 400  # characters; a shorter piece whose reply is cut off is not divided again
 
 
-@dataclass(frozen=True)
-class Annotation:
+class Annotation(NamedTuple):
     """`spans[i]` are the span records of chain i, or None where the annotator failed: such a chain is dropped and
     counted, never taken as one without behaviours. `account` says what was asked, lost and spent; it is the
     same for a run that was interrupted, except that requests that failed are tried again."""

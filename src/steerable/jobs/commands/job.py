@@ -76,13 +76,13 @@ def annotate(
             raise UsageError("--chains goes with --agreement; the stage annotates the chains of --out")
         _go(out, "annotate", given(settings), as_json, workers=workers, ray=ray, overwrite=overwrite)
         return
-    from steerable.chains.annotators.comparison import agreement_of_files, tables
+    from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 
-    found = agreement_of_files(*agreement, chains)
+    found = measure_agreement_of_files(*agreement, chains)
     if as_json:
         print_json(found.to_dict())
     else:
-        print_tables(tables(found))
+        print_tables(agreement_tables(found))
 
 
 def _stage_command(name: str, text: str) -> Callable[..., None]:

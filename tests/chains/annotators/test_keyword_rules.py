@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from steerable.chains.annotators.cues import SEAL_LABELS, keywords, label_of, seal, seal_label
+from steerable.chains.annotators.keyword_rules import SEAL_LABELS, keywords, label_of, seal, seal_label
 from steerable.chains.records import LABELS
 from steerable.chains.segments import sentences
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from steerable.chains.annotators.replies import Span, parse
+from steerable.chains.annotators.marks import Span, parse
 from steerable.chains.records import LABELS
 
 CHAIN = (
