@@ -54,19 +54,17 @@ def parse_families(rest: str) -> list[tuple[str, tuple[str, ...]]]:
     parts = list(dict.fromkeys(filter(None, (part.strip() for part in rest.split(",")))))
     if not parts:
         return [(category, families) for category, families in CATEGORIES.items() if families]
-    known = {slug(category): category for category in CATEGORIES}
-    found: list[tuple[str, tuple[str, ...]]] = []
+    by_slug = {slug(category): category for category in CATEGORIES}
+    chosen: list[tuple[str, tuple[str, ...]]] = []
     for part in parts:
-        if not part.startswith("@"):
-            found.append((part, (part,)))
-            continue
-        category = known.get(slug(part[1:]))
+        category = by_slug.get(slug(part[1:])) if part.startswith("@") else part
         if category is None:
-            raise UsageError(f"there is no task category {part!r}: expected one of @{', @'.join(known)}")
-        if not CATEGORIES[category]:
+            raise UsageError(f"there is no task category {part!r}: expected one of @{', @'.join(by_slug)}")
+        families = CATEGORIES[category] if part.startswith("@") else (part,)
+        if not families:
             raise UsageError(f"reasoning-gym has no family for {category}: take tasks of it from a file or from llm")
-        found.append((category, CATEGORIES[category]))
-    return found
+        chosen.append((category, families))
+    return chosen
 
 
 def stream(category: str, families: tuple[str, ...], seed: int) -> Iterator[Record]:
@@ -129,6 +127,10 @@ def _create(family: str, **kwargs: Any) -> Any:
 # --- judging ---
 
 
+#: Characters of an answer that a scorer is given to read, or four times those of the entry's own answer.
+LONGEST = 4000
+
+
 def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
     """1.0 where an answer is right, 0.0 where it is wrong, None where nothing can read it.
 
@@ -136,33 +138,26 @@ def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
     form (`gym_scorers.bare_forms`). Less than full marks is wrong: the scorers give it for any text, or for a constant
     that happens to lie near (docs/scorers.md). Raises UsageError for an entry of no known family.
     """
-    family = _family(entry)
+    try:
+        family = str(entry["metadata"]["source_dataset"])
+    except (KeyError, TypeError):
+        raise UsageError(
+            "a task's entry names no data set of reasoning-gym: expected what reasoning-gym made, with "
+            "metadata.source_dataset"
+        ) from None
     reference = entry.get("answer")
     if not isinstance(given, str) or len(given) > max(LONGEST, 4 * len(str(reference))):
         return None
     forms = bare_forms(given)
     if isinstance(reference, str) and not set(forms).isdisjoint(bare_forms(reference)):
         return 1.0
-    verdicts = []
+    is_readable = False
     for form in forms:
-        verdicts.append(_is_right(family, entry, form))
-        if verdicts[-1]:
+        is_right = _is_right(family, entry, form)
+        if is_right:
             return 1.0
-    return None if all(verdict is None for verdict in verdicts) else 0.0
-
-
-#: Characters of an answer that a scorer is given to read, or four times those of the entry's own answer.
-LONGEST = 4000
-
-
-def _family(entry: Mapping[str, Any]) -> str:
-    try:
-        return str(entry["metadata"]["source_dataset"])
-    except (KeyError, TypeError):
-        raise UsageError(
-            "a task's entry names no data set of reasoning-gym: expected what reasoning-gym made, with "
-            "metadata.source_dataset"
-        ) from None
+        is_readable |= is_right is not None
+    return 0.0 if is_readable else None
 
 
 def _is_right(family: str, entry: Mapping[str, Any], form: str) -> bool | None:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 _KEYS = ("prompt", "task", "question", "problem", "puzzle", "text", "content", "description")
+_GAP = re.compile(r"[\s,]*")
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _NUMBERED = re.compile(
@@ -34,12 +35,12 @@ def listed_tasks(text: str) -> list[str]:
     Answers, hints and categories written beside a task are cut off; a string that the reply breaks off in is left out.
     """
     text = _THINKING.sub("", text).replace("\r\n", "\n")
-    fenced = [found[1] for found in _FENCED.finditer(text)]
-    for part in [*fenced, text]:
-        if found := _from_json(part):
-            return found
-    for part in [*fenced, text]:
-        if items := _numbered(part) or _bullets(part):
+    parts = [*(fence[1] for fence in _FENCED.finditer(text)), text]
+    for part in parts:
+        if tasks := _from_json(part):
+            return tasks
+    for part in parts:
+        if items := _items(part, _numbers(part)) or _items(part, list(_BULLET.finditer(part))):
             return [item for item in map(_tidy, items) if item]
     return []
 
@@ -50,16 +51,13 @@ def _from_json(text: str) -> list[str]:
     for opened in re.finditer(r"[\[{]", text):
         values: list[Any] = []
         position = opened.start() + (text[opened.start()] == "[")
-        while gap := re.match(r"[\s,]*", text[position:]):
-            position += gap.end()
+        while gap := _GAP.match(text, position):
             try:
-                value, position = decoder.raw_decode(text, position)
+                value, position = decoder.raw_decode(text, gap.end())
             except (ValueError, RecursionError):
                 break
             values.append(value)
-        found = [task for value in values for task in _strings(value)]
-        tasks = [task for task in map(_tidy, found) if " " in task]
-        if tasks:
+        if tasks := [task for task in map(_tidy, _strings(values)) if " " in task]:
             return tasks
     return []
 
@@ -78,33 +76,24 @@ def _strings(value: Any) -> list[str]:
     return []
 
 
-def _numbered(text: str) -> list[str]:
-    """Items whose numbers go up by one and stand equally far in; a list inside a task does not count."""
+def _numbers(text: str) -> list[re.Match[str]]:
+    """Where items begin whose numbers go up by one and stand equally far in; a list inside a task does not count."""
     starts: list[re.Match[str]] = []
-    for found in _NUMBERED.finditer(text):
-        number = int(found[2] or found[3])
-        if not starts or (found[1] == starts[0][1] and number == int(starts[-1][2] or starts[-1][3]) + 1):
-            starts.append(found)
-    return _items(text, starts)
-
-
-def _bullets(text: str) -> list[str]:
-    starts = list(_BULLET.finditer(text))
-    return _items(text, starts)
+    for match in _NUMBERED.finditer(text):
+        number = int(match[2] or match[3])
+        if not starts or (match[1] == starts[0][1] and number == int(starts[-1][2] or starts[-1][3]) + 1):
+            starts.append(match)
+    return starts
 
 
 def _items(text: str, starts: list[re.Match[str]]) -> list[str]:
+    """The items that begin there, the last one without what the model says after its list."""
     ends = [*(later.start() for later in starts[1:]), len(text)]
-    return _without_closing([text[s.end() : e] for s, e in zip(starts, ends, strict=False)])
-
-
-def _without_closing(items: list[str]) -> list[str]:
-    """The last item without what the model says after its list."""
+    items = [text[start.end() : end] for start, end in zip(starts, ends, strict=False)]
     if len(items) < 2:
         return items
-    paragraphs = [re.split(r"\n[ \t]*\n", item.strip()) for item in items]
-    last = paragraphs[-1]
-    if all(len(parts) == 1 for parts in paragraphs[:-1]):
+    *before, last = [re.split(r"\n[ \t]*\n", item.strip()) for item in items]
+    if all(len(paragraphs) == 1 for paragraphs in before):
         last = last[:1]
     while len(last) > 1 and _CLOSING.match(last[-1].strip()):
         last.pop()
@@ -117,8 +106,7 @@ def _tidy(item: str) -> str:
     if aside := _ASIDE.search(item):
         item = item[: aside.start()]
     item = _LABEL.sub("", re.sub(r"\n[ \t]*(?:---+|```)[ \t]*$", "", item.strip())).strip()
-    for mark in ("**", '"', "*", "\u201c"):
-        close = "\u201d" if mark == "\u201c" else mark
+    for mark, close in {"**": "**", '"': '"', "*": "*", "\u201c": "\u201d"}.items():
         if len(item) > 2 * len(mark) and item.startswith(mark) and item.endswith(close):
             inner = item[len(mark) : -len(mark)]
             if mark not in inner and close not in inner:

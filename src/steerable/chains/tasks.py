@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steerable.chains import gym, tables, written
 from steerable.chains.duplicates import task_key
+from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, judge, score
 from steerable.chains.records import Record, content_hash
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.errors import UsageError
 from steerable.store.plurals import plural
-
-if TYPE_CHECKING:
-    from steerable.chains.endpoint import Endpoint, Progress
 
 __all__ = ["GYM", "Verdict", "correct", "extract_answer", "judge", "make_splits", "make_tasks", "score"]
 

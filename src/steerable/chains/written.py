@@ -10,17 +10,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Collection
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steerable.chains.duplicates import shingles, similarity, task_key
+from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import slug
 from steerable.chains.listed import listed_tasks
 from steerable.chains.records import Record, content_hash
 from steerable.store.errors import SteerableError, UsageError
-
-if TYPE_CHECKING:
-    from steerable.chains.endpoint import Endpoint, Progress
 
 #: What each category is about, as the model is told.
 ABOUT: dict[str, str] = {
@@ -67,12 +65,12 @@ def write_tasks(
     """
     endpoint = endpoint or _endpoint(source)
     quotas = {c: n // len(ABOUT) + (i < n % len(ABOUT)) for i, c in enumerate(ABOUT)}
-    kept: dict[str, list[Record]] = {category: [] for category in ABOUT}
+    tasks: dict[str, list[Record]] = {category: [] for category in ABOUT}
     keys: set[str] = set()
     looks: list[frozenset[str]] = []
     failures: list[str] = []
     barren = rounds = 0
-    while rounds < ROUNDS and barren < _BARREN and (asked := _requests(quotas, kept, rounds)):
+    while rounds < ROUNDS and barren < _BARREN and (asked := _requests(quotas, tasks, rounds)):
         before = len(keys)
         replies = endpoint.complete(
             [[{"role": "user", "content": prompt}] for _, prompt in asked],
@@ -85,62 +83,49 @@ def write_tasks(
         failures += [reply.error for reply in replies if reply.error]
         for (category, _), reply in zip(asked, replies, strict=True):
             for prompt in listed_tasks(reply.text):
-                if len(kept[category]) == quotas[category]:
+                if len(tasks[category]) == quotas[category]:
                     break
-                look = shingles(prompt)
-                if len(prompt.split()) not in _WORDS or task_key(prompt) in keys:
+                key, look = task_key(prompt), shingles(prompt)
+                is_alike = key in keys or any(similarity(look, other) >= _ALIKE for other in looks)
+                if is_alike or len(prompt.split()) not in _WORDS or content_hash({"prompt": prompt}) in excluded:
                     continue
-                if content_hash({"prompt": prompt}) in excluded or any(similarity(look, o) >= _ALIKE for o in looks):
-                    continue
-                keys.add(task_key(prompt))
+                keys.add(key)
                 looks.append(look)
-                kept[category].append(
-                    {
-                        "id": f"llm-{slug(category)}-{len(kept[category])}",
-                        "prompt": prompt,
-                        "category": category,
-                        "source": f"llm:{endpoint.model}",
-                    }
-                )
+                name = f"llm-{slug(category)}-{len(tasks[category])}"
+                origin = {"category": category, "source": f"llm:{endpoint.model}"}
+                tasks[category].append({"id": name, "prompt": prompt, **origin})
         rounds += 1
         barren = barren + 1 if len(keys) == before else 0
-    found = sum(map(len, kept.values()))
-    if found < n:
-        short = [f"{category} ({len(kept[category])} of {quota})" for category, quota in quotas.items()]
-        short = [text for text, category in zip(short, quotas, strict=True) if len(kept[category]) < quotas[category]]
+    if len(keys) < n:
+        short = [f"{c} ({len(tasks[c])} of {quota})" for c, quota in quotas.items() if len(tasks[c]) < quota]
         why = f"; the last failure: {failures[-1]}" if failures else ""
         raise SteerableError(
-            f"{endpoint.model} wrote only {found} different tasks of {n} in {rounds} rounds, too few of "
+            f"{endpoint.model} wrote only {len(keys)} different tasks of {n} in {rounds} rounds, too few of "
             f"{', '.join(short)}: ask for fewer, or another model{why}"
         )
-    for category, tasks in kept.items():
-        random.Random(f"{seed}/{category}").shuffle(tasks)  # later rounds must not all fall into one split
-    longest = max(quotas.values())
-    return [tasks[i] for i in range(longest) for tasks in kept.values() if i < len(tasks)]
+    for category, group in tasks.items():
+        random.Random(f"{seed}/{category}").shuffle(group)  # later rounds must not all fall into one split
+    return [task for turn in zip_longest(*tasks.values()) for task in turn if task is not None]
 
 
 def _endpoint(source: str) -> Endpoint:
-    from steerable.chains.endpoint import Endpoint
-
-    rest = source.partition(":")[2]
-    model, at, address = rest.rpartition("@http")
-    if not at:
-        model, address = rest, ""
-    if not model:
+    name = source.partition(":")[2]
+    model, at, address = name.rpartition("@http")
+    if not (model := model if at else name):
         raise UsageError(f"{source!r} names no model: expected llm:MODEL or llm:MODEL@http://localhost:8000/v1")
     return Endpoint(model, f"http{address}" if at else None)
 
 
-def _requests(quotas: dict[str, int], kept: dict[str, list[Record]], round_: int) -> list[tuple[str, str]]:
+def _requests(quotas: dict[str, int], tasks: dict[str, list[Record]], round_: int) -> list[tuple[str, str]]:
     """What to ask for now, as (category, prompt)."""
     asked = []
     for category, quota in quotas.items():
-        missing = quota - len(kept[category])
+        missing = quota - len(tasks[category])
         # Some will be duplicates; each round asks for the more, the more has been refused.
-        wanted = missing + min(_BATCH, 1 + missing // 5 + round_) if missing else 0
-        for start in range(0, wanted, _BATCH):
-            earlier = [task["prompt"] for task in kept[category]]
-            asked.append((category, _prompt(category, min(_BATCH, wanted - start), start // _BATCH, earlier)))
+        number = missing + min(_BATCH, 1 + missing // 5 + round_) if missing else 0
+        earlier = [task["prompt"] for task in tasks[category]]
+        for start in range(0, number, _BATCH):
+            asked.append((category, _prompt(category, min(_BATCH, number - start), start // _BATCH, earlier)))
     return asked
 
 
