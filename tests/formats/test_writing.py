@@ -58,6 +58,13 @@ def test_nothing_is_dropped_silently(tmp_path, to):
     ):
         with pytest.raises(UsageError, match=reason):
             export_file(bad, tmp_path / "a", to, model_type="llama")
+    for other, reason in (
+        ({"map": "ablate"}, "has the map 'ablate'"),
+        ({"schedule": "ramp(0, 1, 50)"}, "has the schedule 'ramp"),
+        ({"rescale": True}, "rescales the activation"),
+    ):
+        with pytest.raises(UsageError, match=f"can hold only additions; this direction {reason}"):
+            export_file(direction_of(table, **other), tmp_path / "a", to, model_type="llama", fold_strength=True)
     assert not list(tmp_path.iterdir())
     gated = direction_of(table, gate="thinking")
     with pytest.warns(SteerableWarning, match="gate 'thinking'"):

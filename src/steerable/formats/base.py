@@ -49,6 +49,7 @@ class Format:
     limits: one sentence on what the format cannot hold.
     strength: how to give the strength to the other tool; `HELD`: the file holds it; `FOLDED`: it has no place for it.
     general: it is the format of whatever no other format claims.
+    additions_only: it cannot hold another map than `shift`, a schedule, or that the activation is rescaled.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Format:
     limits: str = ""
     strength: str = "give it where the file is used"
     general: bool = False
+    additions_only: bool = True
 
 
 class Source:
@@ -251,12 +253,10 @@ def imported(
 # --- writing: a direction as plain additions ---
 
 
-def additions_only(direction: Direction, to: str) -> None:
-    """Raises UsageError for a map that is no addition; warns of a gate, which no other tool's file holds."""
-    if direction.map != "shift":
-        raise UsageError(f"a {to} file can hold only additions; this direction has the map {direction.map!r}")
+def warn_of_gate(direction: Direction, to: str) -> None:
+    """Warn of a gate, which the format cannot hold."""
     if direction.gate != "all":
-        warn(f"a {to} file cannot hold the gate {direction.gate!r}: the vectors will be added at every token")
+        warn(f"a {to} file cannot hold the gate '{direction.gate}': the vectors will be added at every token")
 
 
 def one_vector(v: Tensor, site: Site, to: str) -> Tensor:
@@ -286,7 +286,7 @@ def block_outputs(direction: Direction, to: str) -> dict[int, Tensor]:
         if block in vectors:
             raise UsageError(f"two vectors of this direction are for the output of block {block}: {to} holds one")
         vectors[block] = flat
-    additions_only(direction, to)
+    warn_of_gate(direction, to)
     return dict(sorted(vectors.items()))
 
 

@@ -19,12 +19,12 @@ from steerable.formats.base import (
     Options,
     Source,
     WriteOptions,
-    additions_only,
     imported,
     one_vector,
     output_of_block,
     small_json,
     warn,
+    warn_of_gate,
 )
 from steerable.models.loading import FAMILIES
 from steerable.steering.direction import Direction
@@ -119,7 +119,7 @@ def _write(direction: Direction, path: Path, options: WriteOptions) -> None:
             last = module.rpartition(".")[2]
             raise UsageError(f"the blocks of {options.model_type} have no {last}, on which the adapter's biases stand")
         tensors[name] = flat[None].contiguous()
-    additions_only(direction, options.to)
+    warn_of_gate(direction, options.to)
     if not options.model_type:
         warn(
             "a bias on down_proj is the same only where no norm stands behind the MLP (not Gemma 2 and 3, OLMo 2): "

@@ -17,6 +17,7 @@ from typing import Any
 from steerable.formats import checks
 from steerable.formats.base import FOLDED, HELD, RECORDS, Format, NeedsChoice, Options, Source, WriteOptions, warn
 from steerable.models.loading import Loaded
+from steerable.models.writers import not_added
 from steerable.steering import direction as directions
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
@@ -302,6 +303,8 @@ def export_file(
     format = _named(to, "write")
     if layers is not None:
         direction = direction.only(layers)
+    if format.additions_only and (other := not_added(direction)):
+        raise UsageError(f"a {to} file can hold only additions; this direction {other}")
     if fold_strength:
         direction = _folded(direction)
     if model is None and to != "checkpoint" and direction.model_id == "pocket":
@@ -345,8 +348,11 @@ def describe(direction: Direction) -> dict[str, Any]:
         "model_id": direction.model_id,
         "method": direction.method,
         "map": direction.map,
-        "gate": direction.gate,
+        "gate": str(direction.gate),
+        "schedule": str(direction.schedule),
         "strength": direction.strength,
+        "rescale": direction.rescale,
+        "unit": direction.unit,
         "licence": direction.licence,
         "layers": direction.layers,
         "layers_text": layers_text(direction.layers),

@@ -292,7 +292,17 @@ def _vector_row(name: str, d: Direction) -> list[str]:
     width = str(next(iter(d.vectors.values())).shape[-1])
     norms = _range([float(v.double().norm()) for v in d.vectors.values()])
     norms += f" / {_range([d.norms[site] for site in d.vectors if site in d.norms])}"
-    cells = (f"`{name}{_SUFFIX}`", d.behaviour, model, where, width, f"{d.strength:g}", f"`{d.gate}`", norms)
+    cells = (
+        f"`{name}{_SUFFIX}`",
+        d.behaviour,
+        model,
+        where,
+        width,
+        f"`{d.map}`",
+        f"{d.strength:g}",
+        f"`{d.gate}`",
+        norms,
+    )
     return [_cell(text) for text in cells]
 
 

@@ -109,15 +109,24 @@ def bias_names(model: nn.Module) -> dict[Place, str]:
     return {place: f"{names[id(linear(model, place))]}.bias" for place in all_places(model)}
 
 
+def not_added(direction: Direction) -> str | None:
+    """What a direction does beside adding its vectors times a constant ("has the map 'ablate'"); None: nothing else."""
+    if direction.map != "shift":
+        return f"has the map '{direction.map}'"
+    if direction.schedule != "constant":
+        return f"has the schedule '{direction.schedule}'"
+    return "rescales the activation" if direction.rescale else None
+
+
 def placed(model: nn.Module, direction: Direction, strength: float | None = None) -> dict[Place, Tensor]:
     """A direction as biases: float32 [d] for each place, the strength (default: the direction's) multiplied in.
 
-    `resid_pre` of block l is the output of block l - 1. Raises UsageError for what no bias does: another gate than
-    "all", another map than "shift", a subspace, another width, a site that is not a sum of the stream.
+    `resid_pre` of block l is the output of block l - 1. Raises UsageError for what no bias does: more than an addition,
+    another gate than "all", a subspace, another width, a site that is not a sum of the stream.
     """
-    if direction.map != "shift" or direction.gate != "all":
-        what = f"map {direction.map!r}" if direction.map != "shift" else f"gate {direction.gate!r}"
-        raise UsageError(f"a bias adds the same vector at every token, but this direction has the {what}: use a hook")
+    other = not_added(direction) or (None if direction.gate == "all" else f"has the gate '{direction.gate}'")
+    if other is not None:
+        raise UsageError(f"a bias adds the same vector at every token, but this direction {other}: use a hook")
     if not models.is_named(model, direction.model_id):
         name = models.model_id(model)
         text = f"this direction was made on {direction.model_id!r}, the model is {name!r}: it may do nothing here"
