@@ -71,13 +71,14 @@ def one_step(
     """Two steps; the second is measured, when everything has been warmed up."""
     from steerable.chains.generation import prompt_text
     from steerable.chains.tasks import make_tasks
-    from steerable.jobs.reinforcement import COMMON
-    from steerable.jobs.training import open_model
+    from steerable.jobs.reinforcement import arguments
+    from steerable.jobs.training import Training, open_model
     from steerable.jobs.training_settings import RLSettings
     from steerable.methods.train.loop import quietly
     from steerable.methods.train.parameters import attach
     from steerable.methods.train.rewards import reward
-    from steerable.methods.train.trainer import OWN, VectorTrainer, grpo_arguments
+    from steerable.methods.train.trainer import VectorTrainer
+    from steerable.store.run_folder import RunFolder
 
     s = RLSettings(model=args.model, method=method, steps=2, learning_rate=IDLE, save_every=100, seed=turn,
                    generation=engine)  # fmt: skip
@@ -86,7 +87,7 @@ def one_step(
     with quietly():
         trainer = VectorTrainer(
             attach(loaded.model, method),
-            grpo_arguments(root / f"{method}-{turn}", loaded.model, **s.subset(f"{COMMON} {OWN}")),
+            arguments(Training(RunFolder(root / f"{method}-{turn}"), s, loaded)),
             [prompt_text(loaded.tokenizer, task["prompt"]) for task in tasks],
             tasks,
             reward,

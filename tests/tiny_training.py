@@ -4,11 +4,13 @@ import copy
 
 from transformers import GenerationConfig
 
-from steerable.jobs.reinforcement import COMMON
+from steerable.jobs.reinforcement import arguments
+from steerable.jobs.training import Training
 from steerable.jobs.training_settings import RLSettings
 from steerable.methods.train.parameters import attach
-from steerable.methods.train.trainer import OWN, VectorTrainer, grpo_arguments
+from steerable.methods.train.trainer import VectorTrainer
 from steerable.models.loading import Loaded
+from steerable.store.run_folder import RunFolder
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6 w7", "w8 w9 w10"]
 TASKS = [{"id": f"t{i}", "prompt": prompt, "answer": "w11"} for i, prompt in enumerate(PROMPTS)]
@@ -44,8 +46,8 @@ def trainer(tmp_path, found, reward, *, method="bias", layers=None, after="mlp",
                       "micro_batch": 16, "method": method, "save_every": 100} | settings)  # fmt: skip
     trained = attach(found.model, method, layers=layers, after=after, rank=rank, reference=s.beta > 0)
     texts = [f"<user> {task['prompt']} <assistant> " for task in TASKS]
-    arguments = grpo_arguments(tmp_path, found.model, **s.subset(f"{COMMON} {OWN}"))
-    made = VectorTrainer(trained, arguments, texts, TASKS, reward, found.tokenizer)
+    training = Training(RunFolder(tmp_path), s, found)
+    made = VectorTrainer(trained, arguments(training), texts, TASKS, reward, found.tokenizer)
     made.tags = None  # a model that thinks aloud: its whole text is judged
     return made
 

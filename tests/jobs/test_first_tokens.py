@@ -16,7 +16,7 @@ from steerable.engines.hf.generation import Request, generate
 from steerable.engines.sampling import Decoding
 from steerable.jobs.first_tokens import train_prefixes, train_upft
 from steerable.jobs.training_settings import UPFTSettings
-from steerable.methods.train.log import read_log
+from steerable.methods.train.loop import read_log
 from steerable.methods.train.parameters import attach
 from steerable.methods.train.prefixes import collate, examples, prefix_loss
 from steerable.store.display import Display
@@ -55,6 +55,11 @@ def run(folder):
     return train_upft(folder / "run", **small(folder))
 
 
+def rows_of(prompts, solutions, k):
+    pairs = zip(prompts, solutions, strict=True)
+    return examples([{"prompt_ids": prompt, "ids": ids} for prompt, ids in pairs], k)
+
+
 def naive(model, rows):
     """Every row by itself, with all logits: the sum of -log p of its labels, and how many there are."""
     total, count = torch.zeros(()), 0
@@ -79,7 +84,7 @@ def loss_of(model, rows, count=None):
 def test_the_loss_is_that_of_every_row_alone(name):
     model = tiny_family(name)
     trained = attach(model, "bias")
-    rows = examples(PROMPTS, SAID, 3)
+    rows = rows_of(PROMPTS, SAID, 3)
     total, count = naive(model, rows)
     assert count == 3 + 3 + 1
     wanted = torch.autograd.grad(total / count, list(trained.parameters().values()))
@@ -92,16 +97,16 @@ def test_the_loss_is_that_of_every_row_alone(name):
 
 
 def test_only_the_last_logits_are_computed(tiny_llama):
-    batch = collate(examples(PROMPTS[:1], SAID[:1], 3))
+    batch = collate(rows_of(PROMPTS[:1], SAID[:1], 3))
     assert batch["logits_to_keep"] == 4  # three labels and the last token, which predicts none
-    batch = collate(examples(PROMPTS, SAID, 2))
+    batch = collate(rows_of(PROMPTS, SAID, 2))
     assert batch["input_ids"].shape == (3, 7) and batch["labels"][1].tolist() == [-100, 23, 24, *[-100] * 4]
     assert batch["logits_to_keep"] == 7  # the shortest prompt has one token
 
 
 def test_no_token_after_the_first_k_counts():
-    rows = examples(PROMPTS, SAID, 2)
-    assert rows == examples(PROMPTS, [ids[:2] + [60] * len(ids[2:]) for ids in SAID], 2)
+    rows = rows_of(PROMPTS, SAID, 2)
+    assert rows == rows_of(PROMPTS, [ids[:2] + [60] * len(ids[2:]) for ids in SAID], 2)
     assert [sum(label != -100 for label in row["labels"]) for row in rows] == [2, 2, 1]
 
 
@@ -117,7 +122,7 @@ def test_at_temperature_1_the_expected_gradient_is_zero():
     parameters = list(attach(model, "bias").parameters().values())
     with torch.no_grad():
         logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    each = torch.stack([gradient(model, parameters, examples(PROMPTS[:1], [[y]], 1)) for y in range(64)])
+    each = torch.stack([gradient(model, parameters, rows_of(PROMPTS[:1], [[y]], 1)) for y in range(64)])
 
     def expected(temperature):
         return float(((logits / temperature).softmax(-1)[:, None] * each).sum(0).norm())
@@ -134,7 +139,7 @@ def test_own_solutions_at_temperature_1_teach_little_but_noise():
         with torch.no_grad():
             requests = [Request(PROMPTS[0], seed) for seed in range(600)]
             said = generate(model, None, requests, max_new_tokens=4, rows=300, decoding=Decoding(temperature))
-        return float(gradient(model, parameters, examples(PROMPTS[:1] * 600, [c.ids for c in said], 4)).norm())
+        return float(gradient(model, parameters, rows_of(PROMPTS[:1] * 600, [c.ids for c in said], 4)).norm())
 
     assert mean_gradient(1.0) < 0.35 * mean_gradient(0.5)
 
@@ -189,7 +194,7 @@ def test_the_first_loss_is_that_of_the_solutions(run, folder):
     tasks = {task["id"]: task["prompt"] for task in read_jsonl(root / "tasks.jsonl", "task")}
     chains = read_jsonl(root / "solutions.jsonl", "chain")
     prompts = [Prompting().ids(loaded.tokenizer, tasks[chain["task_id"]]) for chain in chains]
-    total, count = naive(loaded.model, examples(prompts, [chain["ids"] for chain in chains], 4))
+    total, count = naive(loaded.model, rows_of(prompts, [chain["ids"] for chain in chains], 4))
     assert a["loss"] == pytest.approx(float(total) / count, rel=1e-4)
 
 

@@ -15,14 +15,14 @@ from tiny_training import TASKS, loaded
 
 from steerable.chains.records import write_jsonl
 from steerable.jobs import launcher
-from steerable.jobs.reinforcement import COMMON, key, main
+from steerable.jobs.reinforcement import arguments, main
+from steerable.jobs.training import Training
 from steerable.jobs.training_settings import RLSettings
-from steerable.methods.train import loop, trainer
-from steerable.methods.train.log import read_log
+from steerable.methods.train.loop import WEIGHTS, read_log, step_of
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.run_folder import read_json, write_json
+from steerable.store.run_folder import RunFolder, read_json, write_json
 
 pytest.importorskip("trl")
 
@@ -98,7 +98,7 @@ def test_two_processes_killed_and_gone_on_with(root):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     until(lambda: not workers(root))
-    reached = int(loop.last_checkpoint(root, key(root, s)).name.rpartition("-")[2])
+    reached = max(step_of(path.parent) for path in root.glob("checkpoints/*/trainer_state.json"))
     assert 0 < reached < s.steps
     first = read_log(root)[:reached]
 
@@ -109,7 +109,7 @@ def test_two_processes_killed_and_gone_on_with(root):
     assert all(row["kl"] is not None and row["tokens_per_second"] > 0 for row in rows)
     vectors = Direction.load(root / "bias.safetensors").vectors
     assert [v.shape for v in vectors.values()] == [(32,)] * 4
-    kept = load_file(root / f"checkpoints/checkpoint-{s.steps}" / loop.WEIGHTS)
+    kept = load_file(root / f"checkpoints/checkpoint-{s.steps}" / WEIGHTS)
     assert all(torch.equal(v, kept[f"model.layers.{site.layer}.mlp.down_proj.bias"]) for site, v in vectors.items())
     summary = read_json(root / "training.json")
     assert summary["steps"] == s.steps and summary["trainable_parameters"] == 4 * 32
@@ -128,8 +128,8 @@ def test_what_a_worker_raises_is_raised_here(root):
 def test_rollouts_that_the_processes_cannot_share(root, monkeypatch, tiny_llama, tokenizer):
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=2))
     with pytest.raises(UsageError, match="9 rollouts a step .* cannot be shared by 2 processes .* divide each other"):
-        s, model = configure(root, prompts=3, group=3), loaded(tiny_llama, tokenizer).model
-        trainer.grpo_arguments(root, model, **s.subset(f"{COMMON} {trainer.OWN}"))
+        s = configure(root, prompts=3, group=3)
+        arguments(Training(RunFolder(root), s, loaded(tiny_llama, tokenizer)))
 
 
 ELASTIC = """E1121 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 0

@@ -16,7 +16,7 @@ from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.jobs import reinforcement
 from steerable.jobs.reinforcement import train_rl
 from steerable.jobs.training_settings import RLSettings, read_recipe, recipes
-from steerable.methods.train.log import read_log
+from steerable.methods.train.loop import read_log
 from steerable.methods.train.rewards import is_verifiable
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json

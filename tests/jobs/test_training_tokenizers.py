@@ -16,7 +16,7 @@ from steerable.engines.hf.generation import Request, generate
 from steerable.jobs.elicitation import passk
 from steerable.jobs.first_tokens import train_upft
 from steerable.jobs.reinforcement import train_rl
-from steerable.methods.train.log import read_log
+from steerable.methods.train.loop import read_log
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.run_folder import read_json
 

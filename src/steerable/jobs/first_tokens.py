@@ -8,18 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.engines.sampling import Decoding
-from steerable.jobs.reinforcement import COMMON, key
 from steerable.jobs.training import Training, draw_tasks, open_model, opened
 from steerable.jobs.training_settings import MODEL, UPFTSettings
-from steerable.methods.train.parameters import artefact
+from steerable.methods.train.loop import check_length
+from steerable.methods.train.parameters import Trained, artefact
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
-from steerable.store.run_folder import write_json
+from steerable.store.run_folder import RunFolder, write_json
 
 _BLOCK = 1024  # solutions that are computed, and kept, as one piece
 _TASKS = "tasks test seed limit evaluation"
@@ -74,8 +72,6 @@ def train_upft(
 
 def _solve(training: Training, s: UPFTSettings, keep: Path) -> None:
     """The first tokens of one own solution of every training task: chains with their token ids."""
-    from steerable.methods.train.loop import check_length
-
     tasks, display = training.tasks("train"), training.display
     check_length(training.loaded, training.prompts(), s.max_new_tokens)
     display.start("solutions", len(tasks))
@@ -100,30 +96,24 @@ def train_prefixes(root: Path, s: UPFTSettings, loaded: Loaded, display: Display
 
     Raises SteerableError; what was reached is kept, and the same call goes on from it.
     """
-    from peft import get_peft_model
-    from transformers import TrainingArguments
+    training = Training(RunFolder(root), s, loaded, display=display)
 
-    from steerable.methods.train import loop, prefixes
-    from steerable.methods.train.parameters import attach
+    def make(trained: Trained) -> Any:
+        from peft import get_peft_model
+        from transformers import TrainingArguments
 
-    chains = read_jsonl(root / "solutions.jsonl", "chain")
-    prompts, solutions = ([chain[ids] for chain in chains] for ids in ("prompt_ids", "ids"))
-    with loop.quietly(), loop.explained(s.micro_batch, s.rows):
-        torch.manual_seed(s.seed)  # the factors of a rank, and adapters, are drawn
-        trained = attach(loaded.model, s.method, layers=s.chosen_layers, **s.subset("after rank"))
+        from steerable.methods.train.prefixes import PrefixTrainer, examples
+
         if trained.peft_config is not None:
             trained.model = get_peft_model(loaded.model, trained.peft_config)
         arguments = TrainingArguments(
-            **loop.common_arguments(root, loaded.model, **s.subset(COMMON)),
+            **training.trainer_arguments(),
             num_train_epochs=s.epochs,
             per_device_train_batch_size=s.micro_batch,
             gradient_accumulation_steps=s.batch // s.micro_batch,
             logging_nan_inf_filter=False,
         )
-        rows = prefixes.examples(prompts, solutions, s.prefix_tokens)
-        trainer = prefixes.PrefixTrainer(trained, arguments, rows, loaded.tokenizer)
-        loop.run(trainer, loaded.model, root, key(root, s), display)
-        how = f"first {s.prefix_tokens} tokens, temperature {s.prefix_temperature:g}"
-        about = {"behaviour": "reasoning", "method": f"UPFT, {how}", "stats": {"training": s.to_dict()}}
-        trained.finish(root, loaded.tokenizer, **about)
-        write_json(root / "training.json", loop.summary(root, trainer))
+        rows = examples(read_jsonl(root / "solutions.jsonl", "chain"), s.prefix_tokens)
+        return PrefixTrainer(trained, arguments, rows, loaded.tokenizer)
+
+    training.fit(make, f"UPFT, first {s.prefix_tokens} tokens, temperature {s.prefix_temperature:g}")

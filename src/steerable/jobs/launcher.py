@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from steerable.methods import train as package
-from steerable.methods.train.log import in_words, read_log
-from steerable.methods.train.loop import AGAIN
+from steerable.methods.train.loop import AGAIN, in_words, read_log
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import file_target

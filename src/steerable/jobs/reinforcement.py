@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from steerable.chains.records import write_jsonl
 from steerable.jobs import arms, launcher
 from steerable.jobs.training import Training, draw_tasks, open_model, opened
-from steerable.jobs.training_settings import MODEL, RLSettings, TrainSettings, read_recipe
-from steerable.methods.train.parameters import artefact
+from steerable.jobs.training_settings import MODEL, RLSettings, read_recipe
+from steerable.methods.train.loop import check_length
+from steerable.methods.train.parameters import Trained, artefact
 from steerable.methods.train.rewards import is_verifiable, refuse_constants, reward_of
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
@@ -26,8 +26,7 @@ from steerable.store.run_folder import RunFolder, read_json, write_json
 _TASKS = "tasks test seed limit evaluation prompts"
 _TRAINED = f"""{MODEL} system template method layers after rank reward learning_rate beta steps prompts group
     max_new_tokens temperature warmup clip seed micro_batch checkpointing generation rows"""
-_UNTRACKED = """evaluation samples controls annotator test save_every launcher accelerate_config vllm_url vllm_memory"""
-COMMON = "learning_rate warmup clip seed checkpointing save_every"
+PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
 
 
 def train_rl(
@@ -106,47 +105,81 @@ def train_policy(root: Path, s: RLSettings, loaded: Loaded, display: Display) ->
 
     Raises UsageError and SteerableError; what was reached is kept, and the same call goes on from it.
     """
-    from steerable.methods.train import loop, sync, trainer
-    from steerable.methods.train.parameters import attach
+    from steerable.methods.train import sync
+    from steerable.methods.train.trainer import VectorTrainer
 
-    training, vllm = Training(RunFolder(root), s, loaded), s.generation.startswith("vllm")
-    with loop.quietly():
-        torch.manual_seed(s.seed)  # the factors of a rank are drawn
+    training, vllm = Training(RunFolder(root), s, loaded, display=display), s.generation.startswith("vllm")
+    prompts = training.prompts()
+    longest = check_length(loaded, prompts, s.max_new_tokens, spare=s.generation == "engine")
+    if vllm:
+        source = arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model)
+        sync.prepare(root, loaded, source=source, **s.subset("method after revision"))
+
+    def make(trained: Trained) -> VectorTrainer:
+        trainer = VectorTrainer(
+            trained,
+            arguments(training, longest),
+            prompts,
+            training.tasks("train"),
+            reward_of(s.reward, s.seed),
+            loaded.tokenizer,
+            own_engine=s.generation == "engine",
+            rows=s.rows,
+        )
         if vllm:
-            source = arms.fingerprint(arms.Arm(arms.BASE, "base", s.model), loaded.model)
-            sync.prepare(root, loaded, source=source, **s.subset("method after revision"))
-        trained = attach(loaded.model, s.method, layers=s.chosen_layers, reference=s.beta > 0, **s.subset("after rank"))
-        prompts = training.prompts()
-        longest = loop.check_length(loaded, prompts, s.max_new_tokens, spare=s.generation == "engine")
-        server = s.vllm_url if s.generation == "vllm-server" else ""
-        with loop.explained(s.micro_batch, s.rows, server, sync.serve_command(root, s.model)):
-            policy = trainer.VectorTrainer(
-                trained,
-                trainer.grpo_arguments(root, loaded.model, longest=longest, **s.subset(f"{COMMON} {trainer.OWN}")),
-                prompts,
-                training.tasks("train"),
-                reward_of(s.reward, s.seed),
-                loaded.tokenizer,
-                own_engine=s.generation == "engine",
-                rows=s.rows,
-            )
-            rank = s.rank if s.method == "bias" else None
-            trainer.check_sharding(policy, own_engine=s.generation == "engine", rank=rank)
-            if vllm:
-                sync.only_trained(policy)
-            loop.run(policy, loaded.model, root, key(root, s), display)
-            sync.unshard(trained)
-        if policy.accelerator.is_main_process:
-            about = {"behaviour": "reasoning", "method": f"bias-only RL, reward {s.reward}"}
-            trained.finish(root, loaded.tokenizer, **about, stats={"training": s.to_dict()})
-            write_json(root / "training.json", loop.summary(root, policy))
+            sync.only_trained(trainer)
+        return trainer
+
+    server = s.vllm_url if s.generation == "vllm-server" else ""
+    with sync.explained(root, s.model, server) if server else nullcontext():
+        training.fit(make, f"bias-only RL, reward {s.reward}")
 
 
-def key(root: Path, s: TrainSettings) -> str:
-    """What tells a training from others in the same folder, as a hash of its tasks and settings."""
-    settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
-    tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
-    return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
+def arguments(training: Training, longest: int | None = None) -> Any:
+    """The published loss as TRL's `GRPOConfig`.
+
+    longest: tokens of the longest prompt, for vLLM's memory. Raises UsageError where the processes cannot share the
+    rollouts.
+    """
+    from accelerate import PartialState
+    from trl import GRPOConfig
+
+    from steerable.methods.train.trainer import LOSS
+
+    s, rollouts = training.settings, training.settings.batch_size
+    assert isinstance(s, RLSettings)
+    processes = PartialState(cpu=training.loaded.model.device.type == "cpu").num_processes
+    share = rollouts // processes
+    rows = min(s.micro_batch, share)
+    if rollouts % processes or share % rows:
+        raise UsageError(
+            f"{rollouts} rollouts a step (--prompts {s.prompts} x --group {s.group}) cannot be shared by {processes} "
+            f"processes in passes of {s.micro_batch}: choose numbers that divide each other"
+        )
+    vllm: dict[str, Any] = {}
+    if s.generation.startswith("vllm"):
+        vllm = {
+            "use_vllm": True,
+            "vllm_mode": s.generation.removeprefix("vllm-"),
+            "vllm_server_base_url": s.vllm_url,
+            "vllm_server_timeout": PATIENCE,
+            "vllm_max_model_length": None if longest is None else longest + s.max_new_tokens,
+            "vllm_gpu_memory_utilization": s.vllm_memory,
+            "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
+        }
+    return GRPOConfig(
+        **training.trainer_arguments(),
+        **LOSS,
+        beta=s.beta,
+        num_generations=s.group,
+        temperature=s.temperature,
+        max_completion_length=s.max_new_tokens,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=share // rows,
+        steps_per_generation=share // rows,
+        max_steps=s.steps,
+        **vllm,
+    )
 
 
 def main() -> None:

@@ -6,10 +6,13 @@ What is finished is not done again.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import os
 import platform
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,8 +33,8 @@ from steerable.jobs import arms
 from steerable.jobs.arms import BASE, Arm
 from steerable.jobs.lens_job import stamped_lens
 from steerable.jobs.training_settings import MODEL, TrainSettings
-from steerable.methods.train.log import read_log
-from steerable.methods.train.parameters import artefact, check_vectors, places
+from steerable.methods.train import loop
+from steerable.methods.train.parameters import Trained, artefact, attach, check_vectors, places
 from steerable.models import loading as models
 from steerable.models import writers
 from steerable.models.loading import Loaded, stop_ids
@@ -53,6 +56,7 @@ CONTROLS = ("shuffled", "random", "prefix")
   vector may do no more than choose the first word ("Small Vectors, Big Effects", arXiv 2509.06608).
 """
 _VECTORS = artefact("bias")
+_UNTRACKED = "evaluation samples controls annotator test save_every launcher accelerate_config vllm_url vllm_memory"
 _JUDGED = f"{MODEL} system template max_new_tokens temperature seed samples annotator rows"
 
 
@@ -89,6 +93,54 @@ class Training:
     def prompts(self) -> list[str]:
         """The tasks to train on, as texts up to where the model begins to speak."""
         return [self.prompting.text(self.loaded.tokenizer, task["prompt"]) for task in self.tasks("train")]
+
+    # Training
+
+    def fit(self, make: Callable[[Trained], Any], method: str) -> None:
+        """Train until the artefact and training.json are written.
+
+        make: gives the trainer for the model that was made trainable. method: what a direction file says of its origin.
+        Raises SteerableError; what was reached is kept, and the same call goes on from it.
+        """
+        s, root, model = self.settings, self.folder.root, self.loaded.model
+        with loop.quietly(), loop.explained(s.micro_batch, s.rows):
+            torch.manual_seed(s.seed)  # the factors of a rank, and adapters, are drawn
+            reference = getattr(s, "beta", 0.0) > 0
+            trained = attach(model, s.method, layers=s.chosen_layers, reference=reference, **s.subset("after rank"))
+            trainer = make(trained)
+            loop.run(trainer, model, root, _key(root, s), self.display)
+            if trainer.accelerator.is_main_process:
+                about = {"behaviour": "reasoning", "method": method, "stats": {"training": s.to_dict()}}
+                trained.finish(root, self.loaded.tokenizer, **about)
+                write_json(root / "training.json", loop.summary(root, trainer))
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What is the same for every training, as arguments of transformers' `TrainingArguments`."""
+        s, model, root = self.settings, self.loaded.model, self.folder.root
+        cpu = models.device(model).type == "cpu"
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(root / "tensorboard")
+        return {
+            "output_dir": str(root / "checkpoints"),
+            "learning_rate": s.learning_rate,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": s.warmup,
+            "max_grad_norm": s.clip,
+            "optim": "adamw_torch",
+            "weight_decay": 0.0,
+            "gradient_checkpointing": s.checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "bf16": model.dtype == torch.bfloat16 and not cpu,
+            "use_cpu": cpu,
+            "seed": s.seed,
+            "remove_unused_columns": False,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": s.save_every,
+            "save_total_limit": 2,
+            "report_to": [name for name in ("tensorboard", "wandb") if importlib.util.find_spec(name)],
+            "disable_tqdm": True,
+            "log_level": "error",
+        }
 
     # Judging
 
@@ -183,7 +235,7 @@ class Training:
         report, root, lens = write_json(self.folder / "report.json", self.report()), self.folder.root, None
         if self.settings.method == "bias":
             lens = stamped_lens(*self.loaded, root / _VECTORS, root / "lens.json")
-        write_atomic(root / "report.html", training_page.render(read_json(report), read_log(root), lens))
+        write_atomic(root / "report.html", training_page.render(read_json(report), loop.read_log(root), lens))
 
 
 @contextmanager
@@ -321,6 +373,13 @@ def examples(base: Sequence[Measured], trained: Sequence[Measured], count: int =
         {"task_id": a.task_id, "prompt": a.task["prompt"], "base": chain(a), "trained": chain(b)}
         for a, b in chosen[:count]
     ]
+
+
+def _key(root: Path, s: TrainSettings) -> str:
+    """What tells a training from others in the same folder, as a hash of its tasks and settings."""
+    settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
+    tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
+    return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
 
 
 def _cells(measured: dict[str, list[Measured]], seed: int) -> dict[str, Any]:

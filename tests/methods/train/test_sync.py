@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from steerable.chains.records import write_jsonl
 from steerable.jobs.arms import Arm, fingerprint
+from steerable.jobs import reinforcement
 from steerable.jobs.reinforcement import train_policy
 from steerable.jobs.training_settings import RLSettings
-from steerable.methods.train import sync, trainer
-from steerable.methods.train.log import read_log
+from steerable.methods.train import sync
+from steerable.methods.train.loop import read_log, unshard
 from steerable.methods.train.parameters import attach
+from steerable.methods.train.trainer import check_sharding
 from steerable.models.loading import Loaded
 from steerable.models.writers import AFTER
 from steerable.steering.direction import Direction
@@ -179,7 +181,7 @@ def test_sharded_weights_are_sent_whole(found, method):
         assert all(hasattr(p, "full_tensor") and p.grad is not None for p in trained.parameters().values())
         sent = dict(sync.tensors(trained))
         assert sent.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in sent.items())
-        sync.unshard(trained)
+        unshard(trained)
     finally:
         distributed.destroy_process_group()
     now = trained.parameters()
@@ -190,14 +192,19 @@ def test_sharded_weights_are_sent_whole(found, method):
 
 
 def test_what_cannot_be_done_with_sharded_weights():
-    fsdp = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=True, is_zero3=False))
-    alone = SimpleNamespace(_dist=SimpleNamespace(is_fsdp=False, is_zero3=False))
-    trainer.check_sharding(alone, own_engine=True, rank=2)
-    trainer.check_sharding(fsdp, own_engine=False, rank=None)
+    def trainer(is_fsdp, own_engine=False, factors=None):
+        return SimpleNamespace(
+            _dist=SimpleNamespace(is_fsdp=is_fsdp, is_zero3=False),
+            rollout_func=print if own_engine else None,
+            trained=SimpleNamespace(factors=factors),
+        )
+
+    check_sharding(trainer(False, own_engine=True, factors=object()))
+    check_sharding(trainer(True))
     with pytest.raises(UsageError, match="vllm-colocate or vllm-server"):
-        trainer.check_sharding(fsdp, own_engine=True, rank=None)
+        check_sharding(trainer(True, own_engine=True))
     with pytest.raises(UsageError, match="--rank"):
-        trainer.check_sharding(fsdp, own_engine=False, rank=2)
+        check_sharding(trainer(True, factors=object()))
 
 
 # --- what is refused ---
@@ -297,7 +304,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, found):
     servers = []
     instead_of_vllm(monkeypatch, lambda: servers[-1])
     monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *a, **k: None)
-    monkeypatch.setattr(trainer, "_PATIENCE", 0.0)
+    monkeypatch.setattr(reinforcement, "PATIENCE", 0.0)
     root = tmp_path / "run"
     base = root / "base"
 

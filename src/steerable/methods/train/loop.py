@@ -1,4 +1,4 @@
-"""What every training shares: the Trainer's arguments, checkpoints of what is trained alone, and what goes wrong.
+"""What every training shares: checkpoints of what is trained alone, the log, and what goes wrong.
 
 A training's folder holds `checkpoints/` (of the training at hand; those of others are cleared away), `log.jsonl` (a
 line a step) and, where TensorBoard is installed, `tensorboard/`.
@@ -6,7 +6,7 @@ line a step) and, where TensorBoard is installed, `tensorboard/`.
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import logging
 import math
 import os
@@ -21,14 +21,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from steerable.engines.hf.routes import position_table, positions
-from steerable.methods.train.log import StepLog, read_log
 from steerable.methods.train.parameters import Trained
-from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json, write_json
 
 WEIGHTS = "trained.safetensors"
@@ -38,7 +39,7 @@ AGAIN = "what was reached is kept, and the same command goes on from it"
 class SmallCheckpoints:
     """A mixin for transformers' Trainer: checkpoints without the frozen weights, parts that are timed, finite losses.
 
-    `trained` is the model and what is trained in it, `seconds` what each part of the steps so far took, `CURVE` the
+    `trained` is the model and what is trained in it, `seconds` what each part of a step took, `CURVE` the
     columns of the log that the summary keeps.
     """
 
@@ -79,15 +80,9 @@ class SmallCheckpoints:
 def run(trainer: Any, model: Any, folder: Path, key: str, display: Display) -> None:
     """Train to the end, from the last checkpoint of this very training if there is one.
 
-    Args:
-        trainer: A Trainer with `SmallCheckpoints`.
-        model: The model inside the trainer's wrappers.
-        folder: Where checkpoints and log.jsonl are.
-        key: What tells this training from others that may have used the folder.
-        display: Where progress is shown.
+    model: the one inside the trainer's wrappers. key: what tells this training from others in the same folder.
     """
     from accelerate.utils import broadcast_object_list
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     box = [last_checkpoint(folder, key) if trainer.accelerator.is_main_process else None]
     broadcast_object_list(box)
@@ -99,45 +94,62 @@ def run(trainer: Any, model: Any, folder: Path, key: str, display: Display) -> N
     trainer.add_callback(StepLog(folder, trainer, display, step_of(last) if last else 0))
     with last_unread(model):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    unshard(trainer.trained)
     display.done()
 
 
-def common_arguments(
-    folder: Path,
-    model: Any,
-    *,
-    learning_rate: float,
-    warmup: float,
-    clip: float,
-    seed: int,
-    checkpointing: bool,
-    save_every: int,
-) -> dict[str, Any]:
-    """What is the same for every training, as arguments of transformers' `TrainingArguments`."""
-    cpu = models.device(model).type == "cpu"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    return {
-        "output_dir": str(folder / "checkpoints"),
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": warmup,
-        "max_grad_norm": clip,
-        "optim": "adamw_torch",
-        "weight_decay": 0.0,
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "bf16": model.dtype == torch.bfloat16 and not cpu,
-        "use_cpu": cpu,
-        "seed": seed,
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": save_every,
-        "save_total_limit": 2,
-        "report_to": [name for name in ("tensorboard", "wandb") if importlib.util.find_spec(name)],
-        "disable_tqdm": True,
-        "log_level": "error",
-    }
+# --- the log ---
+
+
+class StepLog(TrainerCallback):  # type: ignore[misc]
+    """Appends `trainer.row(logs, seconds)` to the folder's log.jsonl after every step, and moves the progress bar.
+
+    done: steps that earlier sittings did; later lines of theirs are dropped.
+    """
+
+    def __init__(self, folder: Path, trainer: Any, display: Display, done: int) -> None:
+        self.path, self.trainer, self.display = folder / "log.jsonl", trainer, display
+        self.main = trainer.accelerator.is_main_process
+        if self.main:
+            rows = [row for row in read_log(folder) if row["step"] <= done]
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            display.start("train", trainer.args.max_steps, unit="step")
+            display.advance(done)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Called by transformers' Trainer."""
+        if not self.main or not logs or "loss" not in logs:
+            return
+        seconds = {part: round(value, 3) for part, value in self.trainer.seconds.items()}
+        self.trainer.seconds.clear()
+        row = {"step": state.global_step} | self.trainer.row(logs, seconds)
+        # JSON knows no infinite numbers: such a measurement is missing.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.display.advance(1, note=in_words(row))
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A line of the log, short enough to stand behind a progress bar."""
+    if "reward" not in row:
+        return f"loss {row['loss'] or math.nan:.3f} nats a token"
+    kl = "" if row["kl"] is None else f", KL {row['kl']:.3f}"
+    rate = "" if row["tokens_per_second"] is None else f", {row['tokens_per_second']:,.0f} tokens/s"
+    right = row["accuracy"] or 0.0
+    return f"reward {row['reward']:+.2f}, right {right:.0%}, {row['tokens']:.0f} tokens{kl}{rate}"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's log.jsonl; a last line that a killed process left half-written is dropped."""
+    rows = []
+    path = folder / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 # --- length ---
@@ -223,41 +235,35 @@ def summary(folder: Path, trainer: Any) -> dict[str, Any]:
     }
 
 
+def full_tensor(x: Tensor) -> Tensor:
+    """A tensor that FSDP 2 has sharded, whole; every process must call it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def unshard(trained: Trained) -> None:
+    """Make trained parameters that FSDP 2 has sharded whole again, for good; every process must call it."""
+    whole: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in trained.model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and hasattr(p, "full_tensor"):
+                module._parameters[name] = whole.setdefault(id(p), nn.Parameter(p.detach().full_tensor()))
+
+
 # --- what goes wrong ---
 
 
 @contextmanager
-def explained(micro_batch: int, rows: int, server: str = "", serve_command: str = "") -> Iterator[None]:
-    """Other libraries' errors as one sentence each.
-
-    Args:
-        micro_batch: The present setting, which is named where memory runs out.
-        rows: Likewise.
-        server: Where the vLLM server listens, if one rolls out.
-        serve_command: How to start it.
-    """
+def explained(micro_batch: int, rows: int) -> Iterator[None]:
+    """An exhausted memory as a SteerableError that says which of the present settings to lower."""
     try:
         yield
     except SteerableError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise SteerableError(
                 f"out of memory: lower --micro-batch (now {micro_batch}), --rows (now {rows}) or --max-new-tokens, "
                 f"or give --checkpointing; {AGAIN}"
-            ) from error
-        if server and (
-            isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3"))
-        ):
-            raise SteerableError(
-                f"the vLLM server at {server} does not answer: look at its log, or start it with "
-                f"`{serve_command}`; {AGAIN}"
-            ) from error
-        # TRL's own words
-        if server and text.startswith(("Request failed", "The vLLM server", "Weight synchronization")):
-            raise SteerableError(
-                f"the vLLM server at {server} cannot be used ({text[:300].rstrip('.')}); {AGAIN}"
             ) from error
         raise
 

@@ -31,14 +31,16 @@ from steerable.methods.train.parameters import Trained
 
 IGNORED = -100
 """The label of what is not learnt, as torch and transformers have it."""
-Ids = Sequence[int]
 
 
-def examples(prompts: Sequence[Ids], solutions: Sequence[Ids], k: int) -> list[dict[str, list[int]]]:
-    """Rows for the trainer, `{"input_ids", "labels"}`: prompt and first k tokens; labels are -100 on the prompt."""
+def examples(solutions: Sequence[Mapping[str, Any]], k: int) -> list[dict[str, list[int]]]:
+    """Rows for the trainer, `{"input_ids", "labels"}`: prompt and first k tokens; labels are -100 on the prompt.
+
+    solutions: chain records, of which `prompt_ids` and `ids` are read.
+    """
     return [
-        {"input_ids": [*prompt, *ids[:k]], "labels": [IGNORED] * len(prompt) + list(ids[:k])}
-        for prompt, ids in zip(prompts, solutions, strict=True)
+        {"input_ids": prompt + ids[:k], "labels": [IGNORED] * len(prompt) + ids[:k]}
+        for prompt, ids in ((chain["prompt_ids"], chain["ids"]) for chain in solutions)
     ]
 
 

@@ -23,15 +23,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerable.formats.checkpoint import as_checkpoint
+from steerable.methods.train.loop import AGAIN, full_tensor
 from steerable.methods.train.parameters import Trained
 from steerable.models.loading import Loaded
 from steerable.models.writers import bias_names, linear, number_type
@@ -53,18 +54,8 @@ def prepare(folder: Path, loaded: Loaded, *, method: str, after: str, revision: 
     """Give vLLM a checkpoint that has room for what is trained; call it before the model is made trainable.
 
     For `bias` that is `base/` of the training's folder, with zero biases, unless the model's own checkpoint has them.
-    TRL loads the engine from `model.name_or_path`.
-
-    Args:
-        folder: The training's folder.
-        loaded: The untrained model.
-        method: What is trained.
-        after: Where a layer's vector is added.
-        revision: The revision of the model that was asked for.
-        source: A hash of the model's weights, or their commit.
-
-    Raises:
-        UsageError: vLLM is missing, or no stock class of transformers holds the biases.
+    TRL loads the engine from `model.name_or_path`. source: a hash of the model's weights, or their commit. Raises
+    UsageError where vLLM is missing or no stock class of transformers holds the biases.
     """
     from accelerate import PartialState
 
@@ -91,6 +82,23 @@ def needs_base(loaded: Loaded, method: str, after: str) -> bool:
     """Whether vectors are trained that the model's own checkpoint has no bias for."""
     names = [name for place, name in bias_names(loaded.model).items() if place.after == after]
     return method == "bias" and not set(names) <= loaded.model.state_dict().keys()
+
+
+@contextmanager
+def explained(folder: Path, model: str, url: str) -> Iterator[None]:
+    """What goes wrong with the vLLM server at `url` as one sentence, with the command that starts one."""
+    try:
+        yield
+    except SteerableError:
+        raise
+    except Exception as error:
+        text, server = " ".join(str(error).split()), f"the vLLM server at {url}"
+        if isinstance(error, ConnectionError) or type(error).__module__.startswith(("requests", "urllib3")):
+            start = f"look at its log, or start it with `{serve_command(folder, model)}`"
+            raise SteerableError(f"{server} does not answer: {start}; {AGAIN}") from error
+        if text.startswith(("Request failed", "The vLLM server", "Weight synchronization")):  # TRL's own words
+            raise SteerableError(f"{server} cannot be used ({text[:300].rstrip('.')}); {AGAIN}") from error
+        raise
 
 
 def serve_command(folder: Path, model: str) -> str:
@@ -149,7 +157,7 @@ def tensors(
         for other in ("weight", "bias") if whole else (leaf,):
             held = value if other == leaf else getattr(module, other)
             if held is not None:
-                yield f"{name}.{other}", _full(held.detach())
+                yield f"{name}.{other}", full_tensor(held.detach())
 
 
 def _biases(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[str, Any, str, Tensor]]:
@@ -163,7 +171,7 @@ def _biases(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[st
         parts = _parts(module, adapters.get(id(module)), of_rank.get(place))
         if parts:
             with gather([*module.parameters(), *parts]):
-                value = torch.stack([_full(part.detach()).float().flatten() for part in parts]).sum(0)
+                value = torch.stack([full_tensor(part.detach()).float().flatten() for part in parts]).sum(0)
                 if probe:
                     value = value + torch.linspace(-probe, probe, len(value), device=value.device)
                 yield _plain(name).removesuffix(".bias"), module, "bias", value.to(number_type(model, module))
@@ -193,20 +201,6 @@ def _adapted(trained: Trained, gather: Gather, probe: float) -> Iterator[tuple[s
 def _plain(name: str) -> str:
     """A parameter's name without what PEFT and activation checkpointing put into it."""
     return name.replace(".base_layer", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _full(x: Tensor) -> Tensor:
-    """A tensor that FSDP 2 has sharded, whole; every process must call it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def unshard(trained: Trained) -> None:
-    """Make trained parameters that FSDP 2 has sharded whole again, for good; every process must call it."""
-    whole: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for module in trained.model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and hasattr(p, "full_tensor"):
-                module._parameters[name] = whole.setdefault(id(p), nn.Parameter(p.detach().full_tensor()))
 
 
 # --- whether it arrives ---

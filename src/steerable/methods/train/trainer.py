@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +26,23 @@ from trl import GRPOConfig, GRPOTrainer
 from steerable.chains.generation import request_seed, split_chain
 from steerable.engines.hf.generation import Completion, Request, generate
 from steerable.engines.sampling import Decoding, pad_id
-from steerable.methods.train.loop import SmallCheckpoints, common_arguments
+from steerable.methods.train.loop import SmallCheckpoints
 from steerable.methods.train.parameters import Trained
 from steerable.methods.train.rewards import REASONS, Reward
-from steerable.models import loading as models
 from steerable.models.loading import stop_ids
 from steerable.steering.think import think_tags_if_any
 from steerable.store.errors import SteerableWarning, UsageError
 
-OWN = "steps prompts group max_new_tokens temperature beta micro_batch generation vllm_url vllm_memory"
-"""Arguments of `grpo_arguments` that have the names of settings."""
+LOSS = {
+    "loss_type": "dapo",
+    "scale_rewards": "none",
+    "use_bias_correction_kl": False,
+    "num_iterations": 1,
+    "top_p": 1.0,
+    "top_k": 0,
+}
+"""The published loss as arguments of TRL's GRPOConfig."""
 _ROWS = 16  # of one forward pass, grouped by length
-_PATIENCE = 10.0  # seconds that a vLLM server may take to show itself
 
 
 class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
@@ -96,6 +100,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         trained.model = self.model
         trained.remember()
         self.tags = think_tags_if_any(tokenizer)
+        check_sharding(self)
 
     # Rollouts and rewards
 
@@ -266,99 +271,16 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         """None: the artefact describes itself."""
 
 
-def grpo_arguments(
-    folder: Path,
-    model: Any,
-    *,
-    steps: int,
-    prompts: int,
-    group: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    beta: float = 0.0,
-    micro_batch: int = 64,
-    generation: str = "engine",
-    vllm_url: str = "",
-    vllm_memory: float = 0.3,
-    longest: int | None = None,
-    **common: Any,
-) -> GRPOConfig:
-    """The published loss as TRL's settings.
-
-    Args:
-        folder: Where checkpoints go.
-        model: The model that is trained.
-        steps: Optimiser steps, one for every batch of rollouts.
-        prompts: Tasks a step, over all processes.
-        group: Samples of each task.
-        max_new_tokens: Longest completion.
-        temperature: Of the rollouts.
-        beta: Weight of the KL term.
-        micro_batch: Rollouts in one forward and backward pass, on each device.
-        generation: "engine", "generate", "vllm-colocate" or "vllm-server".
-        vllm_url: Where vLLM's server listens.
-        vllm_memory: The share of the GPU's memory of a vLLM in this process.
-        longest: Tokens of the longest prompt, for vLLM's memory.
-        common: See `loop.common_arguments`.
-
-    Raises:
-        UsageError: The processes cannot share the rollouts.
-    """
-    from accelerate import PartialState
-
-    rollouts = prompts * group
-    processes = PartialState(cpu=models.device(model).type == "cpu").num_processes
-    share = rollouts // processes
-    if rollouts % processes or share % min(micro_batch, share):
-        raise UsageError(
-            f"{rollouts} rollouts a step (--prompts {prompts} x --group {group}) cannot be shared by {processes} "
-            f"processes in passes of {micro_batch}: choose numbers that divide each other"
-        )
-    passes = share // min(micro_batch, share)
-    vllm: dict[str, Any] = {}
-    if generation.startswith("vllm"):
-        vllm = {
-            "use_vllm": True,
-            "vllm_mode": generation.removeprefix("vllm-"),
-            "vllm_server_base_url": vllm_url,
-            "vllm_server_timeout": _PATIENCE,
-            "vllm_max_model_length": None if longest is None else longest + max_new_tokens,
-            "vllm_gpu_memory_utilization": vllm_memory,
-            "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
-        }
-    return GRPOConfig(
-        **common_arguments(folder, model, **common),
-        loss_type="dapo",
-        scale_rewards="none",
-        beta=beta,
-        use_bias_correction_kl=False,
-        num_iterations=1,
-        num_generations=group,
-        temperature=temperature,
-        top_p=1.0,
-        top_k=0,
-        max_completion_length=max_new_tokens,
-        per_device_train_batch_size=share // passes,
-        gradient_accumulation_steps=passes,
-        steps_per_generation=passes,
-        max_steps=steps,
-        **vllm,
-    )
-
-
-def check_sharding(trainer: Any, *, own_engine: bool, rank: int | None) -> None:
-    """Raises UsageError for what needs the weights in one piece where FSDP or ZeRO 3 has cut them up.
-
-    rank: of vectors in one subspace.
-    """
+def check_sharding(trainer: Any) -> None:
+    """Raises UsageError for what needs the weights in one piece where FSDP or ZeRO 3 has cut them up."""
     if not (trainer._dist.is_fsdp or trainer._dist.is_zero3):
         return
-    if own_engine:
+    if trainer.rollout_func:
         raise UsageError(
             "--generation engine cannot roll out from weights that FSDP or ZeRO 3 spreads over processes: use "
             "vllm-colocate or vllm-server, or, where one device holds the model, accelerate's MULTI_GPU or ZeRO 2"
         )
-    if rank:
+    if trainer.trained.factors:
         raise UsageError("--rank with --method bias cannot be trained by FSDP or ZeRO 3: use MULTI_GPU or ZeRO 2")
 
 
