@@ -12,8 +12,8 @@ from tiny_training import PROMPTS, TASKS, loaded
 from transformers import PreTrainedTokenizerFast
 
 from steerable.chains.records import write_jsonl
-from steerable.jobs.arms import Arm, fingerprint
 from steerable.jobs import reinforcement
+from steerable.jobs.arms import Arm, fingerprint
 from steerable.jobs.reinforcement import train_policy
 from steerable.jobs.training_settings import RLSettings
 from steerable.methods.train import sync
