@@ -315,7 +315,7 @@ def test_kl_reads_the_generated_tokens(deep, chain, where):
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     direction = Direction({Site("resid_post", 0): torch.randn(16)})
-    (found,) = divergence(model, deep, {"t": PROMPT}, [chain], direction, strength=1.0, where=where)
+    (found,) = divergence(model, deep, {"t": PROMPT}, [chain], direction.steering(1.0, where=where))
     head = len(chain["prompt_ids"])
     ids = torch.tensor([[*chain["prompt_ids"], *chain["ids"]]])
     plain = model(ids).logits[0].double().log_softmax(-1)

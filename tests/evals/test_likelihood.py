@@ -114,7 +114,9 @@ def direction(tiny_llama):
 
 
 def run(model, tokenizer, direction, **options):
-    return divergence(model, tokenizer, PROMPTS, CHAINS, direction, **{"strength": 0.7, **options})
+    limit = {"max_logits": options.pop("max_logits")} if "max_logits" in options else {}
+    steering = direction.steering(**{"strength": 0.7, **options})
+    return divergence(model, tokenizer, PROMPTS, CHAINS, steering, **limit)
 
 
 @pytest.mark.parametrize("where", ["all", "thinking", "generated", "last_prompt"])
@@ -158,8 +160,8 @@ def test_pieces_equal_the_whole_in_every_kind_of_attention(name, tokenizer):
 def test_directions_may_have_strengths_of_their_own(tiny_llama, tokenizer, direction):
     other = replace(direction, vectors={Site("resid_post", 2): direction.vectors[Site("resid_post", 1)]}, strength=0.5)
     one = replace(direction, strength=0.7)
-    values = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, [one, other])
-    both = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, [one, replace(other, strength=0.0)])
+    values = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, one.steering() + other.steering())
+    both = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, one.steering() + other.steering(0.0))
     assert values[0] != both[0] and both[0] == pytest.approx(run(tiny_llama, tokenizer, direction)[0])
 
 
@@ -169,6 +171,24 @@ def test_grows_with_the_strength(tiny_llama, tokenizer, direction):
 
 
 def test_bad_input(tiny_llama, tokenizer, direction):
-    assert divergence(tiny_llama, tokenizer, {}, [], direction) == []
+    assert divergence(tiny_llama, tokenizer, {}, [], direction.steering()) == []
     with pytest.raises(UsageError, match="no prompt"):
-        divergence(tiny_llama, tokenizer, {}, CHAINS, direction)
+        divergence(tiny_llama, tokenizer, {}, CHAINS, direction.steering())
+
+
+def test_two_steerings_of_one_model(tiny_llama, tokenizer, direction):
+    """Against each other: two plain passes, each steered in its own way."""
+    one, two = direction.steering(0.7), direction.steering(-0.4, where="thinking")
+    (value, *_) = divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, one, two)
+    prompt = PROMPTS["t"]
+    text = prompt + CHAINS[0]["thinking"] + "</think>" + CHAINS[0]["answer"]
+    head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    logs = []
+    for steering in (one, two):
+        with steer(tiny_llama, steering, tokenizer=tokenizer) as handle:
+            handle.prompt_lengths([head])
+            logs.append(tiny_llama(ids).logits[0].double().log_softmax(-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)[head - 1 : -1].mean()
+    assert value == pytest.approx(kl.item(), rel=1e-3) and value > 0
+    assert divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, one, one)[:3] == [0.0, 0.0, 0.0]

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from steerable.chains.offsets import chain_tokens
 from steerable.engines.activations import batch_tokens, length_batches, pad
-from steerable.engines.hf.hooks import Handle, steer
+from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.precision import dtype_of, is_narrow
 from steerable.evals.intervals import Interval, difference_interval, mean_interval
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config, unwrap_to_run
 from steerable.models.reading import new_cache, pieces
 from steerable.steering.gates import SequenceState
+from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 Scored = tuple[str, float, int]
@@ -79,25 +80,27 @@ def divergence(
     tokenizer: Any,
     prompts: Mapping[str, str],
     chains: Sequence[Mapping[str, Any]],
-    direction: Any,
+    steering: Steering,
+    other: Steering = (),
     *,
-    strength: float | None = None,
-    layers: int | Iterable[int] | None = None,
-    where: Any = None,
-    rescale: bool = False,
     max_logits: int = 2**25,
 ) -> list[float | None]:
-    """Mean KL(steered || unsteered) in nats per generated token, for each chain; None for one without such a token.
+    """Mean KL(steered || steered otherwise) in nats per generated token, for each chain; None for one without a token.
 
-    Both models read the chain's own tokens (`chains.offsets.chain_tokens`), a stop token included, so that
+    Both ways the model reads the chain's own tokens (`chains.offsets.chain_tokens`), a stop token included, so that
     distributions stand side by side at equal contexts. On chains of the steered model the mean estimates its
-    divergence from the unsteered one over whole answers. The logits are compared in float32, but a 16-bit model's
-    rounding is in them: small divergences are then noise, which a SteerableWarning says.
+    divergence over whole answers. The logits are compared in float32, but a 16-bit model's rounding is in them: small
+    divergences are then noise, which a SteerableWarning says.
 
     Args:
         prompts: each task's text after the chat template (generation prompt included), for chains without `prompt_ids`.
-        direction, strength, layers, where, rescale: how it is steered, as in `steerable.steer`.
+        chains: chain records.
+        steering: how the model is steered, e.g. `direction.steering(0.5)`.
+        other: what that is compared with; default the unsteered model.
         max_logits: how many logits are held at a time for each of the two; a chain that has more is read in pieces.
+
+    Example:
+        >>> divergence(*loaded, {}, chains, direction.steering(0.5, where="thinking"))
     """
     if not chains:
         return []
@@ -113,22 +116,12 @@ def divergence(
     model = unwrap_to_run(model)
 
     def kl(logs: list[Tensor], came: Tensor) -> Tensor:
-        plain, steered = logs
-        return (steered.exp() * (steered - plain)).sum(-1).clamp(min=0)
+        steered, otherwise = logs
+        return (steered.exp() * (steered - otherwise)).sum(-1).clamp(min=0)
 
-    with steer(
-        model,
-        direction,
-        strength=strength,
-        layers=layers,
-        where=where,
-        rescale=rescale,
-        tokenizer=tokenizer,
-        track=False,
-    ) as handle:
+    with Handle(model, [steering, other], tokenizer, track=False).listening() as handle:
         ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
-        # The unsteered model is the steered one at strength 0, which is bit-exact.
-        totals = _sums(model, ids, starts, kl, max_logits, handle=handle, strengths=(0.0, strength))
+        totals = _sums(model, ids, starts, kl, max_logits, handle=handle)
     return [total / count if count > 0 else None for total, count in zip(totals, counts, strict=True)]
 
 
@@ -141,10 +134,9 @@ def _sums(
     max_logits: int,
     *,
     handle: Handle | None = None,
-    strengths: Sequence[float | None] = (None,),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """The sum of `compare` over the tokens of each text from its start on, one pass for each of the strengths.
+    """The sum of `compare` over the tokens of each text from its start on, one pass for each program of the handle.
 
     The passes go through a batch side by side, so that no logits have to be kept. A text with more logits than
     `max_logits` is a batch by itself, which is read in pieces behind a cache.
@@ -162,15 +154,15 @@ def _sums(
         state = handle.new_state() if handle else SequenceState()
         state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
         is_whole = longest <= most or len(batch) > 1
-        caches = [None if is_whole else new_cache(model, longest) for _ in strengths]
+        caches = [None if is_whole else new_cache(model, longest) for _ in (handle.programs if handle else [()])]
         totals = torch.zeros(len(batch), dtype=torch.float64, device=device)
         for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
             fed = state.advance(ids[:, start:stop], valid[:, start:stop])
             read = predicts[:, start:stop]
             logs = []
-            for strength, cache in zip(strengths, caches, strict=True):
+            for number, cache in enumerate(caches):
                 if handle:
-                    handle.set_strength(strength)  # type: ignore[arg-type]  # None: what each direction says
+                    handle.assign(torch.full((len(batch),), number, device=device))
                     handle.feed(fed)
                 mask = valid.long() if is_whole else None
                 logits: Tensor = model(

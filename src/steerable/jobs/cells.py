@@ -201,10 +201,7 @@ def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] |
                 run.loaded.tokenizer,
                 prompts,
                 group,
-                part.load(run.folder.root),
-                strength=part.strength,
-                layers=part.layers,
-                where=part.where,
+                part.load(run.folder.root).steering(part.strength, part.layers, part.where),
             )
         pairs += [(c["task_id"], value) for c, value in zip(group, values, strict=True)]
     return mean_interval(by_task(pairs), run.config.seed)

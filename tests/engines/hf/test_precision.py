@@ -71,7 +71,7 @@ def test_divergence_of_a_16_bit_model_says_so(tiny_llama, tokenizer):
 
     direction = st.Direction({st.Site("resid_post", 1): torch.ones(32)})
     chain = {"task_id": "a", "sample": 0, "thinking": "w1 w2", "answer": "w3", "closed": True}
-    arguments = (tokenizer, {"a": "w5 <think>"}, [chain], direction)
+    arguments = (tokenizer, {"a": "w5 <think>"}, [chain], direction.steering())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         divergence(tiny_llama, *arguments)

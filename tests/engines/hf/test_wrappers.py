@@ -161,7 +161,7 @@ def test_divergence(name, tokenizer, tmp_path):
         after = plain(ids).logits[0].log_softmax(-1)
     start = ids.shape[1] - 3
     kl = (after.exp() * (after - before)).sum(-1)[start - 1 : -1].mean()
-    (found,) = divergence(model, tokenizer, prompts, CHAINS, direction, strength=0.5)
+    (found,) = divergence(model, tokenizer, prompts, CHAINS, direction.steering(0.5))
     assert found == pytest.approx(float(kl), rel=1e-3)
 
 
