@@ -72,15 +72,16 @@ def chain_tokens(
         _check_offsets(tokenizer)
     tags = think_tags_if_any(tokenizer) if tags == "auto" else tags
     decoders = [_Decoder(tokenizer, skip) for skip in (False, True)]
-    found, strangers = [], 0
+    read: list[ChainTokens] = []
+    strangers = 0
     for chain in chains:
         offsets = None if chain.get("ids") is None else _placed(decoders, chain, tags)
         strangers += offsets is None and chain.get("ids") is not None
         if offsets is None:
-            found.append(_from_text(tokenizer, chain, prompts, tags))
+            read.append(_from_text(tokenizer, chain, prompts, tags))
             continue
         before = [] if prompts is None else _prompt_ids(tokenizer, chain, prompts)
-        found.append(ChainTokens([*before, *chain["ids"]], len(before), [(0, 0)] * len(before) + offsets))
+        read.append(ChainTokens([*before, *chain["ids"]], len(before), [(0, 0)] * len(before) + offsets))
     if strangers:
         warnings.warn(
             f"the token ids of {strangers} of {len(chains)} chains do not decode to their text (another tokenizer "
@@ -88,7 +89,7 @@ def chain_tokens(
             SteerableWarning,
             stacklevel=3,
         )
-    return found
+    return read
 
 
 # --- chains ---
@@ -147,8 +148,8 @@ def _placed(decoders: Sequence[_Decoder], chain: Mapping[str, Any], tags: ThinkT
             if (start := _find(text, thinking, bool(chain.get("closed")), tags)) is not None:
                 return _within(offsets, start, len(thinking))
             # as `decode` leaves it that takes spaces out before full stops and the like
-            if (kept := _with_fewer_spaces(text, thinking)) is not None:
-                return _within([(kept[start], kept[end]) for start, end in offsets], 0, len(thinking))
+            if (places := _with_fewer_spaces(text, thinking)) is not None:
+                return _within([(places[start], places[end]) for start, end in offsets], 0, len(thinking))
     except (OverflowError, IndexError, TypeError):  # what tokenizers say of an id that they do not have
         pass
     return None

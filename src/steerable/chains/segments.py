@@ -20,8 +20,6 @@ class Segment(NamedTuple):
     block: bool = False
 
 
-_BREAK = re.compile(r"\n{2,}")
-
 # Everything that opens or closes code and formulas, and the line breaks that end what was never closed.
 _MARK = re.compile(r"```|`|\$\$|\$|\\[\[\]()]|\n[ \t]*\n|\n")
 _CLOSER = {"```": "```", "`": "`", "$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
@@ -43,51 +41,45 @@ _VISIBLE = re.compile(r"\S")
 
 def paragraphs(text: str) -> list[Segment]:
     """The stretches between blank lines ("\\n\\n", with nothing between the two), without white space around them."""
-    found, start = [], 0
-    for gap in _BREAK.finditer(text):
-        found += _trimmed(text, start, gap.start())
-        start = gap.end()
-    return found + _trimmed(text, start, len(text))
+    borders = [0, *(border for gap in re.finditer(r"\n{2,}", text) for border in gap.span()), len(text)]
+    return [part for i in range(0, len(borders), 2) for part in _trimmed(text, borders[i], borders[i + 1])]
 
 
 def sentences(text: str) -> list[Segment]:
     """The sentences of a text; a line break ends one too, as does the border of a code block or displayed formula."""
-    found: list[Segment] = []
+    segments: list[Segment] = []
     inline: list[tuple[int, int]] = []
     start = 0
     for first, last, displayed in _protected(text):
         if displayed:  # it stands by itself
-            found += _prose(text, start, first, inline)
-            found += _trimmed(text, first, last, block=True)
+            segments += _prose(text, start, first, inline)
+            segments += _trimmed(text, first, last, block=True)
             start, inline = last, []
         else:
             inline.append((first, last))
-    return _with_stray_stops(text, found + _prose(text, start, len(text), inline))
+    return _with_stray_stops(text, segments + _prose(text, start, len(text), inline))
 
 
 def _prose(text: str, start: int, end: int, inline: list[tuple[int, int]]) -> list[Segment]:
     """The sentences of [start, end), none of which ends inside a stretch of `inline`."""
-    found: list[Segment] = []
+    segments: list[Segment] = []
     at = 0
     for stop in _STOP.finditer(text, start, end):
         while at < len(inline) and inline[at][1] <= stop.start():
             at += 1
         if (at == len(inline) or stop.start() < inline[at][0]) and _ends(text, start, stop):
-            found += _trimmed(text, start, stop.end())
+            segments += _trimmed(text, start, stop.end())
             start = stop.end()
-    return found + _trimmed(text, start, end)
+    return segments + _trimmed(text, start, end)
 
 
 def _ends(text: str, start: int, stop: re.Match[str]) -> bool:
     """Whether the sentence that began at `start` ends with this stop."""
-    mark = stop.group()
-    if mark == "\n":
-        return True
-    if mark[0] in "\u2026." and _GOES_ON.match(text, stop.end()):
+    mark, end = stop.group(), stop.end()
+    if mark[0] in "\u2026." and _GOES_ON.match(text, end):
         return False
     if mark != ".":
         return True
-    end = stop.end()
     if _ABBREVIATION.search(text, max(start, end - _LONGEST_ABBREVIATION), end):
         return False
     return end - start > _LONGEST_ABBREVIATION or not _LIST_NUMBER.match(text, start, end)
@@ -133,10 +125,10 @@ def _trimmed(text: str, start: int, end: int, block: bool = False) -> list[Segme
     return [Segment(first.start(), start + len(text[start:end].rstrip()), block)]
 
 
-def _with_stray_stops(text: str, found: list[Segment]) -> list[Segment]:
+def _with_stray_stops(text: str, segments: list[Segment]) -> list[Segment]:
     """A piece of signs alone ("." after a displayed formula) belongs to the segment before it in its line."""
     joined: list[Segment] = []
-    for segment in found:
+    for segment in segments:
         piece = text[segment.start : segment.end]
         stray = len(piece) <= 3 and not any(character.isalnum() for character in piece)
         if stray and joined and text.count("\n", joined[-1].end, segment.start) == 0:

@@ -1,8 +1,8 @@
 """From character spans to token ranges, and from token ranges to the weights of a mean.
 
-A span is a stretch of a chain's `thinking` text with one behaviour label. Three questions are answered here
-and nowhere else: which tokens a span covers (`align`), which positions a *window* takes of it
-(`window_positions`), and with what weight every position of a chain enters every mean (`weights`).
+A span is a stretch of a chain's `thinking` text with one behaviour label. Three questions are answered here and nowhere
+else: which tokens a span covers (`align`), which positions a *window* takes of it (`window_positions`), and with what
+weight every position of a chain enters every mean (`weights`).
 
 Source: Venhoff et al. 2025, "Understanding Reasoning in Thinking Language Models via Steering Vectors"
 (arXiv 2506.18167), section 3.2, and the windows and means that its published code really uses.
@@ -74,7 +74,7 @@ def align(
     """
     # Special tokens may have the empty range (0, 0); they belong to no span.
     tokens = [(index, begin, end) for index, (begin, end) in enumerate(offsets) if end > begin]
-    found: list[TokenSpan] = []
+    aligned: list[TokenSpan] = []
     first = 0
     for span in sorted(spans, key=lambda s: (s["start"], s["end"])):
         begin, end = span["start"] + thinking_start, span["end"] + thinking_start
@@ -84,8 +84,8 @@ def align(
         while after < len(tokens) and tokens[after][1] < end:
             after += 1
         if after > first and end > begin:
-            found.append(TokenSpan(span["label"], tokens[first][0], tokens[after - 1][0] + 1))
-    return found
+            aligned.append(TokenSpan(span["label"], tokens[first][0], tokens[after - 1][0] + 1))
+    return aligned
 
 
 def align_chain(
@@ -117,19 +117,14 @@ def align_chains(
     """
     tokens = chain_tokens(tokenizer, chains, prompts, tags)
     aligned = []
-    for chain, (ids, _, offsets), marked in zip(chains, tokens, spans, strict=True):
-        first = {kept.span: kept for kept in reversed(stretches(marked, len(chain["thinking"])))}
-        parts = [{"label": marked[i]["label"], "start": kept.start, "end": kept.end} for i, kept in first.items()]
-        found = align(parts, offsets)
-        keep = max((span.end for span in found), default=0)
+    for chain, (ids, _, offsets), records in zip(chains, tokens, spans, strict=True):
+        first = {stretch.span: stretch for stretch in reversed(stretches(records, len(chain["thinking"])))}
+        parts = [{"label": records[i]["label"], "start": part.start, "end": part.end} for i, part in first.items()]
+        covered = tuple(align(parts, offsets))
+        end = max((span.end for span in covered), default=0)
+        dropped = len(records) - len(covered)
         aligned.append(
-            AlignedChain(
-                task_id=str(chain["task_id"]),
-                sample=int(chain.get("sample", 0)),
-                ids=tuple(ids[:keep]),
-                spans=tuple(found),
-                dropped=len(marked) - len(found),
-            )
+            AlignedChain(str(chain["task_id"]), int(chain.get("sample", 0)), tuple(ids[:end]), covered, dropped)
         )
     return aligned
 
@@ -137,8 +132,7 @@ def align_chains(
 def window_positions(window: str, start: int, end: int) -> range:
     """Positions that `window` takes of the span of tokens [start, end).
 
-    - `published`: s-1 ... min(e-2, s+9), and at least s-1: the preceding token and at most the first ten,
-      never the
+    - `published`: s-1 ... min(e-2, s+9), and at least s-1: the preceding token and at most the first ten, never the
       last one (the slice `s-1 : min(e-1, s+10)` of the published code).
     - `span`: s ... e-1, all its tokens.
     - `onset`: s-1 alone, the position at which the model decides what comes.
