@@ -2,13 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from vector_files import direction_of, vectors
 
 from steerable.cli import main
-from steerable.formats import Format, export_file, formats, import_file, register, validate_file
+from steerable.formats import Format, export_file, formats, import_file, register_format, validate_file
 from steerable.formats import exchange as table
 from steerable.formats.base import imported, writer
 from steerable.steering.direction import Direction
@@ -52,9 +53,9 @@ def fresh_table():
 def by_function(tmp_path, monkeypatch):
     code: dict = {}
     exec(NUMBERS, code)
-    register(code["FORMAT"])
+    register_format(code["FORMAT"])
     with pytest.raises(UsageError, match="there is a format 'numbers' already"):
-        register(Format("numbers"))
+        register_format(Format("numbers"))
 
 
 def by_entry_point(tmp_path, monkeypatch):
@@ -91,13 +92,21 @@ def test_a_format_from_outside(tmp_path, monkeypatch, capsys, direction, add):
 
 def test_names_of_the_package_are_taken():
     with pytest.raises(UsageError, match="there is a format 'svec' already"):
-        register(Format("svec", read=lambda source, options: imported("x", {Site("resid_post", 0): torch.ones(2)}, "")))
+        register_format(
+            Format("svec", read=lambda source, options: imported("x", {Site("resid_post", 0): torch.ones(2)}, ""))
+        )
 
 
 def test_what_can_only_be_written_is_not_read(tmp_path):
-    register(
+    register_format(
         Format("mine", sniff=lambda source: source.head.startswith(b"mine:"), write=writer(lambda *_: b"mine: 12"))
     )
     export_file(direction_of(vectors(1)), tmp_path / "a", "mine")
     with pytest.raises(UsageError, match="can be written only"):
         import_file(tmp_path / "a")
+
+
+def test_the_document_names_every_format():
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    assert [name for name in formats() if f"`{name}`" not in text] == ["steerable", "gguf"]
+    assert all(format.limits.endswith(".") for format in formats().values() if format.write)

@@ -41,7 +41,7 @@ class NeedsChoice(UsageError):
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of vector file. `register` adds one from outside the package (docs/formats.md shows it).
+    """One kind of vector file. `register_format` adds one from outside the package (docs/formats.md shows it).
 
     sniff: whether a file is of this format; None: the content cannot tell, so that the caller must name the format.
     read: the file as a direction, whose `stats["imported"]` may say more about it (see `imported`).

@@ -48,7 +48,7 @@ _OWN = Format("steerable", _is_own, _read_own)
 @cache
 def _table() -> dict[str, Format]:
     """Every format by its name: of `FORMATS` in each module of this package, of the entry points of the group
-    "steerable.formats" (each a Format) in what else is installed, and of `register`."""
+    "steerable.formats" (each a Format) in what else is installed, and of `register_format`."""
     package = __name__.rpartition(".")[0]
     modules = [import_module(f"{package}.{found.name}") for found in iter_modules(import_module(package).__path__)]
     table = {one.name: one for one in (_OWN, *(one for m in modules for one in getattr(m, "FORMATS", ())))}
@@ -60,13 +60,13 @@ def formats() -> dict[str, Format]:
     return dict(_table())
 
 
-def register(format: Format) -> None:
+def register_format(format: Format) -> None:
     """Make a format known to `import_file`, `export_file` and `validate_file`, and to the commands.
 
     Raises UsageError where the name is taken.
 
     Example:
-        register(Format("words", sniff=lambda source: source.path.suffix == ".words", read=read_words))
+        register_format(Format("words", sniff=lambda source: source.path.suffix == ".words", read=read_words))
     """
     if _table().setdefault(format.name, format) is not format:
         raise UsageError(f"there is a format {format.name!r} already: choose another name")

@@ -218,6 +218,8 @@ _STRENGTH = {
     "llama.cpp": f"{_HINT} (--control-vector-scaled FILE:STRENGTH)",
     "easysteer": f"{_HINT} (scale)",
 }
+_ALL = "It holds the outputs of blocks and no strength."
+_LIMITS = {"llama.cpp": "It holds a row for every block but block 0, which llama.cpp cannot steer, and no strength."}
 _WRITE = {
     "repeng": writer(_encode),
     "easysteer": writer(_encode),
@@ -231,6 +233,8 @@ def _sniff(source: Source, name: str) -> bool | None:
 
 
 FORMATS = tuple(
-    Format(name, partial(_sniff, name=name), _read, _WRITE.get(name), strength=_STRENGTH.get(name, _HINT))
+    Format(
+        name, partial(_sniff, name=name), _read, _WRITE.get(name), _LIMITS.get(name, _ALL), _STRENGTH.get(name, _HINT)
+    )
     for name in FIRST
 )

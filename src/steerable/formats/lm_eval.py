@@ -76,4 +76,4 @@ def _encode(vectors: dict[int, Tensor], direction: Direction, options: WriteOpti
     return dumps(blocks)
 
 
-FORMATS = (Format("lm-eval", _sniff, _read, writer(_encode), strength=HELD),)
+FORMATS = (Format("lm-eval", _sniff, _read, writer(_encode), "It holds the outputs of blocks alone.", HELD),)

@@ -72,4 +72,4 @@ def _encode(vectors: dict[int, Tensor], direction: Direction, options: WriteOpti
     return save({f"layer{block}.v": v.contiguous() for block, v in vectors.items()}, {"cfg": json.dumps(cfg)})
 
 
-FORMATS = (Format("steering-lite", _sniff, _read, writer(_encode), strength=HELD),)
+FORMATS = (Format("steering-lite", _sniff, _read, writer(_encode), "It holds the outputs of blocks alone.", HELD),)
