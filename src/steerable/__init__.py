@@ -23,6 +23,8 @@ _EXPORTS = {
     "parse_steering": "steering.text",
     "Direction": "steering.direction",
     "steer": "engines.hf.hooks",
+    "TransformersEngine": "engines.hf.engine",
+    "Request": "engines.base",
     "capture": "engines.activations",
     "difference_of_means": "methods.contrasts",
     "pca": "methods.contrasts",
@@ -41,6 +43,8 @@ __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from .engines.activations import capture as capture
+    from .engines.base import Request as Request
+    from .engines.hf.engine import TransformersEngine as TransformersEngine
     from .engines.hf.hooks import steer as steer
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca

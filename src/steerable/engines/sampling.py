@@ -7,9 +7,9 @@ workers and the order of the queue change nothing.
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from steerable.models.loading import stop_ids
 from steerable.store.errors import SteerableWarning, UsageError
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_HEAD = 1024  # likeliest tokens that are tried before the whole vocabulary is sorted
+_HEAD, _WIDER = (
+    16,
+    8,
+)  # how many of the likeliest tokens are sorted first, and how many times more where that is too few
 # Settings of a `generation_config` that are refused unless they have no effect, by their neutral values.
 _UNSUPPORTED = {
     "num_beams": 1,
@@ -50,9 +53,14 @@ _UNSUPPORTED_SAMPLING = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 keep the whole
-    vocabulary. `repetition_penalty` divides the positive logits of tokens that the row holds already, its prompt
-    included, and multiplies the negative ones (Keskar et al. 2019, arXiv 1909.05858); 1 is none."""
+    """How a token is chosen.
+
+    temperature: 0 is greedy. top_k (0), top_p (1) and min_p (0): none of them leaves a token out. repetition_penalty:
+    divides the positive logits of tokens that the row holds already, its prompt included, and multiplies the negative
+    ones (Keskar et al. 2019, arXiv 1909.05858); 1 is none.
+
+    Example: `Decoding(temperature=0.6, top_p=0.95)`
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -62,7 +70,13 @@ class Decoding:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def is_penalising(self) -> bool:
+        """Whether any row's earlier tokens count."""
+        return _any(self.repetition_penalty != 1.0)
 
 
 def decoding_of(model: PreTrainedModel, *, greedy: bool | None = None) -> Decoding:
@@ -82,7 +96,7 @@ def decoding_of(model: PreTrainedModel, *, greedy: bool | None = None) -> Decodi
             )
     # The fallbacks are those that `model.generate` takes where the file is silent.
     value = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    value |= {name: found for name in value if (found := getattr(config, name, None)) is not None}
+    value |= {name: setting for name in value if (setting := getattr(config, name, None)) is not None}
     penalty = float(value["repetition_penalty"])
     if not penalty > 0:
         raise UsageError(f"the model's generation_config sets repetition_penalty = {penalty}: expected more than 0")
@@ -115,19 +129,17 @@ def signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def mark(said: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Marks in `said` (bool [rows, vocabulary], changed and returned) the tokens that each row of `ids` holds."""
+def mark(held: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Marks in `held` (bool [rows, vocabulary], changed and returned) the tokens that each row of `ids` holds."""
     if valid is None:
-        return said.scatter_(1, ids, True)
+        return held.scatter_(1, ids, True)
     # The padding marks what its row's last valid token marks too.
     last = ids.gather(1, (valid * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True))
-    return said.scatter_(1, torch.where(valid, ids, last), valid.any(1, keepdim=True).expand_as(ids))
+    return held.scatter_(1, torch.where(valid, ids, last), valid.any(1, keepdim=True).expand_as(ids))
 
 
 def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64 `[rows]`: SplitMix64 (Steele et al. 2014) of int64 `seeds` at step
-    `index`.
-    """
+    """Uniform numbers in [0, 1), float64 `[rows]`: SplitMix64 (Steele et al. 2014) of int64 `seeds` at step `index`."""
 
     def shifted(x: Tensor, by: int) -> Tensor:  # a logical shift; torch's own keeps the sign
         return (x >> by) & ((1 << (64 - by)) - 1)
@@ -138,30 +150,75 @@ def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
     return shifted(z ^ shifted(z, 31), 11).double() * 2.0**-53
 
 
-def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor, said: Tensor | None = None) -> Tensor:
-    """One token a row, int64 `[rows]`, from logits `[rows, vocabulary]`; `index` is each row's token count so
-    far, `said` (bool, as the logits) the tokens that it holds, for the repetition penalty.
+def together(decodings: Sequence[Decoding], device: torch.device | str = "cpu") -> Decoding:
+    """The decodings of all rows in one: numbers where they agree, else columns `[rows, 1]`."""
+    if len(set(decodings)) == 1:
+        return decodings[0]
+    columns: list[Any] = []
+    for values in zip(*map(astuple, decodings), strict=True):
+        is_one = len(set(values)) == 1
+        columns.append(values[0] if is_one else torch.tensor(values, dtype=torch.float32, device=device)[:, None])
+    return Decoding(*columns)
+
+
+def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor, held: Tensor | None = None) -> Tensor:
+    """One token a row, int64 `[rows]`, from logits `[rows, vocabulary]`.
+
+    decoding: for all rows, or that of `together`. index: each row's token count so far. held: the tokens that each row
+    holds (bool, as the logits), for the repetition penalty.
 
     The penalty, temperature, then top-k, top-p and min-p, as in transformers; a tie at the border is kept for top-k.
     """
-    if said is not None and decoding.repetition_penalty != 1.0:
+    temperature, penalty = decoding.temperature, decoding.repetition_penalty
+    if held is not None and decoding.is_penalising:
         logits = logits.float()
-        penalty = decoding.repetition_penalty
-        logits = torch.where(said, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if decoding.greedy:
+        logits = torch.where(held, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    greedy = temperature == 0.0
+    if _all(greedy):
         return logits.argmax(-1)
-    logits = logits.float()
-    if decoding.temperature != 1.0:
-        logits = logits / decoding.temperature
+    scores = logits.float()
+    if _any(temperature != 1.0):
+        scores = scores / (torch.where(greedy, 1.0, temperature) if isinstance(temperature, Tensor) else temperature)
     u = uniforms(seeds, index)[:, None]
-    if decoding.top_p < 1.0:
-        return _choose_nucleus(logits, decoding, u)
-    if 0 < decoding.top_k < logits.shape[-1]:
-        border = logits.topk(decoding.top_k, dim=-1).values[:, -1:]
+    is_nucleus = decoding.top_p < 1.0
+    if _all(is_nucleus):
+        tokens = _choose_nucleus(scores, decoding, u)
+    else:
+        tokens = _choose_from_all(scores, decoding, u)
+        if _any(is_nucleus):
+            tokens = torch.where(is_nucleus, _choose_nucleus(scores, decoding, u), tokens)
+    if _any(greedy):
+        tokens = torch.where(greedy, logits.argmax(-1, keepdim=True), tokens)
+    return tokens.squeeze(-1)
+
+
+def _any(condition: bool | Tensor) -> bool:
+    return bool(condition.any()) if isinstance(condition, Tensor) else condition
+
+
+def _all(condition: bool | Tensor) -> bool:
+    return bool(condition.all()) if isinstance(condition, Tensor) else condition
+
+
+def _choose_from_all(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
+    """The token `[rows, 1]` at `u`, the vocabulary in the order of its ids."""
+    size = logits.shape[-1]
+    if (most := _most(decoding.top_k, size)) > 0:
+        top = logits.topk(most, dim=-1).values
+        border = top[:, -1:]
+        if isinstance(k := decoding.top_k, Tensor):
+            border = top.gather(-1, (k.long() - 1).clamp(0, most - 1)).masked_fill((k == 0) | (k >= size), -torch.inf)
         logits = logits.masked_fill(logits < border, -torch.inf)
-    if decoding.min_p > 0.0:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(decoding.min_p), -torch.inf)
-    return _invert(logits.softmax(-1), u).squeeze(-1)
+    if _any(decoding.min_p > 0.0):
+        least = torch.as_tensor(decoding.min_p, device=logits.device).log()
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + least, -torch.inf)
+    return _invert(logits.softmax(-1), u)
+
+
+def _most(top_k: Any, size: int) -> int:
+    """The largest k of any row that leaves something out; 0 where none does."""
+    ks = {int(k) for k in top_k[:, 0].tolist()} if isinstance(top_k, Tensor) else {int(top_k)}
+    return max((k for k in ks if 0 < k < size), default=0)
 
 
 def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
@@ -172,22 +229,26 @@ def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
 
 
 def _choose_nucleus(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
-    """The smallest set of likeliest tokens that holds `top_p`; sorts only the head of the vocabulary where it
-    can.
-    """
-    size = logits.shape[-1]
-    if 0 < decoding.top_k < size:
-        top, tokens = logits.topk(decoding.top_k, dim=-1)
-        ordered = top.softmax(-1)
-    else:
-        total = logits.logsumexp(-1, keepdim=True)
-        top, tokens = logits.topk(min(_HEAD, size), dim=-1)
-        ordered = (top - total).exp()
-        if top.shape[-1] < size and bool((ordered.sum(-1) < decoding.top_p).any()):
-            top, tokens = logits.sort(dim=-1, descending=True)
-            ordered = (top - total).exp()
+    """The token `[rows, 1]` at `u` in the smallest set of likeliest tokens that holds `top_p`, the likeliest first;
+    sorts only as many of the vocabulary as are needed."""
+    size, top_k, top_p = logits.shape[-1], decoding.top_k, decoding.top_p
+    total = logits.logsumexp(-1, keepdim=True)
+    every_row_has_k = isinstance(top_k, (int, float)) and 0 < top_k < size
+    head = min(int(top_k) if every_row_has_k else max(_HEAD, _most(top_k, size)), size)
+    while True:
+        top, tokens = logits.topk(head, dim=-1)
+        if isinstance(top_k, Tensor):
+            is_cut = (top_k > 0) & (top_k < size)
+            top = top.masked_fill(is_cut & (torch.arange(head, device=top.device) >= top_k), -torch.inf)
+            mass = torch.where(is_cut, top.logsumexp(-1, keepdim=True), total)
+        else:
+            mass = top.logsumexp(-1, keepdim=True) if every_row_has_k else total
+        ordered = (top - mass).exp()
+        if every_row_has_k or head == size or bool((ordered.sum(-1, keepdim=True) >= top_p).all()):
+            break
+        head = min(head * _WIDER, size)
     before = ordered.cumsum(-1) - ordered
-    kept = ordered.masked_fill(before >= decoding.top_p, 0.0)
-    if decoding.min_p > 0.0:
-        kept = kept.masked_fill(ordered < decoding.min_p * ordered[:, :1], 0.0)
-    return tokens.gather(-1, _invert(kept, u)).squeeze(-1)
+    chosen = ordered.masked_fill(before >= top_p, 0.0)
+    if _any(decoding.min_p > 0.0):
+        chosen = chosen.masked_fill(ordered < decoding.min_p * ordered[:, :1], 0.0)
+    return tokens.gather(-1, _invert(chosen, u))

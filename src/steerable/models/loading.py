@@ -47,10 +47,19 @@ class Family:
     parallel: str | None = None
     #: The attention kernel that computes the family's own attention, where transformers' default does not.
     attention: str | None = None
+    #: How the engine generates exactly: "slots" where the attention is plain softmax attention, which the engine's own
+    #: computes; "slots, own attention" where it differs (soft-caps, sinks, latents, scores scaled by layer) and reads
+    #: the engine's cache; None: by `model.generate`.
+    route: str | None = None
 
 
-_LLAMA = Family()
-_SANDWICH = Family(attention_added="post_attention_layernorm", mlp_added="post_feedforward_layernorm", norms="both")
+_LLAMA = Family(route="slots")
+_SANDWICH = Family(
+    attention_added="post_attention_layernorm",
+    mlp_added="post_feedforward_layernorm",
+    norms="both",
+    route="slots, own attention",
+)
 
 #: By `model_type` of the config.
 FAMILIES: dict[str, Family] = {
@@ -64,12 +73,13 @@ FAMILIES: dict[str, Family] = {
     "gemma2": replace(_SANDWICH, attention="eager"),
     "gemma3_text": _SANDWICH,
     "gemma3": replace(_SANDWICH, blocks="language_model.layers", final_norm="language_model.norm"),
-    "phi3": Family(attention_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
+    "phi3": replace(_LLAMA, attention_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
     "olmo2": Family(
         entry="self_attn",
         attention_added="post_attention_layernorm",
         mlp_added="post_feedforward_layernorm",
         norms="post",
+        route="slots",
     ),
     "gpt2": Family(
         blocks="h",
@@ -78,6 +88,7 @@ FAMILIES: dict[str, Family] = {
         attention_out="attn.c_proj",
         attention_added="attn.resid_dropout",
         mlp_out="mlp.c_proj",
+        route="slots, own attention",
     ),
     "gpt_neox": Family(
         final_norm="final_layer_norm",
@@ -86,10 +97,11 @@ FAMILIES: dict[str, Family] = {
         mlp_out="mlp.dense_4h_to_h",
         mlp_added="post_mlp_dropout",
         parallel="use_parallel_residual",
+        route="slots, own attention",
     ),
-    "deepseek_v2": _LLAMA,
-    "deepseek_v3": _LLAMA,
-    "gpt_oss": _LLAMA,
+    "deepseek_v2": replace(_LLAMA, route="slots, own attention"),
+    "deepseek_v3": replace(_LLAMA, route="slots, own attention"),
+    "gpt_oss": replace(_LLAMA, route="slots, own attention"),
 }
 
 

@@ -1,9 +1,9 @@
-"""How a model's text is generated: which of two engines computes it exactly, and why.
+"""How a model's text is generated: which of two ways computes it exactly, and why.
 
-The fast engine (`transformers.py`) keeps keys and values in slots of its own and gives every layer its mask. That
-is exact for families whose layers attend to all or to the last tokens, store what they attend to with
-`Cache.update` and take a ready mask: those that were tested, and only they. Everything else goes through
-`model.generate` (`batches.py`), with the model's own cache and masks, slower and with equal results.
+Continuous batching (`batching.py`) keeps keys and values in slots of its own and gives every layer its mask. That is
+exact for families whose layers attend to all or to the last tokens, store what they attend to with `Cache.update` and
+take a ready mask: those that were tested, and only they (`Family.route`). Everything else goes through
+`model.generate` (`fallback.py`), with the model's own cache and masks, slower and with equal results.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from steerable.models.loading import text_config, unwrap
+from steerable.models.loading import FAMILIES, text_config, unwrap
 from steerable.store.errors import UsageError
 
-#: Families whose attention is plain softmax attention, which `slots.slot_attention` computes.
-PLAIN = {"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "olmo2"}
-#: Families with attention of their own (soft-caps, sinks, latents, scores scaled by layer) that reads the slots.
-OWN = {"gpt2", "gpt_neox", "gemma2", "gemma3_text", "gemma3", "deepseek_v2", "deepseek_v3", "gpt_oss"}
 _ATTENTION = ("sdpa", "eager")  # implementations that take a mask of numbers to add
 
 Name = Literal["slots", "slots, own attention", "padded batches", "equal lengths", "one by one"]
@@ -49,17 +45,23 @@ def route(model: Any, longest: int = 0) -> Route:
     kind, attention = config.model_type, config._attn_implementation
     if (limit := _changing_rope(config)) is not None and longest > limit:
         return Route("one by one", f"its rotary embedding changes for the whole batch beyond {limit} tokens")
-    if kind not in PLAIN | OWN or not type(inner).__module__.startswith("transformers."):
+    way = FAMILIES[kind].route if kind in FAMILIES else None
+    if way is None or not type(inner).__module__.startswith("transformers."):
         return Route("equal lengths", f"{type(inner).__name__} ({kind}) is none of the families that were tested")
     if attention not in _ATTENTION:
         return Route("padded batches", f"the attention implementation {attention!r} takes no ready mask")
     if odd := layer_kinds(config) - {"full_attention", "sliding_attention"}:
         return Route("padded batches", f"it has layers of {sorted(odd)[0]}")
-    if any("forward" in vars(module) for module in model.modules()):  # which are bound to these very modules
+    if is_bound(model):
         return Route("slots, own attention", "its modules were given other forward passes (compiled, offloaded)")
-    if kind in PLAIN:
+    if way == "slots":
         return Route("slots", f"{kind} has plain softmax attention")
     return Route("slots, own attention", f"{kind} stores keys and values by `Cache.update` and takes a ready mask")
+
+
+def is_bound(model: Any) -> bool:
+    """Whether modules were given other forward passes (compiled, offloaded), which are bound to these very modules."""
+    return any("forward" in vars(module) for module in model.modules())
 
 
 def layer_kinds(config: Any) -> set[str]:

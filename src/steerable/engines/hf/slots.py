@@ -24,7 +24,7 @@ from transformers.modeling_utils import AttentionInterface
 ATTENTION = "steerable"
 """Name under which `slot_attention` is registered with transformers."""
 
-PAGE = 64  # positions; measured: 32 costs calls, 128 reads more positions that are not yet filled
+PAGE = 32  # positions; attention waits for memory: larger pages read more positions that are not yet filled
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Plan:
     position: Tensor | None = None  # decode: [rows] where each row's new token goes
     width: int = 0  # decode: positions that are read, the longest row
     pages: list[int] = field(default_factory=list)  # decode: how many rows have reached each page
-    scores: Tensor | None = None  # decode: room for the attention scores of one layer
+    scores: Tensor | None = None  # decode: room for the attention scores of one layer, for this position
     prefill: bool = False
     _cells: dict[Any, Tensor] = field(default_factory=dict)  # what `cells` has found for this position
     _origins: dict[Any, Tensor] = field(default_factory=dict)  # the part of it that all positions share
@@ -50,6 +50,7 @@ class Plan:
     def put(self, position: Tensor) -> None:
         """Where the next token of each row goes, [rows]."""
         self.position = position
+        self.scores = None
         self._cells = {}
 
     def cells(self, buffer: Tensor) -> Tensor:
@@ -192,16 +193,15 @@ def _paged(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, plan: Plan) 
     shared = heads // kv_heads
     query = query.reshape(rows * kv_heads, shared, dim)
     width = len(plan.pages) * page
-    if plan.scores is None:
-        shape = (key.shape[1], kv_heads, shared, key.shape[0] * page)
-        plan.scores = query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
-    # Rows that have not reached a page keep old scores there, which are finite, and the mask removes them.
-    scores = plan.scores[:rows, :, :, :width]
-    for number, reached in enumerate(plan.pages):
+    if (scores := plan.scores) is None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = plan.scores = query.new_full((rows, kv_heads, shared, width), -torch.inf, dtype=wide)
+    for number, reached in enumerate(plan.pages):  # beyond them the scores stay -inf
         products = torch.bmm(query[: reached * kv_heads], key[number, :reached].flatten(0, 1).transpose(1, 2))
         span = slice(number * page, (number + 1) * page)
-        scores[:reached, :, :, span] = products.view(reached, kv_heads, shared, page)
-    weights = torch.softmax(scores + mask, -1).to(value.dtype).view(rows * kv_heads, shared, width)
+        products = products.view(reached, kv_heads, shared, page)
+        torch.add(products, mask[:reached, :, :, span], out=scores[:reached, :, :, span])
+    weights = torch.softmax(scores, -1).to(value.dtype).view(rows * kv_heads, shared, width)
     out = query.new_zeros(rows * kv_heads, shared, dim)
     for number, reached in enumerate(plan.pages):
         part = weights[: reached * kv_heads, :, number * page : (number + 1) * page]

@@ -9,18 +9,19 @@ from tiny_families import COMMON, FAMILY_NAMES, tiny
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import steerable as st
-from steerable.engines.hf.generation import Request, generate
-from steerable.engines.hf.routes import OWN, PLAIN, route
+from steerable.engines.hf.routes import route
 from steerable.engines.sampling import Decoding
 from steerable.models import loading as models
+from steerable.models.loading import FAMILIES
+from steerable.steering import think
 from steerable.steering.site import Site
-from steerable.steering.spec import shift
-from steerable.steering.think import ThinkTags
+from steerable.steering.spec import scaled, shift
 from steerable.store.errors import UsageError
 
 OPEN, CLOSE = 1, 2
 STOPS = [7, 8]
 STEPS = 18
+GREEDY = Decoding(0.0)
 
 
 def texts(count, seed=0, longest=12):
@@ -44,10 +45,10 @@ def reference(model, prompt, steps=STEPS):
     return out[0, len(prompt) :].tolist()
 
 
-def continued(model, prompts, **options):
-    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    options = {"max_new_tokens": STEPS, "rows": 4, "greedy": True} | options
-    return [completion.ids for completion in generate(model, None, requests, **options)]
+def continued(model, prompts, decoding=GREEDY, steering=(), max_new_tokens=STEPS, rows=4, tokenizer=None):
+    requests = [st.Request(prompt, seed, steering, decoding) for seed, prompt in enumerate(prompts)]
+    completions = st.TransformersEngine(model, tokenizer, rows=rows).generate(requests, max_new_tokens=max_new_tokens)
+    return [completion.ids for completion in completions]
 
 
 def added(layer, vector, thinking):
@@ -95,22 +96,19 @@ def test_steered_thinking_equals_a_loop_without_cache(name, tokenizer):
     model = build(name)
     prompts = [[*text, OPEN, *text[:2]] for text in texts(3, 1)] + [[*text, OPEN, 5, CLOSE] for text in texts(1, 2)]
     vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    item = shift(Site("resid_post", 1), vector)
-    with st.steer(model, item, strength=1.0, where="thinking", tokenizer=tokenizer) as handle:
-        found = continued(model, prompts, rows=3, steering=handle)
-        assert handle.report()["resid_post.1"]["tokens"] > 0
-    assert found == [loop(model, prompt, 1, vector) for prompt in prompts]
+    steering = (shift(Site("resid_post", 1), vector, 1.0, "thinking"),)
+    steered = continued(model, prompts, rows=3, steering=steering, tokenizer=tokenizer)
+    assert steered == [loop(model, prompt, 1, vector) for prompt in prompts]
     plain = [reference(model, prompt) for prompt in prompts]
-    assert found != plain
-    with st.steer(model, item, strength=0.0, where="thinking", tokenizer=tokenizer) as handle:
-        assert continued(model, prompts, rows=3, steering=handle) == plain
+    assert steered != plain
+    assert continued(model, prompts, rows=3, steering=scaled(steering, 0.0), tokenizer=tokenizer) == plain
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_bfloat16(name):
     """It runs, and a row says the same beside others as alone, up to a draw that rounding tips."""
     model, prompts = build(name).to(torch.bfloat16), texts(6, 3)
-    options = {"greedy": None, "decoding": Decoding(0.7, 0, 0.95), "max_new_tokens": 6}
+    options = {"decoding": Decoding(0.7, 0, 0.95), "max_new_tokens": 6}
     together = continued(model, prompts, **options, rows=6)
     alone = [continued(model, [prompt], **options)[0] for prompt in prompts[:1]]
     again = continued(model, prompts, **options, rows=6)
@@ -121,7 +119,7 @@ def test_bfloat16(name):
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "gemma2", "qwen3_moe"])
 def test_draws_do_not_depend_on_the_batch(name):
     model, prompts = build(name), texts(9, 4)
-    options = {"greedy": None, "decoding": Decoding(0.8, 30, 0.95)}
+    options = {"decoding": Decoding(0.8, 30, 0.95)}
     one = continued(model, prompts, rows=9, **options)
     assert one == continued(model, prompts, rows=2, **options)
 
@@ -157,7 +155,7 @@ def test_unknown_families_go_through_generate(name):
     way = route(model, 40)
     assert way.name == "equal lengths" and type(model).__name__ in way.why
     assert continued(model, prompts) == [reference(model, prompt) for prompt in prompts]
-    sampled = {"greedy": None, "decoding": Decoding(0.9, 0, 0.9, 0.02, 1.2)}
+    sampled = {"decoding": Decoding(0.9, 0, 0.9, 0.02, 1.2)}
     assert continued(model, prompts, rows=8, **sampled) == continued(model, prompts, rows=3, **sampled)
 
 
@@ -176,58 +174,48 @@ def foreign():
 def test_other_attention_goes_through_generate(name, foreign, tokenizer):
     model, prompts = build(name), texts(7, 7)
     expected = [reference(model, prompt) for prompt in prompts]
-    slots = continued(model, prompts, greedy=None, decoding=Decoding(0.8, 0, 0.9))
+    slots = continued(model, prompts, decoding=Decoding(0.8, 0, 0.9))
     model.config._attn_implementation = foreign
     way = route(model, 40)
     assert way.name == "padded batches" and "'foreign'" in way.why
     assert continued(model, prompts) == expected
-    assert continued(model, prompts, greedy=None, decoding=Decoding(0.8, 0, 0.9)) == slots  # the same draws
+    assert continued(model, prompts, decoding=Decoding(0.8, 0, 0.9)) == slots  # the same draws
 
 
-def test_steering_through_generate(foreign, tokenizer):
-    """Selectors, one strength a row, counts, and the handle's own strength afterwards."""
+def test_steerings_of_each_request_through_generate(foreign, tokenizer):
     model = build("qwen3")
     prompts = [[*text, OPEN, *text[:2]] for text in texts(6, 8)]
     vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    item = shift(Site("resid_post", 1), vector)
-    requests = [Request(p, 0, s) for p, s in zip(prompts, [None, 0.0, 1.0, None, -1.0, 0.5], strict=True)]
-    found = []
+    strengths = [2.0, 0.0, 1.0, None, -1.0, 0.5]
+    steerings = [() if s is None else (shift(Site("resid_post", 1), vector, s, "thinking"),) for s in strengths]
+    requests = [st.Request(p, 0, s, Decoding(0.0)) for p, s in zip(prompts, steerings, strict=True)]
+    made = []
     for attention in ("sdpa", foreign):
         model.config._attn_implementation = attention
-        with st.steer(model, item, strength=2.0, where="thinking", tokenizer=tokenizer) as handle:
-            new = generate(model, tokenizer, requests, max_new_tokens=STEPS, rows=3, greedy=True, steering=handle)
-            assert handle.strength == 2.0
-            found.append([c.ids for c in new])
-            counts = handle.report()["resid_post.1"]["tokens"]
-    assert found[0] == found[1]
-    # every token but the last new one is fed
-    inside = 0
-    for request, ids in zip(requests, found[1], strict=True):
-        on = False
-        for token in [*request.prompt, *ids[:-1]]:
-            on = token == OPEN or (on and token != CLOSE)
-            inside += on and token != OPEN and request.strength != 0.0
-    assert counts == inside
+        completions = st.TransformersEngine(model, tokenizer, rows=3).generate(requests, max_new_tokens=STEPS)
+        made.append([c.ids for c in completions])
+    assert made[0] == made[1]
+    assert made[0] == [loop(model, p, 1, (s or 0.0) * vector) for p, s in zip(prompts, strengths, strict=True)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "foreign"])
-def test_tags_of_several_tokens_while_rows_come_and_go(attention, foreign, tokenizer):
+def test_tags_of_several_tokens_while_rows_come_and_go(attention, foreign, tokenizer, monkeypatch):
     model = build("qwen3")
     model.config._attn_implementation = attention
     opening, vector = (1, 4), 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     prompts = [[*text, *opening, *text[:2]] for text in texts(9, 8)]
-    item = shift(Site("resid_post", 1), vector)
+    steering = (shift(Site("resid_post", 1), vector, 1.0, "thinking"),)
 
     def steered(closing):
-        with st.steer(model, item, strength=1.0, where="thinking", tokenizer=tokenizer) as handle:
-            handle.tags = ThinkTags(opening, closing)
-            return continued(model, prompts, rows=3, steering=handle)
+        tags = think.ThinkTags(opening, closing)
+        monkeypatch.setattr("steerable.engines.hf.hooks.think_tags", lambda tokenizer: tags)
+        return continued(model, prompts, rows=3, steering=steering, tokenizer=tokenizer)
 
     never = steered((63, 63))
     closing = next(tuple(ids[2:4]) for ids in never if len(ids) > 8 and ids[2] != ids[3])  # which the model writes
-    found = steered(closing)
-    assert found == [loop(model, prompt, 1, vector, opening, closing) for prompt in prompts]
-    assert found != never
+    closed = steered(closing)
+    assert closed == [loop(model, prompt, 1, vector, opening, closing) for prompt in prompts]
+    assert closed != never
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt_oss"])
@@ -246,9 +234,9 @@ def test_compiled_and_offloaded(name):
 def test_logits_that_are_not_finite_are_an_error_there_too(foreign):
     model = build("llama")
     model.config._attn_implementation = foreign
-    item = shift(Site("resid_post", 1), torch.full((32,), 1e38))
-    with pytest.raises(st.SteerableError, match="not finite"), st.steer(model, item, strength=10.0) as handle:
-        continued(model, texts(3), steering=handle)
+    steering = (shift(Site("resid_post", 1), torch.full((32,), 1e38), 10.0),)
+    with pytest.raises(st.SteerableError, match="not finite"):
+        continued(model, texts(3), steering=steering)
 
 
 def test_rope_that_changes_with_the_batch():
@@ -270,9 +258,9 @@ def test_rope_that_changes_with_the_batch():
 def test_learned_positions_end():
     model = build("gpt2")
     with pytest.raises(UsageError, match="learned positions for 128 tokens, but .* 140"):
-        generate(model, None, [Request([3] * 40)], max_new_tokens=100)
+        continued(model, [[3] * 40], max_new_tokens=100)
     with pytest.raises(UsageError, match="learned positions for 64 tokens"):
-        generate(OTHERS["learned positions"](), None, [Request([3] * 40)], max_new_tokens=100)
+        continued(OTHERS["learned positions"](), [[3] * 40], max_new_tokens=100)
     # rotary positions have no end
     assert COMMON["max_position_embeddings"] == 128
     assert len(continued(build("llama"), [[3] * 126], max_new_tokens=4)[0]) > 0
@@ -298,7 +286,6 @@ def test_the_last_new_token_needs_no_position(name):
 
 
 def test_every_family_has_a_route():
-    assert {tiny(name).config.get_text_config().model_type for name in FAMILY_NAMES} <= PLAIN | OWN
-    assert not PLAIN & OWN
+    assert all(FAMILIES[tiny(name).config.get_text_config().model_type].route for name in FAMILY_NAMES)
     assert route(tiny("qwen3"), 30).name == "slots"
     assert route(tiny("gpt_oss"), 30).name == "slots, own attention"

@@ -1,6 +1,8 @@
 """Generation with continuous batching against `model.generate` and against itself in other batches."""
 
 import random
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from transformers import (
 
 import steerable as st
 from steerable.engines import sampling
-from steerable.engines.hf.generation import Request, generate
 from steerable.engines.hf.slots import Reach, arrange
 from steerable.engines.sampling import Decoding, choose, decoding_of, uniforms
 from steerable.steering.site import Site
@@ -23,6 +24,7 @@ from steerable.steering.spec import shift
 from steerable.store.errors import SteerableError, UsageError
 
 STOPS = [5, 9, 17]
+GREEDY = Decoding(0.0)
 
 
 def build(config_class=Qwen2Config, model_class=Qwen2ForCausalLM, **options):
@@ -48,7 +50,7 @@ def build(config_class=Qwen2Config, model_class=Qwen2ForCausalLM, **options):
 @pytest.fixture(autouse=True, params=[5, 64])
 def page(request, monkeypatch):
     """Positions of a cache page; 64 holds these short texts whole."""
-    monkeypatch.setattr("steerable.engines.hf.generation.PAGE", request.param)
+    monkeypatch.setattr("steerable.engines.hf.batching.PAGE", request.param)
     return request.param
 
 
@@ -60,6 +62,15 @@ def model():
 def prompts(count, vocabulary=100, seed=0):
     rng = random.Random(seed)
     return [[rng.randrange(20, vocabulary) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
+
+
+def requests_of(texts, decoding=GREEDY, **options):
+    return [st.Request(prompt, seed, decoding=decoding, **options) for seed, prompt in enumerate(texts)]
+
+
+def generate(model, requests, max_new_tokens=40, rows=64, progress=None):
+    engine = st.TransformersEngine(model, None, rows=rows)
+    return engine.generate(requests, max_new_tokens=max_new_tokens, progress=progress)
 
 
 def reference(model, prompt, limit):
@@ -92,90 +103,103 @@ FAMILIES = {
 def test_greedy_equals_generate(family, attention, rows):
     model = build(*FAMILIES[family], attn_implementation=attention)
     texts = prompts(14)
-    found = generate(model, None, [Request(p) for p in texts], max_new_tokens=40, rows=rows, greedy=True)
+    completions = generate(model, requests_of(texts), rows=rows)
     expected = [reference(model, p, 40) for p in texts]
-    assert [c.ids for c in found] == expected
-    assert [c.finished for c in found] == [ids[-1] in STOPS for ids in expected]
+    assert [c.ids for c in completions] == expected
+    assert [c.finished for c in completions] == [ids[-1] in STOPS for ids in expected]
     assert model.config._attn_implementation == attention
 
 
 def test_greedy_equals_generate_on_a_real_llama(stories):
     texts = prompts(6, vocabulary=400)
-    found = generate(stories, None, [Request(p) for p in texts], max_new_tokens=60, rows=4, greedy=True)
-    assert [c.ids for c in found] == [reference(stories, p, 60) for p in texts]
+    completions = generate(stories, requests_of(texts), max_new_tokens=60, rows=4)
+    assert [c.ids for c in completions] == [reference(stories, p, 60) for p in texts]
 
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.6, 0, 0.95), Decoding(1.3, 20), Decoding(1.0, 30, 0.8)])
 def test_sampling_does_not_depend_on_the_batch(model, decoding):
-    requests = [Request(p, seed=i) for i, p in enumerate(prompts(30))]
+    requests = requests_of(prompts(30), decoding)
+    together = generate(model, requests, rows=16)
+    assert together == generate(model, requests, rows=64) == generate(model, requests, rows=5)
+    assert together[::-1] == generate(model, requests[::-1], rows=16)
+    assert together[3] == generate(model, [requests[3]], rows=1)[0]
 
-    def run(chosen, rows):
-        return generate(model, None, chosen, max_new_tokens=40, rows=rows, decoding=decoding)
 
-    together = run(requests, 16)
-    assert together == run(requests, 64) == run(requests, 5)
-    assert together[::-1] == run(requests[::-1], 16)
-    assert together[3] == run([requests[3]], 1)[0]
+DECODINGS = [
+    GREEDY,
+    Decoding(),
+    Decoding(0.7, 5),
+    Decoding(1.5, 0, 0.7),
+    Decoding(1.0, 12, 0.9),
+    Decoding(1.2, 0, 1.0, 0.1),
+    Decoding(1.0, 9, 0.97, 0.1),
+    Decoding(0.9, 0, 1.0, 0.0, 1.5),
+    Decoding(0.0, repetition_penalty=1.3),
+]
+
+
+def test_requests_of_different_decodings_share_a_batch(model):
+    requests = [replace(r, decoding=DECODINGS[i % len(DECODINGS)]) for i, r in enumerate(requests_of(prompts(36)))]
+    mixed = generate(model, requests, rows=12)
+    for start, decoding in enumerate(DECODINGS):
+        assert mixed[start :: len(DECODINGS)] == generate(model, requests[start :: len(DECODINGS)], rows=4), decoding
 
 
 def test_samples_of_one_prompt_differ_by_seed_alone(model):
-    requests = [Request([30, 40, 50], seed) for seed in (1, 1, 2, 3)]
-    one, same, *others = generate(model, None, requests, max_new_tokens=30, decoding=Decoding())
+    requests = [st.Request([30, 40, 50], seed, decoding=Decoding()) for seed in (1, 1, 2, 3)]
+    one, same, *others = generate(model, requests, max_new_tokens=30)
     assert one == same
     assert all(one != other for other in others)
 
 
 def test_limit_and_progress(model):
     seen = []
-    requests = [Request(p, i) for i, p in enumerate(prompts(20))]
-    found = generate(model, None, requests, max_new_tokens=3, rows=4, greedy=False, progress=lambda *x: seen.append(x))
-    assert max(len(c.ids) for c in found) == 3
-    assert [sum(x) for x in zip(*seen, strict=True)] == [20, sum(len(c.ids) for c in found)]
+    requests = requests_of(prompts(20), Decoding(1.0, 50))
+    completions = generate(model, requests, max_new_tokens=3, rows=4, progress=lambda *x: seen.append(x))
+    assert max(len(c.ids) for c in completions) == 3
+    assert [sum(x) for x in zip(*seen, strict=True)] == [20, sum(len(c.ids) for c in completions)]
 
 
 @pytest.mark.parametrize("where", ["all", "generated", "last_prompt", "tokens(30, 31, 32) | positions(2, 5)"])
 @pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
 def test_steered_equals_steered_generate(model, where, layers):
     generator = torch.Generator().manual_seed(3)
-    items = [shift(Site("resid_post", layer), torch.randn(32, generator=generator)) for layer in layers]
+    vectors = [(Site("resid_post", layer), torch.randn(32, generator=generator)) for layer in layers]
+    steering = tuple(shift(site, vector, 1.5, where) for site, vector in vectors)
     texts = prompts(12)
-    with st.steer(model, items, strength=1.5, where=where) as handle:
-        found = generate(
-            model, None, [Request(p) for p in texts], max_new_tokens=25, rows=5, greedy=True, steering=handle
-        )
+    completions = generate(model, requests_of(texts, steering=steering), max_new_tokens=25, rows=5)
     expected = []
     for prompt in texts:
-        with st.steer(model, items, strength=1.5, where=where):
+        with st.steer(model, steering):
             expected.append(reference(model, prompt, 25))
-    assert [c.ids for c in found] == expected
+    assert [c.ids for c in completions] == expected
     assert expected != [reference(model, prompt, 25) for prompt in texts]
 
 
-def test_strength_of_each_request(model):
-    item = shift(Site("resid_post", 1), torch.randn(32, generator=torch.Generator().manual_seed(1)))
+def test_every_request_has_its_own_steering(model):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
     texts = prompts(10)
     strengths = [0.0, 2.0, -2.0, None, 1.0] * 2
-    requests = [Request(p, strength=s) for p, s in zip(texts, strengths, strict=True)]
-    with st.steer(model, item, strength=0.5) as handle:
-        found = generate(model, None, requests, max_new_tokens=20, rows=4, greedy=True, steering=handle)
-        assert handle.strength == 0.5
-    for prompt, strength, completion in zip(texts, strengths, found, strict=True):
-        with st.steer(model, item, strength=0.5 if strength is None else strength):
+    steerings = [() if s is None else (shift(Site("resid_post", 1), vector, s),) for s in strengths]
+    requests = [replace(r, steering=s) for r, s in zip(requests_of(texts), steerings, strict=True)]
+    completions = generate(model, requests, max_new_tokens=20, rows=4)
+    for prompt, steering, completion in zip(texts, steerings, completions, strict=True):
+        with st.steer(model, steering) if steering else nullcontext():
             assert completion.ids == reference(model, prompt, 20)
 
 
 def test_bad_requests(model):
     with pytest.raises(UsageError, match="empty"):
-        generate(model, None, [Request([])])
-    with pytest.raises(UsageError, match="steering="):
-        generate(model, None, [Request([30], strength=1.0)])
-    assert generate(model, None, []) == []
+        generate(model, [st.Request([])])
+    with pytest.raises(UsageError, match="width 7"):
+        generate(model, [st.Request([30], steering=(shift(Site("resid_post", 1), torch.ones(7)),))])
+    assert generate(model, []) == []
 
 
 def test_logits_that_are_not_finite_are_an_error(model):
-    item = shift(Site("resid_post", 1), torch.full((32,), 1e38))
-    with pytest.raises(SteerableError, match="not finite"), st.steer(model, item, strength=10.0) as handle:
-        generate(model, None, [Request([30])], steering=handle, max_new_tokens=4)
+    steering = (shift(Site("resid_post", 1), torch.full((32,), 1e38), 10.0),)
+    with pytest.raises(SteerableError, match="not finite"):
+        generate(model, [st.Request([30], steering=steering)], max_new_tokens=4)
 
 
 def test_decoding_follows_the_generation_config():
@@ -223,15 +247,8 @@ def test_repetition_penalty_is_that_of_generate(model, penalty):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty
         )
         expected.append(out[0, len(prompt) :].tolist())
-    found = generate(
-        model,
-        None,
-        [Request(p) for p in texts],
-        max_new_tokens=30,
-        rows=5,
-        decoding=Decoding(0.0, repetition_penalty=penalty),
-    )
-    assert [c.ids for c in found] == expected
+    requests = requests_of(texts, Decoding(0.0, repetition_penalty=penalty))
+    assert [c.ids for c in generate(model, requests, max_new_tokens=30, rows=5)] == expected
     assert expected != [reference(model, prompt, 30) for prompt in texts]
 
 
@@ -262,7 +279,7 @@ def test_uniform_numbers():
         Decoding(0.9, 0, 1.0, 0.0, 1.5),
     ],
 )
-@pytest.mark.parametrize("head", [1024, 8])
+@pytest.mark.parametrize("head", [16, 4])
 def test_draws_have_the_distribution_of_transformers(decoding, head, monkeypatch):
     from transformers import (
         MinPLogitsWarper,

@@ -1,0 +1,193 @@
+"""The engine of Hugging Face transformers: continuous batching for the families that it fits (`routes.py` says which),
+`model.generate` for the others (`fallback.py`), with the same requests and draws.
+
+The model that it is given is never changed: hooks and attention of its own are those of a copy of the modules, which
+shares the parameters. So several threads may use one model at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.engines.activations import batch_tokens, length_batches
+from steerable.engines.activations import capture as capture_texts
+from steerable.engines.base import Completion, Continuation, Progress, Request
+from steerable.engines.hf.batching import Batch, model_device
+from steerable.engines.hf.fallback import in_batches
+from steerable.engines.hf.fused import fuse
+from steerable.engines.hf.hooks import Handle
+from steerable.engines.hf.routes import check_length, is_bound, route
+from steerable.engines.hf.slots import ATTENTION
+from steerable.engines.sampling import decoding_of, pad_id
+from steerable.models.loading import stop_ids, unwrap_to_run
+from steerable.steering.spec import Steering
+from steerable.store.errors import UsageError
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+_LOGITS = 2**26  # of one pass while texts are scored; a text that has more is a batch by itself
+
+
+@dataclass(frozen=True)
+class TransformersEngine:
+    """Generates, scores and reads texts with a Hugging Face model.
+
+    model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...). It is never
+    changed. tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them. rows: sequences
+    that are computed together.
+
+    Example:
+        engine = TransformersEngine(model, tokenizer)
+        [done] = engine.generate([Request(prompt_ids=ids, steering=direction.steering(0.5))], max_new_tokens=60)
+        print(tokenizer.decode(done.ids))
+    """
+
+    model: Any
+    tokenizer: Any = None
+    rows: int = 64
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 500, progress: Progress | None = None
+    ) -> list[Completion]:
+        """Continue every request, up to a token of the model's `generation_config.eos_token_id` or `max_new_tokens`;
+        completions in the order of the requests.
+
+        Requests with any steerings and decodings share batches. Greedy tokens equal those of `model.generate`; sampled
+        ones depend on the request's seed and not on the other rows, up to the rounding of differently shaped matrix
+        products, which now and then tips a draw that lies on a boundary.
+
+        Raises UsageError for an empty prompt, for texts beyond the model's learned positions, for settings of the
+        `generation_config` that this engine lacks, and for steerings that do not fit the model; SteerableError when the
+        model's logits are not finite. Warns (SteerableWarning) about steerings that touched no token.
+        """
+        if not requests:
+            return []
+        if max_new_tokens < 1 or self.rows < 1:
+            raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({self.rows}) must be at least 1")
+        if any(len(request.prompt_ids) == 0 for request in requests):
+            raise UsageError("a prompt is empty: every request needs at least one token")
+        model = self._runnable()
+        longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+        check_length(model, longest)
+        longest -= 1  # the last new token is never fed
+        way = route(model, longest)
+        if way.slots and not is_bound(model):
+            model = private_copy(model, ATTENTION if way.name == "slots" else None)
+            if way.name == "slots":
+                fuse(model)
+        default = decoding_of(model) if any(request.decoding is None for request in requests) else None
+        decodings = [request.decoding or default for request in requests]
+        pad = pad_id(model, self.tokenizer)
+        with self._steered(model, [request.steering for request in requests]) as (handle, programs):
+            if way.slots:
+                plain, rows = way.name == "slots", min(self.rows, len(requests))
+                batch = Batch(
+                    model, requests, decodings, programs, handle,
+                    limit=max_new_tokens, rows=rows, longest=longest, plain=plain, pad=pad,
+                )  # fmt: skip
+                return batch.complete(progress)
+            new = in_batches(
+                model, requests, decodings, programs, handle,
+                limit=max_new_tokens, rows=1 if way.name == "one by one" else self.rows,
+                equal=way.name == "equal lengths", pad=pad, progress=progress,
+            )  # fmt: skip
+        stops = stop_ids(model)
+        return [Completion(ids, ids[-1] in stops) for ids in new]
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: Sequence[Continuation]) -> list[Tensor]:
+        """The log-probability of each token of each continuation, given what stands before it and under the sequence's
+        own steering: float32 `[tokens]` on the CPU, in the order of the sequences.
+
+        Raises UsageError for an empty prompt and for steerings that do not fit the model.
+        """
+        if any(len(sequence.prompt_ids) == 0 for sequence in sequences):
+            raise UsageError("a prompt is empty: every sequence needs at least one token")
+        model = self._runnable()
+        if not is_bound(model):
+            model = private_copy(model)
+        lengths = [len(sequence.prompt_ids) + len(sequence.ids) for sequence in sequences]
+        most = min(batch_tokens(model), max(1, _LOGITS // model.config.get_text_config().vocab_size))
+        scores: dict[int, Tensor] = {}
+        with self._steered(model, [sequence.steering for sequence in sequences]) as (handle, programs):
+            for batch in length_batches(lengths, most):
+                if handle is not None:
+                    handle.assign(torch.tensor([programs[i] for i in batch]))
+                scores |= zip(batch, _scores(model, handle, [sequences[i] for i in batch]), strict=True)
+        return [scores[i] for i in range(len(sequences))]
+
+    def capture(self, texts: Sequence[str], **options: Any) -> Any:
+        """Activations of the texts' tokens, unsteered; see `steerable.capture`, which has the same options."""
+        return capture_texts(self.model, self.tokenizer, texts, **options)
+
+    def _runnable(self) -> Any:
+        # a compiled model runs as it is
+        return self.model if hasattr(self.model, "_orig_mod") else unwrap_to_run(self.model)
+
+    @contextmanager
+    def _steered(self, model: Any, steerings: Iterable[Steering]) -> Iterator[tuple[Handle | None, list[int]]]:
+        """The handle of all that steers, None where nothing does, and the number of each request's program, -1 for
+        none."""
+        numbers: dict[Steering, int] = {}
+        programs = [
+            numbers.setdefault(steering, len(numbers)) if any(not i.is_identity for i in steering) else -1
+            for steering in map(tuple, steerings)
+        ]
+        if not numbers:
+            yield None, programs
+            return
+        with Handle(model, list(numbers), self.tokenizer, track=False).listening() as handle:
+            yield handle, programs
+
+
+def _scores(model: Any, handle: Handle | None, sequences: Sequence[Continuation]) -> list[Tensor]:
+    """One teacher-forced pass: what `logprobs` gives for each of the sequences."""
+    texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
+    device, width = model_device(model), max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+    # Right padding: no token sees what stands behind it.
+    valid = torch.arange(width, device=device) < torch.tensor([[len(text)] for text in texts], device=device)
+    if handle is not None:
+        state = handle.new_state()
+        state.start(len(texts), device, torch.tensor([len(sequence.prompt_ids) for sequence in sequences]))
+        handle.feed(state.advance(ids, valid))
+    logits = model(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits
+    scores = []
+    for row, text, sequence in zip(logits, texts, sequences, strict=True):
+        start = len(sequence.prompt_ids)
+        distribution = row[start - 1 : len(text) - 1].float().log_softmax(-1)
+        came = torch.tensor(text[start:], dtype=torch.long, device=row.device)
+        scores.append(distribution.gather(1, came[:, None])[:, 0].cpu())
+    return scores
+
+
+def private_copy(model: Any, attention: str | None = None) -> Any:
+    """A model of the same parameters and buffers with modules and hooks of its own, whose attention is computed by the
+    named implementation of transformers' registry (None: the model's)."""
+    text = model.config.get_text_config()
+    config = copy(text)
+    if attention is not None:
+        config._attn_implementation = attention
+    copies: dict[int, Any] = {}
+
+    def twin(module: Any) -> Any:
+        if id(module) not in copies:
+            copies[id(module)] = new = copy(module)
+            for name in _HOOKS:
+                setattr(new, name, getattr(module, name).copy())
+            new._modules = {name: part and twin(part) for name, part in module._modules.items()}
+            if getattr(module, "config", None) is text:
+                new.config = config
+        return copies[id(module)]
+
+    return twin(model)

@@ -1,0 +1,10 @@
+"""The engine of Hugging Face transformers, and its hooks, as other rooms import them: `hf/` is its inside."""
+
+from steerable.engines.hf.engine import TransformersEngine
+from steerable.engines.hf.hooks import Handle, steer
+from steerable.engines.hf.precision import dtype_of, is_narrow
+from steerable.engines.hf.routes import check_length, position_table, positions
+
+__all__ = [
+    *("Handle", "TransformersEngine", "check_length", "dtype_of", "is_narrow", "position_table", "positions", "steer")
+]
