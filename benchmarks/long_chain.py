@@ -80,12 +80,15 @@ def loaded_only(loaded: Any, options: argparse.Namespace) -> None:
 
 def generation(loaded: Any, options: argparse.Namespace) -> None:
     from steerable.chains.generation import prompt_ids
-    from steerable.engines.hf.generation import Request, generate
+    from steerable.engines.base import Request
+    from steerable.engines.sampling import decoding_of
+    from steerable.engines.transformers import TransformersEngine
 
     prompt = prompt_ids(loaded.tokenizer, PROMPT)
     loaded.model.generation_config.eos_token_id = None  # go on to the end
     count = options.tokens - len(prompt)
-    (completion,) = generate(loaded.model, loaded.tokenizer, [Request(prompt)], max_new_tokens=count, greedy=False)
+    request = Request(prompt, decoding=decoding_of(loaded.model, greedy=False))
+    (completion,) = TransformersEngine(*loaded).generate([request], max_new_tokens=count)
     options.chain.write_text(json.dumps([*prompt, *completion.ids]))
 
 

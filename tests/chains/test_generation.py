@@ -10,7 +10,6 @@ import steerable as st
 from steerable.chains.generation import (
     Job,
     Prompting,
-    Steering,
     generate_chains,
     generate_jobs,
     prompt_ids,
@@ -18,7 +17,7 @@ from steerable.chains.generation import (
     split_chain,
 )
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.engines.base import Completion
 from steerable.models.loading import Loaded
 from steerable.steering.site import Site
 from steerable.steering.think import ThinkTags
@@ -79,8 +78,8 @@ def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
         written = Completion(chain["ids"], finished)
         said = split_chain(tokenizer, ThinkTags((1,), (2,), True), written)
         assert {key: chain[key] for key in said} == said
-        request = Request([*asked, 12, 13], request_seed(0, task["id"], chain["sample"]))
-        (again,) = generate(loaded.model, tokenizer, [request], max_new_tokens=20)
+        request = st.Request([*asked, 12, 13], request_seed(0, task["id"], chain["sample"]))
+        (again,) = st.TransformersEngine(*loaded).generate([request], max_new_tokens=20)
         assert again.ids == chain["ids"][2:]
     # pieces of work that an earlier version left have no ids: they are done again
     file = tmp_path / "1.jsonl"
@@ -91,7 +90,7 @@ def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
 
 
 def test_workers_change_nothing(loaded, direction):
-    jobs = [Job(TASKS, (0, 1)), Job(TASKS, (0,), Steering(direction, 0.5, (1,), "thinking"), 0.5, "random")]
+    jobs = [Job(TASKS, (0, 1)), Job(TASKS, (0,), direction.steering(0.5, 1, "thinking"), 0.5, "random")]
     one = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=1)
     seen = []
     two = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=2, progress=lambda *x: seen.append(x))
@@ -105,16 +104,18 @@ def test_workers_change_nothing(loaded, direction):
 def test_a_sweep_in_one_batch_equals_its_settings_alone(loaded, direction):
     strengths = (-1.0, 0.0, 0.5, 1.0)
     sweep = generate_jobs(
-        loaded, [Job(TASKS, (0,), Steering(direction, s), s) for s in strengths], max_new_tokens=30, workers=1
+        loaded, [Job(TASKS, (0,), direction.steering(s), s) for s in strengths], max_new_tokens=30, workers=1
     )
     for strength, chains in zip(strengths, sweep, strict=True):
-        alone = generate_chains(loaded, TASKS, max_new_tokens=30, steering=Steering(direction, strength))
+        alone = generate_chains(
+            loaded, TASKS, max_new_tokens=30, steering=direction.steering(strength), strength=strength
+        )
         assert chains == alone
 
 
 def test_strength_zero_is_the_unsteered_chain(loaded, direction):
     plain = generate_chains(loaded, TASKS, max_new_tokens=30)
-    assert generate_chains(loaded, TASKS, max_new_tokens=30, steering=Steering(direction, 0.0)) == plain
+    assert generate_chains(loaded, TASKS, max_new_tokens=30, steering=direction.steering(0.0)) == plain
 
 
 def test_workers_need_a_name(loaded):

@@ -9,7 +9,7 @@ from tiny_families import tiny
 from steerable.chains.generation import generate_chains
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
-from steerable.engines.hf.hooks import steer
+from steerable.engines.transformers import steer
 from steerable.jobs import additivity, arms
 from steerable.models.loading import load
 from steerable.steering.direction import Direction

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import tiny
 
-from steerable.engines.hf.hooks import steer
+from steerable.engines.transformers import steer
 from steerable.jobs.additivity import combine, transferred
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site

@@ -5,7 +5,7 @@ import torch
 
 from steerable.chains.generation import prompt_ids, split_chain
 from steerable.chains.records import LABELS
-from steerable.engines.hf.generation import Completion
+from steerable.engines.base import Completion
 from steerable.jobs.conversation import COLOURS, chat
 from steerable.models import loading as models
 from steerable.steering.direction import Direction

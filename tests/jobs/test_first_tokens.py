@@ -10,9 +10,8 @@ import pytest
 import torch
 from tiny_families import tiny as tiny_family
 
-from steerable import Direction
+from steerable import Direction, Request, TransformersEngine
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.engines.hf.generation import Request, generate
 from steerable.engines.sampling import Decoding
 from steerable.jobs.first_tokens import train_prefixes, train_upft
 from steerable.jobs.training_settings import UPFTSettings
@@ -137,8 +136,8 @@ def test_own_solutions_at_temperature_1_teach_little_but_noise():
 
     def mean_gradient(temperature):
         with torch.no_grad():
-            requests = [Request(PROMPTS[0], seed) for seed in range(600)]
-            said = generate(model, None, requests, max_new_tokens=4, rows=300, decoding=Decoding(temperature))
+            requests = [Request(PROMPTS[0], seed, (), Decoding(temperature)) for seed in range(600)]
+            said = TransformersEngine(model, rows=300).generate(requests, max_new_tokens=4)
         return float(gradient(model, parameters, rows_of(PROMPTS[:1] * 600, [c.ids for c in said], 4)).norm())
 
     assert mean_gradient(1.0) < 0.35 * mean_gradient(0.5)

@@ -199,7 +199,7 @@ def test_the_run_folder_is_what_the_design_says(finished):
 
 def test_all_chains_keep_the_ids_that_were_generated(finished):
     from steerable.chains.generation import prompt_ids, split_chain
-    from steerable.engines.hf.generation import Completion
+    from steerable.engines.base import Completion
     from steerable.engines.sampling import stop_ids
     from steerable.steering.think import think_tags
 

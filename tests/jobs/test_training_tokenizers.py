@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import steerable as st
 from steerable.chains.records import read_jsonl, write_jsonl
-from steerable.engines.hf.generation import Request, generate
 from steerable.jobs.elicitation import passk
 from steerable.jobs.first_tokens import train_upft
 from steerable.jobs.reinforcement import train_rl
@@ -192,9 +191,10 @@ def test_padding_changes_no_token(tmp_path):
     """Prompts of unequal length, with a padding token that no embedding has, as alone."""
     model, own = st.load(folder(tmp_path / "model", **MODELS["padding outside the vocabulary"][0]))
     assert own.pad_token_id >= model.config.vocab_size
-    requests = [Request([4] * n + [5], seed=n) for n in (1, 6, 3)]
-    together = generate(model, own, requests, max_new_tokens=8)
-    assert together == [generate(model, own, [request], max_new_tokens=8)[0] for request in requests]
+    requests = [st.Request([4] * n + [5], seed=n) for n in (1, 6, 3)]
+    engine = st.TransformersEngine(model, own)
+    together = engine.generate(requests, max_new_tokens=8)
+    assert together == [engine.generate([request], max_new_tokens=8)[0] for request in requests]
 
 
 def test_the_users_tokenizer_stays_as_it_is(tmp_path, tiny_llama):

@@ -8,7 +8,7 @@ from tiny_families import tiny
 from torch.overrides import TorchFunctionMode
 
 import steerable as st
-from steerable.engines.hf.hooks import steer
+from steerable.engines.transformers import steer
 from steerable.evals.logit_lens import lens
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at

@@ -9,7 +9,7 @@ import torch
 from tiny_families import FAMILY_NAMES, VOCABULARY, tiny
 
 from steerable.engines.activations import capture
-from steerable.engines.hf.hooks import steer
+from steerable.engines.transformers import steer
 from steerable.evals.logit_lens import lens
 from steerable.models import loading as models
 from steerable.models.taps import check_site, missing, tap, width_at

@@ -13,7 +13,7 @@ from vocabularies import PACKAGED, packaged
 
 from steerable.chains.generation import prompt_ids, prompt_text, split_chain
 from steerable.chains.windows import align_chain
-from steerable.engines.hf.generation import Completion
+from steerable.engines.base import Completion
 from steerable.steering.gates import SequenceState
 from steerable.steering.think import ANSWER, BEFORE, THINKING, ThinkTags, render, set_think_tags, think_tags
 from steerable.store.errors import UsageError

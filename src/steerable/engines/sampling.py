@@ -150,7 +150,7 @@ def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
     return shifted(z ^ shifted(z, 31), 11).double() * 2.0**-53
 
 
-def together(decodings: Sequence[Decoding], device: torch.device | str = "cpu") -> Decoding:
+def together(decodings: Sequence[Decoding], device: torch.device | str = "cpu") -> Any:
     """The decodings of all rows in one: numbers where they agree, else columns `[rows, 1]`."""
     if len(set(decodings)) == 1:
         return decodings[0]
@@ -161,11 +161,11 @@ def together(decodings: Sequence[Decoding], device: torch.device | str = "cpu") 
     return Decoding(*columns)
 
 
-def choose(logits: Tensor, decoding: Decoding, seeds: Tensor, index: Tensor, held: Tensor | None = None) -> Tensor:
+def choose(logits: Tensor, decoding: Any, seeds: Tensor, index: Tensor, held: Tensor | None = None) -> Tensor:
     """One token a row, int64 `[rows]`, from logits `[rows, vocabulary]`.
 
-    decoding: for all rows, or that of `together`. index: each row's token count so far. held: the tokens that each row
-    holds (bool, as the logits), for the repetition penalty.
+    decoding: a `Decoding` for all rows, or what `together` gives. index: each row's token count so far. held: the
+    tokens that each row holds (bool, as the logits), for the repetition penalty.
 
     The penalty, temperature, then top-k, top-p and min-p, as in transformers; a tie at the border is kept for top-k.
     """
@@ -200,7 +200,7 @@ def _all(condition: bool | Tensor) -> bool:
     return bool(condition.all()) if isinstance(condition, Tensor) else condition
 
 
-def _choose_from_all(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
+def _choose_from_all(logits: Tensor, decoding: Any, u: Tensor) -> Tensor:
     """The token `[rows, 1]` at `u`, the vocabulary in the order of its ids."""
     size = logits.shape[-1]
     if (most := _most(decoding.top_k, size)) > 0:
@@ -228,7 +228,7 @@ def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=probabilities.shape[-1] - 1)
 
 
-def _choose_nucleus(logits: Tensor, decoding: Decoding, u: Tensor) -> Tensor:
+def _choose_nucleus(logits: Tensor, decoding: Any, u: Tensor) -> Tensor:
     """The token `[rows, 1]` at `u` in the smallest set of likeliest tokens that holds `top_p`, the likeliest first;
     sorts only as many of the vocabulary as are needed."""
     size, top_k, top_p = logits.shape[-1], decoding.top_k, decoding.top_p

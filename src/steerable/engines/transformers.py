@@ -6,5 +6,12 @@ from steerable.engines.hf.precision import dtype_of, is_narrow
 from steerable.engines.hf.routes import check_length, position_table, positions
 
 __all__ = [
-    *("Handle", "TransformersEngine", "check_length", "dtype_of", "is_narrow", "position_table", "positions", "steer")
+    "Handle",
+    "TransformersEngine",
+    "check_length",
+    "dtype_of",
+    "is_narrow",
+    "position_table",
+    "positions",
+    "steer",
 ]

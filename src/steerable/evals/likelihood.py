@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from steerable.chains.offsets import chain_tokens
 from steerable.engines.activations import batch_tokens, length_batches, pad
-from steerable.engines.hf.hooks import Handle
-from steerable.engines.hf.precision import dtype_of, is_narrow
+from steerable.engines.transformers import Handle, dtype_of, is_narrow
 from steerable.evals.intervals import Interval, difference_interval, mean_interval
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config, unwrap_to_run

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steerable.chains.offsets import chain_tokens
 from steerable.engines.activations import Batch, batch_tokens, length_batches, pad
-from steerable.engines.hf.hooks import steer
+from steerable.engines.transformers import steer
 from steerable.models import loading as models
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from steerable.chains.generation import Job, Prompting, Steering
+from steerable.chains.generation import Job, Prompting
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.cells import measure_cell, values
 from steerable.evals.intervals import difference_interval
@@ -309,7 +309,7 @@ def _measured(
 
     def work(keep: Path) -> None:
         strength = 0.0 if direction is None else direction.strength
-        steering = None if direction is None else Steering(direction, strength)
+        steering = () if direction is None else direction.steering()
         control = RANDOM if name == RANDOM else None
         steered = replace(job, steering=steering, strength=strength, control=control)
         chains = answer(arm, loaded, steered, title=f"{prefix}{name}", display=display, keep=keep, **how)

@@ -20,16 +20,17 @@ from typing import Any, Literal
 
 import torch
 
-from steerable.chains.generation import Job, Steering, generate_jobs
+from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
-from steerable.engines.hf.hooks import steer
 from steerable.engines.pool import MapBlocks, loader, map_blocks
+from steerable.engines.transformers import steer
 from steerable.formats import import_file
 from steerable.jobs.settings import LARGEST_SEED, flag
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
+from steerable.steering.spec import Steering
 from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import sha256, sha256_of
@@ -147,12 +148,9 @@ def check_arms(arms: Iterable[Arm], base: Loaded) -> None:
             _check_model(arm, base.model)
 
 
-def steering(arm: Arm) -> Steering | None:
-    """How the arm steers, at the direction's own strength; None where it is a model."""
-    if arm.kind != "direction":
-        return None
-    direction = _direction(arm.source)
-    return Steering(direction, direction.strength)
+def steering(arm: Arm) -> Steering:
+    """How the arm steers, at the direction's own strength; not at all where it is a model."""
+    return _direction(arm.source).steering() if arm.kind == "direction" else ()
 
 
 def _direction(source: str) -> Direction:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerable.chains.generation import Job, Steering, generate_jobs
+from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import STEERABLE, Record, read_jsonl, write_jsonl
 from steerable.evals.cells import measure_cell
 from steerable.evals.intervals import by_task, mean_interval
@@ -21,6 +21,7 @@ from steerable.jobs.annotation import annotate
 from steerable.jobs.run import Run
 from steerable.jobs.settings import Config, candidate_path, random_path, shuffled_path
 from steerable.steering.direction import Direction
+from steerable.steering.spec import Steering
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], kee
     jobs = []
     for cell in cells:
         for part in cell.parts:
-            steering = None
+            steering: Steering = ()
             if part.direction is not None:
-                steering = Steering(part.load(run.folder.root), part.strength, part.layers, part.where)
+                steering = part.load(run.folder.root).steering(part.strength, where=part.where)
             jobs.append(Job(tasks[: cell.tasks], part.samples, steering, cell.strength, cell.control))
     run.display.start("generating", sum(len(job.tasks) * len(job.samples) for job in jobs))
     generated = iter(

@@ -19,10 +19,9 @@ from rich.text import Text
 from steerable.chains.generation import prompt_text, split_chain
 from steerable.chains.records import Record
 from steerable.chains.tasks import correct, make_tasks
-from steerable.engines.hf.generation import Completion
-from steerable.engines.hf.hooks import Handle
-from steerable.engines.hf.hooks import steer as steering
-from steerable.engines.hf.routes import check_length
+from steerable.engines.base import Completion
+from steerable.engines.transformers import Handle, check_length
+from steerable.engines.transformers import steer as steering
 from steerable.models import loading as models
 from steerable.models.pocket import language
 from steerable.steering.direction import Direction

@@ -188,7 +188,7 @@ def _sample(
 ) -> None:
     """One arm's chains, judged and scored under the base, as its file."""
     steering = comparison.steering(arm)
-    job = replace(job, steering=steering, strength=steering.strength if steering else 0.0)
+    job = replace(job, steering=steering, strength=steering[0].strength if steering else 0.0)
     chains = comparison.answer(arm, base, job, title=arm.name, display=display, keep=keep / "chains", **options)
     nats = _nats(base, chains, keep / "nats", f"{arm.name}: perplexity", display)
     display.start(f"{arm.name}: judging", len(chains))

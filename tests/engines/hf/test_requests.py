@@ -31,6 +31,7 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 THREADS, CALLS = 4, 24
+DECODINGS = (Decoding(0.0), Decoding(), None, Decoding(0.8, 30, 0.9), Decoding(1.1, 0, 0.8))
 
 
 def build(name="qwen3"):
@@ -66,7 +67,7 @@ def steering(number):
     return choices[number % len(choices)]()
 
 
-def requests_of(count, decodings=(Decoding(0.0), Decoding(), None, Decoding(0.8, 30, 0.9), Decoding(1.1, 0, 0.8))):
+def requests_of(count, decodings=DECODINGS):
     rng = random.Random(0)
     requests = []
     for number in range(count):

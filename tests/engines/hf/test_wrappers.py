@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 
 import steerable as st
 from steerable.chains.windows import AlignedChain, TokenSpan
-from steerable.engines.hf.generation import Request, generate
 from steerable.engines.hf.hooks import steer
+from steerable.engines.sampling import Decoding
 from steerable.evals.likelihood import divergence
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
@@ -86,11 +87,9 @@ def test_whatever_wraps_a_model(name, process_group, tokenizer):
     assert direction_for(wrapped, kinds, 0.3).vectors.keys() == direction.vectors.keys()
     for where in ("all", "positions(2, 5)"):
         torch.testing.assert_close(steered(wrapped, direction, where=where), steered(plain, direction, where=where))
-    requests = [Request(row.tolist()) for row in IDS]
-    with steer(wrapped, direction) as handle:
-        found = generate(wrapped, tokenizer, requests, max_new_tokens=1, steering=handle)
-    with steer(plain, direction) as handle:
-        assert found == generate(plain, tokenizer, requests, max_new_tokens=1, steering=handle)
+    requests = [st.Request(row.tolist(), steering=direction.steering()) for row in IDS]
+    engines = [st.TransformersEngine(model, tokenizer) for model in (wrapped, plain)]
+    assert engines[0].generate(requests, max_new_tokens=1) == engines[1].generate(requests, max_new_tokens=1)
     read = [st.capture(model, tokenizer, ["w1 w2 w3"], sites=["resid_post.0"]) for model in (wrapped, plain)]
     torch.testing.assert_close(*read)
 
@@ -136,7 +135,7 @@ def test_an_adapter_that_lives_in_the_wrapper(tokenizer):
     with pytest.raises(UsageError, match="needs input_ids"), steer(model, direction, where="positions(0, 2)"):
         model(IDS)
     with pytest.raises(UsageError, match="works only through its PeftModel"):
-        generate(model, tokenizer, [Request([7, 8])], max_new_tokens=2)
+        st.TransformersEngine(model, tokenizer).generate([st.Request([7, 8])], max_new_tokens=2)
 
 
 CHAINS = [{"task_id": "a", "thinking": " w9 w3 w4", "answer": "", "closed": False, "tokens": 3}]
@@ -385,10 +384,11 @@ def test_the_engine_in_threads(name, tokenizer):
         def run():
             found = [model(IDS).logits.sum().item()]
             for seed in range(3):
-                requests = [Request([7 + seed, 8, 9 + i], seed) for i in range(3)]
-                with steer(model, direction, strength=strength, where="generated") as handle:
-                    found.append(generate(model, tokenizer, requests, max_new_tokens=8, rows=2, steering=handle))
-                found.append(generate(model, tokenizer, requests, max_new_tokens=8, greedy=True))
+                steering = direction.steering(strength, where="generated")
+                requests = [st.Request([7 + seed, 8, 9 + i], seed, steering) for i in range(3)]
+                plain = [replace(request, steering=(), decoding=Decoding(0.0)) for request in requests]
+                found.append(st.TransformersEngine(model, tokenizer, rows=2).generate(requests, max_new_tokens=8))
+                found.append(st.TransformersEngine(model, tokenizer).generate(plain, max_new_tokens=8))
             return found
 
         return run

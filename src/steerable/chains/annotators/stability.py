@@ -167,26 +167,21 @@ def _continuations(
     progress: Progress | None,
 ) -> list[list[str]]:
     """What the model thinks next at each boundary, `samples` times."""
-    from steerable.engines.hf.generation import Request, generate
+    from steerable.engines.base import Request
+    from steerable.engines.transformers import TransformersEngine
 
     model, tokenizer = loaded
     requests = []
     for b in boundaries:
         name = f"{b.chain['task_id']}/{b.chain['sample']}/{b.start}"
-        requests += [Request(b.ids, request_seed(seed, name, number)) for number in range(samples)]
+        requests += [Request(b.ids, request_seed(seed, name, n), (), decoding) for n in range(samples)]
     file = None if keep is None else keep / f"{_hash(loaded, requests, decoding, max_new_tokens)}.jsonl"
     if file is not None and file.exists():
         if progress is not None:
             progress(len(requests), 0)
         return [record["continuations"] for record in read_jsonl(file)]
-    completions = generate(
-        model,
-        tokenizer,
-        requests,
-        max_new_tokens=max_new_tokens,
-        rows=rows,
-        decoding=decoding,
-        progress=progress,
+    completions = TransformersEngine(model, tokenizer, rows=rows).generate(
+        requests, max_new_tokens=max_new_tokens, progress=progress
     )
     inside = replace(think_tags(tokenizer), opened_by_template=True)  # the prefix has opened the think block
     texts = [inside.split(tokenizer, c.ids[:-1] if c.finished else c.ids).thinking for c in completions]
@@ -200,7 +195,7 @@ def _continuations(
 def _hash(loaded: Loaded, requests: Sequence[Any], decoding: Decoding, max_new_tokens: int) -> str:
     """Of all that the continuations depend on."""
     model = model_id(loaded.model), model_revision(loaded.model), str(loaded.model.dtype)
-    asked = [[list(request.prompt), request.seed] for request in requests]
+    asked = [[list(request.prompt_ids), request.seed] for request in requests]
     text = json.dumps([model, asdict(decoding), max_new_tokens, asked])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -236,7 +236,7 @@ class Batch:
                 if near and self.near:
                     # the token that leaves the window; for a row that has not filled it, one that is yet to come
                     mask.index_fill_(0, torch.where(self.position >= self.near, cell - self.near, cell + 1), -torch.inf)
-            if handle and handle.needs_tokens:
+            if handle and self.state and handle.needs_tokens:
                 handle.feed(self.state.advance(self.token[:, None], ~dead[:, None]))
             logits = self.model(
                 input_ids=self.token[:, None],

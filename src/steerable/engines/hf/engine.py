@@ -25,7 +25,7 @@ from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import check_length, is_bound, route
 from steerable.engines.hf.slots import ATTENTION
-from steerable.engines.sampling import decoding_of, pad_id
+from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.loading import stop_ids, unwrap_to_run
 from steerable.steering.spec import Steering
 from steerable.store.errors import UsageError
@@ -85,7 +85,9 @@ class TransformersEngine:
             model = private_copy(model, ATTENTION if way.name == "slots" else None)
             if way.name == "slots":
                 fuse(model)
-        default = decoding_of(model) if any(request.decoding is None for request in requests) else None
+        default = Decoding()
+        if any(request.decoding is None for request in requests):
+            default = decoding_of(model)
         decodings = [request.decoding or default for request in requests]
         pad = pad_id(model, self.tokenizer)
         with self._steered(model, [request.steering for request in requests]) as (handle, programs):

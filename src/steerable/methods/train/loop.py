@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from steerable.engines.hf.routes import position_table, positions
+from steerable.engines.transformers import position_table, positions
 from steerable.methods.train.parameters import Trained
 from steerable.models.loading import Loaded
 from steerable.store.display import Display

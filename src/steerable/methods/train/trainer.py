@@ -24,8 +24,9 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from steerable.chains.generation import request_seed, split_chain
-from steerable.engines.hf.generation import Completion, Request, generate
+from steerable.engines.base import Completion, Request
 from steerable.engines.sampling import Decoding, pad_id
+from steerable.engines.transformers import TransformersEngine
 from steerable.methods.train.loop import SmallCheckpoints
 from steerable.methods.train.parameters import Trained
 from steerable.methods.train.rewards import REASONS, Reward
@@ -113,15 +114,11 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         training = model.training
         model.eval()
         try:
+            decoding = Decoding(self.temperature, self.top_k, self.top_p)
+            requests = [Request(row, request_seed(self.args.seed, place, i), (), decoding) for i, row in enumerate(ids)]
             with self.timed("generation"):
-                completions = generate(
-                    model,
-                    self.tokenizer,
-                    [Request(row, request_seed(self.args.seed, place, i)) for i, row in enumerate(ids)],
-                    max_new_tokens=self.max_completion_length,
-                    rows=self.rows,
-                    decoding=Decoding(self.temperature, self.top_k, self.top_p),
-                )
+                engine = TransformersEngine(model, self.tokenizer, rows=self.rows)
+                completions = engine.generate(requests, max_new_tokens=self.max_completion_length)
         finally:
             model.train(training)
         return {"prompt_ids": ids, "completion_ids": [c.ids for c in completions], "logprobs": None}
