@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steerable.steering.direction import FORMAT, Direction
+from steerable.steering.gates import selectors, when
+from steerable.steering.maps import Clip
+from steerable.steering.schedule import Ramp
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
@@ -255,3 +258,60 @@ def test_dose():
     a, b = Site("resid_post", 1), Site("resid_post", 2)
     direction = Direction({a: torch.full((4,), 3.0), b: torch.ones(4)}, norms={a: 24.0}, strength=-2.0)
     assert direction.dose() == {a: 0.5} and direction.dose(1) == {a: 0.25} and direction.dose(0) == {a: 0.0}
+
+
+def test_a_file_says_how_it_steers(tmp_path):
+    """Map with parameters, gate, schedule, strength, rescale and unit go through the file, and steer."""
+    happy = Direction({A: torch.ones(6)}, behaviour="happy")
+    generator = torch.Generator().manual_seed(0)
+    direction = Direction(
+        {A: torch.randn(2, 6, generator=generator), B: torch.randn(2, 6, generator=generator)},
+        map=Clip(-math.inf, (0.5, 0.25)),
+        gate=when(happy, ">", 0.25) & selectors.thinking,
+        schedule=Ramp(0, 1, 50),
+        strength=-0.5,
+        rescale=True,
+        unit="calibrated",
+    )
+    path = direction.save(tmp_path / "a.safetensors")
+    again = Direction.load(path)
+    same(again, direction)
+    assert again.to_bytes() == path.read_bytes() and again.steering() == direction.steering()
+    assert (again.map, again.schedule) == ("ceiling([0.5, 0.25])", "ramp(0, 1, 50)")
+    first, second = again.steering(2.0, where="all", map="ablate")
+    assert (first.site, first.strength, str(first.gate), first.rescale) == (A, 2.0, "all", True)
+    assert first.map == Clip.ablate() and len(again.steering(layers=[10])) == 1
+    torch.testing.assert_close(first.basis.T @ first.basis, torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("steering", "reason"),
+    [
+        ('{"map": {"type": "warp"}}', "unknown map"),
+        ('{"map": {"type": "shift", "colour": 1}}', "no parameter"),
+        ('{"map": {"type": "clip", "lo": 2, "hi": 1}}', "lo <= hi"),
+        ('{"map": {"type": "clip", "lo": "x"}}', "number"),
+        ('{"map": "shift"}', "an object"),
+        ('{"gate": "always"}', "not a selector"),
+        ('{"gate": 3}', "gate"),
+        ('{"schedule": {"type": "ramp"}}', "not complete"),
+        ('{"strength": "1"}', "strength"),
+        ('{"strength": 1e999}', "finite"),
+        ('{"rescale": 1}', "rescale"),
+        ('{"colour": 1}', "unknown key 'colour'"),
+        ("[]", "wrong type"),
+    ],
+)
+def test_bad_steering_in_a_file(tmp_path, steering, reason):
+    with pytest.raises(SteerableError, match=reason):
+        Direction.load(write(tmp_path / "a", version="2", steering=steering))
+
+
+def test_version_1_is_read(tmp_path):
+    one = Direction.load(write(tmp_path / "a", map="shift", gate="thinking", strength="-0.5", behaviour="old"))
+    assert (one.map, one.gate, one.strength, one.behaviour, one.unit) == ("shift", "thinking", -0.5, "old", "raw")
+    again = Direction.load(one.save(tmp_path / "b"))
+    same(again, one)
+    assert load_file(tmp_path / "b").keys() == load_file(tmp_path / "a").keys()
+    with pytest.raises(SteerableError, match="unknown metadata key 'map'"):
+        Direction.load(write(tmp_path / "c", version="2", map="shift"))

@@ -530,6 +530,8 @@ def _gate(node: ast.expr, text: str, directions: Callable[[str], Any] | None) ->
             return left & right if isinstance(node.op, ast.BitAnd) else left | right
         case ast.Call(func=ast.Name(id="when" | "probe" as op), args=[ast.Compare(ops=[_]) as compared], keywords=[]):
             return _comparison(op, compared, text, directions)
+        case ast.Call(func=ast.Name(id="when" | "probe" as op)):
+            raise _Misread(node, f"{op} compares a direction with a number: {op}(name > 0.4)")
         case ast.Call(func=ast.Name(), keywords=[]) if node.args:
             name = node.func.id  # type: ignore[attr-defined]
             try:
@@ -538,7 +540,7 @@ def _gate(node: ast.expr, text: str, directions: Callable[[str], Any] | None) ->
                     return (tokens if name == "tokens" else positions)(*arguments)
             except (ValueError, TypeError, UsageError) as error:
                 raise _Misread(node, str(error) if isinstance(error, UsageError) else f"{name} needs numbers") from None
-            if name not in (*_NAMES, "when", "probe") and GATES.knows(name):
+            if name not in _NAMES and GATES.knows(name):
                 return Gate(name, args=arguments)
             raise _Misread(node, f"unknown name {name!r}" if name not in _NAMES else f"{name} takes no arguments")
         case ast.Name() if node.id not in ("tokens", "positions", "when", "probe") and GATES.knows(node.id):

@@ -117,6 +117,10 @@ class Clip:
         return set(_flat(self.lo)) == {-math.inf} and set(_flat(self.hi)) == {math.inf}
 
     def in_basis(self, frame: Tensor) -> Map:
+        if self.lo == self.hi == 0:
+            return self
+        if self.lo == self.hi:
+            return Clip.set_to(frame @ _row(self.lo, frame))
         if (scale := _diagonal(frame)) is None:
             return Framed(self, frame)
         return Clip(_row(self.lo, frame) * scale, _row(self.hi, frame) * scale)

@@ -13,7 +13,7 @@ from steerable.store.errors import UsageError
 
 def is_modifier(name: str) -> bool:
     """Whether this name is that of a map or a schedule, or `rescale`."""
-    return name == "rescale" or name in NAMED or SCHEDULES.knows(name) or MAPS.knows(name)
+    return name != "framed" and (name == "rescale" or name in NAMED or SCHEDULES.knows(name) or MAPS.knows(name))
 
 
 def parse_modifier(text: str) -> Map | Schedule | bool:

@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -19,11 +20,13 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.group = group
 
+    @cached_property
+    def _offered(self) -> dict[str, Any]:
+        return {point.name: point for point in entry_points(group=self.group)}
+
     def __missing__(self, name: str) -> Any:
-        for point in entry_points(group=self.group, name=name):
-            self[name] = point.load()
-            return self[name]
-        raise KeyError(name)
+        self[name] = self._offered[name].load()
+        return self[name]
 
     def knows(self, name: str) -> bool:
         """Whether there is such a thing, here or in another package."""
@@ -50,10 +53,9 @@ class Registry(dict[str, Any]):
         for name, other in self.items():
             if other is cls:
                 return name
-        for point in entry_points(group=self.group):
-            if point.load() is cls:
-                self[point.name] = cls
-                return point.name
+        for name in self._offered:
+            if self[name] is cls:
+                return name
         raise UsageError(f"{cls.__qualname__} has no name here: register it, or name it as an entry point {self.group}")
 
 

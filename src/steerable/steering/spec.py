@@ -255,7 +255,7 @@ def from_json(text: str) -> Program:
     """The inverse of `to_json`. Raises UsageError for what is no steering."""
     try:
         return Program(_intervention(entry) for entry in strict_json(text))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"this JSON is no steering: {error}") from error
 
 

@@ -34,7 +34,7 @@ from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import CLOSING, Gate, SequenceState, Tokens, parse_gate, resolve, selectors
 from steerable.steering.site import Site
-from steerable.steering.spec import Intervention, Program, Steering
+from steerable.steering.spec import Intervention, Program, Steering, format_steering
 from steerable.steering.text import named_direction, parse_steering
 from steerable.steering.think import think_tags
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
@@ -278,7 +278,9 @@ class Handle:
         out, the mean `dose` ||s v|| / ||h|| that was given (before rescaling), the mean `relative_change`
         ||h' - h|| / ||h|| and the mean `angle` between h and h' in degrees (None where not measured). Its attribute
         `steering` is the text of what steered."""
-        texts = dict.fromkeys(str(Program(program)) for program in self.programs if program)
+        s = self._strength
+        programs = [[replace(i, strength=s) if isinstance(s, float | int) else i for i in p] for p in self.programs]
+        texts = dict.fromkeys(format_steering(program) for program in programs if program)
         return Report({str(site): steered.report() for site, steered in self._sites.items()}, " / ".join(texts))
 
     @property

@@ -1,0 +1,240 @@
+"""The text form of a steering, its JSON, and what they refuse."""
+
+import json
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from steerable.steering.direction import Direction
+from steerable.steering.gates import probe, selectors, when
+from steerable.steering.maps import Affine, Clip, Rotate, Shift, Swap
+from steerable.steering.schedule import PerLayer, PerRequest, Ramp, Until
+from steerable.steering.site import Site
+from steerable.steering.spec import Intervention, Program, format_steering, from_json, scaled, shift, to_json
+from steerable.steering.text import parse_steering
+from steerable.store.errors import UsageError
+
+SITES = [Site("resid_post", layer) for layer in (1, 2, 5)]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(*shape, seed):
+    return {site: draw(*shape, seed=seed + site.layer) for site in SITES}
+
+
+KNOWN = {
+    "happy": Direction(vectors(6, seed=1), strength=0.5, behaviour="happy"),
+    "verbose": Direction(vectors(6, seed=20), gate="thinking & ~boundary", schedule="until(9)", rescale=True),
+    "plane": Direction(vectors(2, 6, seed=30), map="rotate(30)", stats={"bias": 0.25}),
+    "runs/a b-1.safetensors": Direction(vectors(6, seed=40), map="floor(0)"),
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.5 happy@thinking - 0.2 verbose@answer & ~boundary",
+        "0.5 happy",
+        "-1 happy[1, 5]|ablate@generated | prompt",
+        "2 plane[2]|clip(-1, 2)|layers(1, 0.5)@when(happy > 0.4) & thinking",
+        "1e-05 plane|rotate_to(200) + 3 plane",
+        "1 happy|swap([0.5])|ramp(0, 1, 50) - 0.25 happy|until(close)@probe(happy <= 0.9) | ~tokens(3, 7)",
+        '1 "runs/a b-1.safetensors"@~when("runs/a b-1.safetensors" >= -0.5)',
+        "1 plane|affine([[1, 2], [3, 4]], 0.5, -1)|until([5, 7])|rescale",
+        "1 verbose|constant|rescale(off)@all",
+    ],
+)
+def test_canonical_text(text):
+    steering = parse_steering(text, KNOWN)
+    assert str(steering) == format_steering(steering) == text
+    assert parse_steering(str(steering), KNOWN) == steering
+
+
+def test_what_is_left_out_is_the_directions_own():
+    assert str(parse_steering("happy - verbose", KNOWN)) == "0.5 happy - 1 verbose"
+    (first, *_) = parse_steering("verbose", KNOWN)
+    assert (str(first.gate), first.rescale, first.schedule) == ("thinking & ~boundary", True, Until(9))
+    assert parse_steering("happy", KNOWN) == KNOWN["happy"].steering()
+    assert [i.site for i in parse_steering("happy[5, 1]", KNOWN)] == [SITES[0], SITES[2]]
+
+
+def random_gate(rng, depth=3):
+    op = rng.choice("&|~") if depth else ""
+    if op == "~":
+        return ~random_gate(rng, depth - 1)
+    if op:
+        left, right = random_gate(rng, depth - 1), random_gate(rng, depth - 1)
+        return left & right if op == "&" else left | right
+    name = rng.choice(["happy", "verbose", "runs/a b-1.safetensors"])
+    comparison, threshold = rng.choice([">", ">=", "<", "<="]), rng.choice([0.0, 0.5, rng.random()])
+    leaves = [
+        selectors.all,
+        selectors.boundary,
+        selectors.tokens(3, rng.randrange(9)),
+        selectors.positions(2, 5),
+        when(KNOWN[name], comparison, threshold, name=name),
+        probe(KNOWN[name], comparison, 0.25, name=name),
+    ]
+    return rng.choice(leaves)
+
+
+def random_number(rng):
+    return rng.choice([0.0, 1.0, -2.0, 0.1 + 0.2, rng.gauss(0, 1), 1e-7, 123456.0])
+
+
+def random_map(rng, k):
+    def each():
+        return rng.choice([random_number(rng), tuple(random_number(rng) for _ in range(k))])
+
+    maps = [Shift(each()), Clip.ablate(), Clip.set_to(each()), Clip.floor(each()), Clip.ceiling(each())]
+    maps += [Clip(-3.0, rng.random()), Affine(each(), each()), Affine(each(), 0.5, lo=-1.0)]
+    maps += [Swap(tuple(random_number(rng) for _ in range(k)))]
+    maps += [Swap(tuple(tuple(random_number(rng) for _ in range(k)) for _ in range(3)))]
+    if k == 2:
+        maps += [Rotate(random_number(rng)), Rotate(200, absolute=True), Affine(((1.0, 2.0), (0.5, -1.0)))]
+    return rng.choice(maps)
+
+
+def random_program(rng):
+    program = Program()
+    for _ in range(rng.randint(1, 4)):
+        name = rng.choice(list(KNOWN))
+        direction = KNOWN[name]
+        schedules = [
+            None,
+            "constant",
+            Until((5, 7)),
+            Until("close"),
+            Until(3),
+            Ramp(0, rng.random(), 5),
+            PerRequest(0.5),
+        ]
+        schedules += [PerLayer((1.0, rng.random()))]
+        program += direction.steering(
+            rng.choice([None, random_number(rng)]),
+            rng.choice([None, [2], [1, 5]]),
+            rng.choice([None, random_gate(rng)]),
+            rng.choice([None, True, False]),
+            map=rng.choice([None, random_map(rng, direction.at(1).dim())]),
+            schedule=rng.choice(schedules),
+            name=name if name.isidentifier() else f'"{name}"',
+        )
+    return program
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_programs(seed):
+    """Text, JSON and pickle give the same program back, and equal programs have equal hashes."""
+    program = random_program(random.Random(seed))
+    text = format_steering(program)
+    again = parse_steering(text, KNOWN)
+    assert again == program and str(again) == text, text
+    for copy in (from_json(to_json(program)), pickle.loads(pickle.dumps(program))):
+        assert copy == program and hash(copy) == hash(program) and format_steering(copy) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "why"),
+    [
+        ("", 1, "expected the name"),
+        ("0.5 ", 5, "expected the name"),
+        ("0.5 hapy", 5, "no direction is known as 'hapy': there are happy"),
+        ("0.5 happy@thinkin", 11, "unknown name 'thinkin'"),
+        ("0.5 happy@thinking & (answer | thoughts)", 32, "unknown name 'thoughts'"),
+        ("0.5 happy@", 11, "expected a gate"),
+        ("0.5 happy|", 11, "expected a map"),
+        ("0.5 happy 0.3 happy", 11, "expected \\+ or -"),
+        ("0.5 happy|rotat(3)", 11, "unknown map or schedule 'rotat'"),
+        ("0.5 happy + 1 happy|rotate(3)", 15, "rotate needs a plane"),
+        ("happy|clip(3, 1)", 7, "lo <= hi"),
+        ("happy|floor(x)", 7, "expected a number"),
+        ("happy|floor(1, 2)", 7, "does not take these values"),
+        ("happy|until(0)", 7, "a number of tokens"),
+        ("happy|ablate|floor(1)", 14, "the map is given twice"),
+        ("happy[3]", 1, "no vector at layer 3"),
+        ("happy@when(nobody > 0.1)", 7, "no direction is known as 'nobody'"),
+        ("happy@when(happy + 0.1)", 7, "compares a direction with a number"),
+        ("happy@when(plane > 0.1)", 7, "one finite vector"),
+        ("happy@probe(happy > 1.5)", 7, "between 0 and 1"),
+        ("1 happy - ", 11, "expected the name"),
+        ("nan happy", 1, "no direction is known as 'nan'"),
+        ("1 happy@" + "(" * 500 + "all" + ")" * 500, 9, "nested|parenthes"),
+        ("1 happy|framed(ablate, 3)", 9, "unknown map"),
+    ],
+)
+def test_errors_point_at_the_place(text, column, why):
+    with pytest.raises(UsageError, match=why) as error:
+        parse_steering(text, KNOWN)
+    found = int(str(error.value).split(" at column ")[1].split(":")[0])
+    assert "\n" not in str(error.value) and (found == column or len(text) > 500), str(error.value)
+
+
+def test_names_are_files(tmp_path):
+    KNOWN["happy"].save(tmp_path / "glad.safetensors")
+    for name in (tmp_path / "glad.safetensors", tmp_path / "glad"):
+        assert parse_steering(f'2 "{name}"') == KNOWN["happy"].steering(2)
+    assert parse_steering("2 x", {"x": tmp_path / "glad.safetensors"}) == KNOWN["happy"].steering(2)
+    assert parse_steering("2 x", lambda name: KNOWN["happy"]) == KNOWN["happy"].steering(2)
+    with pytest.raises(UsageError, match="there is no direction file"):
+        parse_steering("2 sad")
+
+
+def test_equality_is_by_value():
+    one, same, other = (shift(SITES[0], draw(6, seed=seed)) for seed in (0, 0, 1))
+    assert one == same and hash(one) == hash(same) and one != other and len({one, same, other}) == 2
+    for change in ({"strength": 2.0}, {"rescale": True}, {"where": "prompt"}):
+        assert shift(SITES[0], draw(6), **change) != one
+    assert scaled((one,), 2) == (shift(SITES[0], draw(6), 2.0),) and scaled((one,), 2) != (one,)
+
+
+def test_another_process(tmp_path):
+    """A description is whole: another process has the same interventions from its JSON."""
+    program = random_program(random.Random(7))
+    code = (
+        "import sys, pickle; from steerable.steering.spec import from_json, to_json;"
+        "text = sys.stdin.read(); one = from_json(text); assert to_json(one) == text; print(one)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=to_json(program), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(program)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda i: i.pop("map"), "no steering"),
+        (lambda i: i["map"].update(type="warp"), "unknown map 'warp'"),
+        (lambda i: i["map"].update(colour=1), "no parameter 'colour'"),
+        (lambda i: i["basis"].update(shape=[3, 1]), "no steering"),
+        (lambda i: i["basis"].update(float64="?"), "no steering"),
+        (lambda i: i.update(site="nowhere.1"), "unknown site"),
+        (lambda i: i.update(strength="many"), "one number"),
+        (lambda i: i.update(strength=1e999), "no steering|finite"),
+        (lambda i: i.update(gate="sometimes"), "not a selector"),
+        (lambda i: i.update(gate={"text": "when(a > 1)", "readings": []}), "do not fit"),
+        (lambda i: i["schedule"].update(type="never"), "unknown schedule"),
+    ],
+)
+def test_bad_json(change, why):
+    data = json.loads(to_json((shift(SITES[0], draw(6)),)))
+    change(data[0])
+    with pytest.raises(UsageError, match=why):
+        from_json(json.dumps(data))
+
+
+def test_bad_interventions():
+    for basis in (torch.ones(6), torch.zeros(0, 1), torch.full((6, 1), torch.nan)):
+        with pytest.raises(UsageError):
+            Intervention(SITES[0], basis, Clip.ablate())
+    with pytest.raises(UsageError, match="one number"):
+        Intervention(SITES[0], torch.eye(6)[:, :1], Clip.ablate(), strength=torch.ones(3))
+    with pytest.raises(UsageError, match="finite"):
+        shift(SITES[0], torch.ones(6), float("inf"))
