@@ -29,14 +29,8 @@ LAUNCHER = "STEERABLE_LAUNCHER"  # in the workers' environment: the launcher's p
 def launch(root: Path, config: str | None, steps: int, display: Display) -> None:
     """Train in the processes of `accelerate launch`, with the settings and tasks of a run folder.
 
-    Args:
-        root: The run folder.
-        config: accelerate's configuration, a file or the name of one that comes with the package (`configurations`).
-        steps: How many steps the progress bar expects.
-        display: Where progress is shown.
-
-    Raises:
-        UsageError, SteerableError: What a worker raised, or that the processes ended otherwise.
+    config: accelerate's configuration, a file or the name of one that comes with the package (`configurations`).
+    Raises what a worker raised (UsageError, SteerableError), or SteerableError where the processes ended otherwise.
     """
     if config and config not in configurations() and not Path(config).is_file():
         raise UsageError(

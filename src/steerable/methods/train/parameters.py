@@ -77,15 +77,14 @@ class Trained:
     @contextmanager
     def reference(self) -> Iterator[bool]:
         """The model as it was before training; yields whether that is known."""
-        parameters = self.parameters() if self._first else {}
-        now = {name: p.data for name, p in parameters.items()}
+        trained = [(p, p.data, self._first[name]) for name, p in self.parameters().items()] if self._first else []
         try:
-            for name, p in parameters.items():
-                p.data = self._first[name]
-            yield bool(parameters)
+            for p, _, first in trained:
+                p.data = first
+            yield bool(trained)
         finally:
-            for name, p in parameters.items():
-                p.data = now[name]
+            for p, now, _ in trained:
+                p.data = now
 
     def save(self, path: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write the trainable parameters (from `state`, where a sharded model has gathered it)."""
@@ -122,15 +121,9 @@ class Trained:
         return Direction(dict(zip(sites, vectors, strict=True)), **identity | about)
 
     def finish(self, folder: Path, tokenizer: Any, **about: Any) -> Path:
-        """Write what was trained into a folder, whole or not at all.
+        """Write what was trained into a folder: a direction file, or the folder of an adapter or a model.
 
-        Args:
-            folder: Where the artefact goes.
-            tokenizer: Saved beside a fully trained model.
-            about: Fields of the direction file, for `bias`.
-
-        Returns:
-            The direction file, the adapter's folder or the model's folder.
+        tokenizer: saved beside a fully trained model. about: fields of the direction file. Returns the path.
         """
         path = folder / artefact(self.method)
         if self.method == "bias":
@@ -163,18 +156,12 @@ def attach(
     rank: int | None = None,
     reference: bool = False,
 ) -> Trained:
-    """Freeze the model but for what `method` trains.
+    """Freeze the model, in place, but for what `method` trains.
 
-    Args:
-        model: The model, changed in place.
-        method: One of `METHODS`.
-        layers: 0-based layers; default all, and always all for `full` and `tinylora`.
-        after: Where a layer's vector is added: after its "mlp" or its "attention".
-        rank: Default: the published one; for `bias` none, a free vector a layer.
-        reference: A KL term will ask for the untrained model as well. With PEFT that needs no copy.
-
-    Raises:
-        UsageError: The model or the method does not allow it.
+    layers: 0-based; default all, and always all for `full` and `tinylora`. after: "mlp" or "attention", behind which a
+    layer's vector is added. rank: default the published one; for `bias` none, a free vector a layer. reference: a KL
+    term will ask for the untrained model as well, which PEFT gives without a copy. Raises UsageError for what the model
+    or the method does not allow.
     """
     if method not in METHODS:
         raise UsageError(f"--method is {method!r}: expected one of {', '.join(METHODS)}")

@@ -54,8 +54,8 @@ def prepare(folder: Path, loaded: Loaded, *, method: str, after: str, revision: 
     """Give vLLM a checkpoint that has room for what is trained; call it before the model is made trainable.
 
     For `bias` that is `base/` of the training's folder, with zero biases, unless the model's own checkpoint has them.
-    TRL loads the engine from `model.name_or_path`. source: a hash of the model's weights, or their commit. Raises
-    UsageError where vLLM is missing or no stock class of transformers holds the biases.
+    source: a hash of the model's weights, or their commit. Raises UsageError where vLLM is missing or no stock class of
+    transformers holds the biases.
     """
     from accelerate import PartialState
 
@@ -75,7 +75,7 @@ def prepare(folder: Path, loaded: Loaded, *, method: str, after: str, revision: 
         as_checkpoint(loaded.model, loaded.tokenizer, None, base, after=after)
         write_json(stamp, key)
     state.wait_for_everyone()
-    loaded.model.name_or_path = str(base)
+    loaded.model.name_or_path = str(base)  # from where TRL loads the engine
 
 
 def needs_base(loaded: Loaded, method: str, after: str) -> bool:
