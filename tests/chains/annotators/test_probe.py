@@ -12,9 +12,9 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
-from steerable.chains.annotators.features import sentence_means
 from steerable.chains.annotators.fitting import cross_validate
 from steerable.chains.annotators.probe import Probe, labels_of, soft_fractions, train_probe
+from steerable.chains.annotators.sentence_states import sentence_means
 from steerable.chains.records import LABELS
 from steerable.chains.segments import Segment, sentences
 from steerable.models import loading as models

@@ -1,25 +1,26 @@
-"""Logistic regression with cross-validation over groups: what the probe learns and how well it does."""
+"""Calibrated logistic regression with cross-validation over groups: what the probe learns and how well it does."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-PENALTIES = (1e-1, 1e-2, 1e-3)
-"""Inverse L2 penalties (scikit-learn's C) to choose from."""
-_FIRST = 1e-2
-_UNSEEN = 20.0  # logits below the likeliest label that a label gets which the training folds lack
+PENALTIES = (1e-2, 1e-1, 1e-3)
+"""Inverse L2 penalties (scikit-learn's C) to choose from; the features are chosen with the first."""
+_UNSEEN = -20.0  # log-probability of a label that the training folds lack
+
+Choice = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Fitted:
     """The chosen candidate, fitted on all rows, in standardised features; `scores` are those held out."""
 
-    choice: tuple[int, ...]
+    choice: Choice
     mean: np.ndarray
     scale: np.ndarray
     weight: np.ndarray
@@ -28,16 +29,8 @@ class Fitted:
     scores: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    choice: tuple[int, ...]
-    penalty: float
-    logits: np.ndarray
-    """[N, K] of every row by the model that was fitted without the row's fold."""
-
-
 def cross_validate(
-    features: Mapping[tuple[int, ...], np.ndarray],
+    features: Mapping[Choice, np.ndarray],
     y: np.ndarray,
     groups: np.ndarray,
     labels: int,
@@ -50,34 +43,84 @@ def cross_validate(
     y: label numbers [N]; groups [N]: rows of one group are never on both sides of a split. Which candidate and which
     temperature a fold's rows are predicted with is decided on the held-out predictions of the other folds.
     """
-    fold = _folds(y, groups, folds, seed)
-    candidates = [_Candidate(name, _FIRST, _held_out(x, y, fold, labels, _FIRST)) for name, x in features.items()]
-    best = min(candidates, key=lambda c: _calibrated(c.logits, y)[1]).choice
-    candidates += [
-        _Candidate(best, penalty, _held_out(features[best], y, fold, labels, penalty))
-        for penalty in PENALTIES
-        if penalty != _FIRST
-    ]
-    probabilities = np.zeros((len(y), labels))
-    raw = np.zeros_like(probabilities)
-    for k in range(folds):
-        inside, outside = fold == k, fold != k
-        chosen, temperature = _choose(candidates, y, outside)
-        probabilities[inside] = _softmax(chosen.logits[inside] / temperature)
-        raw[inside] = _softmax(chosen.logits[inside])
-    final, temperature = _choose(candidates, y, np.ones(len(y), dtype=bool))
-    mean, scale, weight, bias = _fit(features[final.choice], y, labels, final.penalty)
-    scores = _scores(probabilities, y, labels)
-    scores |= {
+    from scipy.special import softmax
+    from sklearn.model_selection import GroupKFold
+
+    splits = list(GroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups))
+
+    def held_out(choice: Choice, penalty: float) -> np.ndarray:
+        """Log-probabilities [N, K] of every row by the model that was fitted without the row's fold."""
+        logs, x = np.full((len(y), labels), _UNSEEN), features[choice]
+        for outside, inside in splits:
+            seen = np.unique(y[outside])
+            found = 0.0 if len(seen) == 1 else _fitted(x[outside], y[outside], penalty).predict_log_proba(x[inside])
+            logs[np.ix_(inside, seen)] = found
+        return logs
+
+    def choose(rows: np.ndarray) -> tuple[tuple[Choice, float], float]:
+        """The candidate of least calibrated log-loss on these rows, and its temperature there."""
+        fits = {candidate: calibrate(logs[rows], y[rows]) for candidate, logs in candidates.items()}
+        best = min(fits, key=lambda candidate: fits[candidate][1])
+        return best, fits[best][0]
+
+    everywhere = np.arange(len(y))
+    candidates = {(choice, PENALTIES[0]): held_out(choice, PENALTIES[0]) for choice in features}
+    best = choose(everywhere)[0][0]
+    candidates |= {(best, penalty): held_out(best, penalty) for penalty in PENALTIES[1:]}
+    raw, probabilities = np.zeros((2, len(y), labels))
+    for outside, inside in splits:
+        candidate, temperature = choose(outside)
+        raw[inside] = softmax(candidates[candidate][inside], axis=1)
+        probabilities[inside] = softmax(candidates[candidate][inside] / temperature, axis=1)
+    (choice, penalty), temperature = choose(everywhere)
+    scores = _scores(probabilities, y, labels) | {
         "ece_raw": expected_calibration_error(raw, y),
-        "penalty": 1 / final.penalty,
+        "penalty": 1 / penalty,
         "temperature": temperature,
         "layers": [
-            {"layers": list(c.choice), "penalty": 1 / c.penalty, "log_loss": _calibrated(c.logits, y)[1]}
-            for c in candidates
+            {"layers": list(name), "penalty": 1 / strength, "log_loss": calibrate(logs, y)[1]}
+            for (name, strength), logs in candidates.items()
         ],
     }
-    return Fitted(final.choice, mean, scale, weight, bias, temperature, scores)
+    scaler, regression = (step for _, step in _fitted(features[choice], y, penalty).steps)
+    weight, bias = np.zeros((labels, features[choice].shape[1])), np.full(labels, _UNSEEN)
+    # Of two labels scikit-learn keeps the second one's row alone.
+    seen = regression.classes_
+    weight[seen] = np.vstack([0 * regression.coef_, regression.coef_]) if len(seen) == 2 else regression.coef_
+    bias[seen] = [0, *regression.intercept_] if len(seen) == 2 else regression.intercept_
+    return Fitted(choice, scaler.mean_, scaler.scale_, weight, bias, temperature, scores)
+
+
+def _fitted(x: np.ndarray, y: np.ndarray, penalty: float) -> Any:
+    """Standardised features and a logistic regression with an L2 penalty, as a scikit-learn pipeline."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    with warnings.catch_warnings():  # where it stops early, the held-out figures say how good it is
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=500)).fit(x, y)
+
+
+def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The temperature of least log-loss, and the log-loss with it (Guo et al. 2017, arXiv 1706.04599).
+
+    The labels are smoothed by one row's weight as in Platt scaling (Platt 1999), so that the temperature of predictions
+    without a mistake is finite.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    smoothing, rows = 1 / (len(y) + 2), np.arange(len(y))
+    target = np.full(logits.shape, smoothing / logits.shape[1])
+    target[rows, y] += 1 - smoothing
+
+    def loss(log_temperature: float) -> float:
+        return -float((target * log_softmax(logits / np.exp(log_temperature), axis=1)).sum(1).mean())
+
+    temperature = float(np.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x))
+    return temperature, -float(log_softmax(logits / temperature, axis=1)[rows, y].mean())
 
 
 def expected_calibration_error(probabilities: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
@@ -85,99 +128,22 @@ def expected_calibration_error(probabilities: np.ndarray, y: np.ndarray, bins: i
     2017, arXiv 1706.04599, section 2)."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == y
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, confidence - right, bins)
-    return float(np.abs(gaps).sum() / len(y))
-
-
-def _folds(y: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    from sklearn.model_selection import GroupKFold
-
-    fold = np.zeros(len(y), dtype=int)
-    splits = GroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups)
-    for k, (_, inside) in enumerate(splits):
-        fold[inside] = k
-    return fold
-
-
-def _held_out(x: np.ndarray, y: np.ndarray, fold: np.ndarray, labels: int, penalty: float) -> np.ndarray:
-    logits = np.zeros((len(y), labels))
-    for k in range(int(fold.max()) + 1):
-        mean, scale, weight, bias = _fit(x[fold != k], y[fold != k], labels, penalty)
-        logits[fold == k] = ((x[fold == k] - mean) / scale) @ weight.T + bias
-    return logits
-
-
-def _fit(x: np.ndarray, y: np.ndarray, labels: int, penalty: float) -> tuple[np.ndarray, ...]:
-    """mean [D], scale [D], weight [K, D], bias [K]. A label without rows gets a logit far below the others'."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(x)
-    seen = np.unique(y)
-    weight, bias = np.zeros((labels, x.shape[1])), np.full(labels, -_UNSEEN)
-    if len(seen) == 1:
-        bias[seen] = 0.0
-    else:
-        regression = LogisticRegression(C=penalty, max_iter=500)
-        with warnings.catch_warnings():  # where it stops early, the held-out figures say how good it is
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            regression.fit(scaler.transform(x), y)
-        if len(seen) == 2:  # scikit-learn keeps the second label's row alone
-            weight[seen[1]], bias[seen] = regression.coef_[0], [0.0, regression.intercept_[0]]
-        else:
-            weight[seen], bias[seen] = regression.coef_, regression.intercept_
-    return tuple(np.asarray(a, dtype=np.float64) for a in (scaler.mean_, scaler.scale_, weight, bias))
-
-
-def _choose(candidates: Sequence[_Candidate], y: np.ndarray, rows: np.ndarray) -> tuple[_Candidate, float]:
-    """The candidate of least calibrated log-loss on these rows, and its temperature there."""
-    fits = [_calibrated(c.logits[rows], y[rows]) for c in candidates]
-    best = min(range(len(fits)), key=lambda i: fits[i][1])
-    return candidates[best], fits[best][0]
-
-
-def _calibrated(logits: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The temperature of least log-loss, and the log-loss with it.
-
-    The labels are smoothed by one row's weight as in Platt scaling (Platt 1999), so that the temperature of predictions
-    without a mistake is finite.
-    """
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
-
-    smoothing = 1 / (len(y) + 2)
-    known, average = logits[np.arange(len(y)), y].mean(), logits.mean()
-
-    def partition(temperature: float) -> float:
-        top = logits.max(1)
-        return float(np.mean(np.log(np.exp((logits - top[:, None]) / temperature).sum(1)) + top / temperature))
-
-    def loss(log_temperature: float) -> float:
-        t = float(np.exp(log_temperature))
-        return partition(t) - ((1 - smoothing) * known + smoothing * average) / t
-
-    temperature = float(np.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x))
-    return temperature, partition(temperature) - known / temperature
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(1, keepdims=True))
+    return float(np.abs(np.bincount(place, confidence - right, bins)).sum() / len(y))
 
 
 def _scores(probabilities: np.ndarray, y: np.ndarray, labels: int) -> dict[str, Any]:
     from sklearn import metrics
 
-    said, known = probabilities.argmax(1), np.arange(labels)
-    f1 = metrics.f1_score(y, said, labels=known, average=None, zero_division=0.0)
+    predicted, numbers = probabilities.argmax(1), np.arange(labels)
+    f1 = metrics.f1_score(y, predicted, labels=numbers, average=None, zero_division=0.0)
     counts = np.bincount(y, minlength=labels)
     return {
-        "accuracy": float(metrics.accuracy_score(y, said)),
+        "accuracy": float(metrics.accuracy_score(y, predicted)),
         "macro_f1": float(f1.mean()),
-        "kappa": float(metrics.cohen_kappa_score(y, said)),
-        "log_loss": float(metrics.log_loss(y, probabilities, labels=known)),
+        "kappa": float(metrics.cohen_kappa_score(y, predicted)),
+        "log_loss": float(metrics.log_loss(y, probabilities, labels=numbers)),
         "ece": expected_calibration_error(probabilities, y),
         "majority": float(counts.max() / len(y)),
         "by_label": [{"f1": float(score), "sentences": int(n)} for score, n in zip(f1, counts, strict=True)],
-        "confusion": metrics.confusion_matrix(y, said, labels=known).tolist(),
+        "confusion": metrics.confusion_matrix(y, predicted, labels=numbers).tolist(),
     }

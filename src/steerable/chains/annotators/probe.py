@@ -12,6 +12,7 @@ labelled. So the reported figures are those of use, whatever the spans of the te
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steerable.chains.annotators.features import Progress, Prompts, sentence_means
-from steerable.chains.annotators.fitting import Fitted, cross_validate
+from steerable.chains.annotators.fitting import cross_validate
+from steerable.chains.annotators.sentence_states import Progress, Prompts, sentence_means
 from steerable.chains.records import LABELS, Record
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.spans import owners
@@ -60,17 +61,17 @@ class Probe:
     def __post_init__(self) -> None:
         size = len(self.layers) * self.width
         shapes = {"mean": (size,), "scale": (size,), "weight": (len(self.labels), size), "bias": (len(self.labels),)}
-        for name in _TENSORS:
+        for name, shape in shapes.items():
             tensor = getattr(self, name)
-            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise UsageError(
                     f"a probe's {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}: "
-                    f"expected {shapes[name]} of float32"
+                    f"expected {shape} of float32"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise UsageError(f"a probe's {name} holds NaN or infinite numbers")
             setattr(self, name, tensor.detach().to("cpu", torch.float32).contiguous())
-        if not (self.temperature > 0 and np.isfinite(self.temperature) and bool((self.scale > 0).all())):
+        if not (0 < self.temperature < float("inf") and bool((self.scale > 0).all())):
             raise UsageError("a probe's temperature and scale must be positive numbers")
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise UsageError(f"a probe needs two different labels at least, not {', '.join(self.labels)}")
@@ -78,15 +79,15 @@ class Probe:
             raise UsageError(f"a probe of {self.model_layers} layers cannot read layers {list(self.layers)}")
 
     def check(self, model: nn.Module) -> None:
-        """UsageError where this probe was trained on another model."""
-        name = models.model_id(model)
+        """Raises UsageError where this probe was trained on another model."""
         if not models.is_named(model, self.model_id):
-            raise UsageError(f"this probe reads {self.model_id!r}, the model is {name!r}: train one for it")
-        found = models.n_layers(model), models.width(model)
-        if found != (self.model_layers, self.width):
+            raise UsageError(
+                f"this probe reads {self.model_id!r}, the model is {models.model_id(model)!r}: train one for it"
+            )
+        if (shape := (models.n_layers(model), models.width(model))) != (self.model_layers, self.width):
             raise UsageError(
                 f"this probe reads a model of {self.model_layers} layers of width {self.width}, this one has "
-                f"{found[0]} of width {found[1]}: train one for it"
+                f"{shape[0]} of width {shape[1]}: train one for it"
             )
 
     def probabilities(self, features: Tensor) -> np.ndarray:
@@ -110,22 +111,19 @@ class Probe:
         is not the probe's, or a chain without a prompt.
         """
         self.check(loaded.model)
-        found, features = sentence_means(loaded, prompts, chains, self.layers, max_tokens=max_tokens, progress=progress)
-        spans = []
-        for sentence, row in zip(found, self.probabilities(features) if found else [], strict=True):
-            chain = chains[sentence.chain]
-            spans.append(
-                {
-                    "task_id": chain["task_id"],
-                    "sample": chain["sample"],
-                    "label": self.labels[int(row.argmax())],
-                    "start": sentence.start,
-                    "end": sentence.end,
-                    "probabilities": dict(zip(self.labels, map(float, row), strict=True)),
-                    "tokens": sentence.tokens,
-                }
-            )
-        return spans
+        read, features = sentence_means(loaded, prompts, chains, self.layers, max_tokens=max_tokens, progress=progress)
+        return [
+            {
+                "task_id": chains[sentence.chain]["task_id"],
+                "sample": chains[sentence.chain]["sample"],
+                "label": self.labels[int(row.argmax())],
+                "start": sentence.start,
+                "end": sentence.end,
+                "probabilities": dict(zip(self.labels, map(float, row), strict=True)),
+                "tokens": sentence.tokens,
+            }
+            for sentence, row in zip(read, self.probabilities(features) if read else [], strict=True)
+        ]
 
     def save(self, path: str | Path) -> Path:
         """Write safetensors, whole or not at all; equal probes give equal bytes."""
@@ -171,51 +169,59 @@ def train_probe(
 ) -> Probe:
     """Train a probe on annotated chains and measure it by cross-validation over tasks.
 
-    prompts: task records, or each task's text after the chat template. spans: their gold annotation; chains without
-    any are left out. layer: the block that is read, or several whose states are put side by side; None chooses
-    one of at most eight, spread over the depth, with the penalty, by the log-loss on held-out tasks.
+    Args:
+        prompts: task records, or each task's text after the chat template.
+        spans: the gold annotation of the chains; chains without any are left out.
+        layer: the block that is read, or several whose states are put side by side; None chooses one of at most eight,
+            spread over the depth, with the penalty, by the log-loss on held-out tasks.
 
-    `scores` holds, over all sentences, each predicted by a probe that saw no chain of its task: `accuracy`,
-    `macro_f1`, `kappa` (Cohen's), `log_loss`, `ece` (expected calibration error, 15 bins) and `ece_raw` (before
-    calibration), `majority` (accuracy of always saying the most frequent label), `by_label` (f1, sentences),
-    `confusion`, and `sentences`, `chains`, `tasks`, `folds`, `penalty`, `layers` (log-loss of each candidate). The
-    layer, the penalty and the temperature for a fold's sentences are chosen on the other folds' held-out predictions.
+    Returns:
+        The probe. Its `scores` hold, over all sentences, each predicted by a probe that saw no chain of its task:
+        `accuracy`, `macro_f1`, `kappa` (Cohen's), `log_loss`, `ece` (expected calibration error, 15 bins) and `ece_raw`
+        (before calibration), `majority` (accuracy of always saying the most frequent label), `by_label` (f1,
+        sentences), `confusion`, and `sentences`, `chains`, `tasks`, `folds`, `penalty`, `layers` (log-loss of each
+        candidate). The layer, the penalty and the temperature for a fold's sentences are chosen on the other folds'
+        held-out predictions.
 
-    Raises UsageError for fewer tasks than folds, or fewer than two labels.
+    Raises:
+        UsageError: fewer tasks than folds, or fewer than two labels.
+
+    Example:
+        >>> train_probe(loaded, tasks, chains, gold).save("probe.safetensors")
     """
-    golden: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    by_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for span in spans:
-        golden.setdefault((span["task_id"], span["sample"]), []).append(span)
-    chains = [chain for chain in chains if (chain["task_id"], chain["sample"]) in golden]
-    gold = [
-        dict(zip(cut, labels_of(chain["thinking"], cut, golden[chain["task_id"], chain["sample"]]), strict=True))
-        for chain in chains
-        for cut in [sentences(chain["thinking"])]
-    ]
+        by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
+    chains = [chain for chain in chains if (chain["task_id"], chain["sample"]) in by_chain]
+    gold: list[dict[tuple[int, int], str | None]] = []
+    for chain in chains:
+        cut = sentences(chain["thinking"])
+        names = labels_of(chain["thinking"], cut, by_chain[chain["task_id"], chain["sample"]])
+        gold.append({(s.start, s.end): name for s, name in zip(cut, names, strict=True)})
     choices = _choices(loaded.model, layer)
     layers = sorted({one for choice in choices for one in choice})
-    found, features = sentence_means(
+    read, features = sentence_means(
         loaded,
         prompts,
         chains,
         layers,
-        keep=lambda number, segment: gold[number][segment] is not None,
+        keep=lambda number, segment: gold[number][segment.start, segment.end] is not None,
         max_tokens=max_tokens,
         progress=progress,
     )
-    names = [label for row in gold for label in row.values() if label is not None]
-    labels = tuple(sorted(set(names), key=lambda name: (LABELS.index(name) if name in LABELS else len(LABELS), name)))
-    by_place = [{(s.start, s.end): label for s, label in row.items()} for row in gold]
-    y = np.array([labels.index(str(by_place[s.chain][s.start, s.end])) for s in found], dtype=np.int64)
-    groups = np.array([str(chains[s.chain]["task_id"]) for s in found])
+    seen = {label for row in gold for label in row.values() if label is not None}
+    labels = tuple(sorted(seen, key=lambda name: (LABELS.index(name) if name in LABELS else len(LABELS), name)))
+    y = np.array([labels.index(str(gold[s.chain][s.start, s.end])) for s in read], dtype=np.int64)
+    groups = np.array([str(chains[s.chain]["task_id"]) for s in read])
     tasks = len(set(groups.tolist()))
     if len(labels) < 2:
         raise UsageError(f"a probe needs sentences of two labels at least, found {len(labels)} in the annotation")
     if not 2 <= folds <= tasks:
         raise UsageError(f"cross-validation needs 2 to {tasks} folds (there are {tasks} annotated tasks), not {folds}")
     candidates = {choice: _flat(features[[layers.index(one) for one in choice]]).numpy() for choice in choices}
-    fitted: Fitted = cross_validate(candidates, y, groups, len(labels), folds=folds, seed=seed)
-    by_label = fitted.scores.pop("by_label")
+    fitted = cross_validate(candidates, y, groups, len(labels), folds=folds, seed=seed)
+    by_label = dict(zip(labels, fitted.scores["by_label"], strict=True))
+    counts = {"sentences": len(y), "chains": len(chains), "tasks": tasks, "folds": folds}
     return Probe(
         labels=labels,
         layers=fitted.choice,
@@ -228,9 +234,7 @@ def train_probe(
         model_revision=models.model_revision(loaded.model),
         model_layers=models.n_layers(loaded.model),
         width=models.width(loaded.model),
-        scores=fitted.scores
-        | {"by_label": dict(zip(labels, by_label, strict=True))}
-        | {"sentences": len(y), "chains": len(chains), "tasks": tasks, "folds": folds},
+        scores=fitted.scores | {"by_label": by_label} | counts,
     )
 
 
@@ -240,31 +244,24 @@ def labels_of(text: str, segments: Sequence[Segment], spans: Iterable[Mapping[st
     spans overlap."""
     spans = list(spans)
     names = sorted({span["label"] for span in spans})
-    labels = np.array([*(names.index(span["label"]) for span in spans), -1])
-    owner = labels[owners(spans, len(text))]
+    owner = np.array([*(names.index(span["label"]) for span in spans), -1])[owners(spans, len(text))]
     visible = ~np.array([character.isspace() for character in text], dtype=bool)
-    found: list[str | None] = []
+    labels: list[str | None] = []
     for segment in segments:
         inside = owner[segment.start : segment.end][visible[segment.start : segment.end]]
         counts = np.bincount(inside[inside >= 0], minlength=1)
-        found.append(names[int(counts.argmax())] if 2 * counts.sum() >= len(inside) > 0 else None)
-    return found
+        labels.append(names[int(counts.argmax())] if 2 * counts.sum() >= len(inside) > 0 else None)
+    return labels
 
 
 def soft_fractions(spans: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
     """Share of each label in each chain, by (task id, sample): the mean of its spans' `probabilities`, weighted by
     their `tokens`. They sum to 1."""
-    totals: dict[tuple[str, int], dict[str, float]] = {}
+    weighted: dict[tuple[str, int], Counter[str]] = {}
     for span in spans:
-        row = totals.setdefault((span["task_id"], span["sample"]), {})
-        for label, share in span["probabilities"].items():
-            row[label] = row.get(label, 0.0) + share * span["tokens"]
-    fractions = {}
-    for key, row in totals.items():
-        whole = sum(row.values())
-        fractions[key] = {label: value / whole for label, value in row.items()}
-        assert abs(sum(fractions[key].values()) - 1) < 1e-9, fractions[key]
-    return fractions
+        row = weighted.setdefault((span["task_id"], span["sample"]), Counter())
+        row.update({label: share * span["tokens"] for label, share in span["probabilities"].items()})
+    return {key: {label: value / row.total() for label, value in row.items()} for key, row in weighted.items()}
 
 
 def _choices(model: nn.Module, layer: int | Sequence[int] | None) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerable.chains.annotators.features import Prompts, prompt_texts
+from steerable.chains.annotators.sentence_states import Prompts, prompt_texts
 from steerable.chains.generation import request_seed
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.windows import align_chains

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from steerable.chains.annotators import features
-from steerable.chains.annotators.features import prompt_texts, sentence_means
+from steerable.chains.annotators import sentence_states
+from steerable.chains.annotators.sentence_states import prompt_texts, sentence_means
 from steerable.chains.segments import sentences
 from steerable.models import loading as models
 from steerable.store.errors import UsageError
@@ -49,8 +49,8 @@ def test_means_equal_a_naive_pass(pocket, max_tokens):
 
 def test_long_chains_read_in_pieces_give_the_same(pocket, monkeypatch):
     whole = sentence_means(pocket.loaded, pocket.tasks, pocket.chains[:4], [3])
-    stream = features.stream
-    monkeypatch.setattr(features, "stream", lambda *args, **options: stream(*args, **options, chunk=7))
+    stream = sentence_states.stream
+    monkeypatch.setattr(sentence_states, "stream", lambda *args, **options: stream(*args, **options, chunk=7))
     pieces = sentence_means(pocket.loaded, pocket.tasks, pocket.chains[:4], [3])
     assert pieces[0] == whole[0]
     torch.testing.assert_close(pieces[1], whole[1], atol=2e-5, rtol=1e-4)
