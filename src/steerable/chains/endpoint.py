@@ -297,8 +297,8 @@ class Endpoint:
             raise _Again(f"the connection failed ({cause})", absent=cause == "ConnectError") from None
         except openai.APIStatusError as error:
             status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
-            told = body.get("message") or body.get("detail") or getattr(error.response, "reason_phrase", "")
-            reason = f"{status}: {_line(str(told or 'no message'), key)}"
+            message = body.get("message") or body.get("detail") or getattr(error.response, "reason_phrase", "")
+            reason = f"{status}: {_line(str(message or 'no message'), key)}"
             headers = error.response.headers
         if self._refuses(status, body, reason, request):
             return None
@@ -321,15 +321,16 @@ class Endpoint:
 
     def _refuses(self, status: int, body: Mapping[str, Any], reason: str, sent: Mapping[str, Any]) -> bool:
         """Whether the server refused a setting rather than the request; then it is not sent again."""
-        told = body.get("param") if str(body.get("code") or "").startswith("unsupported") else None
-        if status not in (400, 422) or (told is None and not _UNSUPPORTED.search(reason)):
+        culprit = body.get("param") if str(body.get("code") or "").startswith("unsupported") else None
+        if status not in (400, 422) or (culprit is None and not _UNSUPPORTED.search(reason)):
             return False
         for name, instead in _OPTIONAL.items():
-            for tried, next_ in ((name, instead), (instead, "")):
-                if tried in sent and (told == tried or (told is None and re.search(rf"\b{tried}\b", reason))):
-                    self._refused[name] = next_
-                    what = f"{next_} is sent instead" if next_ else "it is left out"
-                    self._notes[f"{self.model} does not take {tried}: {what}"] = None
+            for setting, substitute in ((name, instead), (instead, "")):
+                is_named = culprit == setting if culprit else re.search(rf"\b{setting}\b", reason)
+                if setting in sent and is_named:
+                    self._refused[name] = substitute
+                    what = f"{substitute} is sent instead" if substitute else "it is left out"
+                    self._notes[f"{self.model} does not take {setting}: {what}"] = None
                     return True
         return False
 

@@ -72,7 +72,12 @@ def score(task: Mapping[str, Any], answer: str | None) -> float | None:
 
 
 def correct(task: Mapping[str, Any], answer: str | None) -> bool | None:
-    """Whether `judge` calls an answer text right; None for a task that has nothing to judge by."""
+    r"""Whether `judge` calls an answer text right; None for a task that has nothing to judge by.
+
+    Example:
+        >>> correct({"prompt": "2 + 3?", "answer": "5"}, r"\boxed{5}")
+        True
+    """
     mark = score(task, answer)
     return None if mark is None else mark >= 1.0
 

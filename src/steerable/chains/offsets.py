@@ -42,10 +42,19 @@ class ChainTokens(NamedTuple):
 
 
 def token_offsets(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> tuple[str, Offsets]:
-    """The text of token ids (no spaces cleaned up) and the [start, end) characters of it that each id holds.
+    """The text of token ids and the characters of it that each of them holds, in time linear in their number.
 
-    Tokens that share a character, each bringing some of its bytes, all hold it; one that shows nothing has an empty
-    range. The time is linear in the length. Works with every tokenizer that can decode.
+    Args:
+        tokenizer: any tokenizer that can decode.
+        ids: token ids.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Returns:
+        The decoded text (no spaces cleaned up), and [start, end) for each id. Tokens that share a character, each
+        bringing some of its bytes, all hold it; one that shows nothing has an empty range.
+
+    Example:
+        >>> text, offsets = token_offsets(tokenizer, chain["ids"])
     """
     return _Decoder(tokenizer, skip_special_tokens).read(ids)
 
@@ -58,13 +67,19 @@ def chain_tokens(
 ) -> list[ChainTokens]:
     """Chain records as the tokens that the model read and wrote: their `prompt_ids` and `ids`.
 
-    prompts: each task's text after the chat template, for chains that do not have it as ids; None: the prompt is left
-    out. tags: default those of the tokenizer; None for a model without a think block.
-
     Chains without ids, and those whose ids do not decode to their text (they belong to another tokenizer, or the text
-    was changed), are cut into tokens again; the latter are counted in a SteerableWarning. Raises UsageError for
-    a chain whose task has no prompt, and where a text must be cut into tokens by a tokenizer that does not
-    report character offsets.
+    was changed), are cut into tokens again; the latter are counted in a SteerableWarning.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chains: chain records.
+        prompts: each task's text after the chat template, for chains that do not have it as ids; None leaves the prompt
+            out.
+        tags: of the think block; default those of the tokenizer, None for a model without one.
+
+    Raises:
+        UsageError: a chain's task has no prompt, or a text must be cut into tokens by a tokenizer that does not report
+            character offsets.
     """
     from steerable.steering.think import think_tags_if_any  # here: torch takes seconds
 
