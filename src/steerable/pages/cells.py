@@ -7,7 +7,7 @@ unsteered cell serves every setting and control.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steerable.pages.words import Interval
@@ -53,7 +53,7 @@ class Effect(NamedTuple):
         return all(self.beats.values())
 
 
-def measured(cells: list[Cell], metric: str) -> Interval | None:
+def measured(cells: Sequence[Cell], metric: str) -> Interval | None:
     """One metric over the cells of one setting: `accuracy`, ..., or `fractions.<label>`.
 
     Several cells (random directions that were not pooled) become their mean with the widest interval, which
@@ -84,13 +84,13 @@ def setting_of(cell: Cell) -> Setting:
     return Setting(tuple(cell.get("layers") or ()), str(cell.get("where") or "all"))
 
 
-def unsteered(cells: list[Cell], behaviour: str) -> list[Cell]:
+def unsteered(cells: Sequence[Cell], behaviour: str) -> list[Cell]:
     """The unsteered cell: the behaviour's own when there is one, else the one that all behaviours share."""
     zero = [c for c in cells if c.get("strength") == 0 and c.get("control") is None]
     return sorted(zero, key=lambda c: [behaviour, None, c.get("behaviour")].index(c.get("behaviour")))[:1]
 
 
-def doses(cells: list[Cell], behaviour: str, control: str | None, setting: Setting) -> dict[float, list[Cell]]:
+def doses(cells: Sequence[Cell], behaviour: str, control: str | None, setting: Setting) -> dict[float, list[Cell]]:
     """The cells of one vector, or of a control of it, in one setting by rising strength, unsteered too."""
     by_strength: dict[float, list[Cell]] = {}
     for cell in cells:
@@ -104,20 +104,20 @@ def doses(cells: list[Cell], behaviour: str, control: str | None, setting: Setti
 
 
 def curve(
-    cells: list[Cell], behaviour: str, control: str | None, setting: Setting, metric: str
+    cells: Sequence[Cell], behaviour: str, control: str | None, setting: Setting, metric: str
 ) -> dict[float, Interval]:
     """One metric by rising strength, where it was measured."""
     by_strength = doses(cells, behaviour, control, setting)
     return {strength: read for strength, group in by_strength.items() if (read := measured(group, metric))}
 
 
-def settings(cells: list[Cell], behaviour: str) -> list[Setting]:
+def settings(cells: Sequence[Cell], behaviour: str) -> list[Setting]:
     """Every setting in which the behaviour's own vector was measured, in the order of the cells."""
     steered = (c for c in cells if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength"))
     return list(dict.fromkeys(map(setting_of, steered)))
 
 
-def main_setting(cells: list[Cell], behaviour: str, selection: Mapping[str, Any] | None) -> Setting | None:
+def main_setting(cells: Sequence[Cell], behaviour: str, selection: Mapping[str, Any] | None) -> Setting | None:
     """The setting that the figures show: the selected single layer at all positions where it was measured."""
     measured_settings = settings(cells, behaviour)
     selection = selection or {}
@@ -126,7 +126,7 @@ def main_setting(cells: list[Cell], behaviour: str, selection: Mapping[str, Any]
     return next((s for s in [*order, *measured_settings] if s in measured_settings), None)
 
 
-def effect(cells: list[Cell], behaviour: str, setting: Setting, strength: float) -> Effect:
+def effect(cells: Sequence[Cell], behaviour: str, setting: Setting, strength: float) -> Effect:
     """What the vector did to its own behaviour at one strength, beside unsteered and the controls."""
     metric = f"fractions.{behaviour}"
     base = measured(unsteered(cells, behaviour), metric)
@@ -142,7 +142,7 @@ def effect(cells: list[Cell], behaviour: str, setting: Setting, strength: float)
     return Effect(strength, read, ratio, beats)
 
 
-def extremes(cells: list[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:
+def extremes(cells: Sequence[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:
     """The two strengths that the headline names: -1 and +1, or the outermost measured ones, those with controls
     before others."""
     steered = {s for s in doses(cells, behaviour, None, setting) if s}

@@ -8,7 +8,6 @@ from pathlib import Path
 import jinja2
 
 from steerable.pages import words
-from steerable.pages.figures import swatch
 from steerable.store.plurals import plural
 from steerable.store.text import printable
 
@@ -26,10 +25,11 @@ def _environment() -> jinja2.Environment:
     )
     filters = (words.short, words.percent, words.number, words.fixed, words.signed, words.times, words.visible)
     made.filters.update({function.__name__: function for function in filters})
-    made.globals.update(swatch=swatch, plural=plural, words=words, MISSING=words.MISSING)
+    made.filters["g"] = lambda value: f"{value:g}"
+    made.globals.update(plural=plural, words=words, MISSING=words.MISSING)
     return made
 
 
 def render(name: str, **content: object) -> str:
-    """A page, or a section of one, from its template."""
+    """A page, or a part of one, from its template."""
     return _environment().get_template(name).render(**content)
