@@ -16,7 +16,8 @@ from markupsafe import Markup, escape
 
 import steerable.pages
 from steerable.pages import words
-from steerable.pages.figures import Panel, swatch
+from steerable.pages.figures import Panel
+from steerable.pages.html import environment
 from steerable.pages.run_page import fraction_panels, layer_panel, method_sign, methods_of, vectors_of
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json, sha256
@@ -40,13 +41,19 @@ text.soft { fill: var(--quiet); }
 """
 
 
+def swatch(css: str, marker: str) -> Markup:
+    """The sign of a series in a legend, as the page draws it."""
+    drawn: Markup = environment().get_template("macros.html").module.swatch(css, marker)  # type: ignore[attr-defined]
+    return drawn
+
+
 def effect(report: dict[str, Any]) -> str:
     """What the vectors do to their behaviours, beside the controls."""
     legend = [
-        ("vector", swatch("vector hue-any")),
-        ("unsteered", swatch("unsteered")),
-        ("random direction", swatch("control-random")),
-        ("shuffled labels", swatch("control-shuffled")),
+        ("vector", swatch("vector hue-any", "bar")),
+        ("unsteered", swatch("unsteered", "bar")),
+        ("random direction", swatch("control-random", "bar")),
+        ("shuffled labels", swatch("control-shuffled", "bar")),
     ]
     title = f"Share of thinking tokens when {report['model']['name']} is steered at −1 and +1"
     return sheet(title, legend, fraction_panels(vectors_of(report)), 190)

@@ -4,7 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from steerable.pages.figures import Point, Scale, Series, bars, curves, nice_scale, swatch
+from steerable.pages.figures import Point, Scale, Series, bars, curves, nice_scale
+from steerable.pages.html import environment
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_curves_draw_a_line_a_band_and_a_marker_for_each_point():
 
 @pytest.mark.parametrize("marker", ["bar", "circle", "square", "triangle", "diamond"])
 def test_swatches_are_sound(marker):
-    ElementTree.fromstring(swatch("vector", marker))
+    ElementTree.fromstring(environment().get_template("macros.html").module.swatch("vector", marker))

@@ -141,9 +141,7 @@ def curves(
 
     `reference` is one level across the plot, its interval a band; `marked` are (x, words) vertical rules.
     """
-    lines = [
-        (one, [_mark(p, y, x) for p in one.points if math.isfinite(p.x) and math.isfinite(p.y)]) for one in series
-    ]
+    lines = [(one, [_mark(p, y, x) for p in one.points if math.isfinite(p.x) and math.isfinite(p.y)]) for one in series]
     labels = [(x(tick), x.write(tick)) for tick in x.ticks]
     # Every label, every second one, ..., so that none stands upon its neighbour in a narrow panel.
     room = max((_width(words) + 3 for _, words in labels), default=0)
@@ -158,8 +156,8 @@ def curves(
 
 def _mark(point: Point, y: Scale, x: Scale | None = None) -> Point:
     """The point with its places in the plot, in per cent."""
-    ends = (None if end is None else y(end) for end in (point.low, point.high))
-    return Point(x(point.x) if x else 0, y(point.y), *ends, tip=point.tip)
+    low, high = (None if end is None else y(end) for end in (point.low, point.high))
+    return Point(x(point.x) if x else 0, y(point.y), low, high, point.tip)
 
 
 def _width(words: str) -> float:

@@ -13,7 +13,7 @@ from steerable.store.text import printable
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     """With the words and figures that templates use."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -26,10 +26,10 @@ def _environment() -> jinja2.Environment:
     filters = (words.short, words.percent, words.number, words.fixed, words.signed, words.times, words.visible)
     made.filters.update({function.__name__: function for function in filters})
     made.filters["g"] = lambda value: f"{value:g}"
-    made.globals.update(plural=plural, words=words, MISSING=words.MISSING)
+    made.globals.update(zip=zip, plural=plural, words=words, MISSING=words.MISSING)
     return made
 
 
 def render(name: str, **content: object) -> str:
     """A page, or a part of one, from its template."""
-    return _environment().get_template(name).render(**content)
+    return environment().get_template(name).render(**content)

@@ -6,7 +6,6 @@ All are pure functions of a lens document (`jobs.lens_job.read_direction`; schem
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,18 @@ def section(document: Document, identity: str = "lens") -> Markup:
 
     It loads nothing and runs no script.
     """
-    names = [vector["name"] for vector in document["vectors"]]
     return Markup(
         render(
             "lens_section.html",
             identity=identity,
             document=document,
+            scores=SCORES,
+            reading_of=reading_of,
+            persistence=PERSISTENCE,
             headline=_headline(document),
-            readings=_readings(document),
             group_panels=[_group_panel(document, name) for name in document["groups"]],
-            group_table=_group_table(document),
             shape=_shape_panels(document),
-            persistence=_persistence(document["persistence"]) if document.get("persistence") else [],
             columns=_short_names(document),
-            cosines=list(zip(names, document["cosines"]["matrix"], strict=True)),
         )
     )
 
@@ -82,6 +79,12 @@ def tables(document: Document, score: str = "cosine", norm: bool = False) -> lis
     return made
 
 
+def reading_of(readings: Sequence[Mapping[str, Any]], score: str, norm: bool, group: str = "") -> Any:
+    """The one by some score, with or without the norm, of a group; None where there is none."""
+    way = (score, norm, group)
+    return next((r for r in readings if (r["score"], r["norm"], r.get("group", "")) == way), None)
+
+
 def _headline(document: Document) -> str:
     rank, random, count = document["stable_rank"], document["random_stable_rank"], len(document["vectors"])
     if rank is None:
@@ -90,20 +93,6 @@ def _headline(document: Document) -> str:
         return "One vector."
     beside = f"; random vectors of these norms have {random[0]:.2f} to {random[1]:.2f}" if random else ""
     return f"{count} vectors, stable rank {rank:.2f}{beside}."
-
-
-def _readings(document: Document) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """Every way of scoring that was used, the published one first, with what each vector says by it."""
-    readings = []
-    for norm, (score, title) in product((False, True), SCORES.items()):
-        said = [
-            (vector["name"], reading)
-            for vector in document["vectors"]
-            for reading in vector["tokens"]
-            if (reading["score"], reading["norm"]) == (score, norm)
-        ]
-        readings += [(f"{title}, {'with' if norm else 'without'} the final norm", said)] if said else []
-    return readings
 
 
 # --- figures ---
@@ -124,10 +113,6 @@ def _by_vector(
     return curves(series, x, y, label=label, height=150, reference=reference, x_title="vector of layer")
 
 
-def _cell(cells: Sequence[Mapping[str, Any]], group: str, score: str, norm: bool) -> Mapping[str, Any] | None:
-    return next((c for c in cells if (c["group"], c["score"], c["norm"]) == (group, score, norm)), None)
-
-
 def _group_panel(document: Document, group: str) -> Panel:
     """AUC of one group by the cosine over the vectors; the band is what random vectors do."""
     series = []
@@ -138,12 +123,12 @@ def _group_panel(document: Document, group: str) -> Panel:
     ):
         points = []
         for i, vector in enumerate(document["vectors"]):
-            cell = _cell(vector["groups"], group, "cosine", norm)
+            cell = reading_of(vector["groups"], "cosine", norm, group)
             if cell and cell["z"] is not None:
                 tip = f"{vector['name']}, {name}: {cell['auc']:.3f}, {cell['z']:.1f} random deviations"
                 points.append(Point(i, cell["auc"], tip=tip))
         series.append(Series(name, css + dense, points, marker))
-    random = _cell(document["random"]["groups"], group, "cosine", False)
+    random = reading_of(document["random"]["groups"], "cosine", False, group)
     figure = None
     if any(one.points for one in series) and random:
         y = Scale(0, 1, (0, 0.25, 0.5, 0.75, 1))
@@ -176,44 +161,13 @@ def _shape_panels(document: Document) -> list[Panel]:
     return panels
 
 
-def _persistence(followed: Mapping[str, Any]) -> list[tuple[str, str, list[tuple[str, Sequence[float | None]]]]]:
-    """Title, note and rows of every heat map: the tables of the vectors, each beside that of random ones."""
-    heats = []
-    for name, (title, note) in PERSISTENCE.items():
-        for kind, values in (("", followed), (" Random vectors of its norm", followed["random"] or {})):
-            if name in values:
-                rows = [(str(source), row) for source, row in zip(followed["sources"], values[name], strict=True)]
-                heats.append((title + kind, note, rows))
-    return heats
-
-
 # --- tables ---
-
-
-def _group_table(document: Document) -> Table:
-    rows = [
-        [
-            vector["name"],
-            f"{cell['score']}, {'with' if cell['norm'] else 'without'} norm",
-            cell["group"],
-            words.fixed(cell["auc"], ".3f"),
-            words.fixed(cell["z"], "+.1f"),
-            words.fixed(cell["mean"], "+.2f"),
-            words.percent(cell["top"]),
-            words.percent(cell["bottom"]),
-        ]
-        for vector in document["vectors"]
-        for cell in vector["groups"]
-        if cell["auc"] is not None
-    ]
-    head = ["Vector", "Score", "Group", "AUC", "Random deviations", "Mean score"]
-    return Table([*head, "Among the top 50", "Among the bottom 50"], rows)
 
 
 def _token_table(document: Document, score: str, norm: bool) -> Table:
     rows = []
     for vector in document["vectors"]:
-        reading = next((r for r in vector["tokens"] if (r["score"], r["norm"]) == (score, norm)), None)
+        reading = reading_of(vector["tokens"], score, norm)
         ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
         share = vector["relative_norm"]
         norm_text = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
@@ -226,10 +180,10 @@ def _auc_table(document: Document, score: str, norm: bool) -> Table:
     names = list(document["groups"])
     rows = []
     for vector in document["vectors"]:
-        cells = [_cell(vector["groups"], name, score, norm) for name in names]
+        cells = [reading_of(vector["groups"], score, norm, name) for name in names]
         aucs = [f"{c['auc']:.2f}{'*' * c['beyond']}" if c and c["auc"] is not None else "-" for c in cells]
         rows.append([vector["name"], *aucs])
-    bounds = [_cell(document["random"]["groups"], name, score, norm) for name in names]
+    bounds = [reading_of(document["random"]["groups"], score, norm, name) for name in names]
     for end, label in enumerate(("random, low", "random, high")):
         lows = [b["auc"][end] if b else None for b in bounds]
         rows.append([label, *("-" if low is None else f"{low:.2f}" for low in lows)])

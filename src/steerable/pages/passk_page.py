@@ -25,15 +25,13 @@ def render(result: Result) -> str:
     signs = {_BASE: ("unsteered", "circle")}
     for place, name in enumerate(trained):
         signs[name] = f"slim {_HUES[place % len(_HUES)]}", SHAPES[(place + 1) % len(SHAPES)]
-    metrics = metrics_of(result, arms.values())
-    form = [
-        [name, *(words.with_interval(arm[key], metric["unit"]) for key, metric in metrics.items())]
-        for name, arm in arms.items()
-    ]
     return render_template(
         "passk.html",
         model=result["model"],
         settings=result["settings"],
+        versions=result["versions"],
+        arms=arms,
+        metrics=metrics_of(result, arms.values()),
         tasks=len(arms[_BASE]["counts"]),
         findings=findings(result),
         legend=[(name, *sign) for name, sign in signs.items()],
@@ -50,8 +48,6 @@ def render(result: Result) -> str:
         difference_table=_difference_table(result),
         solved=_solved_table(result),
         surprise=_perplexity_table(result),
-        form=Table(["", *(metric["title"] for metric in metrics.values())], form),
-        record=Table(["", ""], list(words.flat({**result["settings"], "versions": result["versions"]}))),
     )
 
 

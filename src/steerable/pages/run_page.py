@@ -383,10 +383,10 @@ def layer_panel(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
         points = []
         for layer, (mean, std) in enumerate(effect):
             if mean is not None:
-                ends = [None, None] if std is None else [(mean - std) / peak, (mean + std) / peak]
+                low, high = (None, None) if std is None else ((mean - std) / peak, (mean + std) / peak)
                 spread = "" if std is None else f" ± {words.number(std)} (std over chains)"
                 tip = f"{name}, layer {layer}: {words.number(mean)}{spread}"
-                points.append(Point(layer, mean / peak, *ends, tip=tip))
+                points.append(Point(layer, mean / peak, low, high, tip))
         css, marker = method_sign(name, v.hue)
         css += " dense" if len(effect) > 12 else ""
         series.append(Series(name, css, points, marker, band=name == "exact", whiskers=False))

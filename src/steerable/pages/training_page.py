@@ -16,7 +16,7 @@ from steerable.pages.examples import columns, labels_in
 from steerable.pages.figures import Panel, Point, Scale, Series, bars, curves, nice_scale, share_scale
 from steerable.pages.html import render as render_template
 from steerable.pages.lens_page import section as lens_section
-from steerable.pages.words import Interval, Table
+from steerable.pages.words import Interval
 from steerable.store.plurals import plural
 
 Report = Mapping[str, Any]
@@ -34,11 +34,6 @@ CURVES = {  # name in log.jsonl -> title, unit, what it is
     "loss": ("Loss", "nats", "negative log likelihood of the own first tokens, nats a token"),
     "gradient_norm": ("Gradient", "", "norm, before clipping"),
 }
-CONTROLS = {  # name in report.json -> what it is
-    "shuffled": "the same vectors, each in another layer",
-    "random": "random vectors of equal norm",
-    "prefix": "no vector; answers begin with “{token}”, which the last vector boosts",
-}
 PARTS = {"generation": "hue-2", "reward": "hue-4", "kl": "hue-0", "update": "hue-5"}  # of a step -> CSS class
 _CHAINS = {"base": "Before", "trained": "After"}
 
@@ -54,7 +49,6 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
     config, training = report["config"], report.get("training") or {}
     labels = [label for label in words.SHORT if _read(report, "base", "sampled", f"fractions.{label}")]
     examples = report.get("examples") or []
-    metrics = metrics_of(report, (report.get("base") or {}).values())
     spoken = words.ordered(labels_in(examples, _CHAINS))
     seconds = training.get("seconds_per_step") or {}
     parts = sorted(seconds, key=lambda name: [*PARTS, name].index(name))
@@ -63,45 +57,40 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
         kicker="Training on own first tokens" if "prefix_tokens" in config else "Reinforcement learning",
         report=report,
         config=config,
-        model=report.get("model") or {},
+        settings={name: "default" if value in (None, "") else value for name, value in config.items()},
         tasks=Path(str(config["tasks"])).name if config.get("tasks") else "",
         headline=headline(report),
-        cards=[(decoding, *_before_after(report, decoding, "accuracy")) for decoding in DECODINGS],
-        changes=_changes(report, {name: (metric["title"], metric["unit"]) for name, metric in metrics.items()}),
-        controls=_controls(report),
+        decodings=DECODINGS,
+        before_after=_before_after,
+        interval_at=_interval_at,
+        metrics=metrics_of(report, (report.get("base") or {}).values()),
+        labels=labels,
         behaviours=[_behaviour(report, label) for label in labels],
         amplified=_amplified(report, labels),
-        behaviour_table=_changes(
-            report, {f"fractions.{b}": (words.short(b), "share") for b in labels}, ("Behaviour", "Decoding")
-        ),
-        training=_training(log or _rows(training)),
+        log=log,
+        logged=_logged(log or _rows(training)),
         time=[(name, seconds[name] / sum(seconds.values())) for name in parts if sum(seconds.values())],
         parts=PARTS,
-        costs=_costs(training, log),
-        reasons=_reasons(log),
         lens=lens_section(lens) if lens else None,
         examples=[(example, columns(example, _CHAINS, list(words.SHORT))) for example in examples],
         hues={label: words.hue(label, spoken) for label in spoken},
-        tables=[
-            (title, Table((), list(words.flat(content))))
-            for title, content in (
-                ("Configuration", {k: "default" if v in (None, "") else v for k, v in config.items()}),
-                ("Model", report.get("model")),
-                ("Versions", report.get("versions")),
-            )
-        ],
     )
 
 
 # --- what it did ---
 
 
+def _interval_at(tree: Mapping[str, Any] | None, *keys: str) -> Interval | None:
+    """The interval that lies under some keys, None where one of them is missing."""
+    for key in keys:
+        tree = (tree or {}).get(key)
+    return Interval.of(tree)
+
+
 def _read(report: Report, arm: str, decoding: str, metric: str) -> Interval | None:
-    """A metric of the "base", of what was "trained", or their "difference", with its interval."""
-    read: Any = report.get(report["config"]["method"] if arm == "trained" else arm)
-    for key in (decoding, *metric.split(".")):
-        read = (read or {}).get(key)
-    return Interval.of(read)
+    """A metric of the "base", of what was "trained", or their "difference"."""
+    arm = report["config"]["method"] if arm == "trained" else arm
+    return _interval_at(report, arm, decoding, *metric.split("."))
 
 
 def _before_after(report: Report, decoding: str, metric: str) -> list[Interval | None]:
@@ -146,33 +135,6 @@ def _trained(report: Report) -> str:
         "tinylora": "one small vector for all linear maps",
         "full": "every weight",
     }.get(config["method"], str(config["method"]))
-
-
-def _changes(report: Report, metrics: Mapping[str, tuple[str, str]], names: Sequence[str] = ("",)) -> Table:
-    """Before, after and difference of metrics (name -> title, unit) by both decodings; `names` of the first columns."""
-    rows = []
-    for metric, (title, unit) in metrics.items():
-        for decoding in DECODINGS:
-            *reads, gap = _before_after(report, decoding, metric)
-            row = [title, decoding] if len(names) > 1 else [f"{title}, {decoding}"]
-            rows.append([*row, *(words.with_interval(read, unit) for read in reads), words.change(gap, unit)])
-    return Table([*names, "Before", "After", "Difference"], rows)
-
-
-def _controls(report: Report) -> Table | None:
-    """Accuracy of the controls, and the trained vectors minus each of them, paired by task."""
-    controls = report.get("controls") or {}
-    rows = []
-    for name, title in CONTROLS.items():
-        if control := controls.get(name):
-            row = [title.format(token=words.visible(control.get("token", "")))]
-            for decoding in DECODINGS:
-                gap = (control.get("difference") or {}).get(decoding) or {}
-                row.append(words.with_interval((control.get(decoding) or {}).get("accuracy"), "share"))
-                row.append(words.change(gap.get("accuracy"), "share"))
-            rows.append(row)
-    head = [part for decoding in DECODINGS for part in (f"Right answers, {decoding}", "Trained minus it")]
-    return Table(["", *head], rows) if rows else None
 
 
 def _behaviour(report: Report, label: str) -> Panel:
@@ -223,7 +185,7 @@ def _rows(training: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
 
 
-def _training(rows: Rows) -> list[Panel]:
+def _logged(rows: Rows) -> list[Panel]:
     """A panel for everything that was logged: steps as thin lines, and their running mean where there are many."""
     panels = []
     # The loss of reinforcement learning says nothing: its gradient is what counts, its value is near zero.
@@ -261,32 +223,3 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
         mean = sum(near) / len(near)
         smooth.append(Point(point.x, mean, tip=f"around step {point.x:g}: {words.number(mean)}"))
     return smooth
-
-
-def _costs(training: Mapping[str, Any], log: Rows) -> list[str]:
-    sentences = []
-    if seconds := training.get("seconds_per_step"):
-        sentences.append(f"A step took {words.number(sum(seconds.values()))} s on average")
-    if rates := sorted(row["tokens_per_second"] for row in log if row.get("tokens_per_second")):
-        sentences.append(f"rollouts at {words.number(round(rates[len(rates) // 2]))} tokens a second (median)")
-    if training.get("optimizer_bytes") is not None:
-        sentences.append(f"the optimiser’s state is {words.size(training['optimizer_bytes'])}")
-    if skipped := training.get("steps_skipped"):
-        steps = "all steps" if skipped == training.get("steps") else f"{skipped} {plural(skipped, 'step')}"
-        verb = plural(skipped, "was", "were")
-        sentences.append(f"{steps} {verb} skipped, as all rewards were equal in every group")
-    return sentences
-
-
-def _reasons(log: Rows) -> Table | None:
-    """Why rollouts were paid or not: shares in the first tenth of the steps, the last, and all."""
-    rows = [row["reasons"] for row in log if row.get("reasons")]
-    tenth = max(1, len(rows) // 10)
-    parts = (rows[:tenth], rows[-tenth:], rows)
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = [
-        [name.replace("-", " "), *(words.percent(sum(row.get(name) or 0.0 for row in p) / len(p)) for p in parts)]
-        for name in names
-    ]
-    ends = (f"{end} step" if tenth == 1 else f"{end} {tenth} steps" for end in ("First", "Last"))
-    return Table(["", *ends, "All"], table) if rows else None
