@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from steerable.formats.base import FOLDED, Format, WriteOptions
 from steerable.models import loading as models
@@ -47,46 +46,60 @@ def as_checkpoint(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM`, vLLM and others load: the model with the direction in its biases.
 
-    direction None: with the biases that the model has now, zero where it has none. An engine must have loaded such a
-    folder before trained biases can be pushed to it. after: "mlp" or "attention", the maps that get a bias in every
-    layer; default those that the vectors need, without vectors "mlp". strength: default the direction's. tokenizer:
-    None writes none.
-
     Weights keep their type, tied embeddings stay tied, nothing is copied in memory, the model is not changed. The
-    folder is there whole or not at all. Returns it. Raises UsageError where no stock class can hold the biases, for
-    quantised weights, for what no bias does (`writers.placed`) and for a folder that is not empty; SteerableError where
-    the tokenizer would be read back as another one, or where writing fails.
+    folder is there whole or not at all.
+
+    Args:
+        model: a plain model of transformers.
+        tokenizer: written beside it; None: none.
+        direction: additions at every token; None: the biases that the model has now, zero where it has none. An engine
+            must have loaded such a folder before trained biases can be pushed to it.
+        folder: new, or empty.
+        strength: default the direction's.
+        after: "mlp" or "attention", the maps that get a bias in every layer; default those that the vectors need,
+            without vectors "mlp".
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: no stock class can hold the biases, the weights are quantised, no bias does what the direction does
+            (`writers.placed`), or the folder is not empty.
+        SteerableError: the tokenizer would be read back as another one, or writing fails.
     """
     folder = Path(os.path.realpath(folder))  # a symbolic link stays, and what it points to is written
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
     _check(model)
     vectors = {} if direction is None else placed(model, direction, strength)
-    if after is None and direction is None:
-        after = "mlp"
-    if after is not None:
-        for layer in range(models.n_layers(model)):
-            linear(model, Place(layer, after))  # raises where there is none
-    state = _state(model, vectors)
-    names = bias_names(model)
-    wanted = {p: name for p, name in names.items() if p in vectors or p.after == after or name in state}
-    empty = _holder(model, wanted)
-    held = empty.state_dict()
-    if strange := sorted(state.keys() - held.keys()):
+    after = after or ("mlp" if direction is None else None)
+    for layer in range(models.n_layers(model)) if after else ():
+        linear(model, Place(layer, str(after)))  # raises where there is none
+    state, names = dict(model.state_dict()), bias_names(model)
+    for place, name in names.items():
+        if place in vectors:
+            bias = vectors[place].double() + (state[name].to("cpu", torch.float64) if name in state else 0)
+            state[name] = bias.to(number_type(model, linear(model, place)))
+        elif name in state:
+            state[name] = state[name].to("cpu", number_type(model, linear(model, place)))
+    needed = {p: name for p, name in names.items() if p in vectors or p.after == after or name in state}
+    holder = _holder(model, needed)
+    tensors = holder.state_dict()
+    if unknown := sorted(state.keys() - tensors.keys()):
         raise UsageError(
-            f"the model holds {strange[0]}, which {type(empty).__name__} does not know: give a stock model"
+            f"the model holds {unknown[0]}, which {type(holder).__name__} does not know: give a stock model"
         )
-    for name in held.keys() - state.keys():  # the other biases that come with the class
-        state[name] = torch.zeros(held[name].shape, dtype=state[name.removesuffix("bias") + "weight"].dtype)
-    empty.load_state_dict(state, assign=True)
-    empty.tie_weights()
+    for name in tensors.keys() - state.keys():  # the other biases that come with the class
+        state[name] = torch.zeros(tensors[name].shape, dtype=state[name.removesuffix("bias") + "weight"].dtype)
+    holder.load_state_dict(state, assign=True)
+    holder.tie_weights()
     if getattr(model, "generation_config", None) is not None:
-        empty.generation_config = copy.deepcopy(model.generation_config)
+        holder.generation_config = copy.deepcopy(model.generation_config)
     with _whole(folder) as unfinished, models.no_progress_bar():
         if tokenizer is not None:
-            empty.config.save_pretrained(unfinished)  # the tokenizer's class goes by it
+            holder.config.save_pretrained(unfinished)  # the tokenizer's class goes by it
             _save_tokenizer(tokenizer, unfinished)
-        empty.save_pretrained(unfinished)
+        holder.save_pretrained(unfinished)
     return folder
 
 
@@ -101,31 +114,22 @@ def _check(model: Any) -> None:
         raise UsageError("the weights are not all in memory: load the model on one device, e.g. device='cpu'")
 
 
-def _state(model: Any, vectors: Mapping[Place, Tensor]) -> dict[str, Tensor]:
-    """The model's own tensors, but for biases: those with what is added to them, in the type of their weights."""
-    state = dict(model.state_dict())
-    for place, name in bias_names(model).items():
-        if name not in state and place not in vectors:
-            continue
-        module = linear(model, place)
-        added = vectors.get(place, torch.zeros(models.width(model))).double()
-        if name in state:
-            added = added + state[name].to("cpu", torch.float64)
-        state[name] = added.to(number_type(model, module))
-    return state
+def _holder(model: Any, needed: Mapping[Place, str]) -> Any:
+    """An empty model (its weights on "meta") of a stock class that has all these biases, by the same names.
 
-
-def _holder(model: Any, wanted: Mapping[Place, str]) -> Any:
-    """An empty model (its weights on "meta") of a stock class that has all the wanted biases, which have the same names
-    in every class that is tried. Raises UsageError."""
-    for kind, config in _candidates(model, {place.after for place in wanted}):
+    Raises UsageError where there is none.
+    """
+    kind, before = model.config.model_type, model.state_dict().keys()
+    for stock, config in _candidates(model, {place.after for place in needed}):
         with torch.device("meta"):
-            empty = kind(config)
-        held = empty.state_dict()
-        more = held.keys() - model.state_dict().keys()
-        if held.keys() >= set(wanted.values()) and all(name.endswith(".bias") for name in more):
+            empty = stock(config)
+        tensors = empty.state_dict().keys()
+        if tensors >= set(needed.values()) and all(name.endswith(".bias") for name in tensors - before):
             return empty
-    raise UsageError(f"{_why(model)}: steer with a hook, or export an adapter (--to peft-beft)")
+    reason = f"no stock class of transformers holds a {kind} model with a bias on these maps"
+    if _like_llama(model) and _slides(model.config):
+        reason = f"this {kind} model has a sliding window, so Llama's class cannot stand in for its own, without a bias"
+    raise UsageError(f"{reason}: steer with a hook, or export an adapter (--to peft-beft)")
 
 
 def _candidates(model: Any, after: set[str]) -> Iterator[tuple[Any, Any]]:
@@ -134,23 +138,21 @@ def _candidates(model: Any, after: set[str]) -> Iterator[tuple[Any, Any]]:
         return
     config = copy.deepcopy(model.config)
     yield type(model), config
-    switches = [_SWITCHES[a] for a in after if hasattr(config, _SWITCHES[a])]
+    switches = {_SWITCHES[a]: True for a in after if hasattr(config, _SWITCHES[a])}
     if switches:
-        config = copy.deepcopy(config)
-        for switch in switches:
-            setattr(config, switch, True)
-        yield type(model), config
-    config = model.config
+        switched = copy.deepcopy(config)
+        switched.update(switches)
+        yield type(model), switched
     # Llama wants a width that its heads divide
-    if _becomes_llama(model) and not _slides(config) and config.hidden_size % config.num_attention_heads == 0:
+    if _like_llama(model) and not _slides(config) and config.hidden_size % config.num_attention_heads == 0:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_LLAMAS}
+        settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_LLAMAS}
         projections = config.model_type == "qwen2" or "attention" in after
-        yield LlamaForCausalLM, LlamaConfig(**kept | {"mlp_bias": True, "attention_bias": projections})
+        yield LlamaForCausalLM, LlamaConfig(**settings | {"mlp_bias": True, "attention_bias": projections})
 
 
-def _becomes_llama(model: Any) -> bool:
+def _like_llama(model: Any) -> bool:
     return model.config.model_type in _AS_LLAMA and type(model).__name__.endswith("ForCausalLM")
 
 
@@ -158,15 +160,6 @@ def _slides(config: Any) -> bool:
     """Whether some layer sees only the last tokens, which Llama's do not."""
     types = getattr(config, "layer_types", None)
     return getattr(config, "sliding_window", None) is not None if types is None else set(types) != {"full_attention"}
-
-
-def _why(model: Any) -> str:
-    kind = model.config.model_type
-    if _becomes_llama(model) and _slides(model.config):
-        return (
-            f"this {kind} model has a sliding window, so Llama's class cannot stand in for its own, which has no bias"
-        )
-    return f"no stock class of transformers holds a {kind} model with a bias on these maps"
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -194,11 +187,11 @@ def _same(a: Any, b: Any) -> bool:
         rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
         # these two are set by the last call, not by the file
         described.append({key: value for key, value in rules.items() if key not in ("truncation", "padding")})
-    told = ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side")
+    settings = ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side")
     return (
         described[0] == described[1]
         and set(a.all_special_ids) == set(b.all_special_ids)
-        and all(getattr(a, key, None) == getattr(b, key, None) for key in told)
+        and all(getattr(a, key, None) == getattr(b, key, None) for key in settings)
     )
 
 
