@@ -26,15 +26,13 @@ from steerable.formats.base import (
     warn,
     warn_of_gate,
 )
-from steerable.models.loading import FAMILIES
+from steerable.models.families import FAMILIES, has_post_norm, post_norm_in
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: Families with a norm behind the MLP that `models` has no entry for.
-_POST_NORM = ("olmo3", "glm4")
 _SITES = {"mlp_out": r"mlp\.(?:down_proj|c_proj)", "attn_out": r"(?:self_attn\.o_proj|attn\.c_proj)"}
 #: Where `_write` puts a bias for a site.
 _DOWN, _O = "mlp.down_proj", "self_attn.o_proj"
@@ -64,7 +62,7 @@ def _read(source: Source, options: Options) -> Direction:
     if not tensors:
         raise UsageError(f"its {WEIGHTS} is empty")
     base = config.get("base_model_name_or_path")
-    if isinstance(base, str) and (family := _post_norm_in(base)):
+    if isinstance(base, str) and (family := post_norm_in(base)):
         warn(
             f"in {family} models a norm stands behind the MLP and the attention: there a bias of an adapter is not "
             "what they add to the stream, and the imported vectors will act otherwise than the adapter"
@@ -86,24 +84,12 @@ def _site(name: str) -> Site:
     raise UsageError(f"it holds a tensor {name[:90]!r}: expected BEFT biases of down_proj or o_proj")
 
 
-def _has_post_norm(model_type: str) -> bool:
-    """Whether blocks of this `config.model_type` have a norm behind the MLP."""
-    family = FAMILIES.get(model_type)
-    return model_type in _POST_NORM or (family is not None and family.norms != "pre")
-
-
-def _post_norm_in(name: str) -> str | None:
-    """The family with a norm behind the MLP that a model's name speaks of ("google/gemma-2-9b"), if any."""
-    letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    return next((t for t in sorted({*FAMILIES, *_POST_NORM}) if _has_post_norm(t) and t in letters), None)
-
-
 def _write(direction: Direction, path: Path, options: WriteOptions) -> None:
     """Biases of down_proj: what the MLP adds (`mlp_out`) and, the same, block outputs; of o_proj: `attn_out` and
     `resid_mid`."""
     from safetensors.torch import save
 
-    if _has_post_norm(options.model_type):
+    if has_post_norm(options.model_type):
         raise UsageError(
             f"in {options.model_type} a norm stands behind the MLP, so no bias on down_proj adds a vector to the stream"
         )

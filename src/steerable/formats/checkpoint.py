@@ -24,11 +24,11 @@ import torch
 
 from steerable.formats.base import FOLDED, Format, WriteOptions
 from steerable.models import loading as models
+from steerable.models.families import FAMILIES, Family
 from steerable.models.writers import Place, bias_names, linear, number_type, placed
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 
-_AS_LLAMA = ("qwen2", "mistral")
 # of configs that become Llama's: what it has no use for, once no window slides
 _NOT_LLAMAS = {"architectures", "layer_types", "max_window_layers", "model_type", "sliding_window"}
 _NOT_LLAMAS |= {"transformers_version", "use_sliding_window"}
@@ -153,7 +153,8 @@ def _candidates(model: Any, after: set[str]) -> Iterator[tuple[Any, Any]]:
 
 
 def _like_llama(model: Any) -> bool:
-    return model.config.model_type in _AS_LLAMA and type(model).__name__.endswith("ForCausalLM")
+    family = FAMILIES.get(model.config.model_type, Family())
+    return family.bias_holder == "llama" and type(model).__name__.endswith("ForCausalLM")
 
 
 def _slides(config: Any) -> bool:

@@ -1,15 +1,10 @@
-"""Loading models, and where the parts of each model family are: one table.
-
-Every other module asks here for blocks, norms and projections, so a new family is one line in `FAMILIES`.
-Think tags belong to the tokenizer, whatever the family: their table is `think.KNOWN`.
-"""
+"""Loading models, and the parts of a loaded one: every other module asks here for blocks, norms and projections."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,93 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steerable.models.families import FAMILIES, Family
+from steerable.models.structure import guess
 from steerable.store.errors import UsageError
 from steerable.store.files import refuse_stand_in
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the parts of a decoder are. The defaults are Llama's.
-
-    `blocks` and `final_norm` are attribute paths from the base model (the model without its unembedding), the others
-    from a block; None: this model has no such part, or none is known. A path may exist in some blocks only, as
-    `mlp.down_proj` in a mixture of experts.
-    """
-
-    blocks: str = "layers"
-    final_norm: str | None = "norm"
-    #: The first module that reads the block's input x: a norm, or with post-norms the attention itself.
-    entry: str | None = "input_layernorm"
-    #: The attention's last projection: its input is `head_in`, the heads' outputs side by side.
-    attention_out: str | None = "self_attn.o_proj"
-    #: The module whose output is added to the stream: behind the post-norm where there is one.
-    attention_added: str | None = "self_attn.o_proj"
-    #: The MLP's last projection: its input is `mlp_act`, the neurons. Experts are fused tensors: they have none.
-    mlp_out: str | None = "mlp.down_proj"
-    mlp_added: str | None = "mlp"
-    #: "pre": x + f(norm(x)); "post": x + norm(f(x)); "both": x + norm(f(norm(x))).
-    norms: str = "pre"
-    #: The config's switch for x + attention(x) + mlp(x), where no `resid_mid` exists; "always" without a switch.
-    parallel: str | None = None
-    #: The attention kernel that computes the family's own attention, where transformers' default does not.
-    attention: str | None = None
-    #: How the engine generates exactly: "slots" where the attention is plain softmax attention, which the engine's own
-    #: computes; "slots, own attention" where it differs (soft-caps, sinks, latents, scores scaled by layer) and reads
-    #: the engine's cache; None: by `model.generate`.
-    route: str | None = None
-
-
-_LLAMA = Family(route="slots")
-_SANDWICH = Family(
-    attention_added="post_attention_layernorm",
-    mlp_added="post_feedforward_layernorm",
-    norms="both",
-    route="slots, own attention",
-)
-
-#: By `model_type` of the config.
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen2_moe": _LLAMA,
-    "qwen3_moe": _LLAMA,
-    # The fused kernels leave out Gemma-2's soft-cap of the attention scores.
-    "gemma2": replace(_SANDWICH, attention="eager"),
-    "gemma3_text": _SANDWICH,
-    "gemma3": replace(_SANDWICH, blocks="language_model.layers", final_norm="language_model.norm"),
-    "phi3": replace(_LLAMA, attention_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
-    "olmo2": Family(
-        entry="self_attn",
-        attention_added="post_attention_layernorm",
-        mlp_added="post_feedforward_layernorm",
-        norms="post",
-        route="slots",
-    ),
-    "gpt2": Family(
-        blocks="h",
-        final_norm="ln_f",
-        entry="ln_1",
-        attention_out="attn.c_proj",
-        attention_added="attn.resid_dropout",
-        mlp_out="mlp.c_proj",
-        route="slots, own attention",
-    ),
-    "gpt_neox": Family(
-        final_norm="final_layer_norm",
-        attention_out="attention.dense",
-        attention_added="post_attention_dropout",
-        mlp_out="mlp.dense_4h_to_h",
-        mlp_added="post_mlp_dropout",
-        parallel="use_parallel_residual",
-        route="slots, own attention",
-    ),
-    "deepseek_v2": replace(_LLAMA, route="slots, own attention"),
-    "deepseek_v3": replace(_LLAMA, route="slots, own attention"),
-    "gpt_oss": replace(_LLAMA, route="slots, own attention"),
-}
-
 
 _POCKET = Path(__file__).parent / "pocket" / "weights"
 
@@ -370,9 +282,7 @@ def family(model: nn.Module) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    from steerable.models.structure import guess
-
-    return guess(model, model_type or type(model).__name__)
+    return guess(model, base(model), model_type or type(model).__name__)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -445,8 +355,3 @@ def width(model: nn.Module) -> int:
 def vocabulary(model: nn.Module) -> int:
     """Number of token ids that the model embeds."""
     return int(text_config(model).vocab_size)
-
-
-def n_heads(model: nn.Module) -> int:
-    """Number of attention heads; `head_in` is that many equal parts."""
-    return int(text_config(model).num_attention_heads)

@@ -16,16 +16,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerable.models.loading import Family, base
+from steerable.models.families import Family
 from steerable.store.errors import SteerableWarning, UsageError
 
 _guessed: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
-def guess(model: nn.Module, name: str) -> Family:
-    """The family of a model of the unknown type `name`. Warns (SteerableWarning, once a model) what was found.
-    Raises UsageError where no decoder blocks are found."""
-    root = base(model)
+def guess(model: nn.Module, root: nn.Module, name: str) -> Family:
+    """The family of a model of the unknown type `name`; root: the model without its unembedding.
+
+    Warns (SteerableWarning, once a model) what was found. Raises UsageError where no decoder blocks are found.
+    """
     if root not in _guessed:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"models of type {name!r} are not known: expected a decoder, but it is encoder-decoder")
@@ -33,7 +34,7 @@ def guess(model: nn.Module, name: str) -> Family:
         if found is None:
             raise UsageError(
                 f"models of type {name!r} are not known, and no decoder blocks were found in their structure: expected "
-                "a list of blocks that each take and give the residual stream; add the model to models.FAMILIES"
+                "a list of blocks that each take and give the residual stream; add a row to models/families.py"
             )
         _guessed[root] = found
         warnings.warn(_said(name, found), SteerableWarning, stacklevel=3)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from steerable.models import loading as models
+from steerable.models.families import Family
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
@@ -151,7 +152,7 @@ class Taps:
                 self._hooks[site] = now, list(_hooks(self.model, site, now, fn))
 
 
-def _module(family: models.Family, block: nn.Module, kind: str) -> nn.Module | None:
+def _module(family: Family, block: nn.Module, kind: str) -> nn.Module | None:
     """The module whose input or output is a block's site of this kind."""
     match kind:
         case "head_in":

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from steerable.models.loading import FAMILIES, text_config, unwrap
+from steerable.models.families import FAMILIES
+from steerable.models.loading import text_config, unwrap
 from steerable.store.errors import UsageError
 
 _ATTENTION = ("sdpa", "eager")  # implementations that take a mask of numbers to add
