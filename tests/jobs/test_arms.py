@@ -105,7 +105,7 @@ def test_a_lora_is_merged(folder, base, lora):
     """Also as a worker opens it, from what it is sent."""
     one = arm(folder / "base", "lora", lora[0])
     check_arms([one], base)
-    assert steering(one) is None
+    assert steering(one) == ()
     before = base.model(input_ids=IDS).logits
     opened = pickle.loads(pickle.dumps(opener(one, base)))()
     logits = opened.model(input_ids=IDS).logits
@@ -167,8 +167,7 @@ def test_a_trained_bias_is_steered(folder, base, tmp_path):
     one = arm(folder / "base", "bias", tmp_path)
     assert one.kind == "direction"
     check_arms([one], base)
-    how = steering(one)
-    with st.steer(base.model, how.directions, strength=how.strength):
+    with st.steer(base.model, steering(one)):
         torch.testing.assert_close(base.model(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -179,7 +178,7 @@ def test_a_direction_keeps_its_own_strength(folder, base, tmp_path):
     st.Direction({Site("resid_post", 1): torch.ones(32)}, strength=0.25).save(tmp_path / "v.safetensors")
     one = arm(folder, "v", tmp_path / "v.safetensors")
     check_arms([one], base)
-    assert steering(one).strength == 0.25
+    assert [part.strength for part in steering(one)] == [0.25]
     st.Direction({Site("resid_post", 1): torch.ones(16)}).save(tmp_path / "narrow.safetensors")
     with pytest.raises(UsageError, match="has width 16, but the model's width there is 32"):
         check_arms([arm(folder, "v", tmp_path / "narrow.safetensors")], base)

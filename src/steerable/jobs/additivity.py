@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from steerable.chains.generation import Job, Prompting
 from steerable.chains.records import read_jsonl, write_jsonl
@@ -24,7 +24,7 @@ from steerable.evals.intervals import difference_interval
 from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
-from steerable.jobs.arms import BASE, Arm, answer, check_counts, check_fit, draw_tasks, fingerprint
+from steerable.jobs.arms import BASE, Arm, answer, check_counts, check_fit, draw_tasks, fingerprint, refusing
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
@@ -128,9 +128,9 @@ def compose(
         together.save(folder / "combined.safetensors")
         job = Job(drawn, range(samples), prompting=prompting)
         how = {"seed": seed, "greedy": greedy or None, "max_new_tokens": max_new_tokens, "workers": workers}
-        measured = partial(_measured, folder, job, how, display)
+        session = _Session(folder, job, how, display)
         cells = {
-            name: measured(name, direction, model, loaded)
+            name: session.measure(name, direction, model, loaded)
             for name, direction in _settings(directions, together, chosen, pairs, seed).items()
         }
         result = {
@@ -148,7 +148,7 @@ def compose(
             sibling = models.load(to)
             there = transferred(together, sibling.model, count)
             steered = {BASE: None, ALL: there, RANDOM: there.random_like(seed)}
-            cells = {n: measured(n, direction, to, sibling, "to.") for n, direction in steered.items()}
+            cells = {name: session.measure(f"to.{name}", d, to, sibling) for name, d in steered.items()}
             result["transfer"] = {"model": models.model_id(sibling.model) or to, "cells": _cells(cells, seed)}
         write_json(folder / "compose.json", result)
     return result
@@ -285,38 +285,36 @@ def _settings(
     return settings
 
 
-def _measured(
-    folder: RunFolder,
-    job: Job,
-    how: Mapping[str, Any],
-    display: Display,
-    name: str,
-    direction: Direction | None,
-    model: str,
-    loaded: Loaded,
-    prefix: str = "",
-) -> list[Measured]:
-    """One setting's chains, from its file where they are there, measured."""
-    arm, file = Arm(BASE, "base", model), f"chains/{prefix}{name}.jsonl"
-    settings = {
-        "model": fingerprint(arm, loaded.model),
-        "samples": len(job.samples),
-        "system": job.prompting.system,
-        "template": job.prompting.template,
-        "direction": None if direction is None else hashlib.sha256(direction.to_bytes()).hexdigest(),
-        **{key: value for key, value in how.items() if key != "workers"},
-    }
+@dataclass(frozen=True)
+class _Session:
+    """What all settings of a comparison share; `job` holds tasks, samples and prompting, `how` the decoding."""
 
-    def work(keep: Path) -> None:
-        strength = 0.0 if direction is None else direction.strength
-        steering = () if direction is None else direction.steering()
-        control = RANDOM if name == RANDOM else None
-        steered = replace(job, steering=steering, strength=strength, control=control)
-        chains = answer(arm, loaded, steered, title=f"{prefix}{name}", display=display, keep=keep, **how)
-        write_jsonl(folder / file, chains)
+    folder: RunFolder
+    job: Job
+    how: Mapping[str, Any]
+    display: Display
 
-    folder.run_stage(f"{prefix}{name}", ["tasks.jsonl"], settings, [file], work)
-    return measure(job.tasks, read_jsonl(folder / file, "chain"), None, loaded.tokenizer)
+    def measure(self, name: str, direction: Direction | None, model: str, loaded: Loaded) -> list[Measured]:
+        """The chains of one setting, from its file where they are there, measured."""
+        arm, file, job = Arm(BASE, "base", model), f"chains/{name}.jsonl", self.job
+        settings = {key: value for key, value in self.how.items() if key != "workers"} | {
+            "model": fingerprint(arm, loaded.model),
+            "samples": len(job.samples),
+            "system": job.prompting.system,
+            "template": job.prompting.template,
+            "direction": None if direction is None else hashlib.sha256(direction.to_bytes()).hexdigest(),
+        }
+
+        def work(keep: Path) -> None:
+            steered = (
+                job if direction is None else replace(job, steering=direction.steering(), strength=direction.strength)
+            )
+            labelled = replace(steered, control=RANDOM if name.removeprefix("to.") == RANDOM else None)
+            chains = answer(arm, loaded, labelled, title=name, display=self.display, keep=keep, **self.how)
+            write_jsonl(self.folder / file, chains)
+
+        self.folder.run_stage(name, ["tasks.jsonl"], settings, [file], work)
+        return measure(job.tasks, read_jsonl(self.folder / file, "chain"), None, loaded.tokenizer)
 
 
 def _cells(measured: Mapping[str, list[Measured]], seed: int) -> dict[str, Any]:
@@ -356,14 +354,10 @@ def _check_shape(to: str, model: Any) -> None:
     """Refuse a sibling of another shape before anything is generated; its weights are loaded later."""
     from transformers import AutoConfig
 
-    path = str(models.pocket_path()) if to == "pocket" else to
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    except Exception as error:  # foreign files: the library that reads them raises what it likes
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"--to {to!r} is not a loadable model ({reason}); give a folder or a hub name") from error
-    shape = models.n_layers(model), models.width(model)
-    other = int(config.num_hidden_layers), int(config.hidden_size)
+    with refusing(f"--to {to!r} is not a loadable model; give a folder or a hub name"):
+        path = models.pocket_path() if to == "pocket" else to
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
+    shape, other = (models.n_layers(model), models.width(model)), (config.num_hidden_layers, config.hidden_size)
     if shape != other:
         raise UsageError(
             f"--to {to!r} has {other[0]} layers of width {other[1]}, the vectors' model {shape[0]} layers of width "
@@ -373,44 +367,32 @@ def _check_shape(to: str, model: Any) -> None:
 
 # --- in words ---
 
-
-def tables(result: Mapping[str, Any]) -> list[Any]:
-    """rich tables for a terminal: accuracy of every setting, the pairs, the sibling."""
-    from rich.table import Table
-
-    printed = [_accuracies(result["model"], result["cells"])]
-    if result["pairs"]:
-        table = Table(
-            "pair", "adjacent", "over the better", "room", "gain",
-            title="Pairs", caption="gain: what the pair adds to the better one, as a share of what all add",
-        )  # fmt: skip
-        for pair in result["pairs"]:
-            adjacent = {True: "yes", False: "no", None: "-"}[pair["adjacent"]]
-            table.add_row(" + ".join(pair["files"]), adjacent, *map(_text, (pair[k] for k in _GAIN)))
-        table.add_section()
-        for kind in ("adjacent", "apart"):
-            if pooled := result["pooled"][kind]:
-                table.add_row(f"{pooled['pairs']} {kind}", "", *map(_text, (pooled[k] for k in _GAIN)), style="bold")
-        printed.append(table)
-    if result["transfer"]:
-        printed.append(_accuracies(result["transfer"]["model"], result["transfer"]["cells"]))
-    return printed
-
-
 _GAIN = ("difference", "room", "gain")
 
 
-def _accuracies(model: str, cells: Mapping[str, Any]) -> Any:
-    from rich.table import Table
+def tables(result: Mapping[str, Any]) -> list[Any]:
+    """rich tables for a terminal: accuracy of every setting, the pairs, the sibling."""
+    printed = [_accuracies(result)]
+    if result["pairs"]:
+        caption = "gain: what the pair adds to the better one, as a share of what all add"
+        table = Table("pair", "adjacent", "over the better", "room", "gain", title="Pairs", caption=caption)
+        for pair in result["pairs"]:
+            adjacent = {True: "yes", False: "no", None: "-"}[pair["adjacent"]]
+            table.add_row(" + ".join(pair["files"]), adjacent, *(_text(pair[key]) for key in _GAIN))
+        table.add_section()
+        for kind in ("adjacent", "apart"):
+            if pooled := result["pooled"][kind]:
+                table.add_row(f"{pooled['pairs']} {kind}", "", *(_text(pooled[key]) for key in _GAIN), style="bold")
+        printed.append(table)
+    return [*printed, _accuracies(result["transfer"])] if result["transfer"] else printed
 
-    table = Table("vectors", "accuracy", "against base", "tokens", title=f"On {model}")
-    for name, cell in cells.items():
+
+def _accuracies(result: Mapping[str, Any]) -> Any:
+    table = Table("vectors", "accuracy", "against base", "tokens", title=f"On {result['model']}")
+    for name, cell in result["cells"].items():
         table.add_row(name, _text(cell["accuracy"]), _text(cell["against_base"]), _text(cell["tokens"], "{:.0f}"))
     return table
 
 
 def _text(interval: Sequence[float] | None, style: str = "{:.3f}") -> str:
-    if interval is None:
-        return "-"
-    mean, low, high = (style.format(number) for number in interval)
-    return f"{mean} [{low}, {high}]"
+    return "-" if interval is None else f"{style} [{style}, {style}]".format(*interval)

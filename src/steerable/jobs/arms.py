@@ -183,7 +183,7 @@ def _check_model(arm: Arm, base: Any) -> None:
     path = Path(arm.source)
     if not path.exists():
         return  # the hub's: `load` says what is wrong with it
-    with _refused(f"arm {arm.name!r}: {path} is not a loadable model folder"):
+    with refusing(f"arm {arm.name!r}: {path} is not a loadable model folder"):
         config = AutoConfig.from_pretrained(arm.source, trust_remote_code=False).get_text_config()
     mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size
     if mine != theirs:
@@ -197,18 +197,8 @@ def _check_model(arm: Arm, base: Any) -> None:
 
 
 def draw_tasks(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequence[str | Path]) -> list[Record]:
-    """The tasks of a comparison, drawn once into the folder's tasks.jsonl.
-
-    Args:
-        folder: The comparison's run folder.
-        source: Where tasks come from, as for `chains.tasks.make_tasks`.
-        limit: How many.
-        seed: Of the draw.
-        exclude: Files of tasks that must not be among them.
-
-    Raises:
-        UsageError: The tasks have no reference answers.
-    """
+    """`limit` tasks of a source (as for `make_tasks`) in the folder's tasks.jsonl, none of the files `exclude`; drawn
+    once. Raises UsageError for tasks without reference answers."""
     if source.partition(":")[0] == "llm":
         raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
     seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
@@ -230,16 +220,10 @@ def draw_tasks(folder: RunFolder, source: str, limit: int, seed: int, exclude: S
 
 
 def answer(arm: Arm, base: Loaded, job: Job, *, title: str, display: Display, keep: Path, **how: Any) -> list[Record]:
-    """One arm's chains for a job's tasks.
+    """One arm's chains for a job's tasks; the job's steering is what steers the base, where the arm is a direction.
 
-    Args:
-        arm: What answers.
-        base: The untrained model.
-        job: Tasks, samples and prompting; its steering is what steers the base, for an arm that is a direction.
-        title: What the progress bar says.
-        display: Where it is shown.
-        keep: Where finished blocks wait for the next call, if this one is killed.
-        how: Further arguments of `generate_jobs`.
+    title: of the progress bar. keep: where finished blocks wait for the next call, if this one is killed. how: further
+    arguments of `generate_jobs`.
     """
     opens = opener(arm, base)
     loaded = base if arm.kind in ("base", "direction") else opens()
@@ -288,7 +272,7 @@ def _open_adapter(load: Callable[[], Loaded], arm: Arm) -> Loaded:
 
     base = load()
     folder = Path(arm.source)
-    with _refused(f"arm {arm.name!r}: the adapter {folder} does not fit the base"):
+    with refusing(f"arm {arm.name!r}: the adapter {folder} does not fit the base"):
         model = PeftModel.from_pretrained(base.model, str(folder))
         stored, loaded = load_file(folder / _WEIGHTS), get_peft_model_state_dict(model, save_embedding_layers=False)
     if not _same(stored, loaded):
@@ -299,13 +283,13 @@ def _open_adapter(load: Callable[[], Loaded], arm: Arm) -> Loaded:
     if not hasattr(model, "merge_and_unload"):
         kind = _adapter_config(folder).get("peft_type")
         raise UsageError(f"arm {arm.name!r}: an adapter of type {kind} cannot be merged into the weights: give a LoRA")
-    with _refused(f"arm {arm.name!r}: the adapter {folder} cannot be merged"):
+    with refusing(f"arm {arm.name!r}: the adapter {folder} cannot be merged"):
         merged = model.merge_and_unload(safe_merge=True)
     return Loaded(merged.eval().requires_grad_(False), base.tokenizer)
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refusing(what: str) -> Iterator[None]:
     """Whatever a foreign file makes a library raise, as a UsageError; its warnings are silent."""
     try:
         with warnings.catch_warnings():

@@ -147,23 +147,20 @@ class Training:
     def judge(self) -> None:
         """Let the untrained model, what was trained and the controls answer the unseen tasks; a stage each."""
         s, trained = self.settings, artefact(self.settings.method)
-        for arm in arms.find_arms(s.model, {s.method: self.folder / trained}):
-            self._judge_arm(arm, [] if arm.kind == "base" else [trained])
+        compared: list[tuple[Arm, Sequence[str], tuple[int, ...]]] = [
+            (arm, () if arm.kind == "base" else (trained,), ())
+            for arm in arms.find_arms(s.model, {s.method: self.folder / trained})
+        ]
         if s.method == "bias" and s.controls:
             files = [f"controls/{name}" for name in ("shuffled.safetensors", "random.safetensors", "prefix.json")]
             self.stage("controls", [trained], "seed", files, lambda _: self._make_controls())
             token = read_json(self.folder / "controls/prefix.json")["id"]
-            for name in CONTROLS:
-                arm = Arm(name, "direction", str(self.folder / f"controls/{name}.safetensors"))
-                if name == "prefix":
-                    arm = Arm(name, "base", s.model)
-                self._judge_arm(arm, files, (token,) if name == "prefix" else ())
-
-    def _judge_arm(self, arm: Arm, inputs: Sequence[str], prefix: tuple[int, ...] = ()) -> None:
-        outputs = [chains_of(arm.name, decoding) for decoding in DECODINGS]
-        self.stage(
-            f"judge-{arm.name}", ["tasks.jsonl", *inputs], _JUDGED, outputs, partial(self.answer, arm, prefix=prefix)
-        )
+            for name in ("shuffled", "random"):
+                compared.append((Arm(name, "direction", str(self.folder / f"controls/{name}.safetensors")), files, ()))
+            compared.append((Arm("prefix", "base", s.model), files, (token,)))
+        for arm, inputs, prefix in compared:
+            outputs, work = [chains_of(arm.name, d) for d in DECODINGS], partial(self.answer, arm, prefix=prefix)
+            self.stage(f"judge-{arm.name}", ["tasks.jsonl", *inputs], _JUDGED, outputs, work)
 
     def answer(self, arm: Arm, keep: Path, prefix: tuple[int, ...] = ()) -> None:
         """Write one arm's chains on the unseen tasks, greedy and sampled, as two files of the folder.

@@ -54,7 +54,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
 
     Args:
         trained: The model and what is trained in it.
-        args: The loss as TRL's settings; see `grpo_arguments`.
+        args: TRL's settings: `LOSS`, and what varies.
         prompts: The text of each task, up to where the model begins to speak.
         tasks: The tasks, in the same order.
         reward: `(task, answer) -> (reward, reason)`.
