@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from steerable import __version__
 from steerable.cli import app
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
@@ -57,14 +58,44 @@ def test_the_table_of_commands():
 
 
 def test_every_setting_is_an_option(steerable, monkeypatch):
+    from steerable.jobs.settings import STAGES as TABLE_OF_STAGES
     from steerable.jobs.settings import Config
 
     monkeypatch.setenv("COLUMNS", "200")
-    for command in ("run", "extract"):
-        shown = steerable(command, "--help").out
-        for field in Config.model_fields:
-            assert f"--{field.replace('_', '-')} " in shown
+    options = {"run": set(Config.model_fields)} | {stage.name: {*stage.options.split()} for stage in TABLE_OF_STAGES}
+    for command, names in options.items():
+        shown = steerable(command, "-h").out
+        for field in Config.model_fields:  # a stage has those that it reads
+            assert (f"\n  --{field.replace('_', '-')} " in shown) == (field in names), (command, field)
         assert "--json" in shown and "--out" in shown
+    assert_refused(steerable("annotate", "--model", "other"), 2, "No such option: --model")
+
+
+def test_every_help_shows_an_example(steerable):
+    for command in COMMANDS:
+        shown = steerable(*command.split(), "-h").out
+        if command not in ("train", "pocket"):
+            assert f"Example: steerable {command}" in shown, command
+            assert "  --json " in shown and not any(line.rstrip().endswith(">") for line in shown.splitlines())
+
+
+def test_version_and_completion(steerable, monkeypatch):
+    assert steerable("--version").out == f"steerable {__version__}\n"
+    assert "--install-completion" in steerable("-h").out
+
+
+def test_settings_from_a_file(steerable, tmp_path):
+    """What could run code is never taken from it."""
+    file, out = tmp_path / "settings.json", tmp_path / "run"
+    file.write_text('{"limit": 0}')
+    assert_refused(steerable("run", "--config", file, "--out", out), 2, "--limit is 0: expected 1 or more")
+    assert_refused(steerable("run", "--config", file, "--limit", 3, "--seed", -1, "--out", out), 2, "--seed is -1")
+    file.write_text('{"annotator": "strangers:spans", "trust_remote_code": true}')
+    assert_refused(steerable("run", "--config", file, "--out", out), 2, "asks for --trust-remote-code")
+    file.write_text("[]")
+    assert_refused(steerable("run", "--config", file, "--out", out), 2, "holds no JSON object")
+    assert_refused(steerable("run", "--config", tmp_path / "none", "--out", out), 2, "there is no")
+    assert not out.exists()
 
 
 def test_as_a_module():
@@ -372,7 +403,7 @@ def test_out_that_is_a_link(steerable, tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "made").is_file()
 
 
-@pytest.mark.parametrize("command", ["run", "generate", "annotate", "report"])
+@pytest.mark.parametrize("command", ["run", "generate", "report"])
 def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tmp_path, command):
     copy = shutil.copytree(finished, tmp_path / "run")
     options = tiny[2:] if command == "run" else []
@@ -381,10 +412,7 @@ def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tm
     for path in finished.rglob("*"):
         assert path.is_dir() or path.read_bytes() == (copy / path.relative_to(finished)).read_bytes()
     said = steerable(command, "--out", copy, *options, "--model", tmp_path / "other", "--overwrite")
-    # it would have gone on
-    assert_refused(
-        said, 2, "--model changes nothing" if command == "annotate" else "give 'pocket', a folder or a hub name"
-    )
+    assert_refused(said, 2, "give 'pocket', a folder or a hub name")  # it would have gone on
 
 
 @pytest.mark.parametrize("command", ["train rl", "train upft", "passk", "compose {file} --tasks pocket"])

@@ -1,25 +1,94 @@
-"""The command line: a table of commands, each a public function whose signature is its options.
+"""The command line: a table of commands; each is a public function of `jobs/`, whose signature and docstring are its
+options and help.
 
-Nothing heavy is imported before a command needs it, so that `--help` answers at once. Exit codes: 0 done, 2 wrong usage
-or input, 1 anything else that failed; both with one sentence on standard error.
+A command's module, which may load torch, is imported when the command runs; its help is read from the source. Exit
+codes: 0 done, 2 wrong usage or input, 1 anything else that failed; both with one sentence on standard error.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import inspect
+import re
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from steerable.jobs.commands import job, pocket, training, vectors
+from steerable import __version__
+from steerable.jobs.settings import STAGES, Settings
+from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
-from steerable.store.text import one_line
+from steerable.store.run_folder import read_json
+from steerable.store.text import json_line, one_line
 
-# click's UsageError, wherever typer keeps it.
+
+@dataclass(frozen=True)
+class Command:
+    """A command: a function of `jobs/` as "module:function", and an example of its use.
+
+    arguments: parameters that stand on the command line without a flag. fixed: parameters that are no options, and
+    their values. settings: names of the fields that are options, of a table of settings; None: all. flags: names of
+    options that differ from the parameter's.
+    """
+
+    function: str
+    example: str
+    arguments: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    settings: str | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+    summary: str = ""
+
+
+_ONE_STAGE = {"fresh": False, "config": None, "quick": False, "paper": False}
+COMMANDS = {
+    "run": Command("main_job:run", "steerable run --quick --out runs/look", fixed={"stage": None, "fresh": True}),
+    **{
+        stage.name: Command(
+            "main_job:annotate_or_compare" if stage.name == "annotate" else "main_job:run",
+            f"steerable {stage.name} --out runs/pocket",
+            fixed={} if stage.name == "annotate" else {"stage": stage.name, **_ONE_STAGE},
+            settings=stage.options,
+            summary=f"{stage.summary}\n\nSettings that are not given are taken from the run folder's config.json.",
+        )
+        for stage in STAGES
+    },
+    "chat": Command(
+        "conversation:chat", 'steerable chat "2*w + 8 = 30" --steer runs/pocket/vectors/backtracking.safetensors',
+        ("prompt",),
+    ),
+    "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
+    "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),
+    "compose": Command("additivity:compose", "steerable compose a.safetensors b.safetensors --tasks auto", ("files",)),
+    "passk": Command(
+        "elicitation:passk", "steerable passk --arm trained=runs/rl/vectors.safetensors --samples 64",
+        flags={"arms": "--arm"},
+    ),
+    "import": Command("vector_files:import_vectors", "steerable import vector.gguf --out v.safetensors", ("file",)),
+    "export": Command(
+        "vector_files:export_vectors", "steerable export v.safetensors --to llama.cpp --out v.gguf", ("file",)
+    ),
+    "validate": Command("vector_files:validate", "steerable validate v.safetensors", ("file",)),
+    "train rl": Command("reinforcement:train_rl", "steerable train rl --steps 40 --out runs/rl"),
+    "train upft": Command("first_tokens:train_upft", "steerable train upft --out runs/upft"),
+    "pocket train": Command("pocket_figures:train", "steerable pocket train --out my-pocket"),
+    "pocket measure": Command("pocket_figures:measure", "steerable pocket measure --tasks 2 --samples 2"),
+}  # fmt: skip
+GROUPS = {
+    "train": "Vectors learned by gradient, all weights frozen; and what they are compared with.",
+    "pocket": "The bundled model: its recipe and its figures.",
+}
+#: click's UsageError, wherever typer keeps it.
 _BadCommandLine: Any = typer.BadParameter.__base__
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class _Commands(TyperGroup):
@@ -34,44 +103,171 @@ class _Commands(TyperGroup):
             ) from None
 
 
-app = typer.Typer(
-    name="steerable",
-    cls=_Commands,
-    help="Find, select, apply and measure steering vectors for reasoning language models.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+class _Panels(TyperCommand):
+    """A command whose help groups the options under headings."""
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "run": job.run,
-    **job.STAGES,
-    "chat": job.chat,
-    "probe": job.probe,
-    "lens": vectors.lens_,
-    "compose": vectors.compose,
-    "passk": training.passk,
-    "import": vectors.import_,
-    "export": vectors.export,
-    "validate": vectors.validate,
-}
-GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
-    "train": (
-        "Vectors learned by gradient, all weights frozen; and what they are compared with.",
-        {"rl": training.train_rl, "upft": training.train_upft},
-    ),
-    "pocket": (
-        "The bundled model: its recipe and its figures.",
-        {"train": pocket.pocket_train, "measure": pocket.pocket_measure},
-    ),
-}
-for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
-for _name, (_help, _functions) in GROUPS.items():
-    _group = typer.Typer(help=_help)
-    for _command, _function in _functions.items():
-        _group.command(_command)(_function)
-    app.add_typer(_group, name=_name)
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {"Common": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for name, rows in ((name, rows) for name, rows in panels.items() if rows):
+            with formatter.section(name):
+                formatter.write_dl(rows)
+
+
+def _outline(function: str) -> Callable[..., Any]:
+    """A function of `jobs/` as it is written, without its body: its module is not run, as it may load torch."""
+    module, _, name = function.partition(":")
+    spec = importlib.util.find_spec(f"steerable.jobs.{module}")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    names = {n.id for n in ast.walk(node.args) if isinstance(n, ast.Name)}
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+    for statement in imports:
+        statement.names = [alias for alias in statement.names if alias.name in names | {"annotations"}]
+    node.body, node.returns = node.body[:1], None  # the docstring
+    scope: dict[str, Any] = {}
+    tree.body = [*(statement for statement in imports if statement.names), node]
+    exec(compile(tree, spec.origin, "exec"), scope)
+    return scope[name]  # type: ignore[no-any-return]
+
+
+def _help(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """What a docstring says of a function, and of each of its arguments (the section `Args:`, as Google writes it)."""
+    text, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")
+    section = re.split(r"\n(?=\S)", rest)[0]
+    entries = re.findall(r"^ {4}\*{0,2}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return re.split(r"\n(?:Returns|Raises|Example):", text)[0], {name: one_line(about) for name, about in entries}
+
+
+def _kind(annotation: Any) -> Any:
+    """The type of an option for a parameter; several values are an option that is repeated."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kind: Any = next((kind for kind in (Path, bool, int, float, str) if kind in members), None)
+    if kind is None:
+        several = next(kind for kind in members if kind is not NoneType and get_origin(kind) is not Mapping)
+        is_tuple = get_origin(several) is tuple
+        kind = several if is_tuple else list[_kind(get_args(several)[0])]  # type: ignore[misc]
+    return kind | None if NoneType in members else kind
+
+
+def _parameter(name: str, kind: Any, default: Any, **about: Any) -> inspect.Parameter:
+    """A parameter as typer reads it."""
+    is_argument = about.pop("argument", False)
+    flags = [about.pop("flag", f"--{name.replace('_', '-')}")]
+    option = typer.Argument(**about) if is_argument else typer.Option(*flags, **about)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _settings(table: type[Settings], names: str | None) -> list[inspect.Parameter]:
+    """The fields of a table of settings as options. Not given is None: then another source may say what it is."""
+    panels = {name: panel for panel, fields in table.panels.items() for name in fields.split()}
+    order = [*panels, *(name for name in table.model_fields if name not in panels)]
+    rows = []
+    for name in order if names is None else [name for name in order if name in names.split()]:
+        about = table.model_fields[name]
+        kind = next((kind for kind in (bool, int, float) if about.annotation in (kind, kind | None)), str) | None
+        shown = False if about.default is None else str(about.default) or "none"
+        flag = {"flag": f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"} if kind == bool | None else {}
+        rows.append(
+            _parameter(
+                name, kind, None, help=about.description, show_default=shown,
+                rich_help_panel=panels.get(name, "Settings"), **flag,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _register(app: typer.Typer, name: str, command: Command) -> None:
+    outline = _outline(command.function)
+    text, about = _help(outline)
+    kinds = get_type_hints(outline, include_extras=True)
+    options, settings = [], []
+    for parameter in inspect.signature(outline).parameters.values():
+        if parameter.name in command.fixed or parameter.name == "display":
+            continue
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            settings = _settings(get_args(kinds[parameter.name])[1], command.settings)
+            continue
+        more: dict[str, Any] = {"argument": True} if parameter.name in command.arguments else {}
+        if parameter.name in command.flags:
+            more["flag"] = command.flags[parameter.name]
+        kind = kinds[parameter.name]
+        default = ... if parameter.default is parameter.empty else parameter.default
+        default = list(default) if isinstance(default, tuple) else default
+        options.append(_parameter(parameter.name, _kind(kind), default, help=about.get(parameter.name), **more))
+    options.append(
+        _parameter("as_json", bool, False, flag="--json", help="One JSON document on standard output, nothing else.")
+    )
+
+    def call(**values: Any) -> None:
+        as_json, given = values.pop("as_json"), dict(values)
+        for parameter in settings:
+            if given[parameter.name] is None:
+                del given[parameter.name]
+        module, _, function = command.function.partition(":")
+        job = getattr(importlib.import_module(f"steerable.jobs.{module}"), function)
+        with Display(quiet=as_json) as display:
+            result = job(**command.fixed, **given, display=display)
+        if as_json:
+            _print(_document(result, name))
+
+    call.__signature__ = inspect.Signature([*options, *settings])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in [*options, *settings]}
+    app.command(
+        name.split()[-1], cls=_Panels, help=command.summary or text, epilog=f"Example: {command.example}",
+        context_settings=_HELP,
+    )(call)  # fmt: skip
+
+
+def _document(result: Any, command: str) -> Any:
+    """What --json prints of a command's result: of a run folder its report, or which stage was done in it."""
+    if not isinstance(result, Path):
+        return result
+    is_stage = command in {stage.name for stage in STAGES}
+    return {"out": str(result), "stage": command} if is_stage else read_json(result / "report.json")
+
+
+def _print(document: Any) -> None:
+    sys.stdout.write(json_line(document) + "\n")
+    sys.stdout.flush()  # here, where a full disk or a closed pipe can still be answered for
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"steerable {__version__}")
+        raise typer.Exit
+
+
+def _make_app() -> typer.Typer:
+    app = typer.Typer(
+        name="steerable",
+        cls=_Commands,
+        help="Find, select, apply and measure steering vectors for reasoning language models.",
+        context_settings=_HELP,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", is_eager=True, callback=_print_version, help="The version, and nothing else."),
+        ] = False,
+    ) -> None: ...
+
+    groups = {name: typer.Typer(help=text, context_settings=_HELP) for name, text in GROUPS.items()}
+    for name, command in COMMANDS.items():
+        _register(groups.get(name.split()[0], app) if " " in name else app, name, command)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
+    return app
+
+
+app = _make_app()
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags
+from steerable.store.display import Display
 from steerable.store.errors import UsageError
 
 PROMPT = "Calculate 12 + 30."
@@ -29,7 +30,7 @@ def file(tmp_path_factory):
 
 
 def test_unsteered():
-    said = chat(PROMPT, max_new_tokens=30, quiet=True)
+    said = chat(PROMPT, max_new_tokens=30)
     assert set(said) == {"model", "prompt", "unsteered", "steered", "steering"}
     assert said["steered"] is said["steering"] is None
     assert set(said["unsteered"]) == {"thinking", "answer", "closed", "tokens"}
@@ -44,43 +45,43 @@ def test_greedy_is_what_generate_says(pocket):
     ]
     completion = Completion(new.tolist(), int(new[-1]) == model.generation_config.eos_token_id)
     wanted = split_chain(tokenizer, think_tags(tokenizer), completion)
-    said = chat(PROMPT, greedy=True, max_new_tokens=300, quiet=True)["unsteered"]
+    said = chat(PROMPT, greedy=True, max_new_tokens=300)["unsteered"]
     assert said["thinking"] == wanted["thinking"] and said["answer"] == wanted["answer"].strip()
     assert (said["closed"], said["tokens"]) == (wanted["closed"], wanted["tokens"])
 
 
 def test_steered(file):
-    said = chat(PROMPT, steer=file, strength=1, max_new_tokens=30, quiet=True)
+    said = chat(PROMPT, steer=file, strength=1, max_new_tokens=30)
     assert said["steered"]["thinking"] != said["unsteered"]["thinking"]
     assert {site: report["tokens"] > 0 for site, report in said["steering"].items()} == {
         "resid_post.2": True,
         "resid_post.3": True,
     }
-    assert list(chat(PROMPT, steer=file, layers="3", max_new_tokens=3, quiet=True)["steering"]) == ["resid_post.3"]
+    assert list(chat(PROMPT, steer=file, layers="3", max_new_tokens=3)["steering"]) == ["resid_post.3"]
 
 
 def test_strength_zero_says_the_same(file):
-    said = chat(PROMPT, steer=file, strength=0, seed=5, max_new_tokens=40, quiet=True)
+    said = chat(PROMPT, steer=file, strength=0, seed=5, max_new_tokens=40)
     assert said["steered"] == said["unsteered"]
 
 
 def test_the_seed_decides():
-    one, again, other = (chat(PROMPT, seed=seed, max_new_tokens=40, quiet=True)["unsteered"] for seed in (1, 1, 2))
+    one, again, other = (chat(PROMPT, seed=seed, max_new_tokens=40)["unsteered"] for seed in (1, 1, 2))
     assert one == again != other
 
 
 def test_without_a_prompt_the_bundled_model_gets_a_task():
-    said = chat(max_new_tokens=20, quiet=True)
+    said = chat(max_new_tokens=20)
     assert said["prompt"] and said["unsteered"]["correct"] is False  # not closed: no answer
     with pytest.raises(UsageError, match="no prompt was given"):
-        chat(model=str(models.pocket_path()), quiet=True)
+        chat(model=str(models.pocket_path()))
 
 
 @pytest.mark.parametrize("columns", ["120", "60"])
 def test_the_picture_without_a_terminal(capsys, monkeypatch, file, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    chat(PROMPT, steer=file, max_new_tokens=20, quiet=False)
+    chat(PROMPT, steer=file, max_new_tokens=20, display=Display())
     shown = capsys.readouterr().out
     assert PROMPT in shown and " unsteered " in shown and " steered " in shown and "20 tokens, not closed" in shown
     assert max(map(len, shown.splitlines())) <= int(columns)
@@ -91,12 +92,12 @@ def test_the_picture_is_coloured_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    chat(PROMPT, max_new_tokens=60)
+    chat(PROMPT, max_new_tokens=60, display=Display())
     assert "\x1b[" in capsys.readouterr().out
 
 
 def test_quiet_says_nothing(capfd):
-    chat(PROMPT, max_new_tokens=2, quiet=True)
+    chat(PROMPT, max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
 
 

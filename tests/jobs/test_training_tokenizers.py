@@ -117,7 +117,7 @@ def test_replies_that_could_not_end_are_judged_as_they_stand(tmp_path, tasks):
     model = str(folder(tmp_path / "model", **MODELS["nothing"][0]))
     with pytest.warns(SteerableWarning, match=f"{ENDLESS}.*eos_token_id in its generation_config"):
         found = passk(model, tasks=tasks, limit=8, samples=16, max_new_tokens=1, temperature=1.0, workers=1,
-                      quiet=True, out=tmp_path / "passk")  # fmt: skip
+                      out=tmp_path / "passk")  # fmt: skip
     chains = read_jsonl(tmp_path / "passk/base.jsonl")
     assert all(chain["closed"] for chain in chains)
     share = sum(chain["answer"].strip() == "7" for chain in chains) / len(chains)

@@ -55,7 +55,7 @@ def compose(
     out: str | Path = "runs/compose",
     workers: int | None = None,
     overwrite: bool = False,
-    quiet: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model.
 
@@ -76,7 +76,7 @@ def compose(
         out: The folder of the results; without --tasks a .safetensors file will do.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another model in --out be replaced; else that is refused.
-        quiet: Show no progress.
+        display: Where progress and tables are shown; default: nowhere.
 
     Returns:
         What it writes to compose.json (docs/lens.md). The sum is written to combined.safetensors.
@@ -93,6 +93,7 @@ def compose(
     if pairs not in ("all", "adjacent", "none"):
         raise UsageError(f"--pairs is {pairs!r}: expected all, adjacent or none")
     check_counts(seed, limit=limit, samples=samples, max_new_tokens=max_new_tokens)
+    display = display or Display(quiet=True)
     directions = _named(files)
     together = combine(list(directions.values()))
     layers = {name: direction.layers for name, direction in directions.items()}
@@ -104,7 +105,9 @@ def compose(
         if to is not None:
             raise UsageError("--to measures the vectors on another model: name the tasks with --tasks")
         target = Path(out) if Path(out).suffix == ".safetensors" else Path(out) / "combined.safetensors"
-        return {**about, "combined": str(together.save(target))}
+        result = {**about, "combined": str(together.save(target))}
+        display.tell(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
+        return result
     if tasks == "auto":
         tasks = "pocket" if model == "pocket" else "reasoning-gym"
     folder = RunFolder(out)
@@ -122,7 +125,7 @@ def compose(
         "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
         "system": system, "template": template, "pairs": pairs, "seed": seed,
     }  # fmt: skip
-    with folder.locked(), Display(quiet) as display:
+    with folder.locked():
         drawn = draw_tasks(folder, tasks, limit, seed, exclude)
         write_json(folder / "config.json", {"job": "compose", "model": model, **settings})
         together.save(folder / "combined.safetensors")
@@ -151,6 +154,8 @@ def compose(
             cells = {name: session.measure(f"to.{name}", d, to, sibling) for name, d in steered.items()}
             result["transfer"] = {"model": models.model_id(sibling.model) or to, "cells": _cells(cells, seed)}
         write_json(folder / "compose.json", result)
+    display.show(*tables(result))
+    display.tell(f"Written: {folder / 'compose.json'}")
     return result
 
 

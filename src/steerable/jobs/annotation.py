@@ -6,18 +6,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from steerable.chains.annotators import llm, marks, placement
+from steerable.chains.annotators import probe as probes
+from steerable.chains.annotators.stability import stable
+from steerable.chains.endpoint import Endpoint
 from steerable.chains.records import LABELS, Record, read_jsonl
 from steerable.jobs.run import open_run
 from steerable.jobs.settings import Config
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-
-if TYPE_CHECKING:
-    from steerable.chains.annotators.probe import Probe
-    from steerable.chains.endpoint import Endpoint
+from steerable.store.files import file_target
+from steerable.store.plurals import counted
 
 Spans = list[Record]
 SAMPLES = 10
@@ -55,8 +58,6 @@ def annotate(
         if config.probe is not None:
             per_chain = _by_probe(config.probe, chains, tasks, loaded, display)
         else:
-            from steerable.chains.annotators import llm
-
             per_chain, account = llm.annotate(
                 chains, endpoint(config), cache=replies, prices=config.prices, progress=display.advance
             )
@@ -70,10 +71,6 @@ def annotate(
 
 def endpoint(config: Config) -> Endpoint:
     """The language model that annotates and writes tasks."""
-    from urllib.parse import urlsplit
-
-    from steerable.chains.endpoint import Endpoint
-
     if config.llm_url and urlsplit(config.llm_url).hostname not in ("localhost", "127.0.0.1", "::1"):
         config.check_own("llm_url")
     return Endpoint(
@@ -111,9 +108,7 @@ def _checked(name: str, chain: Record, span: Any) -> Record:
 def _by_probe(
     file: Path, chains: Sequence[Record], tasks: Sequence[Record], loaded: Loaded, display: Display
 ) -> list[Spans]:
-    from steerable.chains.annotators.probe import Probe
-
-    probe = Probe.load(file)
+    probe = probes.Probe.load(file)
     if unknown := set(probe.labels) - set(LABELS):
         raise UsageError(f"the probe {file} has the label {min(unknown)!r}: a run needs the labels {', '.join(LABELS)}")
     # A cell may hold a sample twice, steered by different vectors: tell chains apart by their place.
@@ -138,8 +133,6 @@ def keep_stable(
 
     continuations: a folder that keeps what was drawn.
     """
-    from steerable.chains.annotators.stability import stable
-
     labeler = config.annotate
     if labeler is None:
         raise UsageError(
@@ -176,21 +169,52 @@ def sources(config: Config) -> list[Path]:
     if config.probe is not None:
         return [config.probe]
     if config.annotate is None:
-        from steerable.chains.annotators import llm, marks, placement
-
         return [Path(str(module.__file__)) for module in (llm, marks, placement)]
     file = inspect.getsourcefile(inspect.unwrap(config.annotate))
     return [] if file is None else [Path(file)]
 
 
-def train_probe(out: str | Path, *, layer: int | None = None, folds: int = 5, display: Display | None = None) -> Probe:
-    """A probe from the annotated extraction chains of a run folder (`chains/annotators/probe.py`)."""
-    from steerable.chains.annotators import probe
+def train_probe(
+    to: Path,
+    *,
+    out: Path = Path("runs/pocket"),
+    layer: int | None = None,
+    folds: int = 5,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train a probe on the annotated chains of a run: an annotator that costs one forward pass a chain.
 
+    Use it with --annotator probe:FILE, on this or another run of the same model.
+
+    Args:
+        to: The probe file to write (safetensors).
+        out: The run folder: everything that the run reads and writes.
+        layer: Layer whose states are read; default: cross-validated.
+        folds: Folds of the cross-validation, grouped by task.
+        display: Where progress and figures are shown; default: nowhere.
+
+    Returns:
+        `{"out", "layers", "scores"}`: the file, and how the probe does on held-out tasks.
+    """
+    file_target(to)
     run = open_run(out, display)
     chains, spans = read_jsonl(run.folder / "chains.jsonl", "chain"), read_jsonl(run.folder / "spans.jsonl", "span")
     run.display.start("reading", len(chains))
-    options: dict[str, Any] = {"layer": layer, "folds": folds, "seed": run.config.seed}
-    return probe.train_probe(
-        run.loaded, run.tasks("extraction"), chains, spans, **options, progress=run.display.advance
+    probe = probes.train_probe(
+        run.loaded,
+        run.tasks("extraction"),
+        chains,
+        spans,
+        layer=layer,
+        folds=folds,
+        seed=run.config.seed,
+        progress=run.display.advance,
     )
+    probe.save(to)
+    scores, layers = probe.scores, ", ".join(map(str, probe.layers))
+    run.display.tell(
+        f"{to}: layer {layers}, {counted(scores['sentences'], 'sentence')} of {counted(scores['tasks'], 'task')}; on "
+        f"held-out tasks accuracy {scores['accuracy']:.3f} (the most frequent label alone: {scores['majority']:.3f}), "
+        f"macro-F1 {scores['macro_f1']:.3f}, kappa {scores['kappa']:.3f}, calibration error {scores['ece']:.3f}"
+    )
+    return {"out": str(to), "layers": list(probe.layers), "scores": scores}

@@ -26,10 +26,10 @@ from steerable.evals.likelihood import perplexity, perplexity_ratio, surprisal
 from steerable.evals.metrics import loops
 from steerable.evals.passk import crossing, curve, difference, solved
 from steerable.jobs import arms as comparison
-from steerable.jobs.arms import BASE, Arm, check_arms, check_counts, draw_tasks, find_arms, fingerprint
+from steerable.jobs.arms import BASE, Arm, check_arms, check_counts, draw_tasks, find_arms, fingerprint, parse_arms
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
-from steerable.pages.passk_page import render
+from steerable.pages.passk_page import findings, render, tables
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
@@ -39,7 +39,7 @@ from steerable.store.run_folder import RunFolder, read_json, sha256, write_json
 
 def passk(
     model: str = "pocket",
-    arms: Mapping[str, str | Path] | None = None,
+    arms: Mapping[str, str | Path] | Sequence[str] = (),
     *,
     tasks: str = "auto",
     exclude: Sequence[str | Path] = (),
@@ -55,7 +55,7 @@ def passk(
     out: str | Path = "runs/passk",
     workers: int | None = None,
     overwrite: bool = False,
-    quiet: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """pass@k of a base and of what was trained from it: does training elicit or create?
 
@@ -79,7 +79,7 @@ def passk(
         out: The folder of chains, passk.json and passk.html.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another base in --out be replaced; else that is refused.
-        quiet: Show no progress.
+        display: Where progress and tables are shown; default: nowhere.
 
     Returns:
         The content of passk.json: see docs/passk.md.
@@ -94,7 +94,8 @@ def passk(
     chosen = _checked_ks(ks, samples)
     check_counts(seed, limit=limit, max_new_tokens=max_new_tokens, samples=samples)
     source = ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
-    compared = find_arms(model, arms or {})
+    compared = find_arms(model, arms if isinstance(arms, Mapping) else parse_arms(arms))
+    display = display or Display(quiet=True)
     folder = RunFolder(out)
     folder.refuse_other("passk", model, overwrite=overwrite)
     base = models.load(model)
@@ -108,7 +109,7 @@ def passk(
         "system": system, "template": template,
     }  # fmt: skip
     settings = {"tasks": source, "limit": limit, "ks": chosen, **how}
-    with folder.locked(), Display(quiet) as display:
+    with folder.locked():
         drawn = draw_tasks(folder, source, limit, seed, exclude)
         write_json(folder / "config.json", {"job": "passk", "model": model, **settings})
         job = Job(drawn, range(samples), prompting=prompting)
@@ -135,6 +136,8 @@ def passk(
         # JSON has text alone as keys: what is drawn and returned is what the file says.
         written = dict(read_json(write_json(folder / "passk.json", result)))
         write_atomic(folder / "passk.html", render(written))
+    display.show(*tables(written))
+    display.tell(*findings(written), f"The page is {(folder / 'passk.html').resolve()}")
     return written
 
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.engines.sampling import Decoding
-from steerable.jobs.training import Training, draw_tasks, open_model, opened
+from steerable.jobs.training import Training, draw_tasks, open_model, opened, tell_outcome
 from steerable.jobs.training_settings import MODEL, UPFTSettings
 from steerable.methods.train.loop import check_length
 from steerable.methods.train.parameters import Trained, artefact
@@ -31,7 +31,7 @@ def train_upft(
     workers: int | None = None,
     overwrite: bool = False,
     display: Display | None = None,
-    **settings: Any,
+    **settings: Annotated[Any, UPFTSettings],
 ) -> Path:
     """Train on the first tokens of the model's own solutions, unfiltered: no reward, minutes instead of hours.
 
@@ -67,6 +67,7 @@ def train_upft(
         inputs = ["tasks.jsonl", "solutions.jsonl"]
         work = lambda _: train_prefixes(folder.root, s, open_model(s), training.display)  # noqa: E731
         training.stage("train", inputs, _TRAINED, outputs, work)
+    tell_outcome(training)
     return training.folder.root
 
 

@@ -17,7 +17,7 @@ from steerable.evals.logit_lens import GroupScores, Unembedding, extremes, geome
 from steerable.formats import import_file
 from steerable.models import loading as models
 from steerable.models.taps import width_at
-from steerable.pages.lens_page import page
+from steerable.pages.lens_page import page, tables
 from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
@@ -67,7 +67,7 @@ def lens_file(
         dtype: The model's, e.g. float32; default: the checkpoint's.
         seed: Seed of the random vectors.
         out: Write a .json or a .html file, or both into a folder of this name.
-        display: Shows how far the chains are.
+        display: Where progress and tables are shown; default: nowhere.
 
     Returns:
         The document of `read_direction` with `file` and `persistence` (None where it was not asked for), as
@@ -79,6 +79,7 @@ def lens_file(
     Example:
         steerable lens runs/pocket/vectors/backtracking.safetensors --k 20 --out runs/lens
     """
+    display = display or Display(quiet=True)
     if out is not None:
         targets(out)  # what cannot be written is refused before anything is computed
     direction = import_file(file)
@@ -94,7 +95,6 @@ def lens_file(
         from steerable.evals.perturbation import chain_texts
         from steerable.evals.perturbation import persistence as follow
 
-        display = display or Display(quiet=True)
         chains, prompts = read
         prompting = Prompting(system, template)
         prompts = {task: prompting.text(loaded.tokenizer, prompt) for task, prompt in prompts.items()}
@@ -104,8 +104,9 @@ def lens_file(
             *loaded, direction, texts, layers=chosen.layers, longest=longest, seed=seed, progress=display.advance
         )
         document["persistence"] = {"chains": str(persistence), **followed.to_dict()}
-    if out is not None:
-        write_lens(document, out)
+    display.show(*tables(document))
+    for path in [] if out is None else write_lens(document, out):
+        display.tell(f"Written: {path}")
     return document
 
 

@@ -23,6 +23,7 @@ from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, writ
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
 from steerable.engines.pool import default_threads, torch_threads
+from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 from steerable.evals.attribution import attribute
 from steerable.evals.cells import values
 from steerable.evals.metrics import Measured
@@ -432,7 +433,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 
 
 def run(
-    out: str | Path = "runs/pocket",
+    out: Path | str = Path("runs/pocket"),
     *,
     stage: str | None = None,
     fresh: bool = True,
@@ -507,6 +508,42 @@ def run(
     if steps[-1].name == "report":
         display.tell(f"The report is {(folder / 'report.html').resolve()}")
     return folder.root
+
+
+def annotate_or_compare(
+    out: Path = Path("runs/pocket"),
+    *,
+    agreement: tuple[Path, Path] | None = None,
+    chains: Path | None = None,
+    workers: int | None = None,
+    ray: float | None = None,
+    overwrite: bool = False,
+    display: Display | None = None,
+    **settings: Annotated[Any, Config],
+) -> Path | dict[str, Any]:
+    """Do the stage `annotate` of a run, or say how far two annotations of the same chains agree.
+
+    Args:
+        out: The run folder: everything that the run reads and writes.
+        agreement: Do not annotate: compare two files of spans of the same chains.
+        chains: With --agreement: the file of the chains themselves.
+        workers: Processes that generate; default: one a core for small models. Changes no result.
+        ray: Workers are actors of a Ray cluster (RAY_ADDRESS, else here) with this many GPUs each.
+        overwrite: Let results of another model in --out be replaced; else that is refused.
+        display: Where progress and tables are shown; default: nowhere.
+        settings: The fields of `Config` that the stage reads.
+
+    Returns:
+        The run folder; with `agreement`, the figures of `measure_agreement_of_files`.
+    """
+    if agreement is not None:
+        comparison = measure_agreement_of_files(*agreement, chains)
+        (display or Display(quiet=True)).show(*agreement_tables(comparison))
+        return comparison.to_dict()
+    if chains is not None:
+        raise UsageError("--chains goes with --agreement; the stage annotates the chains of --out")
+    how: dict[str, Any] = {"workers": workers, "ray": ray, "overwrite": overwrite, "display": display}
+    return run(out, stage="annotate", fresh=False, **how, **settings)
 
 
 def _is_finished(run: Run, steps: Sequence[Stage]) -> bool:

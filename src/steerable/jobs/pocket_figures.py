@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import LABELS, STEERABLE, Record
+from steerable.chains.tasks import GYM, make_tasks
 from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
 from steerable.evals.metrics import measure as measure_chains
 from steerable.evals.passk import curve
-from steerable.models.pocket import language
+from steerable.models import loading as models
+from steerable.models.pocket import language, recipe
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
+from steerable.store.files import file_target
+from steerable.store.run_folder import write_json
 
 #: The k of pass@k.
 KS = (1, 4, 8, 32)
@@ -43,6 +50,33 @@ def _true(a: int, operator: str, b: int, c: int) -> bool:
     return {"+": a + b, "-": a - b, "*": a * b}[operator] == c
 
 
+def train(
+    out: Path = Path("pocket-model"),
+    *,
+    steps: int = 3800,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int = 0,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Train the bundled model from scratch by its recipe; a stopped training goes on from its last checkpoint.
+
+    Args:
+        out: The model folder to make.
+        steps: Optimiser steps of 32 chains.
+        seed: Seed of weights and training stream.
+        device: cpu or cuda.
+        threads: Threads; 0: as many as there are cores.
+        display: Where the training's log is shown; default: nowhere.
+    """
+    display = display or Display(quiet=True)
+    if threads:
+        torch.set_num_threads(threads)
+    recipe.train(out, steps=steps, seed=seed, device=device, progress=display.tell)
+    display.tell(f"The model is in {out}; try: steerable chat --model {out}")
+    return {"out": str(out)}
+
+
 def measure(
     model: str = "pocket",
     *,
@@ -51,18 +85,21 @@ def measure(
     deep: int | None = 64,
     seed: int = 0,
     workers: int | None = None,
+    out: Path | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Sample chains for held-out tasks of every family and measure them.
+    """Every figure of the bundled model: pass@k, behaviours, arithmetic, length, closing.
 
     Args:
-        model: "pocket" or another folder of the recipe.
-        tasks: unseen tasks a family.
-        samples: chains of each of the first ``deep`` tasks of a family; every other task gets ``FEW``. pass@k is
-            taken over the tasks that have k chains, all else over all chains.
-        deep: None gives all tasks all samples.
-        seed: of tasks and sampling.
-        workers: processes that generate; changes no result.
+        model: 'pocket' or another folder of the recipe.
+        tasks: Unseen tasks a family.
+        samples: Chains of each task of --deep; the other tasks get 4. pass@k is taken over the tasks that have k
+            chains, all else over all chains.
+        deep: Tasks a family with all samples; as many as --tasks is the full measurement.
+        seed: Seed of tasks and sampling.
+        workers: Processes that generate; default: one a core for small models. Changes no result.
+        out: Also write the figures to this JSON file.
+        display: Where progress and figures are shown; default: nowhere.
 
     Returns:
         ``figures`` of the chains, with ``model``, ``seed`` and ``megabytes`` (10^6 bytes of the model folder).
@@ -70,10 +107,8 @@ def measure(
     Raises:
         UsageError: an unknown model, fewer than one task or sample, more tasks than a family has.
     """
-    from steerable.chains.generation import Job, generate_jobs
-    from steerable.chains.tasks import GYM, make_tasks
-    from steerable.models import loading as models
-
+    if out is not None:
+        file_target(out)
     counts = (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1))
     for name, value, least in counts:
         if value is not None and value < least:
@@ -95,7 +130,11 @@ def measure(
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else None
     found = figures(asked, [chain for group in made for chain in group], loaded.tokenizer, seed)
     found = {"model": model, "seed": seed, "megabytes": None if size is None else size / 1e6, **found}
-    return {**found, "targets": targets(found)}
+    result = {**found, "targets": targets(found)}
+    if out is not None:
+        write_json(out, result)
+    display.tell(table(result))
+    return result
 
 
 @dataclass(frozen=True)

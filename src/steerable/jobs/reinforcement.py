@@ -6,13 +6,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from steerable.chains.records import write_jsonl
 from steerable.jobs import arms, launcher
-from steerable.jobs.training import Training, draw_tasks, open_model, opened
+from steerable.jobs.training import Training, draw_tasks, open_model, opened, tell_outcome
 from steerable.jobs.training_settings import MODEL, RLSettings, read_recipe
 from steerable.methods.train.loop import check_length
 from steerable.methods.train.parameters import Trained, artefact
@@ -36,7 +36,7 @@ def train_rl(
     workers: int | None = None,
     overwrite: bool = False,
     display: Display | None = None,
-    **settings: Any,
+    **settings: Annotated[Any, RLSettings],
 ) -> Path:
     """Reinforcement learning on verifiable answers: one vector a layer, or an adapter, or all weights.
 
@@ -68,6 +68,7 @@ def train_rl(
         write_json(folder / "config.json", s.to_dict())
         outputs = [artefact(s.method), "training.json"]
         training.stage("train", ["tasks.jsonl"], _TRAINED, outputs, lambda _: _train(folder, s, display))
+    tell_outcome(training)
     return training.folder.root
 
 

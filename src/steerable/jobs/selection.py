@@ -43,13 +43,16 @@ Candidate = Mapping[str, Any]
 
 
 def read_selection(path: Path) -> dict[str, dict[str, Any]]:
-    """A run's selection.json. Raises UsageError where it is not what `select` writes: its words become file names."""
-    selection = read_json(path, dict)
+    """What was chosen for each behaviour, from a run's selection.json; `missing` lists those without a vector.
+
+    Raises UsageError where it is not what `select` writes: its words become file names.
+    """
+    selection = {b: chosen for b, chosen in read_json(path, dict).items() if b != "missing"}
     if unsound := [b for b, chosen in selection.items() if not (b in STEERABLE and _is_sound(chosen))]:
         raise UsageError(f"{path} is unsound at {unsound[0]!r}: delete it and run `steerable select` again")
     if not selection:
         raise UsageError(f"{path} holds no behaviour: delete it and run `steerable select` again")
-    return dict(selection)
+    return selection
 
 
 def _is_sound(chosen: Any) -> bool:

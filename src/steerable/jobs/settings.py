@@ -330,6 +330,12 @@ class Stage:
     settings: str
     outputs: tuple[str, ...]
 
+    @property
+    def options(self) -> str:
+        """The settings that the stage reads: also those that say how its result is computed, not what it is."""
+        language_model = " llm_url llm_concurrency llm_rpm llm_tpm" if "llm_model" in self.settings else ""
+        return f"{self.settings} attention trust_remote_code{language_model}"
+
 
 def candidate_path(window: str, baseline: str, behaviour: str) -> str:
     """Where `extract` leaves a direction of all layers."""
@@ -354,8 +360,6 @@ def random_path(layer: int, k: int) -> str:
 _MODEL = "model revision dtype device quantization attention engine"
 _ANNOTATOR = "annotator llm_model llm_prices"
 _DECODING = "seed greedy max_new_tokens rows block"
-HOW = "trust_remote_code llm_url llm_concurrency llm_rpm llm_tpm"
-"""Settings of every stage that change how its result is computed and not what it is."""
 STAGES = (
     Stage(
         "tasks",

@@ -301,6 +301,13 @@ def draw_tasks(settings: TrainSettings) -> list[Record]:
     return [{**task, "split": split} for split, tasks in splits for task in tasks]
 
 
+def tell_outcome(training: Training) -> None:
+    """Say what a finished training came to, and where its report is."""
+    root = training.folder.root
+    training.display.tell(*outcome(read_json(root / "report.json")))
+    training.display.tell(f"The report is {(root / 'report.html').resolve()}")
+
+
 def outcome(report: dict[str, Any]) -> Iterator[str]:
     """A training's report in a few sentences."""
     for decoding in DECODINGS:
