@@ -13,18 +13,18 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from steerable.chains.annotators.sentence_states import Prompts, prompt_texts
 from steerable.chains.generation import request_seed
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.windows import align_chains
+from steerable.engines.base import Request
+from steerable.engines.sampling import decoding_of
+from steerable.engines.transformers import TransformersEngine
 from steerable.models.loading import Loaded, model_id, model_revision
 from steerable.steering.think import think_tags
 from steerable.store.errors import UsageError
-
-if TYPE_CHECKING:
-    from steerable.engines.sampling import Decoding
 
 Labeler = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 Progress = Callable[[int, int], None]
@@ -44,8 +44,7 @@ class Stability:
     counts: dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
-class _Boundary:
+class _Boundary(NamedTuple):
     """A span (its place in the list) of a chain, where it starts, and the tokens before it."""
 
     span: int
@@ -74,16 +73,21 @@ def stable(
 ) -> Stability:
     """Filter spans by re-sampling their boundaries with the model that wrote the chains.
 
-    prompts: task records, or each task's text after the chat template. labeler: the annotator that made the spans; it
-    reads the chain up to the boundary with the continuation behind it, and the label at the continuation's first
-    visible character counts (none: disagreement). labels: test spans of these alone; default all. temperature: default
-    what the model's `generation_config` samples with, 1 where it is greedy. max_new_tokens should reach to the next
-    boundary. A continuation ends where the think block does. rows: sequences computed together; block: boundaries in
-    one piece of work. keep: a folder that takes every finished block and gives it back to a later call with the
-    same model, texts and settings; another labeler or threshold may use the same continuations.
+    Args:
+        prompts: task records, or each task's text after the chat template.
+        labeler: the annotator that made the spans; it reads the chain up to the boundary with the continuation behind
+            it, and the label at the continuation's first visible character counts (none: disagreement).
+        labels: test spans of these alone; default all.
+        temperature: default what the model's `generation_config` samples with, 1 where it is greedy.
+        max_new_tokens: should reach to the next boundary. A continuation ends where the think block does.
+        rows: sequences computed together. block: boundaries in one piece of work.
+        keep: a folder that takes every finished block and gives it back to a later call with the same model, texts and
+            settings; another labeler or threshold may use the same continuations.
 
-    A draw depends on the seed, the task, the sample, the boundary and its own number. UsageError for spans of a chain
-    that is not given, spans beyond their text, and settings out of range.
+    A draw depends on the seed, the task, the sample, the boundary and its own number.
+
+    Raises:
+        UsageError: spans of a chain that is not given, spans beyond their text, settings out of range.
     """
     if samples < 1 or block < 1 or not 0 <= threshold <= 1:
         raise UsageError(
@@ -91,25 +95,43 @@ def stable(
         )
     if temperature is not None and temperature <= 0:
         raise UsageError(f"temperature is {temperature}: continuations must be sampled, expected more than 0")
-    from steerable.engines.sampling import decoding_of
-
     decoding = decoding_of(loaded.model, greedy=False)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
     tested = [i for i, span in enumerate(spans) if labels is None or span["label"] in labels]
     boundaries = _boundaries(loaded, prompts, chains, spans, tested)
     shares: dict[int, float] = {}
-    for start in range(0, len(boundaries), block):
-        part = boundaries[start : start + block]
-        texts = _continuations(
-            loaded, part, decoding, samples=samples, max_new_tokens=max_new_tokens, seed=seed, rows=rows, keep=keep,
-            progress=progress,
-        )  # fmt: skip
-        for boundary, drawn in zip(part, texts, strict=True):
-            label = spans[boundary.span]["label"]
-            known = {text: label_after(boundary.chain, boundary.start, text, labeler) for text in set(drawn)}
-            shares[boundary.span] = sum(known[text] == label for text in drawn) / samples
-    return _sorted(spans, set(tested), shares, threshold)
+    for first in range(0, len(boundaries), block):
+        part = boundaries[first : first + block]
+        requests = [
+            Request(b.ids, request_seed(seed, f"{b.chain['task_id']}/{b.chain['sample']}/{b.start}", n), (), decoding)
+            for b in part
+            for n in range(samples)
+        ]
+        texts = _continuations(loaded, requests, max_new_tokens, rows, keep, progress)
+        for k, boundary in enumerate(part):
+            label, drawn = spans[boundary.span]["label"], texts[k * samples : (k + 1) * samples]
+            read = {text: label_after(boundary.chain, boundary.start, text, labeler) for text in set(drawn)}
+            shares[boundary.span] = sum(read[text] == label for text in drawn) / samples
+    kept: list[Record] = []
+    dropped: list[Record] = []
+    by_label: dict[str, list[float]] = {}
+    for i, span in enumerate(spans):
+        if i in shares:
+            # A share of 8 in 10 must reach 0.8, whatever the rounding.
+            (kept if shares[i] >= threshold - 1e-9 else dropped).append({**span, "stability": shares[i]})
+            by_label.setdefault(span["label"], []).append(shares[i])
+        elif labels is not None and span["label"] not in labels:
+            kept.append(dict(span))
+    counts = {
+        label: {
+            "tested": len(group),
+            "kept": sum(share >= threshold - 1e-9 for share in group),
+            "stability": sum(group) / len(group),
+        }
+        for label, group in sorted(by_label.items())
+    }
+    return Stability(kept, dropped, len(tested) - len(shares), counts)
 
 
 def label_after(chain: Mapping[str, Any], start: int, continuation: str, labeler: Labeler) -> str | None:
@@ -119,8 +141,8 @@ def label_after(chain: Mapping[str, Any], start: int, continuation: str, labeler
     if not continuation:
         return None
     other = {key: value for key, value in chain.items() if key not in ("ids", "prompt_ids")}  # it has other tokens
-    found = labeler({**other, "thinking": chain["thinking"][:start] + continuation})
-    return next((str(span["label"]) for span in found if span["start"] <= start < span["end"]), None)
+    spans = labeler({**other, "thinking": chain["thinking"][:start] + continuation})
+    return next((str(span["label"]) for span in spans if span["start"] <= start < span["end"]), None)
 
 
 def _boundaries(
@@ -133,92 +155,49 @@ def _boundaries(
     """In the order of the chains, then of the text. The prefix is the chain's own tokens before the one that brings the
     span's first character: what the model had before it when it wrote the span."""
     texts = prompt_texts(loaded.tokenizer, prompts)
-    of_chain: dict[tuple[str, int], list[int]] = {}
+    by_chain: dict[tuple[str, int], list[int]] = {}
     for i in tested:
-        of_chain.setdefault((spans[i]["task_id"], spans[i]["sample"]), []).append(i)
-    named = []
+        by_chain.setdefault((spans[i]["task_id"], spans[i]["sample"]), []).append(i)
+    marked = []
     for chain in chains:
-        own = of_chain.pop((chain["task_id"], chain["sample"]), [])
-        for i in own:
+        numbers = by_chain.pop((chain["task_id"], chain["sample"]), [])
+        for i in numbers:
             if not 0 <= spans[i]["start"] < spans[i]["end"] <= len(chain["thinking"]):
                 raise UsageError(f"a span of task {chain['task_id']!r} reaches beyond its text: {dict(spans[i])}")
         # The label says which span it is: one without tokens gets no token range.
-        named.append([{"label": str(i), "start": spans[i]["start"], "end": spans[i]["end"]} for i in own])
-    if of_chain:
-        task, sample = next(iter(of_chain))
+        marked.append([{"label": str(i), "start": spans[i]["start"], "end": spans[i]["end"]} for i in numbers])
+    if by_chain:
+        task, sample = next(iter(by_chain))
         raise UsageError(f"there are spans of task {task!r}, sample {sample}, but no such chain")
     return [
         _Boundary(int(span.label), chain, spans[int(span.label)]["start"], aligned.ids[: span.start])
-        for chain, aligned in zip(chains, align_chains(loaded.tokenizer, texts, chains, named), strict=True)
+        for chain, aligned in zip(chains, align_chains(loaded.tokenizer, texts, chains, marked), strict=True)
         for span in aligned.spans
     ]
 
 
 def _continuations(
     loaded: Loaded,
-    boundaries: Sequence[_Boundary],
-    decoding: Decoding,
-    *,
-    samples: int,
+    requests: Sequence[Request],
     max_new_tokens: int,
-    seed: int,
     rows: int,
     keep: Path | None,
     progress: Progress | None,
-) -> list[list[str]]:
-    """What the model thinks next at each boundary, `samples` times."""
-    from steerable.engines.base import Request
-    from steerable.engines.transformers import TransformersEngine
-
+) -> list[str]:
+    """What the model thinks next at each boundary, from the folder where it was drawn before."""
     model, tokenizer = loaded
-    requests = []
-    for b in boundaries:
-        name = f"{b.chain['task_id']}/{b.chain['sample']}/{b.start}"
-        requests += [Request(b.ids, request_seed(seed, name, n), (), decoding) for n in range(samples)]
-    file = None if keep is None else keep / f"{_hash(loaded, requests, decoding, max_new_tokens)}.jsonl"
+    about = [model_id(model), model_revision(model), str(model.dtype)], max_new_tokens
+    asked = [[list(r.prompt_ids), r.seed, r.decoding and asdict(r.decoding)] for r in requests]
+    name = hashlib.sha256(json.dumps([*about, asked]).encode()).hexdigest()[:32]
+    file = None if keep is None else keep / f"{name}.jsonl"
     if file is not None and file.exists():
         if progress is not None:
             progress(len(requests), 0)
-        return [record["continuations"] for record in read_jsonl(file)]
-    completions = TransformersEngine(model, tokenizer, rows=rows).generate(
-        requests, max_new_tokens=max_new_tokens, progress=progress
-    )
+        return [record["thinking"] for record in read_jsonl(file)]
+    engine = TransformersEngine(model, tokenizer, rows=rows)
+    completions = engine.generate(requests, max_new_tokens=max_new_tokens, progress=progress)
     inside = replace(think_tags(tokenizer), opened_by_template=True)  # the prefix has opened the think block
     texts = [inside.split(tokenizer, c.ids[:-1] if c.finished else c.ids).thinking for c in completions]
-    drawn = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     if file is not None:
-        keys = [{"task_id": b.chain["task_id"], "sample": b.chain["sample"], "start": b.start} for b in boundaries]
-        write_jsonl(file, [key | {"continuations": own} for key, own in zip(keys, drawn, strict=True)])
-    return drawn
-
-
-def _hash(loaded: Loaded, requests: Sequence[Any], decoding: Decoding, max_new_tokens: int) -> str:
-    """Of all that the continuations depend on."""
-    model = model_id(loaded.model), model_revision(loaded.model), str(loaded.model.dtype)
-    asked = [[list(request.prompt_ids), request.seed] for request in requests]
-    text = json.dumps([model, asdict(decoding), max_new_tokens, asked])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _sorted(
-    spans: Sequence[Mapping[str, Any]], tested: set[int], shares: Mapping[int, float], threshold: float
-) -> Stability:
-    kept: list[Record] = []
-    dropped: list[Record] = []
-    groups: dict[str, list[float]] = {}
-    for i, span in enumerate(spans):
-        if i not in tested:
-            kept.append(dict(span))
-        elif i in shares:
-            # A share of 8 in 10 must reach 0.8, whatever the rounding.
-            (kept if shares[i] >= threshold - 1e-9 else dropped).append({**span, "stability": shares[i]})
-            groups.setdefault(span["label"], []).append(shares[i])
-    counts = {
-        label: {
-            "tested": len(found),
-            "kept": sum(share >= threshold - 1e-9 for share in found),
-            "stability": sum(found) / len(found),
-        }
-        for label, found in sorted(groups.items())
-    }
-    return Stability(kept, dropped, len(tested) - len(shares), counts)
+        write_jsonl(file, [{"thinking": text} for text in texts])
+    return texts
