@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from steerable.chains.annotators.placement import place
+from steerable.chains.annotators.placement import place_pieces
 from steerable.chains.records import LABELS
 
 _BRACKET = re.compile(r"\\?\[([^\[\]\n]{1,60})\]")
@@ -84,7 +84,7 @@ def parse(reply: str, thinking: str, labels: Sequence[str] = LABELS, *, truncate
         truncated = len(known) > 2 and all(segment.closed for segment in known[:-1])
     used = [segment for segment in segments if not (truncated and segment is cut)]
     broken = _broken_mark(labels)
-    places = place([s.text for s in used], thinking, [s.kind for s in used])
+    places = place_pieces([s.text for s in used], thinking, [s.kind for s in used])
     spans, mended, lost = [], 0, 0
     for segment, found in zip(used, places, strict=True):
         if not segment.known:
