@@ -14,7 +14,6 @@ from markupsafe import Markup
 from steerable.pages import words
 from steerable.pages.figures import Panel, Point, Scale, Series, curves, nice_scale, step_scale
 from steerable.pages.html import render
-from steerable.pages.words import Table
 from steerable.store.plurals import plural
 
 Document = Mapping[str, Any]
@@ -66,17 +65,55 @@ def tables(document: Document, score: str = "cosine", norm: bool = False) -> lis
         norm: Whether they are scored through the final norm; the published tables have the cosine without it.
     """
     way = f"{score}, {'with' if norm else 'without'} the final norm"
+    vectors, names, random = document["vectors"], list(document["groups"]), document["random"]["groups"]
+    tokens, aucs = [], []
+    for vector in vectors:
+        reading, share = reading_of(vector["tokens"], score, norm), vector["relative_norm"]
+        ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
+        size = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
+        tokens.append([vector["name"], size, *ends])
+        cells = [reading_of(vector["groups"], score, norm, name) for name in names]
+        aucs.append([vector["name"], *(f"{c['auc']:.2f}{'*' * bool(c['beyond'])}" if c else "-" for c in cells)])
+    bounds = [reading_of(random, score, norm, name) for name in names]
+    for end, label in enumerate(("random, low", "random, high")):
+        aucs.append([label, *(f"{b['auc'][end]:.2f}" if b else "-" for b in bounds)])
+    aucs.append(["tokens", *(str(group["tokens"]) for group in document["groups"].values())])
     caption = "0.5: no different from other tokens; *: beyond 95 % of random vectors, as one in 20 is by chance"
     made = [
-        words.printed(_token_table(document, score, norm), f"Tokens by {way}"),
-        words.printed(_auc_table(document, score, norm), f"Token groups, AUC by {way}", caption),
-        words.printed(_shape_table(document), "The vectors beside one another"),
+        words.printed(f"Tokens by {way}", ["vector", "norm", "most", "least"], tokens),
+        words.printed(f"Token groups, AUC by {way}", ["vector", *names], aucs, caption),
+        words.printed("The vectors beside one another", ["", ""], _shape(document).items()),
     ]
     if followed := document.get("persistence"):
-        size = f"{followed['tokens']:,} tokens of {followed['texts']} {plural(followed['texts'], 'text')}"
+        caption = f"{followed['tokens']:,} tokens of {followed['texts']} {plural(followed['texts'], 'text')}"
+        kinds = [("", followed), (" random", followed["random"])]
         for name in ("diff_diff", "diff_vector"):
-            made.append(words.printed(_persistence_table(followed, name), ": ".join(PERSISTENCE[name]), size))
+            # Rows: the layer whose vector is added; columns: the layer behind which the shift is read.
+            rows = [
+                [f"{source}{kind}", *("" if value is None else f"{value:.2f}" for value in values[name][i])]
+                for i, source in enumerate(followed["sources"])
+                for kind, values in kinds
+                if values
+            ]
+            head = ["added at", *map(str, range(len(rows[0]) - 1))]
+            made.append(words.printed(": ".join(PERSISTENCE[name]), head, rows, caption))
     return made
+
+
+def _shape(document: Document) -> dict[str, str]:
+    """How the vectors lie to one another, for the terminal."""
+    rank, random, beyond = document["stable_rank"], document["random_stable_rank"], document["beyond_random"]
+    matrix, shape = document["cosines"]["matrix"], {}
+    if rank is not None:
+        beside = f" (random vectors of these norms: {random[0]:.2f} to {random[1]:.2f})" if random else ""
+        shape["stable rank"] = f"{rank:.2f} of at most {len(document['vectors'])}{beside}"
+    shape["singular values"] = "  ".join(f"{s:.3g}" for s in document["singular_values"])
+    if neighbours := [row[i + 1] for i, row in enumerate(matrix[:-1]) if row[i + 1] is not None]:
+        shape["cosine with the next one"] = "  ".join(f"{cosine:.2f}" for cosine in neighbours)
+        shape["|cosine| of random vectors"] = f"below {document['cosines']['random']:.2f} in 95 %"
+    chance = f"by chance {beyond['cells'] / 20:.0f}"
+    shape["groups beyond random"] = f"{beyond['outside']} of {beyond['cells']}, {chance}"
+    return shape | ({"not in the stream": ", ".join(document["skipped"])} if document["skipped"] else {})
 
 
 def reading_of(readings: Sequence[Mapping[str, Any]], score: str, norm: bool, group: str = "") -> Any:
@@ -93,9 +130,6 @@ def _headline(document: Document) -> str:
         return "One vector."
     beside = f"; random vectors of these norms have {random[0]:.2f} to {random[1]:.2f}" if random else ""
     return f"{count} vectors, stable rank {rank:.2f}{beside}."
-
-
-# --- figures ---
 
 
 def _short_names(document: Document) -> list[str]:
@@ -159,62 +193,3 @@ def _shape_panels(document: Document) -> list[Panel]:
         figure = curves(series, x, nice_scale(values), label="Singular values of the vectors", height=150)
         panels.append(Panel("Singular values", figure, _headline(document)))
     return panels
-
-
-# --- tables ---
-
-
-def _token_table(document: Document, score: str, norm: bool) -> Table:
-    rows = []
-    for vector in document["vectors"]:
-        reading = reading_of(vector["tokens"], score, norm)
-        ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
-        share = vector["relative_norm"]
-        norm_text = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
-        rows.append([vector["name"], norm_text, *ends])
-    return Table(["vector", "norm", "most", "least"], rows)
-
-
-def _auc_table(document: Document, score: str, norm: bool) -> Table:
-    """The AUC of every group, with a star beyond 95 % of random vectors."""
-    names = list(document["groups"])
-    rows = []
-    for vector in document["vectors"]:
-        cells = [reading_of(vector["groups"], score, norm, name) for name in names]
-        aucs = [f"{c['auc']:.2f}{'*' * c['beyond']}" if c and c["auc"] is not None else "-" for c in cells]
-        rows.append([vector["name"], *aucs])
-    bounds = [reading_of(document["random"]["groups"], score, norm, name) for name in names]
-    for end, label in enumerate(("random, low", "random, high")):
-        lows = [b["auc"][end] if b else None for b in bounds]
-        rows.append([label, *("-" if low is None else f"{low:.2f}" for low in lows)])
-    rows.append(["tokens", *(str(group["tokens"]) for group in document["groups"].values())])
-    return Table(["vector", *names], rows)
-
-
-def _shape_table(document: Document) -> Table:
-    rank, random = document["stable_rank"], document["random_stable_rank"]
-    rows = []
-    if rank is not None:
-        beside = f" (random vectors of these norms: {random[0]:.2f} to {random[1]:.2f})" if random else ""
-        rows.append(["stable rank", f"{rank:.2f} of at most {len(document['vectors'])}{beside}"])
-    rows.append(["singular values", "  ".join(f"{s:.3g}" for s in document["singular_values"])])
-    matrix = document["cosines"]["matrix"]
-    neighbours = [row[i + 1] for i, row in enumerate(matrix[:-1]) if row[i + 1] is not None]
-    if neighbours:
-        rows.append(["cosine with the next one", "  ".join(f"{c:.2f}" for c in neighbours)])
-        rows.append(["|cosine| of random vectors", f"below {document['cosines']['random']:.2f} in 95 %"])
-    beyond = document["beyond_random"]
-    chance = f"{beyond['outside']} of {beyond['cells']}, by chance {beyond['cells'] / 20:.0f}"
-    rows.append(["groups beyond random", chance])
-    rows += [["not in the stream", ", ".join(document["skipped"])]] if document["skipped"] else []
-    return Table(["", ""], rows)
-
-
-def _persistence_table(followed: Mapping[str, Any], name: str) -> Table:
-    """Rows: the layer whose vector is added; columns: the layer behind which the shift is read."""
-    rows = []
-    for i, source in enumerate(followed["sources"]):
-        for kind, values in (("", followed), (" random", followed["random"])):
-            if values:
-                rows.append([f"{source}{kind}", *("" if v is None else f"{v:.2f}" for v in values[name][i])])
-    return Table(["added at", *map(str, range(len(rows[0]) - 1))], rows)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from steerable.pages import words
 from steerable.pages.cells import metrics_of
 from steerable.pages.figures import SHAPES, Point, Scale, Series, curves, nice_scale, share_scale
 from steerable.pages.html import render as render_template
-from steerable.pages.words import Interval, Table
+from steerable.pages.words import Interval
 
 Result = Mapping[str, Any]
 _HUES = ("hue-2", "hue-5", "hue-3", "hue-4", "hue-0", "hue-1")
@@ -25,42 +26,44 @@ def render(result: Result) -> str:
     signs = {_BASE: ("unsteered", "circle")}
     for place, name in enumerate(trained):
         signs[name] = f"slim {_HUES[place % len(_HUES)]}", SHAPES[(place + 1) % len(SHAPES)]
+    gaps = {f"{name} - base": arm["against_base"]["difference"] for name, arm in trained.items()}
+    label = "Difference of pass@k to the base against k"
     return render_template(
         "passk.html",
-        model=result["model"],
-        settings=result["settings"],
-        versions=result["versions"],
-        arms=arms,
+        result=result,
+        trained=trained,
+        heads=["", *(f"k = {k}" for k in result["settings"]["ks"])],
         metrics=metrics_of(result, arms.values()),
-        tasks=len(arms[_BASE]["counts"]),
         findings=findings(result),
         legend=[(name, *sign) for name, sign in signs.items()],
         curves=_curves(result, {name: arm["passk"] for name, arm in arms.items()}, signs, "pass@k against k"),
-        differences=_curves(
-            result,
-            {name: arm["against_base"]["difference"] for name, arm in trained.items()},
-            signs,
-            "Difference of pass@k to the base against k",
-            floor=None,
-            against=" - base",
-        ),
-        pass_table=_pass_table(result),
-        difference_table=_difference_table(result),
-        solved=_solved_table(result),
-        surprise=_perplexity_table(result),
+        differences=_curves(result, gaps, signs, label, floor=None) if trained else None,
     )
 
 
 def tables(result: Result) -> list[Any]:
-    """The same numbers as tables of rich, for a terminal; where there are more k than arms, with a row for each k."""
-    surprise = _perplexity_table(result)
-    titled = {
-        "pass@k": _turned(_pass_table(result)),
-        "difference to the base, in points": _turned(_difference_table(result)),
-        "tasks solved at least once": _solved_table(result),
-        "perplexity under the base": Table(surprise.head[:4], [row[:4] for row in surprise.rows]),
-    }
-    return [words.printed(table, title) for title, table in titled.items() if table.rows]
+    """The same numbers as tables of rich, for a terminal; there are more k than arms, so each k has a row."""
+    arms, trained, ks = result["arms"], _trained(result), result["settings"]["ks"]
+    passes = [[f"k = {k}", *(_share(arm["passk"][str(k)]) for arm in arms.values())] for k in ks]
+    surprise = [[name, str(arm["solved"]), _ratio(arm["perplexity"]["correct"])] for name, arm in arms.items()]
+    for row, arm in zip(surprise, arms.values(), strict=True):
+        row.append(_ratio(arm["against_base"]["perplexity_ratio"]["correct"]) if "against_base" in arm else "")
+    made = [words.printed("pass@k", ["", *arms], passes)]
+    if trained:
+        beside = {name: arm["against_base"] for name, arm in trained.items()}
+        gaps = [
+            [f"k = {k}", *(words.change(b["difference"][str(k)], "share", "") for b in beside.values())] for k in ks
+        ]
+        counts = [(n, len(b["created"]), len(b["lost"]), b["both"], b["neither"]) for n, b in beside.items()]
+        head = ["", "by the arm alone", "by the base alone", "by both", "by neither"]
+        made.append(words.printed("difference to the base, in points", ["", *trained], gaps))
+        made.append(words.printed("tasks solved at least once", head, (list(map(str, row)) for row in counts)))
+    head = ["", "tasks solved", "right solutions", "× the base's"]
+    return [*made, words.printed("perplexity under the base", head, surprise)]
+
+
+_share = partial(words.with_interval, unit="share")
+_ratio = partial(words.with_interval, unit="ratio")
 
 
 def findings(result: Result) -> list[str]:
@@ -77,68 +80,24 @@ def _trained(result: Result) -> dict[str, Any]:
     return {name: arm for name, arm in result["arms"].items() if name != _BASE}
 
 
-def _turned(table: Table) -> Table:
-    head, *rows = zip(table.head, *table.rows, strict=True)
-    return Table(head, rows if table.rows else [])
-
-
-def _by_k(result: Result, by_arm: Mapping[str, Mapping[str, Any]], write: Callable[[Any], str]) -> Table:
-    ks = result["settings"]["ks"]
-    rows = [[name, *(write(values[str(k)]) for k in ks)] for name, values in by_arm.items()]
-    return Table(["", *(f"k = {k}" for k in ks)], rows)
-
-
-def _pass_table(result: Result) -> Table:
-    by_arm = {name: arm["passk"] for name, arm in result["arms"].items()}
-    return _by_k(result, by_arm, lambda read: words.with_interval(read, "share"))
-
-
-def _difference_table(result: Result) -> Table:
-    by_arm = {name: arm["against_base"]["difference"] for name, arm in _trained(result).items()}
-    return _by_k(result, by_arm, lambda read: words.change(read, "share", points=""))
-
-
-def _solved_table(result: Result) -> Table:
-    rows = []
-    for name, arm in _trained(result).items():
-        beside = arm["against_base"]
-        counts = (len(beside["created"]), len(beside["lost"]), beside["both"], beside["neither"])
-        rows.append([name, *map(str, counts)])
-    return Table(["", "by the arm alone", "by the base alone", "by both", "by neither"], rows)
-
-
-def _perplexity_table(result: Result) -> Table:
-    rows = []
-    for name, arm in result["arms"].items():
-        beside = arm.get("against_base")
-        row = [name, str(arm["solved"])]
-        for which in ("correct", "all"):
-            row.append(words.with_interval(arm["perplexity"][which], "ratio"))
-            row.append(words.with_interval(beside["perplexity_ratio"][which], "ratio") if beside else "")
-        rows.append([*row, words.with_interval(beside["perplexity_created"], "ratio") if beside else ""])
-    head = ["", "tasks solved", "right solutions", "× the base's", "all solutions", "× the base's"]
-    return Table([*head, "right ones of tasks that the base never solved"], rows)
-
-
 def _curves(
     result: Result,
     by_arm: Mapping[str, Mapping[str, Sequence[float]]],
     signs: Mapping[str, tuple[str, str]],
     label: str,
     floor: float | None = 0.0,
-    against: str = "",
-) -> Markup | None:
+) -> Markup:
     """One line with its band an arm, against log2 k with a margin for the outermost markers."""
     series, ends = [], [0.0]
     for name, values in by_arm.items():
-        points = []
-        for k in result["settings"]["ks"]:
-            read = Interval(*values[str(k)])
-            points.append(Point(math.log2(k), *read, f"{name}{against}, k = {k}: {words.with_interval(read, 'share')}"))
-            ends += [read.low, read.high]
-        series.append(Series(name, signs[name][0], points, signs[name][1], band=True, whiskers=False))
-    if not series:
-        return None
+        reads = {k: Interval(*values[str(k)]) for k in result["settings"]["ks"]}
+        ends += [end for read in reads.values() for end in (read.low, read.high)]
+        points = [
+            Point(math.log2(k), *read, f"{name}, k = {k}: {words.with_interval(read, 'share')}")
+            for k, read in reads.items()
+        ]
+        css, marker = signs[name.removesuffix(" - base")]
+        series.append(Series(name, css, points, marker, band=True, whiskers=False))
     places = [math.log2(k) for k in result["settings"]["ks"]]
     pad = 0.05 * ((places[-1] - places[0]) or 1)
     ticks = places if len(places) < 8 else places[::2]

@@ -35,24 +35,16 @@ class Interval(NamedTuple):
         return cls(*map(float, value))
 
 
-class Table(NamedTuple):
-    """Column names, rows of words (the first is the row's name), and the places of the rows to set off."""
+def printed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Any:
+    """A table for a terminal, as rich prints it; the first cell of a row is its name."""
+    from rich.table import Table
 
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[int] = frozenset()
-
-
-def printed(table: Table, title: str, caption: str | None = None) -> Any:
-    """The table for a terminal, as rich prints it."""
-    from rich.table import Table as RichTable
-
-    made = RichTable(title=title, caption=caption, title_justify="left", show_header=any(table.head))
-    for place, column in enumerate(table.head):
-        made.add_column(column, overflow="fold", no_wrap=place == 0)
-    for row in table.rows:
-        made.add_row(*row)
-    return made
+    table = Table(title=title, caption=caption, title_justify="left", show_header=any(head))
+    for place, column in enumerate(head):
+        table.add_column(column, overflow="fold", no_wrap=place == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def short(label: str) -> str:
