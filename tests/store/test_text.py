@@ -134,8 +134,7 @@ def test_pages(finished):
 
 
 def test_the_lens_page(finished):
-    from steerable.jobs.lens_files import lens_file
-
+    from steerable.jobs.lens_job import lens_file
     from steerable.pages.lens_page import page
 
     document = json.loads(json.dumps(lens_file(finished / "vectors/backtracking.safetensors")))

@@ -73,10 +73,10 @@ def tables(document: Document, score: str = "cosine", norm: bool = False) -> lis
         size = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
         tokens.append([vector["name"], size, *ends])
         cells = [reading_of(vector["groups"], score, norm, name) for name in names]
-        aucs.append([vector["name"], *(f"{c['auc']:.2f}{'*' * bool(c['beyond'])}" if c else "-" for c in cells)])
+        aucs.append([vector["name"], *(words.fixed(c["auc"]) + "*" * bool(c["beyond"]) if c else "-" for c in cells)])
     bounds = [reading_of(random, score, norm, name) for name in names]
     for end, label in enumerate(("random, low", "random, high")):
-        aucs.append([label, *(f"{b['auc'][end]:.2f}" if b else "-" for b in bounds)])
+        aucs.append([label, *(words.fixed(b["auc"][end]) if b else "-" for b in bounds)])
     aucs.append(["tokens", *(str(group["tokens"]) for group in document["groups"].values())])
     caption = "0.5: no different from other tokens; *: beyond 95 % of random vectors, as one in 20 is by chance"
     made = [
