@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from threading import get_ident
 from typing import Any
 
@@ -122,6 +123,7 @@ class Taps:
             check_site(model, site)
         # in order of computation, so that an edit is seen by the sites after it
         self.model, self.taps = model, dict(sorted(taps.items()))
+        self._family, self._base = models.family(model), models.base(model)
         self._hooks: dict[Site, tuple[nn.Module, list[Hook]]] = {}
 
     def __enter__(self) -> Taps:
@@ -142,7 +144,7 @@ class Taps:
     def refresh(self) -> None:
         """Follow modules that were exchanged since: an adapter that is merged takes its wrappers, and the hooks on
         them, out of the model."""
-        family, blocks = models.family(self.model), list(models.blocks(self.model))
+        family, blocks = self._family, attrgetter(self._family.blocks)(self._base)
         for site, fn in self.taps.items():
             module, hooks = self._hooks.get(site, (None, []))
             now = _module(family, blocks[site.layer], site.kind) if site.layer < len(blocks) else None

@@ -470,10 +470,12 @@ class _SteeredSite:
                 raise SteerableError(
                     f"steering was told of {tuple(here.mask.shape)} tokens, {self.site} sees {tuple(h.shape[:2])}"
                 )
+            if here.is_shut:
+                continue
             new, lost = step.run(new, here, current.position(h.device))
             taken = lost if taken is None else taken if lost is None else taken + lost
             chosen.append(here)
-        if not in_backward():
+        if chosen and not in_backward():
             self._measure(chosen, h, new, taken)
         return new
 

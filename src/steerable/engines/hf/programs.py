@@ -141,16 +141,17 @@ class Passing:
 @dataclass
 class Chosen:
     """mask: [B, T] where something is done; None: everywhere. factor: [B, T] of the strength; None: 1. touched: [B, T]
-    of tokens that count as touched; None: all. count: how many those are."""
+    of tokens that count as touched; None: all. count: how many those are. is_shut: it is known that nothing is done."""
 
     mask: Tensor | None
     factor: Tensor | None
     touched: Tensor | None
     count: int | Tensor
+    is_shut: bool = False
 
     def to(self, device: torch.device) -> Chosen:
         mask, factor, touched = (None if x is None else x.to(device) for x in (self.mask, self.factor, self.touched))
-        return Chosen(mask, factor, touched, self.count)
+        return Chosen(mask, factor, touched, self.count, self.is_shut)
 
 
 @dataclass(eq=False)
@@ -188,7 +189,11 @@ class Window:
             on = self.on[:, None].expand(current.rows, current.length)
             touched = on if touched is None else touched & on.to(touched.device)
         count = current.rows * current.length if touched is None else touched.sum()
-        return Chosen(mask, factor, touched, count)
+        is_shut = False
+        if mask is not None and mask.device.type == "cpu":  # elsewhere the question would wait for the device
+            is_shut = not bool(mask.any())
+            mask = None if bool(mask.all()) else mask
+        return Chosen(mask, factor, touched, count, is_shut)
 
 
 def _by_row(choices: list[Tensor], number: Tensor) -> Tensor:
