@@ -355,3 +355,8 @@ def width(model: nn.Module) -> int:
 def vocabulary(model: nn.Module) -> int:
     """Number of token ids that the model embeds."""
     return int(text_config(model).vocab_size)
+
+
+def n_heads(model: nn.Module) -> int:
+    """Number of attention heads; `head_in` is that many equal parts."""
+    return int(text_config(model).num_attention_heads)
