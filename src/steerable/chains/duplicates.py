@@ -1,7 +1,7 @@
-"""When two prompts are one task: the same text in another spelling, or nearly the same text.
+"""Duplicate prompts: the same text in another spelling, or nearly the same text.
 
-The published task list of Venhoff et al. 2025 (arXiv 2506.18167) has 14 of its 50 evaluation prompts in the training
-list as well; nothing drawn here does.
+In the published task lists of Venhoff et al. 2025 (arXiv 2506.18167), 14 of the 50 evaluation prompts are also in the
+training list. The splits made here are disjoint.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _COMMON = (
 
 
 def normalised(prompt: str) -> str:
-    """What a prompt says, without what carries no meaning: case, white space, Unicode form, kind of quotation marks
-    and dashes, punctuation at the end of a word, numbering in front. Signs that mean something in mathematics
-    (operators, a factorial, a decimal point, a prime) stay.
+    """A prompt without differences that carry no meaning: case, white space, Unicode form, the kind of quotation marks
+    and dashes, punctuation at the end of a word, a number in front. Signs that matter in mathematics (operators,
+    factorials, decimal points, primes) stay.
     """
     # Typographic signs first: the compatibility form of some is a space and an accent.
     text = unicodedata.normalize("NFKC", prompt.translate(_SINGLE).translate(_DASHES)).casefold()

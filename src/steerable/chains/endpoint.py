@@ -1,11 +1,11 @@
-"""Chat completions from any OpenAI-compatible server: many at once, within its limits, none asked for twice.
+"""Chat completions from any OpenAI-compatible server: concurrent, rate-limited, retried and cached.
 
-The key is read from the environment (`STEERABLE_API_KEY`, else `OPENAI_API_KEY`; a server of one's own needs none) at
-the moment of asking. It is kept in no object that outlives the call, and stands in no file, message or log.
+The API key is read from the environment (`STEERABLE_API_KEY`, else `OPENAI_API_KEY`; a local server needs none) for
+each call. No object that outlives the call holds it, and it appears in no file, message or log.
 
-Requests are repeated here and not by the `openai` client (its `max_retries` is 0): that keeps no limit per minute, has
-no common pause, ignores or refuses a `Retry-After` of more than one or two minutes, and does not repeat what a proxy
-answers with status 200 and no completion in it.
+Retries are done here with the `openai` client's own turned off (`max_retries=0`). The client's retries bypass the
+limits per minute, pause one request instead of all of them, do not follow a `Retry-After` of more than one or two
+minutes (depending on its version), and do not cover a reply of status 200 without a completion in it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SLOWEST_BACKOFF = 60.0
 
 @dataclass(frozen=True)
 class Reply:
-    """What one conversation got. `finish` is the server's reason to stop (`stop`; `length` where the reply was
-    cut off), or `error` where it got none; then `error` says why in a sentence and `text` is empty."""
+    """The reply to one conversation. `finish` is the server's reason to stop (`stop`; `length` for a reply that was cut
+    off), or `error` if there was no reply; then `error` says why in one sentence and `text` is empty."""
 
     text: str
     finish: str = "stop"
@@ -59,7 +59,7 @@ class Reply:
 
 @dataclass
 class Account:
-    """What was done in this process. It depends on how often a run was stopped; `tally` does not."""
+    """Requests and tokens of this process. Unlike those of `tally`, they depend on how often a run was interrupted."""
 
     sent: int = 0  # requests that went out, repeated ones included
     retries: int = 0
@@ -70,9 +70,9 @@ class Account:
 
 
 def tally(replies: Sequence[Reply], prices: tuple[float, float] | None = None) -> dict[str, Any]:
-    """Counts of a set of replies that are the same whether they were asked for now or came from the cache.
+    """Counts over a set of replies, the same whether they were requested now or came from the cache.
 
-    prices: US dollars per million prompt and completion tokens; gives `cost`, in dollars.
+    prices: US dollars per million prompt and completion tokens; adds `cost`, in dollars.
     """
     counts: dict[str, Any] = {
         "requests": len(replies),
@@ -87,8 +87,8 @@ def tally(replies: Sequence[Reply], prices: tuple[float, float] | None = None) -
 
 
 class _Again(Exception):
-    """Why a request is to be sent again; `wait` holds the seconds that the server asks to wait before, if it does, and
-    `absent` says that no server was reached."""
+    """A failure that a retry may cure; `wait` is the server's Retry-After in seconds, if it sent one, and `absent` is
+    true if no server was reached."""
 
     def __init__(self, reason: str, wait: float | None = None, absent: bool = False) -> None:
         super().__init__(reason)
@@ -99,11 +99,22 @@ class _Again(Exception):
 class Endpoint:
     """A model behind an OpenAI-compatible server.
 
-    model: its name there. base_url: such as `http://localhost:8000/v1`; None takes `OPENAI_BASE_URL`, else
-    OpenAI's own. concurrency: requests under way at once. requests_per_minute, tokens_per_minute: limits that are kept
-    by spacing requests evenly (prompt and longest reply count until the true number is known). timeout: seconds for
-    one whole reply. tries: how often a request is sent that fails for a passing reason, with waits that double from
-    `backoff` seconds, or as long as the server asks.
+    Args:
+        model: the model's name at the server.
+        base_url: such as `http://localhost:8000/v1`; None takes `OPENAI_BASE_URL`, else OpenAI's own address.
+        concurrency: requests in flight at once.
+        requests_per_minute, tokens_per_minute: rate limits, kept by spacing requests evenly. Prompt plus longest reply
+            are counted until the true number of tokens is known.
+        timeout: seconds for one whole reply.
+        tries: how often a request is sent in all while it fails for a transient reason.
+        backoff: seconds before the first retry; doubled for each further one, unless the server sends a Retry-After.
+
+    Raises:
+        UsageError: a setting is out of range, or the address is none or holds a secret.
+
+    Example:
+        >>> endpoint = Endpoint("gpt-4.1", requests_per_minute=500)
+        >>> [reply] = endpoint.complete([[{"role": "user", "content": "What is 2 + 3?"}]])
     """
 
     model: str
@@ -156,18 +167,23 @@ class Endpoint:
         progress: Progress | None = None,
         finished: Callable[[int, Reply], None] | None = None,
     ) -> list[Reply]:
-        """One reply to each conversation (a list of `{"role", "content"}`), in order.
+        """One reply to each conversation, in order. Equal conversations (settings and seed included) are sent once.
 
-        cache: a folder that keeps every reply at once, by the hash of model, messages and settings: a killed call
-        that is made again asks only for what is missing. Failures are not kept. Conversations that are equal,
-        settings and seed included, are asked once. None for `temperature`, `max_tokens` or `seed` leaves it to the
-        server; `seed` may be one number for each conversation. `finished(index, reply)` is called as
-        replies arrive; like `progress`, in another thread.
+        A setting that the model refuses (newer ones take `max_completion_tokens` for `max_tokens`, and no temperature)
+        is left out of all requests, with a SteerableWarning. A failure of one request (a prompt that is too long, a
+        server error that persists) becomes that reply's `error`.
 
-        A setting that the model refuses (newer ones take `max_completion_tokens` for `max_tokens`, and no
-        temperature) is left out for all requests, with a SteerableWarning. What concerns one request (a
-        prompt that is too long, a server that fails on it again and again) becomes that reply's `error`. What
-        concerns all (a wrong key, an unknown model, a server that does not answer) raises one sentence.
+        Args:
+            conversations: each a list of `{"role", "content"}`.
+            cache: a folder to which every reply is written at once, by the hash of model, messages and settings, so
+                that a call that was killed requests only what is missing. Failures are not cached.
+            temperature, max_tokens, seed: None leaves the choice to the server; `seed` may be one number for each
+                conversation.
+            progress, finished: called from another thread as replies arrive, the latter as `finished(index, reply)`.
+
+        Raises:
+            UsageError, SteerableError: for failures of all requests: a wrong key, an unknown model, a server that does
+                not answer.
         """
         seeds = [seed] * len(conversations) if seed is None or isinstance(seed, int) else list(seed)
         if len(seeds) != len(conversations):
@@ -240,7 +256,7 @@ class Endpoint:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, client: Any, request: dict[str, Any], key: str) -> tuple[Reply, dict[str, Any]]:
-        """A reply, and the settings that it was really asked with."""
+        """The reply to a request after retries, and the settings that were really sent."""
         answered = self._gate.answered
         failures = 0
         while True:
@@ -282,8 +298,10 @@ class Endpoint:
         return Reply("", "error", error=f"{failures} tries failed, the last one because {reason}"), {}
 
     async def _send(self, client: Any, request: dict[str, Any], key: str) -> Reply | None:
-        """The reply to one request, an error that is its own included; None where it is to be sent again in other
-        words. Raises `_Again` for what may pass, and one sentence for what concerns all requests."""
+        """The reply to one request, errors that concern it alone included; None if the server refused a setting.
+
+        Raises `_Again` for transient failures, UsageError or SteerableError for those of all requests.
+        """
         import openai
 
         try:
@@ -320,7 +338,7 @@ class Endpoint:
         return {key: value for key, value in named.items() if key}
 
     def _refuses(self, status: int, body: Mapping[str, Any], reason: str, sent: Mapping[str, Any]) -> bool:
-        """Whether the server refused a setting rather than the request; then it is not sent again."""
+        """Whether the server refused a setting rather than the request; later requests are sent without it."""
         culprit = body.get("param") if str(body.get("code") or "").startswith("unsupported") else None
         if status not in (400, 422) or (culprit is None and not _UNSUPPORTED.search(reason)):
             return False
@@ -335,7 +353,7 @@ class Endpoint:
         return False
 
     def _stop_if_hopeless(self, status: int, reason: str) -> None:
-        """Raise for what every other request would be told as well."""
+        """Raise for failures that every other request would meet as well."""
         if status in (401, 403):
             raise UsageError(
                 f"{self.host} refused the key ({reason}): set STEERABLE_API_KEY or OPENAI_API_KEY to one that is valid "
@@ -362,7 +380,7 @@ _UNSUPPORTED = re.compile(
 
 
 class _Gate:
-    """When the next request may start: two clocks, one counting requests and one tokens, and a common pause."""
+    """The rate limiter: when the next request may start by the limits on requests and tokens and the common pause."""
 
     def __init__(self, requests: float | None, tokens: float | None) -> None:
         self.request_seconds = 60 / requests if requests else 0.0

@@ -36,7 +36,7 @@ _LONGEST = 400  # characters of an answer that is still looked at; the longest i
 
 
 def compare(reference: str, given: str, prompt: str = "") -> Outcome:
-    """Whether `given` says the same as `reference`, the answer to `prompt`.
+    """Whether `given` is the same answer as `reference`, the right one to `prompt`.
 
     `parse-error`: symbolic comparison could not read `given`; `timeout`: it took too long. Both are wrong answers.
     """
@@ -165,8 +165,8 @@ _CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\
 
 
 def _is_formula(text: str, reference: str) -> bool:
-    """Whether a text may go to math-verify: a finished formula that it reads to its end, in a short time. Sums, towers
-    of powers and the like are none unless the reference has some, too."""
+    """Whether a text may go to math-verify: a finished formula that it can read completely and fast. Sums, towers of
+    powers and the like may only go if the reference has as many."""
     if _UNREADABLE.search(text) or len(text) > 3 * len(reference) + 100 or _depth(text) > max(5, _depth(reference)):
         return False
     if len(_CALCULATIONS.findall(text)) > len(_CALCULATIONS.findall(reference)):
@@ -241,7 +241,7 @@ _PLAIN = (
 
 
 def clean(text: str) -> str:
-    """The text without LaTeX that only changes its looks, and with plain signs for typographic ones."""
+    """The text with purely typographic LaTeX removed and Unicode signs replaced by plain ones."""
     text = text.translate(_SIGNS).strip()
     while (bare := _strip_once(text)) != text:
         text = bare
@@ -265,8 +265,8 @@ def _key(text: str) -> str:
 
 
 def _words(text: str, variables: frozenset[str]) -> str | None:
-    """What a text of words alone says, None for anything else. A letter of a choice may stand in parentheses. Letters
-    that the task calculates with are no words."""
+    """The words of a text that holds nothing else, in a normal form; None for anything else. The letter of a choice may
+    be in parentheses. Letters that are variables of the task are not words."""
     bare = text
     text = TEXT.sub(r"\1", text)
     text = " ".join(re.sub(r"^\\(?:lbrace|\()|[.:]$", "", text).replace("$", "").split()).casefold()
@@ -381,7 +381,7 @@ def _terms(text: str) -> list[str]:
 
 
 def is_list(text: str) -> bool:
-    """Whether a cleaned answer has several parts; the comma of `1,200` parts nothing."""
+    """Whether a cleaned answer has several parts; the comma of `1,200` separates none."""
     return read_number(_right_side(text)) is None and len(split(text)[1]) > 1
 
 

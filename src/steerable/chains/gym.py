@@ -1,4 +1,4 @@
-"""reasoning-gym: its families under the ten task categories of the paper, streams of tasks, its scorers.
+"""reasoning-gym: its families by the ten task categories of the paper, endless streams of tasks, and scoring.
 
 The categories are those of Venhoff et al. 2025 (arXiv 2506.18167), appendix on task generation.
 """
@@ -47,9 +47,10 @@ def slug(category: str) -> str:
 
 
 def parse_families(rest: str) -> list[tuple[str, tuple[str, ...]]]:
-    """What stands behind `reasoning-gym:` as (category, families): `gcd,@causal-reasoning`; nothing means all ten.
+    """The (category, families) pairs of a source, from its text after `reasoning-gym:` such as `gcd,@causal-reasoning`.
 
-    A family named alone is its own category. UsageError for a category that is unknown or has no family.
+    No text means all categories; a family without `@` is its own category. UsageError for a category that is unknown
+    or has no family.
     """
     parts = list(dict.fromkeys(filter(None, (part.strip() for part in rest.split(",")))))
     if not parts:
@@ -82,8 +83,7 @@ def stream(category: str, families: tuple[str, ...], seed: int) -> Iterator[Reco
 def _family_stream(family: str, seed: int, patience: int = 4000) -> Iterator[Record]:
     """Tasks of one family until `patience` in a row brought nothing new.
 
-    reasoning-gym seeds task i with `seed + i`, so neighbouring seeds share nearly all tasks: the seed is
-    hashed.
+    reasoning-gym seeds task i with `seed + i`, so neighbouring seeds would share nearly all tasks: the seed is hashed.
     """
     seen: set[str] = set()
     last_new = 0
@@ -132,11 +132,11 @@ LONGEST = 4000
 
 
 def gym_score(entry: Mapping[str, Any], given: str) -> float | None:
-    """1.0 where an answer is right, 0.0 where it is wrong, None where nothing can read it.
+    """1.0 for a right answer, 0.0 for a wrong one, None for one that cannot be read.
 
-    Right is the entry's own answer, and what gets full marks from reasoning-gym's scorer, as it stands or in a bare
-    form (`gym_scorers.bare_forms`). Less than full marks is wrong: the scorers give it for any text, or for a constant
-    that happens to lie near (docs/scorers.md). Raises UsageError for an entry of no known family.
+    An answer is right if it is the entry's own or gets full marks from reasoning-gym's scorer, as it is or in a bare
+    form (`gym_scorers.bare_forms`). Partial credit counts as wrong: the scorers give it for any text, or for a constant
+    that happens to be near (docs/scorers.md). Raises UsageError for an entry without a known family.
     """
     try:
         family = str(entry["metadata"]["source_dataset"])

@@ -1,9 +1,9 @@
-r"""What stands between a sampled reply and reasoning-gym's scorers: its bare forms, guards, and comparisons of our own.
+r"""Guards for reasoning-gym's scorers, and comparisons that replace some of them.
 
-Written from the source of all 105 scorers of reasoning-gym 0.1.25; docs/scorers.md has what they pay, measured. A
-scorer is guarded where it runs the reply or a field of the entry as Python (`eval`, or sympy's `parse_expr`, which is
-`eval` too), or where a short reply asks for endless work. It is replaced where it pays replies that hold no answer, or
-where it evaluates a reply only to give it less than full marks.
+Written from the source of all 105 scorers of reasoning-gym 0.1.25; docs/scorers.md shows what they pay, measured. A
+scorer is guarded if it runs the reply or a field of the entry as Python (`eval`, or sympy's `parse_expr`, which is
+`eval` too), or if a short reply can ask for endless work. It is replaced if it pays replies without an answer, or if it
+evaluates a reply only to give it less than full marks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYERS = 10
 
 
 def bare_forms(text: str) -> list[str]:
-    r"""A text and what is left of it, layer by layer, without white space around it, a full stop at its end, and
+    r"""A text, and the same with its outer layers removed one by one: white space around it, a full stop at its end,
     `\boxed{}`, `\text{}`, dollars, asterisks or back quotes around all of it."""
     forms = [text.replace("\r\n", "\n")]
     for _ in range(LAYERS):

@@ -1,9 +1,8 @@
-r"""Who judges an answer: its final form is taken out of the text and held against the task's own reference.
+r"""Judging answers: the final answer is extracted from a text and compared with the task's reference.
 
-Counted as the final answer is, in this order: the last thing marked as one (`\boxed{...}` with balanced braces,
+The final answer is, in this order: the last thing marked as one (`\boxed{...}` with balanced braces,
 `<answer>...</answer>`, or a line `#### 42`), what follows the last "the answer is", or the whole text. A mark that is
-opened last and never closed is no answer. All of it takes time that grows with the length of the text and no faster,
-whatever a policy writes.
+opened last and never closed is no answer. The time is linear in the length of the text, whatever a policy writes.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Reason = Literal["right", "wrong", "no-answer", "several-boxes", "parse-error", 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right (1.0) or not (0.0), and why; the score is None where there is nothing to judge by.
+    """Whether an answer is right (1.0) or not (0.0), and why; the score is None for a task without a reference.
 
-    Reasons: `right`; `wrong`, also where reasoning-gym's scorer would give partial credit (see `gym_score`);
-    `no-answer`: nothing is there, or the last mark was opened and never closed; `several-boxes`: different boxes side
-    by side, so no single answer; `parse-error`: not readable for the judge; `timeout`: no decision in time (all 0);
-    `unjudged`: the task has no reference (None).
+    Reasons: `right`; `wrong`, also if reasoning-gym's scorer would give partial credit (see `gym_score`); `no-answer`:
+    there is none, or the last mark was opened and never closed; `several-boxes`: different boxes side by side, so no
+    single answer; `parse-error`: the judge cannot read it; `timeout`: no decision in time (all 0); `unjudged`: the task
+    has no reference (None).
     """
 
     score: float | None
@@ -67,12 +66,12 @@ def judge(task: Mapping[str, Any], text: str | None) -> Verdict:
 
 
 def score(task: Mapping[str, Any], answer: str | None) -> float | None:
-    """How right an answer text is, in [0, 1]; None for a task that has nothing to judge by (see `judge`)."""
+    """The score of an answer text, in [0, 1]; None for a task without a reference (see `judge`)."""
     return judge(task, answer).score
 
 
 def correct(task: Mapping[str, Any], answer: str | None) -> bool | None:
-    r"""Whether `judge` calls an answer text right; None for a task that has nothing to judge by.
+    r"""Whether `judge` calls an answer text right; None for a task without a reference.
 
     Example:
         >>> correct({"prompt": "2 + 3?", "answer": "5"}, r"\boxed{5}")
@@ -91,8 +90,8 @@ class Mark(NamedTuple):
 
 
 def extract_answer(text: str) -> str:
-    r"""The final answer in a text: what is marked last by `\boxed{}`, `<answer>` or `####`, else what is stated by "the
-    answer is", else all of it. Boxes inside it are opened; a mark that was never closed is passed over.
+    r"""The final answer in a text: what is marked last by `\boxed{}`, `<answer>` or `####`, else what follows "the
+    answer is", else all of it. Of nested boxes it is the inner content; a mark that was never closed is ignored.
     """
     text = after_thinking(text)
     marks = find_marks(text)
@@ -110,7 +109,7 @@ def is_marked(text: str) -> bool:
 
 
 def final_answer(reference: str) -> str:
-    """The final answer of a reference solution or answer: its mark is read, or else it is the answer as it stands."""
+    """The final answer of a reference: what it marks as one, or all of it."""
     hashed = re.findall(r"^[ \t]*####(?!#)(.*)", "\n".join(reference.splitlines()), re.MULTILINE)
     if answers := [answer.strip() for answer in hashed if answer.strip()]:
         return answers[-1]
@@ -233,7 +232,7 @@ def _hashed(text: str) -> list[Mark]:
 
 
 def _unboxed(content: str) -> str:
-    """A content without the boxes in it: what the last one holds."""
+    """The content of the last box in a content; all of it if there is none."""
     inner = [mark for mark in _boxes(content) if mark.content is not None]
     return (max(inner).content or "").strip() if inner else content.strip()
 

@@ -1,4 +1,4 @@
-"""Lists of tasks as language models really write them: JSON whole or cut off, fenced, numbered, with bullets."""
+"""Reading lists of tasks as language models write them: JSON (whole or cut off), fenced, numbered, with bullets."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _CLOSING = re.compile(
 
 
 def listed_tasks(text: str) -> list[str]:
-    """The tasks in a model's reply, in order; none where no list is recognised (a refusal, prose).
+    """The tasks in a model's reply, in order; none if there is no list in it (a refusal, prose).
 
-    Answers, hints and categories written beside a task are cut off; a string that the reply breaks off in is left out.
+    Answers, hints and categories beside a task are removed; a string in which the reply breaks off is left out.
     """
     text = _THINKING.sub("", text).replace("\r\n", "\n")
     parts = [*(fence[1] for fence in _FENCED.finditer(text)), text]

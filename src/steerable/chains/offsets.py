@@ -1,8 +1,8 @@
-"""Where generated tokens stand in a text: the characters that each one holds.
+"""Character offsets of generated tokens: which characters of a text each token holds.
 
-A chain's ids are those that were generated. Its text need not give them back: a model spells a word in pieces that the
-tokenizer would have joined, or a character in bytes. So nothing that is measured on tokens may cut the text into tokens
-again; only chains without ids (older files, other tools') are.
+A chain's ids are those that were generated. Tokenising its text need not give them back: a model may spell a word in
+pieces that the tokenizer would have joined, or a character in bytes. So nothing that is measured on tokens may tokenise
+the text again, except for chains without ids (older files, other tools').
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""What can be read exactly in an answer and needs no algebra: numbers, their units, and times of day.
+r"""Reading what is exact in an answer and needs no algebra: numbers, their units, and times of day.
 
 Units are compared and never converted: 9 cm is not 90 mm here. Two units are the same if they name the same thing in
 the same power, in any spelling (`hours`, `hour`, `hr`, `(hours)`). Words that only describe the thing (`red`,
@@ -229,7 +229,7 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it was written: exact value, decimal places (None for a fraction), unit, lowest terms."""
+    """A number as it was written: exact value, decimal places (None for a fraction), unit, whether in lowest terms."""
 
     value: Fraction
     places: int | None

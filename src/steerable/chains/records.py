@@ -87,7 +87,7 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def dump(record: Mapping[str, Any]) -> bytes:
-    """One record as a line without its end: compact, UTF-8, keys in their own order."""
+    """One record as compact JSON in UTF-8, without a line break; keys keep their order."""
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -99,7 +99,7 @@ def dump(record: Mapping[str, Any]) -> bytes:
 
 
 def content_hash(task: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of what a task asks, whatever its id: the prompt with white space collapsed."""
+    """SHA-256 (hex) of a task's prompt with white space collapsed: the same for one prompt under two ids."""
     prompt = " ".join(str(task["prompt"]).split())
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -126,7 +126,7 @@ def _trimmed(text: str, start: int, end: int, block: bool = False) -> list[Segme
 
 
 def _with_stray_stops(text: str, segments: list[Segment]) -> list[Segment]:
-    """A piece of signs alone ("." after a displayed formula) belongs to the segment before it in its line."""
+    """Joins a piece of punctuation alone ("." after a displayed formula) to the segment before it in its line."""
     joined: list[Segment] = []
     for segment in segments:
         piece = text[segment.start : segment.end]

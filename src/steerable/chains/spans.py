@@ -1,7 +1,7 @@
-"""Which span a character belongs to where spans overlap: one rule for all that is measured and drawn.
+"""Overlapping spans: the one rule that says to which span a character belongs, for all that is measured and drawn.
 
-The later one in the list wins, whatever it covers. Annotators list spans in reading order, so a span inside another one
-is seen, and the outer one keeps what stands before and behind it.
+The later span in the list wins. Annotators list spans in reading order, so a span inside another one counts, and the
+outer one keeps what is before and behind it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""math-verify in a process of its own, which can be killed: sympy may need for ever, or all memory.
+"""math-verify in a separate process, which can be killed: sympy may run forever, or take all memory.
 
 The process starts at the first question and stays for the next ones. It is a plain child program
 (`symbolic_worker.py`), so it can be used from any thread and from worker processes too. It limits itself: the operating
@@ -30,7 +30,7 @@ LIMIT = 5.0
 
 @functools.lru_cache(maxsize=4096)
 def equivalent(reference: str, given: str, limit: float = LIMIT) -> Outcome:
-    """Whether two cleaned LaTeX answers are equivalent for math-verify. No error of it, nor its end, is raised."""
+    """Whether math-verify finds two cleaned LaTeX answers equivalent. Its errors, or its end, are outcomes too."""
     return _WORKER.ask(reference, given, limit)
 
 

@@ -1,4 +1,4 @@
-"""Tasks from tables: files, folders and data sets of Hugging Face `datasets`, with the column names that people use.
+"""Tasks from tables (files, folders and data sets of Hugging Face `datasets`) with the column names that people use.
 
 Formats are recognised by what the records hold, not by the name: GSM8K's worked answers (`#### 42`), MATH's solutions
 (`\\boxed{}`), AIME, multiple choice, chats.
@@ -75,7 +75,7 @@ def parse_source(source: str) -> tuple[str, dict[str, str]]:
 def task_of(
     row: Mapping[str, Any], columns: Mapping[str, str] | None = None, *, number: int, name: str, source: str, where: str
 ) -> Record:
-    """One task from a record in anyone's format; keys that are not understood are kept if JSON can hold them.
+    """One task from a record in any format; unknown keys are kept if JSON can hold them.
 
     UsageError, naming the place `where`, for a record without a prompt.
     """

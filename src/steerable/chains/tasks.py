@@ -1,4 +1,4 @@
-"""Where tasks come from: `make_tasks` and `make_splits`. Who judges their answers is in `chains.judging`.
+"""Making tasks: `make_tasks` and `make_splits`. Their answers are judged by `chains.judging`.
 
 A task is `{"id", "prompt", "category", "source"}` with what it is judged by: `answer`, or reasoning-gym's own record
 `entry` (with neither, accuracy is not measured). docs/tasks.md describes every source.
@@ -33,7 +33,7 @@ def make_tasks(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """`n` tasks from a source, balanced over categories, in which none stands twice.
+    """`n` distinct tasks from a source, balanced over its categories.
 
     Categories alternate, so any beginning of the list is balanced as well. The same arguments give the same tasks.
     Tasks of the bundled model's families come from the half that its training never saw.
@@ -68,9 +68,9 @@ def make_splits(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
-    """Disjoint groups of tasks in one list, each task with the name of its group as `split`.
+    """Disjoint splits of tasks in one list; each task has the name of its split under `split`.
 
-    No task stands in two splits, nor twice in one, in another spelling either (`duplicates.normalised`).
+    No task occurs twice, in another spelling either (`duplicates.normalised`).
 
     Args:
         source: where the tasks come from; see `make_tasks`, also for the other arguments and the errors.

@@ -37,10 +37,10 @@ class TokenSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class AlignedChain:
-    """One chain as a model reads it: token ids of prompt and thinking, up to its last annotated token.
+    """One chain as a model reads it: the token ids of its prompt and thinking, up to its last annotated token.
 
-    What follows the last annotated token is left out: attention is causal, so no activation depends on it.
-    `dropped` counts spans that cover no token.
+    Later tokens are left out: attention is causal, so no activation depends on them. `dropped` counts spans that cover
+    no token.
     """
 
     task_id: str
@@ -64,13 +64,14 @@ OVERALL = Group(0, "overall", "overall")
 def align(
     spans: Iterable[Mapping[str, Any]], offsets: Sequence[tuple[int, int]], thinking_start: int = 0
 ) -> list[TokenSpan]:
-    """Token ranges of character spans, in reading order.
+    """Token ranges of character spans, in reading order, in linear time.
 
-    `spans` are records with `label`, `start`, `end` (characters of the thinking text), `offsets` the fast
-    tokenizer's (start, end) characters of every token in the whole text, `thinking_start` the character at
-    which the thinking text begins in it. A span covers every token that shares a character with it; one that
-    covers none is left out, so `len(spans) - len(result)` is the loss. The search only moves forward, hence
-    linear time.
+    A span covers every token that shares a character with it; one that covers none is left out.
+
+    Args:
+        spans: records with `label`, `start`, `end`, in characters of the thinking text.
+        offsets: the [start, end) characters of every token in the whole text.
+        thinking_start: the character of the whole text at which the thinking text begins.
     """
     # Special tokens may have the empty range (0, 0); they belong to no span.
     tokens = [(index, begin, end) for index, (begin, end) in enumerate(offsets) if end > begin]
@@ -95,9 +96,9 @@ def align_chain(
     spans: Sequence[Mapping[str, Any]],
     tags: ThinkTags | None = None,
 ) -> AlignedChain:
-    """One chain record and its span records on its tokens; see `align_chains`.
+    """One chain record and its span records as tokens; `prompt_text` is its task after the chat template.
 
-    `prompt_text` is the task after the chat template, generation prompt included.
+    See `align_chains`.
     """
     return align_chains(tokenizer, {chain["task_id"]: prompt_text}, [chain], [spans], tags or "auto")[0]
 
@@ -109,11 +110,15 @@ def align_chains(
     spans: Sequence[Sequence[Mapping[str, Any]]],
     tags: ThinkTags | None | Literal["auto"] = "auto",
 ) -> list[AlignedChain]:
-    """Chain records as the model read and wrote them (`offsets.chain_tokens`), each with its own list of span records.
+    """Chain records and their span records as the tokens that the model read and wrote (`offsets.chain_tokens`).
 
-    prompts: each task's text after the chat template, for chains without `prompt_ids`. Of a span that another one
-    interrupts (`spans.stretches`) the part before it counts, and one that keeps no character is dropped. `tags` and
-    errors are those of `chain_tokens`.
+    Of a span that another one interrupts (`spans.stretches`), the part before the interruption counts; a span that is
+    covered completely is dropped.
+
+    Args:
+        tokenizer, chains, tags: as for `chain_tokens`, whose errors are raised here, too.
+        prompts: each task's text after the chat template, for chains without `prompt_ids`.
+        spans: for each chain its span records.
     """
     tokens = chain_tokens(tokenizer, chains, prompts, tags)
     aligned = []
@@ -149,7 +154,7 @@ def window_positions(window: str, start: int, end: int) -> range:
 
 
 def groups(labels: Sequence[str], windows: Sequence[str] = WINDOWS, shuffles: int = 0) -> list[Group]:
-    """Row order of `weights`: `overall`, then shuffle (0: true labels), window, label, the last fastest."""
+    """The rows of `weights`: `overall`, then all of shuffle (0: true labels) x window x label, the last fastest."""
     return [OVERALL] + [Group(k, w, label) for k in range(shuffles + 1) for w in windows for label in labels]
 
 
@@ -162,11 +167,16 @@ def weights(
 ) -> np.ndarray:
     """Weight matrix [G, length] (float64) of one chain, rows as in `groups(labels, windows, len(shuffled))`.
 
-    Every span has weight 1, spread evenly over its window's positions, so a label's row sums to its number of
-    spans and the weighted sum over chains divided by the weight is the mean over *spans*. `overall` gives
-    every *chain* weight 1, spread over its first to last annotated token. The count-weighted mean of all
-    labels (`pooled`) follows from the label rows. `shuffled[k][i]` is the label of span i in the k-th
-    shuffle.
+    Every span has weight 1, spread evenly over the positions of its window. So a label's row sums to its number of
+    spans, and the weighted sum over chains divided by the weight is the mean over *spans*. `overall` gives every
+    *chain* weight 1, spread from its first to its last annotated token. The count-weighted mean of all labels
+    (`pooled`) follows from the label rows.
+
+    Args:
+        spans: the token spans of the chain.
+        length: its number of tokens.
+        labels, windows: the rows.
+        shuffled: `shuffled[k][i]` is the label of span i in the k-th shuffle.
     """
     index = {label: i for i, label in enumerate(labels)}
     rows = np.zeros((1 + (1 + len(shuffled)) * len(windows) * len(labels), length))
@@ -190,8 +200,8 @@ def weights(
 def shuffle_labels(chains: Sequence[AlignedChain], seed: int) -> list[list[str]]:
     """The labels of every chain's spans after one seeded permutation over all spans of all chains.
 
-    Every label keeps its number of spans, so a direction from shuffled labels has the sampling noise of the
-    real one and everything that spans share, but nothing of the behaviour.
+    Every label keeps its number of spans, so a direction from shuffled labels has the sampling noise of the real one
+    and everything that spans have in common, but nothing of the behaviour.
     """
     pool = [span.label for chain in chains for span in chain.spans]
     random.Random(seed).shuffle(pool)

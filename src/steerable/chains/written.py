@@ -1,4 +1,4 @@
-"""Tasks that a language model writes: so many for each of the ten categories, as in the paper, none like another.
+"""Tasks written by a language model: equally many for each of the ten categories of the paper, without duplicates.
 
 Source: Venhoff et al. 2025 (arXiv 2506.18167), section 3.1: 10 categories x 50 tasks. Its prompt is not published; the
 wording here is our own. Unlike the published list, training and evaluation share no task, nor two that differ in
@@ -54,14 +54,19 @@ def write_tasks(
 ) -> list[Record]:
     """`n` tasks written by a model, in equal shares of the ten categories, which alternate.
 
-    source: `llm:MODEL` or `llm:MODEL@URL`, or `llm` where `endpoint` says which. excluded: hashes (`content_hash`) of
-    tasks that are not wanted. cache: a folder for the replies; with it, the same call gives the same tasks, and a
-    killed one goes on where it was. A task is left out that says the same as an earlier one in another spelling, or
-    shares 60 % of its words and word pairs with it (numbers aside). Asks again until there are enough, at most `ROUNDS`
-    times, and not when three rounds in a row brought nothing new.
+    A task is dropped if it is an earlier one in another spelling, or if the two share 60 % of their words and word
+    pairs (numbers aside). The model is asked again until there are enough tasks, at most `ROUNDS` times, and not after
+    three rounds without a new task. The tasks have no reference answer: like the paper's, they are not judged.
 
-    The tasks have no reference answer: like the paper's, they are not judged. SteerableError where the model does not
-    write enough.
+    Args:
+        source: `llm:MODEL` or `llm:MODEL@URL`, or `llm` with an `endpoint`.
+        n, seed: how many tasks, and the seed of the requests.
+        excluded: hashes (`content_hash`) of tasks to leave out.
+        endpoint, cache, progress: the client, a folder for its replies (the same call then gives the same tasks, and a
+            killed one continues), and where progress is reported.
+
+    Raises:
+        SteerableError: the model does not write enough different tasks.
     """
     endpoint = endpoint or _endpoint(source)
     quotas = {c: n // len(ABOUT) + (i < n % len(ABOUT)) for i, c in enumerate(ABOUT)}
