@@ -9,13 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steerable.chains.annotators.marks import Parsed, Span, parse
+from steerable.chains.annotators.marks import Parsed, parse
 from steerable.chains.endpoint import Endpoint, Reply, tally
 from steerable.chains.records import Record
 from steerable.chains.segments import paragraphs, sentences
@@ -65,7 +65,7 @@ class Annotation(NamedTuple):
 
 @dataclass
 class _Piece:
-    """Characters [start, end) of a chain, and the asking about them."""
+    """Characters [start, end) of a chain, and the asking about them; `reason`: why the last reply was of no use."""
 
     chain: int
     start: int
@@ -75,14 +75,22 @@ class _Piece:
     asked: int = 0
     reason: str = ""
 
+    def prompt(self, text: str) -> str:
+        """What is asked about this piece of the chain's text."""
+        prompt = PROMPT
+        if self.start > 0 and (before := text[max(0, self.start - _CONTEXT) : self.start].strip()):
+            prompt += _PART.format(part=self.part, parts=self.parts, before=before)
+        if self.reason:
+            prompt += _AGAIN.format(attempt=self.asked + 1, reason=self.reason)
+        return f"{prompt}\n<chain>\n{text[self.start : self.end]}\n</chain>"
 
-@dataclass
-class _State:
-    """What is known of one chain so far."""
-
-    waiting: int
-    parsed: list[tuple[int, Parsed]] = field(default_factory=list)  # with the piece's first character
-    failed: bool = False
+    def halves(self, text: str) -> list[_Piece]:
+        """The piece in two, or itself where it is short."""
+        length = self.end - self.start
+        if length < _SMALLEST:
+            return [self]
+        ranges = split(text[self.start : self.end], ceil(length * 0.6))
+        return [replace(self, start=self.start + start, end=self.start + end) for start, end in ranges]
 
 
 def annotate(
@@ -100,124 +108,102 @@ def annotate(
 ) -> Annotation:
     """Span records of many chain records, asked of `endpoint` at the same time.
 
-    cache: a folder that keeps every reply at once, by the hash of what was asked: the same call, repeated or
-    resumed, asks only for what is missing. piece: chains longer than that many characters are split between
-    paragraphs or sentences, without overlap, and their spans joined again. max_tokens: of one reply, which repeats
-    the piece with its marks (a third of its characters and some more). A piece whose reply is cut off is asked again
-    in halves; one whose reply has less than `coverage` of its visible characters in certain places is asked again
-    with the reason, `asks` times in all, and then its chain has failed. prices: dollars per million prompt and
-    completion tokens.
+    A piece whose reply is cut off is asked again in halves; one whose reply has less than `coverage` of its visible
+    characters in certain places is asked again with the reason, `asks` times in all, and then its chain has failed.
 
-    Raises SteerableError if every chain failed because of requests that did, and what `Endpoint.complete` raises.
+    Args:
+        cache: a folder that keeps every reply at once, by the hash of what was asked: the same call, repeated or
+            resumed, asks only for what is missing.
+        piece: chains longer than that many characters are split between paragraphs or sentences, without overlap, and
+            their spans joined again.
+        max_tokens: of one reply, which repeats the piece with its marks (a third of its characters and some more).
+        prices: dollars per million prompt and completion tokens.
+
+    Raises:
+        SteerableError: every chain failed because of requests that did; and what `Endpoint.complete` raises.
     """
-    work = _Work([str(chain["thinking"]) for chain in chains], asks, coverage, progress)
-    waiting = work.begin(piece)
-    while waiting:
-        waiting = work.read(
-            waiting,
-            endpoint.complete(
-                [[{"role": "user", "content": work.prompt(part)}] for part in waiting],
-                cache=cache,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                finished=partial(work.arrived, waiting),
-            ),
-        )
-    if work.errors and all(state.failed for state in work.states if state.failed or state.parsed):
-        raise SteerableError(f"no chain could be annotated: {work.errors.most_common(1)[0][0]}")
-    spans: list[list[Record] | None] = []
-    for chain, state in zip(chains, work.states, strict=True):
-        found = [_record(chain, span, start) for start, parts in _in_order(state) for span in parts]
-        spans.append(None if state.failed else found)
-    return Annotation(spans, {"annotator": endpoint.model, **work.account(), "usage": tally(work.replies, prices)})
+    texts = [str(chain["thinking"]) for chain in chains]
+    ranges = [split(text, piece) for text in texts]
+    pieces = [
+        _Piece(i, start, end, k, len(parts))
+        for i, parts in enumerate(ranges)
+        for k, (start, end) in enumerate(parts, start=1)
+    ]
+    report = progress or (lambda chains, tokens: None)
+    open_pieces = Counter(part.chain for part in pieces)
+    failed: set[int] = set()
+    read: dict[int, list[tuple[int, Parsed]]] = {}
+    replies: list[Reply] = []
+    errors: Counter[str] = Counter()
+    asked_again = 0
+    report(sum(not parts for parts in ranges), 0)
 
-
-class _Work:
-    """Rounds of asking: all pieces, then those that gave nothing, until none is left."""
-
-    def __init__(self, texts: Sequence[str], asks: int, coverage: float, progress: Progress | None) -> None:
-        self.texts, self.asks, self.coverage = texts, asks, coverage
-        self.progress = progress or (lambda chains, tokens: None)
-        self.states: list[_State] = []
-        self.replies: list[Reply] = []
-        self.errors: Counter[str] = Counter()
-        self.pieces = self.asked_again = 0
-
-    def begin(self, size: int) -> list[_Piece]:
-        waiting = []
-        for i, text in enumerate(self.texts):
-            found = split(text, size)
-            waiting += [_Piece(i, start, end, k, len(found)) for k, (start, end) in enumerate(found, start=1)]
-            self.states.append(_State(len(found)))
-            if not found:
-                self.progress(1, 0)
-        self.pieces = len(waiting)
-        return waiting
-
-    def prompt(self, part: _Piece) -> str:
-        text = self.texts[part.chain]
-        prompt = PROMPT
-        if part.start > 0 and (before := text[max(0, part.start - _CONTEXT) : part.start].strip()):
-            prompt += _PART.format(part=part.part, parts=part.parts, before=before)
-        if part.reason:
-            prompt += _AGAIN.format(attempt=part.asked + 1, reason=part.reason)
-        return f"{prompt}\n<chain>\n{text[part.start : part.end]}\n</chain>"
-
-    def arrived(self, asked: Sequence[_Piece], index: int, reply: Reply) -> None:
+    def arrived(asked: Sequence[_Piece], index: int, reply: Reply) -> None:
         """Read one reply as soon as it is there, so that the progress counts finished chains."""
         part = asked[index]
-        state = self.states[part.chain]
-        found = parse(reply.text, self.texts[part.chain][part.start : part.end], truncated=reply.truncated)
-        done = not reply.truncated and bool(found.spans) and found.coverage >= self.coverage
-        if done:
-            state.parsed.append((part.start, found))
-            state.waiting -= 1
-        part.reason = "" if done else reply.error or _reason(reply, found)
-        self.progress(int(done and not state.waiting), reply.completion_tokens)
+        parsed = parse(reply.text, texts[part.chain][part.start : part.end], truncated=reply.truncated)
+        is_read = not reply.truncated and bool(parsed.spans) and parsed.coverage >= coverage
+        part.reason = "" if is_read else reply.error or _reason(reply, parsed)
+        if is_read:
+            read.setdefault(part.chain, []).append((part.start, parsed))
+            open_pieces[part.chain] -= 1
+        report(int(is_read and not open_pieces[part.chain]), reply.completion_tokens)
 
-    def read(self, asked: Sequence[_Piece], replies: Sequence[Reply]) -> list[_Piece]:
-        """What is to be asked again."""
-        self.replies += replies
+    waiting = pieces
+    while waiting:
+        answered = endpoint.complete(
+            [[{"role": "user", "content": part.prompt(texts[part.chain])}] for part in waiting],
+            cache=cache,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            finished=partial(arrived, waiting),
+        )
+        replies += answered
         again: list[_Piece] = []
         lost: set[int] = set()
-        for part, reply in zip(asked, replies, strict=True):
+        for part, reply in zip(waiting, answered, strict=True):
             if not part.reason:
                 continue
             part.asked += 1
-            if reply.error is not None:
-                self.errors[reply.error] += 1
-            if reply.error is not None or part.asked >= self.asks:
-                self.states[part.chain].failed = True
+            errors.update([reply.error] if reply.error is not None else [])
+            if reply.error is not None or part.asked >= asks:
                 lost.add(part.chain)
                 continue
-            parts = _halves(part, self.texts[part.chain]) if reply.truncated else [part]
-            self.states[part.chain].waiting += len(parts) - 1
+            parts = part.halves(texts[part.chain]) if reply.truncated else [part]
+            open_pieces[part.chain] += len(parts) - 1
             again += parts
-        for _ in lost:
-            self.progress(1, 0)
-        again = [part for part in again if not self.states[part.chain].failed]
-        self.asked_again += len(again)
-        return again
-
-    def account(self) -> dict[str, Any]:
-        kept = [found for state in self.states if not state.failed for _, found in state.parsed]
-        unknown: Counter[str] = Counter()
-        for found in kept:
-            unknown.update(found.unknown)
-        return {
-            "chains": len(self.states),
-            "annotated": sum(bool(state.parsed) and not state.failed for state in self.states),
-            "failed": sum(state.failed for state in self.states),
-            "blank": sum(not text.strip() for text in self.texts),
-            "pieces": self.pieces,
-            "asked_again": self.asked_again,
-            "segments": sum(found.segments for found in kept),
-            "mended": sum(found.mended for found in kept),
-            "unplaced": sum(found.unplaced for found in kept),
-            "unplaced_characters": sum(found.unplaced_characters for found in kept),
-            "unknown_labels": dict(sorted(unknown.items())),
-            "errors": dict(sorted(self.errors.items())),
-        }
+        failed |= lost
+        report(len(lost), 0)
+        waiting = [part for part in again if part.chain not in failed]
+        asked_again += len(waiting)
+    if errors and failed >= read.keys():
+        raise SteerableError(f"no chain could be annotated: {errors.most_common(1)[0][0]}")
+    spans: list[list[Record] | None] = []
+    for i, chain in enumerate(chains):
+        about = {"task_id": chain["task_id"], "sample": chain["sample"]}
+        records = [
+            {**about, "label": span.label, "start": span.start + start, "end": span.end + start}
+            for start, parsed in sorted(read.get(i, ()), key=lambda item: item[0])
+            for span in parsed.spans
+        ]
+        spans.append(None if i in failed else records)
+    trusted = [parsed for i, parts in read.items() if i not in failed for _, parsed in parts]
+    unknown: Counter[str] = sum((Counter(parsed.unknown) for parsed in trusted), Counter())
+    sums = ("segments", "mended", "unplaced", "unplaced_characters")
+    account = {
+        "annotator": endpoint.model,
+        "chains": len(texts),
+        "annotated": len(read.keys() - failed),
+        "failed": len(failed),
+        "blank": sum(not text.strip() for text in texts),
+        "pieces": sum(map(len, ranges)),
+        "asked_again": asked_again,
+        **{name: sum(getattr(parsed, name) for parsed in trusted) for name in sums},
+        "unknown_labels": dict(sorted(unknown.items())),
+        "errors": dict(sorted(errors.items())),
+        "usage": tally(replies, prices),
+    }
+    return Annotation(spans, account)
 
 
 def split(text: str, size: int) -> list[tuple[int, int]]:
@@ -249,21 +235,6 @@ def _border(places: Sequence[int], start: int, goal: int, size: int) -> int | No
     return min(places[first:last], key=lambda place: abs(place - goal), default=None)
 
 
-def _halves(part: _Piece, text: str) -> list[_Piece]:
-    length = part.end - part.start
-    if length < _SMALLEST:
-        return [part]
-    ranges = split(text[part.start : part.end], ceil(length * 0.6))
-    return [
-        _Piece(part.chain, part.start + start, part.start + end, part.part, part.parts, part.asked, part.reason)
-        for start, end in ranges
-    ]
-
-
-def _in_order(state: _State) -> list[tuple[int, tuple[Span, ...]]]:
-    return sorted((start, found.spans) for start, found in state.parsed)
-
-
 def _reason(reply: Reply, found: Parsed) -> str:
     if reply.truncated:
         return "it was too long and was cut off"
@@ -272,13 +243,3 @@ def _reason(reply: Reply, found: Parsed) -> str:
     if found.coverage and found.unplaced < found.segments / 2:
         return "it marked too little of the text"
     return "its text was not copied from the chain, or not in order"
-
-
-def _record(chain: Mapping[str, Any], span: Span, offset: int) -> Record:
-    return {
-        "task_id": chain["task_id"],
-        "sample": chain["sample"],
-        "label": span.label,
-        "start": span.start + offset,
-        "end": span.end + offset,
-    }
