@@ -216,7 +216,7 @@ def split(text: str, size: int) -> list[tuple[int, int]]:
         return []
     borders = [[p.start for p in paragraphs(text)]] if end - start > size else []
     borders += [[s.start for s in sentences(text)]] if borders else []
-    found = []
+    ranges = []
     while end - start > size:
         goal = start + ceil((end - start) / ceil((end - start) / size))
         cut = next(filter(None, (_border(places, start, goal, size) for places in borders)), 0)
@@ -224,9 +224,9 @@ def split(text: str, size: int) -> list[tuple[int, int]]:
             cut = max(text.rfind(" ", start + 1, start + size), text.rfind("\n", start + 1, start + size)) + 1
         cut = cut if cut > start else start + size
         stop = start + len(text[start:cut].rstrip())
-        found.append((start, stop))
+        ranges.append((start, stop))
         start = cut + len(text[cut:end]) - len(text[cut:end].lstrip())
-    return [*found, (start, end)]
+    return [*ranges, (start, end)]
 
 
 def _border(places: Sequence[int], start: int, goal: int, size: int) -> int | None:
@@ -235,11 +235,11 @@ def _border(places: Sequence[int], start: int, goal: int, size: int) -> int | No
     return min(places[first:last], key=lambda place: abs(place - goal), default=None)
 
 
-def _reason(reply: Reply, found: Parsed) -> str:
+def _reason(reply: Reply, parsed: Parsed) -> str:
     if reply.truncated:
         return "it was too long and was cut off"
-    if not found.segments:
+    if not parsed.segments:
         return "it held no stretch between marks with one of the six labels"
-    if found.coverage and found.unplaced < found.segments / 2:
+    if parsed.coverage and parsed.unplaced < parsed.segments / 2:
         return "it marked too little of the text"
     return "its text was not copied from the chain, or not in order"

@@ -61,51 +61,60 @@ class Parsed:
     coverage: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Segment:
-    kind: str  # a label, an unknown label, or _STRAY
+class _Segment(NamedTuple):
+    """A stretch of the reply. kind: a label, an unknown label in the reply's words, or _STRAY."""
+
+    kind: str
     text: str
-    known: bool
-    closed: bool
-    doubtful: bool = False  # it may go on behind the mark that ends it
+    has_label: bool
+    is_closed: bool
+    is_doubtful: bool = False  # it may go on behind the mark that ends it
 
 
 def parse(reply: str, thinking: str, labels: Sequence[str] = LABELS, *, truncated: bool = False) -> Parsed:
     """The spans that `reply` marks in `thinking`, by character offset.
 
-    truncated: the reply was cut off, so its last stretch, if not closed, is not believed. Time is linear in the lengths
-    for a faithful reply.
+    Args:
+        reply: what the annotator wrote: the text with marks.
+        thinking: the text that it was given.
+        labels: those that it was asked for.
+        truncated: the reply was cut off, so its last stretch, if not closed, is not believed.
+
+    Time is linear in the lengths for a faithful reply.
+
+    Example:
+        >>> parse('["deduction"] So x = 3. ["end-section"]', "So x = 3. Wait.").spans
+        (Span(label='deduction', start=0, end=9),)
     """
     segments, unknown = _segments(reply, thinking, labels)
-    known = [segment for segment in segments if segment.known]
-    cut = known[-1] if known and segments[-1] is known[-1] and not known[-1].closed else None
+    labelled = [segment for segment in segments if segment.has_label]
+    cut = labelled[-1] if labelled and segments[-1] is labelled[-1] and not labelled[-1].is_closed else None
     if cut and not truncated:
         # Where all others are closed, the reply ended before its time although the server did not say so.
-        truncated = len(known) > 2 and all(segment.closed for segment in known[:-1])
+        truncated = len(labelled) > 2 and all(segment.is_closed for segment in labelled[:-1])
     used = [segment for segment in segments if not (truncated and segment is cut)]
     broken = _broken_mark(labels)
     places = place_pieces([s.text for s in used], thinking, [s.kind for s in used])
-    spans, mended, lost = [], 0, 0
-    for segment, found in zip(used, places, strict=True):
-        if not segment.known:
+    spans, mended = [], 0
+    lost = _size(cut.text) if truncated and cut else 0
+    for segment, place in zip(used, places, strict=True):
+        if not segment.has_label:
             continue
         # What was changed may hide another mark.
-        hidden = broken.search(_BRACKET.sub("", segment.text)) or (
-            found is not None and found.mended and _QUOTED_BRACKET.search(segment.text)
+        hides_mark = broken.search(_BRACKET.sub("", segment.text)) or (
+            place is not None and place.mended and _QUOTED_BRACKET.search(segment.text)
         )
-        if found is None or segment.doubtful or hidden:
+        if place is None or segment.is_doubtful or hides_mark:
             lost += _size(segment.text)
         else:
-            spans.append(Span(segment.kind, found.start, found.end))
-            mended += found.mended
-    if truncated and cut:
-        lost += _size(cut.text)
+            spans.append(Span(segment.kind, place.start, place.end))
+            mended += place.mended
     whole = _size(thinking)
     return Parsed(
         spans=tuple(spans),
-        segments=len(known),
+        segments=len(labelled),
         mended=mended,
-        unplaced=len(known) - len(spans),
+        unplaced=len(labelled) - len(spans),
         unplaced_characters=lost,
         unknown=dict(unknown),
         coverage=sum(_size(thinking[s.start : s.end]) for s in spans) / whole if whole else 0.0,
@@ -113,39 +122,34 @@ def parse(reply: str, thinking: str, labels: Sequence[str] = LABELS, *, truncate
 
 
 def _segments(reply: str, thinking: str, labels: Sequence[str]) -> tuple[list[_Segment], Counter[str]]:
-    """The reply cut at its marks; blank stretches are left out."""
+    """The reply cut at its marks, without blank stretches, and the labels in it that nobody asked for."""
     reply = _unwrapped(reply, thinking)
     # A bracket that the chain holds as well is a copy of it, even if it reads like a mark: then the reply is
     # ambiguous there, and what does not fit is refused.
-    own = {_key(bracket.group()) for bracket in _BRACKET.finditer(thinking)}
+    copied = {_key(bracket.group()) for bracket in _BRACKET.finditer(thinking)}
     names = {_plain(label): label for label in labels}
     unknown: Counter[str] = Counter()
     segments: list[_Segment] = []
-    kind, known, start = _STRAY, False, 0
+    kind, has_label, start = _STRAY, False, 0
 
-    def close(end: int, closed: bool, doubtful: bool = False) -> None:
+    def close(end: int, is_closed: bool, is_doubtful: bool = False) -> None:
         if text := reply[start:end].strip():
             ends = text[-1] in _ENDS or "\n" in reply[start:end][-2:]
-            segments.append(_Segment(kind, text, known, closed, doubtful and not ends))
+            segments.append(_Segment(kind, text, has_label, is_closed, is_doubtful and not ends))
 
     for bracket in _BRACKET.finditer(reply):
-        if _key(bracket.group()) in own:
+        if _key(bracket.group()) in copied or (mark := _read_mark(bracket, reply, names)) is None:
             continue
-        read = _read_mark(bracket, reply, names)
-        if read is None:
-            continue
-        first, last = _wrapped(bracket, reply)
-        label, certain = read
-        close(first, closed=not label, doubtful=not certain)
-        kind, known, start = label or _STRAY, label in names.values(), last
-        if label and not known:
+        (label, is_certain), (first, last) = mark, _wrapped(bracket, reply)
+        close(first, is_closed=not label, is_doubtful=not is_certain)
+        kind, has_label, start = label or _STRAY, label in names.values(), last
+        if label and not has_label:
             unknown[label] += 1
-    end = len(reply)
-    closed = False
+    end, is_closed = len(reply), False
     cut = _CUT.search(reply)
     if cut and _begins_mark(cut[1], names) and _stripped(cut[0]) not in _stripped(thinking):
-        end, closed = cut.start(), True  # the reply ends inside a mark
-    close(max(start, end), closed)
+        end, is_closed = cut.start(), True  # the reply ends inside a mark
+    close(max(start, end), is_closed)
     return segments, unknown
 
 
