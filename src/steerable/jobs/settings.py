@@ -194,9 +194,9 @@ class Config(Settings):
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
     block: int = Field(
-        150, ge=1, description="Chains that are generated as one unit of work: what a killed run may lose."
+        600, ge=1, description="Chains that are generated as one unit of work: what a killed run may lose."
     )
-    rows: int = Field(100, ge=1, description="Sequences computed together.")
+    rows: int = Field(128, ge=1, description="Sequences computed together.")
 
     #: Names of the settings that were read from a file: what such a setting names is never imported or run, and no
     #: key is sent to it (`check_own`).
