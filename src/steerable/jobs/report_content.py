@@ -14,7 +14,7 @@ from steerable.chains.tasks import correct
 from steerable.evals.logit_lens import lens
 from steerable.evals.metrics import all_metrics
 from steerable.jobs.selection import read_selection
-from steerable.jobs.settings import selected_path
+from steerable.jobs.settings import Config, selected_path
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
@@ -69,6 +69,7 @@ def assemble(
         "attribution_by_window": effects,
         "selection": chosen,
         **({"missing": missing} if missing else {}),
+        "look": Config(config, **config).quick().to_dict() == dict(config),
         "metrics": {name: metric.describe() for name, metric in all_metrics().items()},
         "cells": read_json(folder / "cells.json", list),
         "examples": [example for example in examples if example],
