@@ -123,17 +123,11 @@ class Config(Settings):
 
     model: str = Field("pocket", description="'pocket' (the bundled model), a model folder, or a name on the hub.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: str | None = Field(
-        None, description="Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
-    )
-    device: str | None = Field(
-        None, description="Device, e.g. cpu or cuda:0, or auto to spread a big model; default: a GPU if there is one."
-    )
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="8bit or 4bit weights; default: as the checkpoint is."
-    )
+    dtype: str | None = Field(None, description="Weights' type, e.g. bfloat16; default: the checkpoint's.")
+    device: str | None = Field(None, description="E.g. cuda:0, or auto to spread a big model; default: a GPU, if any.")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="8bit or 4bit; default: the checkpoint's.")
     attention: str | None = Field(
-        None, description="Attention kernel: sdpa, eager, ...; default: what transformers chooses."
+        None, description="Attention kernel: sdpa, eager, ...; default: transformers' choice."
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
     tasks: str = Field(
@@ -148,18 +142,11 @@ class Config(Settings):
         "for the bundled model, else keywords.",
     )
     stability: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Keep a span only if this share of re-sampled continuations begins with its label; 0: keep all.",
+        0.0, ge=0, le=1, description="Keep a span only if this share of re-sampled continuations begins with its label."
     )
     llm_model: str = Field("gpt-4.1", description="Language model that annotates or writes tasks.")
-    llm_url: str | None = Field(
-        None, description="Its OpenAI-compatible endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY."
-    )
-    llm_prices: str | None = Field(
-        None, description="Its prices, for the account: of a million tokens read and of a million written, e.g. 2,8."
-    )
+    llm_url: str | None = Field(None, description="Its endpoint; default: OPENAI_BASE_URL. The key is OPENAI_API_KEY.")
+    llm_prices: str | None = Field(None, description="Its prices of a million tokens read and written, e.g. 2,8.")
     llm_concurrency: int = Field(8, ge=1, description="Requests in flight at once.")
     llm_rpm: int = Field(0, ge=0, description="Most requests a minute; 0: no limit of ours.")
     llm_tpm: int = Field(0, ge=0, description="Most tokens a minute; 0: no limit of ours.")
@@ -171,9 +158,7 @@ class Config(Settings):
     side_tasks: int = Field(25, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
-    greedy: bool = Field(
-        False, description="Decode greedily, as published; default: the model's own generation_config."
-    )
+    greedy: bool = Field(False, description="Decode greedily, as published; default: the model's generation_config.")
     window: Literal["published", "span", "onset"] | None = Field(
         None, description="published, span or onset; default: the one that wins on the validation tasks."
     )
@@ -182,20 +167,14 @@ class Config(Settings):
         description="What a behaviour's mean is compared with: pooled, overall, or auto (overall with --window "
         "published).",
     )
-    layers: str | None = Field(
-        None, description="Layer to steer, e.g. 3; default: chosen by attribution and validation."
-    )
+    layers: str | None = Field(None, description="Layer to steer, e.g. 3; default: chosen by validation.")
     tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
     sweep: str = Field("-0.5,0.5,1.5", description="Further strengths for the dose-response curves; '' for none.")
-    controls: int = Field(
-        5, ge=1, description="Directions in each control: random ones, and ones from shuffled labels."
-    )
+    controls: int = Field(5, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
-    block: int = Field(
-        600, ge=1, description="Chains that are generated as one unit of work: what a killed run may lose."
-    )
+    block: int = Field(600, ge=1, description="Chains in one unit of work: what a killed run may lose.")
     rows: int = Field(128, ge=1, description="Sequences computed together.")
 
     #: Names of the settings that were read from a file: what such a setting names is never imported or run, and no
