@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -49,6 +51,18 @@ def test_the_page_is_sound_small_and_fetches_nothing(report, timings):
     assert Sound(page).fetched == []
     assert "url(" not in page.replace("url(#hatch)", "") and "@import" not in page
     assert len(page.encode()) < 400_000
+
+
+def test_pages_know_nothing_of_torch(report):
+    """Four pages are imported and one is drawn in a process of its own."""
+    report["metrics"] = {"accuracy": {"title": "Accuracy", "unit": "share", "description": ""}}
+    code = (
+        "import json, sys\n"
+        "from steerable.pages import lens_page, passk_page, run_page, training_page\n"
+        "assert 'Accuracy' in run_page.render(json.load(sys.stdin))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], input=json.dumps(report), text=True, check=True)
 
 
 def test_the_same_report_gives_the_same_bytes_and_is_left_alone(report):
