@@ -70,8 +70,7 @@ def tables(document: Document, score: str = "cosine", norm: bool = False) -> lis
     for vector in vectors:
         reading, share = reading_of(vector["tokens"], score, norm), vector["relative_norm"]
         ends = ["  ".join(words.visible(t) for t, _ in reading[end]) if reading else "-" for end in ("top", "bottom")]
-        size = f"{vector['norm']:.3g}" + ("" if share is None else f" ({share:.3f} of ||h||)")
-        tokens.append([vector["name"], size, *ends])
+        tokens.append([vector["name"], f"{vector['norm']:.3g}", "-" if share is None else f"{share:.3f}", *ends])
         cells = [reading_of(vector["groups"], score, norm, name) for name in names]
         aucs.append([vector["name"], *(words.fixed(c["auc"]) + "*" * bool(c["beyond"]) if c else "-" for c in cells)])
     bounds = [reading_of(random, score, norm, name) for name in names]
@@ -80,7 +79,7 @@ def tables(document: Document, score: str = "cosine", norm: bool = False) -> lis
     aucs.append(["tokens", *(str(group["tokens"]) for group in document["groups"].values())])
     caption = "0.5: no different from other tokens; *: beyond 95 % of random vectors, as one in 20 is by chance"
     made = [
-        words.printed(f"Tokens by {way}", ["vector", "norm", "most", "least"], tokens),
+        words.printed(f"Tokens by {way}", ["vector", "norm", "of ||h||", "most", "least"], tokens),
         words.printed(f"Token groups, AUC by {way}", ["vector", *names], aucs, caption),
         words.printed("The vectors beside one another", ["", ""], _shape(document).items()),
     ]
