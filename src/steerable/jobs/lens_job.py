@@ -220,8 +220,8 @@ def read_direction(
                 if entry["norm"] == 0:
                     continue  # a zero vector says nothing
                 ends = {"top": tops[i], "bottom": bottoms[i]}
-                said = {end: [[texts[token], value] for token, value in pairs] for end, pairs in ends.items()}
-                entry["tokens"].append(way | said)
+                listed = {end: [[texts[token], value] for token, value in pairs] for end, pairs in ends.items()}
+                entry["tokens"].append(way | listed)
                 if judged is not None:
                     cells = (_cell(judged, random[score, norm], i, g) for g in range(len(groups)))
                     entry["groups"] += [way | {"group": name} | cell for name, cell in zip(groups, cells, strict=True)]

@@ -397,8 +397,8 @@ def layer_panel(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
     marked, label = [] if chosen is None else [(chosen, "selected")], f"Effect of each layer on {v.name}"
     figure = curves(series, step_scale(count), y, label=label, marked=marked, x_title="layer")
     attribution = report["attribution"]
-    shared, own = attribution.get("rank_correlation") or {}, attribution[v.behaviour].get("rank_correlation")
-    rho = shared.get(v.behaviour) or own or {}
+    together, alone = attribution.get("rank_correlation") or {}, attribution[v.behaviour].get("rank_correlation")
+    rho = together.get(v.behaviour) or alone or {}
     note = " · ".join(f"{name.replace('_', ' ')} {words.fixed(r)}" for name, r in rho.items() if name != "exact")
     return v.panel(figure, f"Rank correlation with exact: {note}" if note else "")
 
