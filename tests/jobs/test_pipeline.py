@@ -570,3 +570,26 @@ def test_the_dose_of_every_cell_is_told(finished):
     (cell,) = (c for c in report["cells"] if c["name"] == "backtracking.+1")
     assert list(cell["dose"].values()) == [pytest.approx(dose)]
     assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"
+
+
+@pytest.mark.slow
+def test_an_installed_metric_is_in_every_cell_of_the_report(copy, tmp_path):
+    """Another package's entry point: the cells of a finished run are measured again, in a process that has it."""
+    (tmp_path / "hesitation.py").write_text(
+        "from steerable.evals.metrics import Metric\n"
+        "metric = Metric('hesitation', 'Hesitation', 'number', lambda m: m.chain['thinking'].count('Wait'))\n"
+    )
+    info = tmp_path / "hesitation-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hesitation\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:metric\n")
+    before = read_json(copy / "cells.json")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    for stage in ("evaluate", "report"):
+        command = [sys.executable, "-m", "steerable", stage, "--workers", "1", "--out", copy]
+        subprocess.run(command, check=True, env=environment)
+    report = read_json(copy / "report.json")
+    assert report["metrics"]["hesitation"]["title"] == "Hesitation"
+    assert all(len(cell["hesitation"]) == 3 for cell in report["cells"])
+    assert [{k: v for k, v in cell.items() if k != "hesitation"} for cell in report["cells"]] == before
+    assert "Hesitation" in (copy / "report.html").read_text()

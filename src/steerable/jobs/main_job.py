@@ -26,7 +26,7 @@ from steerable.engines.pool import default_threads, torch_threads
 from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 from steerable.evals.attribution import attribute
 from steerable.evals.cells import values
-from steerable.evals.metrics import Measured
+from steerable.evals.metrics import Measured, all_metrics
 from steerable.jobs import annotation, selection
 from steerable.jobs.cells import (
     Cell,
@@ -407,6 +407,8 @@ def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
         settings["tasks_sha256"] = sha256(Path(run.config.tasks))
     if "annotator" in settings:
         settings["annotator_sha256"] = [sha256(source) for source in annotation.sources(run.config)]
+    if stage.name == "evaluate":
+        settings["metrics"] = sorted(all_metrics())
     if "llm" not in (settings.get("annotator"), settings.get("tasks")):
         settings = {name: value for name, value in settings.items() if not name.startswith("llm_")}
     return settings
