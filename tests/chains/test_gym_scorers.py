@@ -49,10 +49,12 @@ def first():
     return lambda family, count=5: [t["entry"] for t in itertools.islice(gym.stream("any", (family,), 2), count)]
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_is_measured(scorers, rows):
     assert scorers.PAGE.read_text() == scorers.page(rows), "run: python docs/make_scorers.py"
 
 
+@pytest.mark.slow
 def test_every_right_answer_gets_full_marks_in_all_its_forms(scorers, rows):
     assert len(rows) == 105
     unpaid = {f: [name for name in scorers.WRITTEN if set(row.ours[name]) - {1.0}] for f, row in rows.items()}
@@ -60,6 +62,7 @@ def test_every_right_answer_gets_full_marks_in_all_its_forms(scorers, rows):
     assert [f for f, row in rows.items() if not any(row.answers)] == ["boxnet", "rush_hour"]
 
 
+@pytest.mark.slow
 def test_no_reply_without_an_answer_is_paid(scorers, rows):
     def is_answer(reply, answer):
         return answer is not None and (reply == answer.lower() or (reply == "0" and answer in ("0.0", "0.00")))
@@ -70,6 +73,7 @@ def test_no_reply_without_an_answer_is_paid(scorers, rows):
                 assert score in (None, 0.0) or (score == 1.0 and is_answer(name, answer)), (family, name, answer)
 
 
+@pytest.mark.slow
 def test_no_constant_earns_more_than_the_best_constant_answer(scorers, rows):
     for family, row in rows.items():
         answers = [row.constant[a][1] for a in row.answers if a in row.constant]

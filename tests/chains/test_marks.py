@@ -196,6 +196,7 @@ def test_the_judge_is_linear_in_degenerate_text():
     assert [(text[:60], text[-20:]) for wanted, text in slow if min(cost(wanted, text) for _ in range(3)) > 0.5] == []
 
 
+@pytest.mark.slow
 def test_twice_the_text_costs_twice_the_time():
     short, long = list(degenerate(20_000)), list(degenerate(80_000))
     for (wanted, text), (_, four_times) in zip(short, long, strict=True):

@@ -124,7 +124,7 @@ def by_prefixes(tokenizer, ids):
     return text, [(a, b + more) for a, b, more in zip(same[:-1], same[1:], unfinished[1:], strict=True)]
 
 
-@pytest.mark.parametrize("name", ["deepseek", "qwen", "qwen3_6", "smol"])
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "qwen3_6", pytest.param("smol", marks=pytest.mark.slow)])
 def test_pieces_of_characters_and_words(real, name):
     tokenizer, rng = real(name), random.Random(name)
     shared = 0

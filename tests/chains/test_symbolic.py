@@ -108,6 +108,7 @@ print(symbolic._WORKER.process.pid, flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "then",
     [

@@ -130,11 +130,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.model:
             raise UsageError("a language-model endpoint needs the model's name at the server")
-        if self.concurrency < 1 or self.tries < 1 or self.timeout <= 0 or self.backoff < 0:
-            raise UsageError("concurrency and tries must be at least 1, timeout positive and backoff not negative")
-        for limit in (self.requests_per_minute, self.tokens_per_minute):
-            if limit is not None and limit <= 0:
-                raise UsageError(f"a limit per minute must be positive, got {limit}")
+        limits = [limit for limit in (self.requests_per_minute, self.tokens_per_minute) if limit is not None]
+        if min(self.concurrency, self.tries) < 1 or min([self.timeout, *limits]) <= 0 or self.backoff < 0:
+            raise UsageError(
+                "concurrency and tries must be at least 1, timeout and limits per minute positive, backoff not negative"
+            )
         self.base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https"):
