@@ -95,17 +95,16 @@ def test_right_padded_chunks_with_known_prompts(seed):
                 check(tokens, r, i - start, oracle(text, lengths[r])[i])
 
 
-def test_rows_are_dropped_and_refilled():
+def test_rows_are_dropped_and_moved():
     state = SequenceState(TAGS)
     state.start(3)
     state.advance(torch.tensor([[5, 1], [5, 2], [5, 5]]))
     state.select(torch.tensor([2, 0, 0]))
     tokens = state.advance(torch.tensor([[5], [5], [5]]))
     assert tokens.thinking[:, 0].tolist() == [False, True, True]
-    state.reset_rows(torch.tensor([1]))
+    assert tokens.position[:, 0].tolist() == [2, 2, 2]
     tokens = state.advance(torch.tensor([[5], [5], [2]]), prompt=torch.tensor([False, True, False]))
-    assert tokens.thinking[:, 0].tolist() == [False, False, False]
-    assert tokens.position[:, 0].tolist() == [3, 0, 3]
+    assert tokens.thinking[:, 0].tolist() == [False, True, False]
     assert tokens.prompt[:, 0].tolist() == tokens.last_prompt[:, 0].tolist() == [False, True, False]
 
 

@@ -151,7 +151,7 @@ def test_random_programs(seed):
         ("0.5 happy@", 11, "expected a gate"),
         ("0.5 happy|", 11, "expected a map"),
         ("0.5 happy 0.3 happy", 11, "expected \\+ or -"),
-        ("0.5 happy|rotat(3)", 11, "unknown map or schedule 'rotat'"),
+        ("0.5 happy|rotat(3)", 11, "unknown map 'rotat'"),
         ("0.5 happy + 1 happy|rotate(3)", 15, "rotate needs a plane"),
         ("happy|clip(3, 1)", 7, "lo <= hi"),
         ("happy|floor(x)", 7, "expected a number"),

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from steerable.steering.gates import Gate, parse_gate, quoted
-from steerable.steering.maps import MAPS, Map, fitted, map_text
-from steerable.steering.modifiers import parse_map, parse_schedule
+from steerable.steering.maps import MAPS, Map, fitted, map_text, parse_map
 from steerable.steering.plain import decoded, encoded
-from steerable.steering.schedule import SCHEDULES, Schedule, schedule_text
+from steerable.steering.schedule import SCHEDULES, Schedule, parse_schedule, schedule_text
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Program, Source, gate_from_json, gate_to_json
 from steerable.store.errors import SteerableError, UsageError

@@ -106,12 +106,6 @@ class SequenceState:
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, rows[index])
 
-    def reset_rows(self, index: Tensor) -> None:
-        """New sequences begin in these rows (the caller then says in `advance` which tokens are prompt)."""
-        self.phase[index] = BEFORE
-        for rows in (self.seen, self.tag, self.line, self.made, self.parts, self.passed):
-            rows[index] = 0
-
     def join(self, other: SequenceState) -> SequenceState:
         """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths in both
         or neither."""
@@ -174,18 +168,17 @@ class SequenceState:
         tokens.made = self.made[:, None] + before
         self.made = self.made + generated.sum(1)
         passed: dict[Event, Tensor] = {}
+        reached, over = self.parts.clone(), self.passed.clone()
         for i, event in enumerate(self.events or ()):
             if event == CLOSING:
                 hit = torch.zeros_like(generated) if tags is None else generated & (tags > 0) & (tags != THINKING)
             else:
-                hits, parts = _event_matcher(event).advance(self.parts[:, i], tokens.ids, generated)
+                hits, reached[:, i] = _event_matcher(event).advance(self.parts[:, i], tokens.ids, generated)
                 hit = hits > 0
-                self.parts = self.parts.index_copy(1, torch.tensor([i], device=parts.device), parts[:, None])
             upto = hit.cumsum(1)
             passed[event] = self.passed[:, i : i + 1] | (upto - hit.long() > 0)
-            over = self.passed[:, i] | (upto[:, -1] > 0)
-            self.passed = self.passed.index_copy(1, torch.tensor([i], device=over.device), over[:, None])
-        tokens.passed = passed
+            over[:, i] |= upto[:, -1] > 0
+        self.parts, self.passed, tokens.passed = reached, over, passed
         return tokens
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.plain import Registry, call_text, numbers
+from steerable.steering.plain import Registry, call_text, made, numbers, read_call
 from steerable.store.errors import UsageError
 
 Map = Any
@@ -372,6 +372,22 @@ def called(map: Map, x: Tensor, h: Tensor, position: Tensor | None) -> Tensor:
     if getattr(map, "sees_activation", False):
         context["h"] = h
     return map(x, **context)
+
+
+def is_map(name: str) -> bool:
+    """Whether text may name a map so."""
+    return name in NAMED or name != "framed" and MAPS.knows(name)
+
+
+def parse_map(text: Map | str) -> Map:
+    """A map from its text, such as "clip(-1, 2)" or "ablate"; a map is returned as it is. Raises UsageError."""
+    if not isinstance(text, str):
+        return text
+    name, arguments = read_call(text)
+    if not is_map(name):
+        names = ", ".join(sorted({*NAMED, *MAPS} - {"framed"}))
+        raise UsageError(f"unknown map {name!r}: expected one of {names}")
+    return made(name, NAMED.get(name) or MAPS[name], arguments)
 
 
 def map_text(map: Map) -> str:

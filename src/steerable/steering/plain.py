@@ -109,6 +109,28 @@ def value_of(node: ast.AST) -> Any:
     raise ValueError("expected a number, a list of numbers or a word")
 
 
+def read_call(text: str) -> tuple[str, list[Any]]:
+    """Name and arguments of "clip(-1, 2)" or "ablate". Raises UsageError."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else None
+        name = call.func if call else node
+        if not isinstance(name, ast.Name) or call and (call.keywords or not call.args):
+            raise ValueError("expected a name, and values in parentheses")
+        return name.id, [value_of(argument) for argument in call.args] if call else []
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UsageError(f"{text!r} is no map or schedule ({why})") from None
+
+
+def made(name: str, make: Callable[..., Any], arguments: list[Any]) -> Any:
+    """`make` of these arguments. Raises UsageError where it takes others."""
+    try:
+        return make(*arguments)
+    except TypeError as error:
+        raise UsageError(f"{name} does not take these values: {error}") from None
+
+
 def encoded(thing: Any, registry: Registry) -> dict[str, Any]:
     """A registered dataclass as JSON holds it: its name as "type", and its parameters."""
 

@@ -6,7 +6,6 @@ Each is plain data and gives a factor of the strength: a number, or one for each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerable.steering.gates import CLOSING, Event, Tokens
-from steerable.steering.plain import Registry, call_text, numbers
+from steerable.steering.plain import Registry, call_text, made, numbers, read_call
 from steerable.store.errors import UsageError
 
 SCHEDULES = Registry("steerable.schedules")
@@ -136,10 +135,15 @@ def schedule_text(schedule: Schedule) -> str:
     return call_text(SCHEDULES.name_of(type(schedule)), *given)
 
 
-def make_schedule(name: str, *arguments: Any) -> Schedule:
-    """The schedule that text names: layers(1, 0.5), ramp(0, 1, 50), until(close), per_request, constant."""
-    make: Callable[..., Schedule] = SCHEDULES[name]
-    return PerLayer(arguments) if make is PerLayer else make(*arguments)
+def parse_schedule(text: Schedule | str) -> Schedule:
+    """A schedule from its text, such as "ramp(0, 1, 50)"; a schedule is returned as it is. Raises UsageError."""
+    if isinstance(text, Schedule):
+        return text
+    name, arguments = read_call(text)
+    if not SCHEDULES.knows(name):
+        raise UsageError(f"unknown schedule {name!r}: expected one of {', '.join(sorted(SCHEDULES))}")
+    schedule: Schedule = made(name, SCHEDULES[name], [tuple(arguments)] if name == "layers" else arguments)
+    return schedule
 
 
 def _whole(value: Any, least: int = 1) -> bool:

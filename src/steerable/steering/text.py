@@ -17,8 +17,8 @@ from typing import Any
 
 from steerable.steering.direction import Direction
 from steerable.steering.gates import GateError, parse_gate
-from steerable.steering.modifiers import is_modifier, parse_modifier
-from steerable.steering.schedule import Schedule
+from steerable.steering.maps import is_map, parse_map
+from steerable.steering.schedule import SCHEDULES, parse_schedule
 from steerable.steering.spec import Program
 from steerable.store.errors import SteerableError, UsageError
 
@@ -109,8 +109,12 @@ class _Reader:
     def _read(self, mark: str, part: str) -> tuple[str, Any]:
         if mark == "@":
             return "where", parse_gate(part, self.direction)
-        value = parse_modifier(part)
-        return "rescale" if isinstance(value, bool) else "schedule" if isinstance(value, Schedule) else "map", value
+        name = re.match(r"\s*(\w*)", part)[1]  # type: ignore[index]
+        if name == "rescale":
+            if part.strip() not in ("rescale", "rescale(off)"):
+                raise UsageError("rescale takes no values, or `off`")
+            return name, part.strip() == name
+        return ("schedule", parse_schedule(part)) if SCHEDULES.knows(name) else ("map", parse_map(part))
 
     def _parts(self) -> list[tuple[str, int, str]]:
         """The gate and the maps behind a name: the sign before each, where it begins, and its text."""
@@ -132,12 +136,16 @@ class _Reader:
             if depth <= 0 and (
                 sign == "@"
                 or sign == "|"
-                and is_modifier(re.match(r"\s*(\w*)", text[place + 1 :])[1])  # type: ignore[index]
+                and _is_modifier(re.match(r"\s*(\w*)", text[place + 1 :])[1])  # type: ignore[index]
                 or sign in "+-"
             ):
                 break
             place += 1
         return place
+
+
+def _is_modifier(name: str) -> bool:
+    return name == "rescale" or SCHEDULES.knows(name) or is_map(name)
 
 
 def _found(name: str, directions: Directions | None) -> Direction:

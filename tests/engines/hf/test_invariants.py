@@ -17,6 +17,7 @@ from steerable.steering.maps import MAPS, Affine, Clip, Rotate, Shift, Swap, fit
 from steerable.steering.schedule import Constant, PerLayer, PerRequest, Ramp, Until
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, from_json, to_json
+from steerable.steering.text import parse_steering
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 D = 32
@@ -451,6 +452,29 @@ def test_the_report_says_what_was_given(tiny_llama, tokenizer):
         given = float((0.5 * draw(D).double().norm() / norms).mean())
         assert report[str(SITE)]["dose"] == pytest.approx(given, rel=1e-3)
         assert (report[str(SITE)]["relative_change"] == pytest.approx(given, rel=1e-3)) != rescale
+
+
+def test_text_steers(tiny_llama, tmp_path):
+    """Names are files; what `steer` is given besides holds for them as well, and another model's are warned of."""
+    path = Direction({SITE: draw(D), Site("resid_post", 2): draw(D)}, model_id="someone/else").save(tmp_path / "v")
+    text = f'0.5 "{path}"[1]@positions(0, 3) - 1 "{path}"|ablate'
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SteerableWarning)
+        with steer(tiny_llama, text) as handle:
+            one = logits(tiny_llama, ROWS[0])
+        assert handle.report().steering == text
+        with steer(tiny_llama, [parse_steering(text)[0], parse_steering(text)[1:]], layers=[1, 2]):
+            assert torch.equal(logits(tiny_llama, ROWS[0]), one)
+        with steer(tiny_llama, text, where="all", layers=2) as handle:
+            logits(tiny_llama, ROWS[0])
+        assert handle.report()["resid_post.2"]["tokens"] == len(ROWS[0]) and len(handle.report()) == 1
+    tiny_llama.config._name_or_path = "this/one"
+    try:
+        with pytest.warns(SteerableWarning, match="made on 'someone/else'") as caught, steer(tiny_llama, text):
+            logits(tiny_llama, ROWS[0])
+    finally:
+        tiny_llama.config._name_or_path = ""
+    assert caught[0].filename == __file__ and len(caught) == 1
 
 
 def test_additions_from_outside(tiny_llama, tmp_path):

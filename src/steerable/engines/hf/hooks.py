@@ -13,6 +13,7 @@ Steering belongs to the thread that entered the `with`: passes of other threads 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from steerable.engines.hf.meter import Count, Meter, Report
 from steerable.engines.hf.precision import rounding_watched
 from steerable.engines.hf.programs import Chosen, Passing, Table
 from steerable.engines.hf.sequences import Follower, cached_tokens
-from steerable.engines.hf.threads import waits_for_batch
 from steerable.models import loading as models
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
@@ -104,15 +104,17 @@ def _interventions(
         # widths are checked later: a model of another width is an error
         if not models.is_named(model, direction.model_id):
             text = f"this direction was made on {direction.model_id!r}, the model is {models.model_id(model)!r}: "
-            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=6 if by_name else 5)
+            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=5)
         norms.update({site: norm for site, norm in direction.norms.items() if norm > 0})
         return direction
 
-    by_name = isinstance(item, str)
     if isinstance(item, Direction):
         return heard(item).steering(None, layers, gate, rescale)
     if isinstance(item, str):
-        item = parse_steering(item, lambda name: heard(named_direction(name)))
+        named: dict[str, Direction] = {}
+        item = parse_steering(item, lambda name: named.setdefault(name, named_direction(name)))
+        for direction in named.values():
+            heard(direction)
     changes: dict[str, Any] = {} if gate is None else {"gate": gate}
     changes |= {} if rescale is None else {"rescale": rescale}
     steering = (item,) if isinstance(item, Intervention) else item
@@ -299,7 +301,7 @@ class Handle:
             return
         packed = kwargs.get("cu_seq_lens_q") is not None
         self._local.now = None
-        if get_ident() not in self._threads and not (packed and any(map(waits_for_batch, list(self._threads)))):
+        if get_ident() not in self._threads and not (packed and any(map(_waits_for_batch, list(self._threads)))):
             self._strange += 1
             return
         if getattr(module, "_is_replica", False):
@@ -472,7 +474,7 @@ class _SteeredSite:
                 )
             if here.is_shut:
                 continue
-            new, lost = step.run(new, here, current.position(h.device))
+            new, lost = step.run(new, here, current)
             taken = lost if taken is None else taken if lost is None else taken + lost
             chosen.append(here)
         if chosen and not in_backward():
@@ -502,6 +504,16 @@ class _SteeredSite:
 def resolved(gate: Gate) -> bool:
     """Whether every `boundary` in it knows its tokens."""
     return (gate.op != "boundary" or gate.args is not None) and all(resolved(part) for part in gate.parts)
+
+
+def _waits_for_batch(thread: int) -> bool:
+    """Whether a thread is inside transformers' `generate_batch`, which runs the model in a thread of its own."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "generate_batch":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _piece(position: Any, length: int) -> tuple[int, int] | None:

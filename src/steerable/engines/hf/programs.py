@@ -289,15 +289,15 @@ class Step:
         self.group, self.slot, self.strength, self.on, self.window = group, slot, strength, on, window
         self._at: dict[Place, Any] = {}
 
-    def run(self, h: Tensor, chosen: Chosen, position: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(self, h: Tensor, chosen: Chosen, current: Passing) -> tuple[Tensor, Tensor | None]:
         """The new h [B, T, d], and what rescaling took away again, where it is rescaled.
 
         The arithmetic is in float32 (float64 if h is); what is not selected keeps its bits.
         """
         wide = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
-        return (self._shift if self.group.is_shift else self._map)(h, wide, chosen, position)
+        return self._shift(h, wide, chosen) if self.group.is_shift else self._map(h, wide, chosen, current)
 
-    def _shift(self, h: Tensor, wide: Tensor, chosen: Chosen, position: Any) -> tuple[Tensor, Tensor | None]:
+    def _shift(self, h: Tensor, wide: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
         amount = self._prepared((wide.device, wide.dtype))
         if chosen.factor is not None:
             amount = chosen.factor[..., None].to(amount.dtype) * amount
@@ -316,9 +316,9 @@ class Step:
         mask = mask[..., None]
         return torch.where(mask, new.to(h.dtype), h), torch.where(mask, sum_ - new, 0.0)
 
-    def _map(self, h: Tensor, wide: Tensor, chosen: Chosen, position: Any) -> tuple[Tensor, Tensor | None]:
+    def _map(self, h: Tensor, wide: Tensor, chosen: Chosen, current: Passing) -> tuple[Tensor, Tensor | None]:
         basis, map, s, rows = self._prepared((wide.device, wide.dtype))
-        mask, factor = chosen.mask, chosen.factor
+        mask, factor, position = chosen.mask, chosen.factor, current.position(h.device)
         if rows is not None:
             mask, factor, position = (None if x is None else x[rows] for x in (mask, factor, position))
             wide = wide[rows]
