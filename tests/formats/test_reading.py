@@ -297,8 +297,9 @@ def doubled(data, old, new):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b'"gate":"all"', b'"gate":"all","gate":"thinking"'),
-        (b'"strength":"1.0"', b'"strength":"NaN"'),
+        (b'\\"gate\\":', b'\\"gate\\":\\"thinking\\",\\"gate\\":'),
+        (b'\\"strength\\":1.0', b'\\"strength\\":NaN'),
+        (b'"unit":"raw"', b'"unit":"raw","unit":"calibrated"'),
         (b'"stats":"{}"', b'"stats":"{\\"a\\":1,\\"a\\":2}"'),
         (b'"norms":"{}"', b'"norms":"{\\"resid_post.1\\":Infinity}"'),
         (b'"resid_post.1":{', b'"resid_post.1":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"resid_post.1":{'),

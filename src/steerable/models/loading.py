@@ -21,6 +21,8 @@ _POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
 class Loaded(NamedTuple):
+    """A model and its tokenizer, as `load` gives them."""
+
     model: Any  # transformers' PreTrainedModel
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
 
@@ -48,16 +50,27 @@ def load(
 ) -> Loaded:
     """Load a causal language model and its tokenizer, in evaluation mode and without gradients.
 
-    name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
-    dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
-    device: default the first CUDA device if there is one, else the CPU. device_map: instead of a device, "auto"
-    (accelerate spreads the layers over what there is) or a mapping of module names to devices.
-    attn_implementation: "sdpa", "eager", ...; None: what the family needs, else what transformers chooses.
-    quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
-    revision: a branch, tag or commit of the hub. trust_remote_code: run the code that comes with the model.
-
     The model's `generation_config` then stops at the tokenizer's end token, too, whether or not its files say so.
-    Raises UsageError when there is no such model, device or quantisation library.
+
+    Args:
+        name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
+        dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
+        device: default the first CUDA device if there is one, else the CPU.
+        device_map: instead of a device, "auto" (accelerate spreads the layers over what there is) or a mapping of
+            module names to devices.
+        attn_implementation: "sdpa", "eager", ...; default what the family needs, else what transformers chooses.
+        quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
+        revision: a branch, tag or commit of the hub.
+        trust_remote_code: run the code that comes with the model.
+
+    Returns:
+        The pair (model, tokenizer).
+
+    Raises:
+        UsageError: there is no such model, device or quantisation library.
+
+    Example:
+        model, tokenizer = load("pocket")
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -80,16 +93,15 @@ def load(
         with no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             config = AutoConfig.from_pretrained(source, **options)
-            known = FAMILIES.get(config.model_type)
-            kernel = attn_implementation or (known.attention if known else None)
+            kernel = attn_implementation or FAMILIES.get(config.model_type, Family()).attention
             if kernel is not None:
                 placed["attn_implementation"] = kernel
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
     except Exception as error:  # foreign files: the libraries that read them raise what they like
         for file in sorted(Path(source).glob("*")):
             refuse_stand_in(file)
-        known_as = "is not a loadable model folder"
-        what = known_as if Path(source).exists() else "is neither a folder nor a known model"
+        is_there = Path(source).exists()
+        what = "is not a loadable model folder" if is_there else "is neither a folder nor a known model"
         raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error
     if not placed.get("device_map"):
         try:
@@ -127,17 +139,17 @@ def _adopt_end_token(model: Any, tokenizer: Any) -> None:
         model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
 
 
-def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
+def _quantization(quantization: Any, dtype: str | torch.dtype) -> Any:
     """The quantization config of transformers for load's option, or None."""
-    if wanted is None or not isinstance(wanted, str):
-        return wanted
-    if wanted not in ("8bit", "4bit"):
-        raise UsageError(f"unknown quantization {wanted!r}: expected '8bit', '4bit' or a config of transformers")
+    if quantization is None or not isinstance(quantization, str):
+        return quantization
+    if quantization not in ("8bit", "4bit"):
+        raise UsageError(f"unknown quantization {quantization!r}: expected '8bit', '4bit' or a config of transformers")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"quantization={wanted!r} needs the library bitsandbytes: pip install bitsandbytes")
+        raise UsageError(f"quantization={quantization!r} needs the library bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    if wanted == "8bit":
+    if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
@@ -183,17 +195,17 @@ def _on_hub(name: str, revision: str | None) -> bool:
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype or "auto"
-    found = getattr(torch, dtype, None)
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+    named = getattr(torch, dtype, None)
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise UsageError(f"unknown dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
-    return found
+    return named
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside whatever wraps it (PEFT, DistributedDataParallel, DataParallel, torch.compile, a
-    value head, ...), whose blocks are the same objects; the model itself where there is none.
+    """The transformers model inside whatever wraps it, whose blocks are the same objects; else the model itself.
 
-    Raises UsageError where a wrapper holds several language models.
+    Wrappers are PEFT's, DistributedDataParallel, DataParallel, torch.compile, value heads. Raises UsageError where a
+    wrapper holds several language models.
     """
     from transformers import PreTrainedModel
 
@@ -214,8 +226,11 @@ def _outermost(module: nn.Module, kind: type) -> list[Any]:
 
 
 def unwrap_to_run(model: nn.Module) -> Any:
-    """`unwrap` for those who run the model themselves. Raises UsageError for a PEFT adapter that lives in the wrapper's
-    own pass (prompt and prefix tuning), which the model inside would leave out."""
+    """`unwrap` for those who run the model themselves.
+
+    Raises UsageError for a PEFT adapter that lives in the wrapper's own pass (prompt and prefix tuning), which the
+    model inside would leave out.
+    """
     adapter: Any = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UsageError(
@@ -226,8 +241,10 @@ def unwrap_to_run(model: nn.Module) -> Any:
 
 
 def model_id(model: nn.Module) -> str:
-    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part, so that
-    the same model has the same name on every machine. Empty for a model made from a bare config."""
+    """The name that a direction file stores: "pocket", the hub name, or a local folder's last part.
+
+    So the same model has the same name on every machine. Empty for a model made from a bare config.
+    """
     name = str(getattr(_config(model), "_name_or_path", "") or "")
     return short_name(str(Path(name).resolve()) if name and Path(name).is_dir() else name)
 
@@ -249,10 +266,10 @@ def short_name(name: str) -> str:
 def is_named(model: nn.Module, name: str) -> bool:
     """Whether a file's model_id may mean this model: the same name, or the same last part where one of the two does not
     say whose it is (a folder against a hub name). True where either is empty."""
-    own, other = model_id(model), short_name(name)
-    if not own or not other or own == other:
+    this, other = model_id(model), short_name(name)
+    if not this or not other or this == other:
         return True
-    return not ("/" in own and "/" in other) and own.rpartition("/")[2] == other.rpartition("/")[2]
+    return not ("/" in this and "/" in other) and this.rpartition("/")[2] == other.rpartition("/")[2]
 
 
 def model_revision(model: nn.Module) -> str:
@@ -261,8 +278,7 @@ def model_revision(model: nn.Module) -> str:
 
 
 def base(model: nn.Module) -> nn.Module:
-    """The model without its unembedding (itself where it has none): embeds, runs the blocks, applies the last
-    norm."""
+    """The model without its unembedding, itself where it has none: embeds, runs the blocks, applies the last norm."""
     model = unwrap(model)
     inner = getattr(model, "base_model", model)
     return inner if isinstance(inner, nn.Module) else model
@@ -276,8 +292,10 @@ def _has(root: nn.Module, path: str) -> bool:
 
 
 def family(model: nn.Module) -> Family:
-    """Where the parts are: by `model_type`; for an unknown type by the structure, with a SteerableWarning (once a
-    model) that says what was found, or a UsageError where that fails."""
+    """Where the parts are: by `model_type`; for an unknown type by the structure.
+
+    Warns (SteerableWarning, once a model) what was found there. Raises UsageError where nothing was.
+    """
     model = unwrap(model)
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
@@ -344,6 +362,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def n_layers(model: nn.Module) -> int:
+    """Number of decoder blocks."""
     return len(blocks(model))
 
 

@@ -30,40 +30,40 @@ def guess(model: nn.Module, root: nn.Module, name: str) -> Family:
     if root not in _guessed:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"models of type {name!r} are not known: expected a decoder, but it is encoder-decoder")
-        found = _by_running(model, root) if hasattr(model, "config") else _by_names(root)
-        if found is None:
+        family = _by_running(model, root) if hasattr(model, "config") else _by_names(root)
+        if family is None:
             raise UsageError(
                 f"models of type {name!r} are not known, and no decoder blocks were found in their structure: expected "
                 "a list of blocks that each take and give the residual stream; add a row to models/families.py"
             )
-        _guessed[root] = found
-        warnings.warn(_said(name, found), SteerableWarning, stacklevel=3)
+        _guessed[root] = family
+        warnings.warn(_message(name, family), SteerableWarning, stacklevel=3)
     return _guessed[root]
 
 
-def _said(name: str, found: Family) -> str:
+def _message(name: str, family: Family) -> str:
     parts = {
-        "blocks": found.blocks,
-        "final norm": found.final_norm,
-        "attention adds": found.attention_added,
-        "its projection": found.attention_out,
-        "MLP adds": found.mlp_added,
-        "its projection ": found.mlp_out,
+        "blocks": family.blocks,
+        "final norm": family.final_norm,
+        "attention adds": family.attention_added,
+        "its projection": family.attention_out,
+        "MLP adds": family.mlp_added,
+        "its projection ": family.mlp_out,
     }
     listed = ", ".join(f"{part.strip()} {path or 'not found'}" for part, path in parts.items())
-    parallel = "; attention and MLP in parallel" if found.parallel else ""
+    parallel = "; attention and MLP in parallel" if family.parallel else ""
     return f"models of type {name!r} are not known; guessed from the structure: {listed}{parallel}"
 
 
 def _by_names(root: nn.Module) -> Family | None:
     """Llama's names in a bare module, which cannot be run for a check."""
-    found = Family()
-    layers = getattr(root, found.blocks, None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(root, str(found.final_norm)):
+    family = Family()
+    layers = getattr(root, family.blocks, None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(root, str(family.final_norm)):
         return None
     names = {path for path, _ in layers[0].named_modules()}
-    wanted = {found.entry, found.attention_out, found.attention_added, found.mlp_out, found.mlp_added}
-    return found if wanted <= names else None
+    parts = {family.entry, family.attention_out, family.attention_added, family.mlp_out, family.mlp_added}
+    return family if parts <= names else None
 
 
 @dataclass
@@ -92,9 +92,9 @@ def _by_running(model: Any, root: nn.Module) -> Family | None:
 
 def _lists(model: Any, root: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The lists of modules, those with as many as the config says first, then the longest."""
-    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return sorted(lists, key=lambda item: (len(item[1]) != wanted, -len(item[1]), item[0].count(".")))
+    return sorted(lists, key=lambda item: (len(item[1]) != expected, -len(item[1]), item[0].count(".")))
 
 
 def _run(model: Any, root: nn.Module, block: nn.Module) -> list[_Call] | None:
@@ -132,7 +132,7 @@ def _tensor(value: Any) -> Tensor | None:
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def _inside(found: Family, calls: list[_Call]) -> Family:
+def _inside(family: Family, calls: list[_Call]) -> Family:
     """Adds what the first block's calls prove."""
     *calls, whole = calls
     x, y = whole.input, whole.output
@@ -141,7 +141,7 @@ def _inside(found: Family, calls: list[_Call]) -> Family:
     adders = [c for c in calls if c.output is not None and c.output.shape == x.shape and c.output.any()]
     pair = next(((a, b) for a, b in _pairs(adders) if _is_sum(x, a.output, b.output, y)), None)
     if pair is None:
-        return found
+        return family
     first, second = pair
     assert first.output is not None
     read = [c for c in calls if c.input is not None and c.input.shape == x.shape]
@@ -154,7 +154,7 @@ def _inside(found: Family, calls: list[_Call]) -> Family:
     normed = _is_norm(first.module)
     entered = entry is not None and _is_norm(whole.module.get_submodule(entry))
     return replace(
-        found,
+        family,
         entry=entry,
         attention_out=attention_out,
         attention_added=first.path,
@@ -180,13 +180,13 @@ def _is_sum(x: Tensor, a: Any, b: Any, y: Tensor) -> bool:
 
 def _projection(calls: list[_Call], added: _Call) -> str | None:
     """The last matrix before what is added: its output is that, or is what the post-norm that gives it takes."""
-    wanted = [t for t in (added.output, added.input if _is_norm(added.module) else None) if t is not None]
+    targets = [t for t in (added.output, added.input if _is_norm(added.module) else None) if t is not None]
     for call in calls:
         weight = getattr(call.module, "weight", None)
         is_leaf = not any(call.module.children())
         if is_leaf and isinstance(weight, torch.Tensor) and weight.dim() == 2 and call.output is not None:
             out = call.output
-            if any(out.numel() == w.numel() and torch.equal(out.reshape(w.shape), w) for w in wanted):
+            if any(out.numel() == t.numel() and torch.equal(out.reshape(t.shape), t) for t in targets):
                 return call.path if call.input is not None and call.input.dim() == 3 else None
     return None
 

@@ -42,10 +42,10 @@ def width_at(model: nn.Module, kind: str, layer: int | None = None) -> int:
     if kind not in ("head_in", "mlp_act"):
         return models.width(model)
     layers = range(models.n_layers(model)) if layer is None else [layer]
-    found = next((i for i in layers if missing(model, Site(kind, i)) is None), layers[0])
-    check_site(model, Site(kind, found))
+    having = next((i for i in layers if missing(model, Site(kind, i)) is None), layers[0])
+    check_site(model, Site(kind, having))
     where = models.family(model)
-    module: Any = models.part(model, found, where.attention_out if kind == "head_in" else where.mlp_out)
+    module: Any = models.part(model, having, where.attention_out if kind == "head_in" else where.mlp_out)
     # transformers' Conv1D keeps its weight as [in, out]
     return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])
 
