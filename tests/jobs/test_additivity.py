@@ -17,7 +17,7 @@ from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
 TASKS = 16
-FAST = {"limit": TASKS, "max_new_tokens": 16, "workers": 1, "quiet": True}
+FAST = {"limit": TASKS, "max_new_tokens": 16, "workers": 1}
 
 
 @pytest.fixture(scope="module")

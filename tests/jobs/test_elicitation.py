@@ -23,7 +23,7 @@ from steerable.store.errors import SteerableError, UsageError
 
 peft = pytest.importorskip("peft")
 
-SETTINGS = {"samples": 4, "max_new_tokens": 24, "limit": 6, "workers": 1, "quiet": True}
+SETTINGS = {"samples": 4, "max_new_tokens": 24, "limit": 6, "workers": 1}
 
 
 @pytest.fixture(scope="module")

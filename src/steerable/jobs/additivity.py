@@ -12,19 +12,20 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.table import Table
 
-from steerable.chains.generation import Job, Prompting
+from steerable.chains.generation import Job
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.cells import measure_cell, values
 from steerable.evals.intervals import difference_interval
 from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
-from steerable.jobs.arms import BASE, Arm, answer, check_counts, check_fit, draw_tasks, fingerprint, refusing
+from steerable.jobs.arms import BASE, Arm, answer, check_fit, draw_tasks, fingerprint, job_of, refusing, source_of
+from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
@@ -45,17 +46,12 @@ def compose(
     pairs: str = "all",
     to: str | None = None,
     exclude: Sequence[str | Path] = (),
-    limit: int = 100,
-    samples: int = 1,
-    max_new_tokens: int = 500,
     greedy: bool = False,
-    system: str = "",
-    template: str = "",
-    seed: int = 0,
     out: str | Path = "runs/compose",
     workers: int | None = None,
     overwrite: bool = False,
     display: Display | None = None,
+    **settings: Annotated[Any, Comparison],
 ) -> dict[str, Any]:
     """Add vectors of single layers up; with --tasks, measure them alone, in pairs, together, and on a sibling model.
 
@@ -66,17 +62,12 @@ def compose(
         pairs: Pairs to measure: all, adjacent (layers) or none.
         to: Also measure all files together on this sibling model.
         exclude: Files of tasks not to draw: those of the training. Repeatable.
-        limit: Tasks.
-        samples: Chains a task.
-        max_new_tokens: Longest answer, thinking included.
         greedy: Greedy decoding; default: the model's own.
-        system: A system message.
-        template: A text with {prompt}, in place of the chat template.
-        seed: Seed of tasks, sampling and the random direction.
         out: The folder of the results; without --tasks a .safetensors file will do.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another model in --out be replaced; else that is refused.
         display: Where progress and tables are shown; default: nowhere.
+        settings: The fields of `Comparison`.
 
     Returns:
         What it writes to compose.json (docs/lens.md). The sum is written to combined.safetensors.
@@ -92,7 +83,7 @@ def compose(
         raise UsageError("there is nothing to compose: give one direction file at least")
     if pairs not in ("all", "adjacent", "none"):
         raise UsageError(f"--pairs is {pairs!r}: expected all, adjacent or none")
-    check_counts(seed, limit=limit, samples=samples, max_new_tokens=max_new_tokens)
+    s = Comparison(**settings)
     display = display or Display(quiet=True)
     directions = _named(files)
     together = combine(list(directions.values()))
@@ -108,8 +99,7 @@ def compose(
         result = {**about, "combined": str(together.save(target))}
         display.tell(f"{result['combined']}: layers {', '.join(map(str, result['layers']))}")
         return result
-    if tasks == "auto":
-        tasks = "pocket" if model == "pocket" else "reasoning-gym"
+    tasks = source_of(tasks, model)
     folder = RunFolder(out)
     folder.refuse_other("compose", model, overwrite=overwrite)
     chosen = names_of_pairs(layers, pairs)
@@ -117,32 +107,27 @@ def compose(
         raise UsageError("--pairs adjacent: no two of the files are of single, neighbouring layers; give --pairs all")
     loaded = models.load(model)
     check_fit(loaded, together)
-    prompting = Prompting(system, template)
-    prompting.ids(loaded.tokenizer, "")  # refuses what cannot be put to this model
+    job_of(s).prompting.ids(loaded.tokenizer, "")  # refuses what cannot be put to this model
     if to is not None:
         _check_shape(to, loaded.model)
-    settings = {
-        "tasks": tasks, "limit": limit, "samples": samples, "max_new_tokens": max_new_tokens, "greedy": greedy,
-        "system": system, "template": template, "pairs": pairs, "seed": seed,
-    }  # fmt: skip
+    settings = {"tasks": tasks, "pairs": pairs, "greedy": greedy, **s.to_dict()}
     with folder.locked():
-        drawn = draw_tasks(folder, tasks, limit, seed, exclude)
+        job = job_of(s, draw_tasks(folder, tasks, s, exclude))
         write_json(folder / "config.json", {"job": "compose", "model": model, **settings})
         together.save(folder / "combined.safetensors")
-        job = Job(drawn, range(samples), prompting=prompting)
-        how = {"seed": seed, "greedy": greedy or None, "max_new_tokens": max_new_tokens, "workers": workers}
+        how = s.subset("seed max_new_tokens") | {"greedy": greedy or None, "workers": workers}
         session = _Session(folder, job, how, display)
         cells = {
             name: session.measure(name, direction, model, loaded)
-            for name, direction in _settings(directions, together, chosen, pairs, seed).items()
+            for name, direction in _settings(directions, together, chosen, pairs, s.seed).items()
         }
         result = {
             **about,
             "model": models.model_id(loaded.model) or model,
             "settings": settings,
             "tasks_sha256": sha256(folder / "tasks.jsonl"),
-            "cells": _cells(cells, seed),
-            **_gains(cells, layers, chosen, seed),
+            "cells": _cells(cells, s.seed),
+            **_gains(cells, layers, chosen, s.seed),
             "transfer": None,
         }
         if to is not None:
@@ -150,9 +135,9 @@ def compose(
             del loaded  # two big models need not fit at once
             sibling = models.load(to)
             there = transferred(together, sibling.model, count)
-            steered = {BASE: None, ALL: there, RANDOM: there.random_like(seed)}
+            steered = {BASE: None, ALL: there, RANDOM: there.random_like(s.seed)}
             cells = {name: session.measure(f"to.{name}", d, to, sibling) for name, d in steered.items()}
-            result["transfer"] = {"model": models.model_id(sibling.model) or to, "cells": _cells(cells, seed)}
+            result["transfer"] = {"model": models.model_id(sibling.model) or to, "cells": _cells(cells, s.seed)}
         write_json(folder / "compose.json", result)
     display.show(*tables(result))
     display.tell(f"Written: {folder / 'compose.json'}")

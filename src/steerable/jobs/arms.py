@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 
-from steerable.chains.generation import Job, generate_jobs
+from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
 from steerable.formats import import_file
-from steerable.jobs.settings import LARGEST_SEED, flag
+from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
@@ -122,17 +122,8 @@ def fingerprint(arm: Arm, model: Any = None) -> str:
     return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")})
 
 
-def check_counts(seed: int, **counts: int) -> None:
-    """Raises UsageError for a seed that is none, and for a count, named after its option, below 1."""
-    for name, number in counts.items():
-        if number < 1:
-            raise UsageError(f"{flag(name)} is {number}: expected 1 or more")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UsageError(f"--seed is {seed}: expected a whole number from 0 to {LARGEST_SEED}")
-
-
 def check_fit(base: Loaded, direction: Direction) -> None:
-    """Raises UsageError for vectors that do not fit the model: now, and not after the base's chains."""
+    """Refuse, before anything is generated, vectors that do not fit the model. Raises UsageError."""
     with steer(base.model, direction, tokenizer=base.tokenizer, track=False):
         pass
 
@@ -196,18 +187,28 @@ def _check_model(arm: Arm, base: Any) -> None:
 # --- answering ---
 
 
-def draw_tasks(folder: RunFolder, source: str, limit: int, seed: int, exclude: Sequence[str | Path]) -> list[Record]:
-    """`limit` tasks of a source (as for `make_tasks`) in the folder's tasks.jsonl, none of the files `exclude`; drawn
-    once. Raises UsageError for tasks without reference answers."""
+def job_of(s: Comparison, tasks: Sequence[Record] = ()) -> Job:
+    """What every arm is asked."""
+    return Job(tasks, range(s.samples), prompting=Prompting(s.system, s.template))
+
+
+def source_of(tasks: str, model: str) -> str:
+    """A source of tasks; "auto" is the bundled model's own, else reasoning-gym."""
+    return ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
+
+
+def draw_tasks(folder: RunFolder, source: str, s: Comparison, exclude: Sequence[str | Path]) -> list[Record]:
+    """Tasks of a source (as for `make_tasks`) in the folder's tasks.jsonl, none of the files `exclude`; drawn once.
+    Raises UsageError for tasks without reference answers."""
     if source.partition(":")[0] == "llm":
         raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
     seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
-    settings = {"tasks": source, "limit": limit, "seed": seed, "exclude": seen}
+    settings = {"tasks": source, "exclude": seen, **s.subset("limit seed")}
     if Path(source).exists():
         settings["tasks_sha256"] = sha256(Path(source))
 
     def work(_: Path) -> None:
-        drawn = make_tasks(source, limit, seed, seen)
+        drawn = make_tasks(source, s.limit, s.seed, seen)
         if open_ended := sum(task.get("answer") is None and task.get("entry") is None for task in drawn):
             raise UsageError(
                 f"{open_ended} of {counted(len(drawn), 'task')} {plural(open_ended, 'has', 'have')} neither an answer "

@@ -14,9 +14,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from steerable.chains.generation import Job, Prompting
+from steerable.chains.generation import Job
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.engines.pool import default_threads, torch_threads
@@ -26,7 +26,18 @@ from steerable.evals.likelihood import perplexity, perplexity_ratio, surprisal
 from steerable.evals.metrics import loops
 from steerable.evals.passk import crossing, curve, difference, solved
 from steerable.jobs import arms as comparison
-from steerable.jobs.arms import BASE, Arm, check_arms, check_counts, draw_tasks, find_arms, fingerprint, parse_arms
+from steerable.jobs.arms import (
+    BASE,
+    Arm,
+    check_arms,
+    draw_tasks,
+    find_arms,
+    fingerprint,
+    job_of,
+    parse_arms,
+    source_of,
+)
+from steerable.jobs.training_settings import PasskSettings
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.pages.passk_page import findings, render, tables
@@ -43,19 +54,14 @@ def passk(
     *,
     tasks: str = "auto",
     exclude: Sequence[str | Path] = (),
-    limit: int = 100,
-    samples: int = 64,
     ks: str | Sequence[int] | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
-    max_new_tokens: int = 500,
-    system: str = "",
-    template: str = "",
-    seed: int = 0,
     out: str | Path = "runs/passk",
     workers: int | None = None,
     overwrite: bool = False,
     display: Display | None = None,
+    **settings: Annotated[Any, PasskSettings],
 ) -> dict[str, Any]:
     """pass@k of a base and of what was trained from it: does training elicit or create?
 
@@ -67,19 +73,14 @@ def passk(
             the base) or a model. Repeatable.
         tasks: As in `steerable run`, with reference answers; auto: pocket's own, else reasoning-gym.
         exclude: A .jsonl file of tasks not to draw: those of the training. Repeatable.
-        limit: How many tasks.
-        samples: Chains a task: the largest k.
         ks: The k of the curves, e.g. 1,8,64; default: powers of two.
         temperature: Default: the base's own (the paper's, Yue et al. 2025, is 0.6).
         top_p: Default: the base's own (the paper's is 0.95).
-        max_new_tokens: Longest chain, answer included.
-        system: A system message.
-        template: A text with {prompt}, in place of the chat template.
-        seed: Seed of tasks and sampling.
         out: The folder of chains, passk.json and passk.html.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another base in --out be replaced; else that is refused.
         display: Where progress and tables are shown; default: nowhere.
+        settings: The fields of `PasskSettings`.
 
     Returns:
         The content of passk.json: see docs/passk.md.
@@ -91,29 +92,23 @@ def passk(
     Example:
         steerable passk --arm bias=runs/rl/bias.safetensors --samples 64 --out runs/passk
     """
-    chosen = _checked_ks(ks, samples)
-    check_counts(seed, limit=limit, max_new_tokens=max_new_tokens, samples=samples)
-    source = ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
-    compared = find_arms(model, arms if isinstance(arms, Mapping) else parse_arms(arms))
+    s = PasskSettings(**settings)
+    chosen, source = _checked_ks(ks, s.samples), source_of(tasks, model)
+    compared = find_arms(model, arms if isinstance(arms, Mapping) else parse_arms(arms or ()))
     display = display or Display(quiet=True)
     folder = RunFolder(out)
     folder.refuse_other("passk", model, overwrite=overwrite)
     base = models.load(model)
     decoding = _decoding(base, temperature, top_p)
-    prompting = Prompting(system=system, template=template)
-    prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
+    job_of(s).prompting.ids(base.tokenizer, "")  # refuses what cannot be put to this model
     check_arms(compared, base)
     warn_if_endless(base.model)
-    how = {
-        "decoding": asdict(decoding), "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed,
-        "system": system, "template": template,
-    }  # fmt: skip
-    settings = {"tasks": source, "limit": limit, "ks": chosen, **how}
+    how = {"decoding": asdict(decoding), **s.to_dict()}
+    recorded = {"tasks": source, "ks": chosen, **how}
     with folder.locked():
-        drawn = draw_tasks(folder, source, limit, seed, exclude)
-        write_json(folder / "config.json", {"job": "passk", "model": model, **settings})
-        job = Job(drawn, range(samples), prompting=prompting)
-        options = {"decoding": decoding, "max_new_tokens": max_new_tokens, "seed": seed, "workers": workers}
+        job = job_of(s, draw_tasks(folder, source, s, exclude))
+        write_json(folder / "config.json", {"job": "passk", "model": model, **recorded})
+        options = s.subset("seed max_new_tokens") | {"decoding": decoding, "workers": workers}
         shared = how | {"base": fingerprint(compared[0], base.model)}
         for arm in compared:
             key = shared | {"kind": arm.kind, "content": fingerprint(arm)}
@@ -123,7 +118,7 @@ def passk(
         versions = {name: version(name) for name in ("steerable", "torch", "transformers")}
         result = {
             "model": models.model_id(base.model) or model,
-            "settings": settings,
+            "settings": recorded,
             "versions": versions | {"python": platform.python_version()},
             "tasks_sha256": sha256(folder / "tasks.jsonl"),
             "arms": {

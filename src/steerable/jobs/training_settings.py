@@ -1,4 +1,4 @@
-"""The settings of `steerable train`, and the recipes: settings of published experiments."""
+"""The settings of `steerable train` and of comparisons of what it made; recipes: settings of published experiments."""
 
 from __future__ import annotations
 
@@ -199,6 +199,23 @@ class UPFTSettings(TrainSettings):
                 f"({self.max_new_tokens}), a whole chain"
             )
         return self
+
+
+class Comparison(Settings):
+    """How the arms of a comparison are asked."""
+
+    limit: int = Field(100, ge=1, description="How many tasks.")
+    samples: int = Field(1, ge=1, description="Chains a task.")
+    max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
+    system: str = Field("", description="A system message.")
+    template: str = Field("", description="A text with {prompt}, in place of the chat template.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of tasks, sampling and random directions.")
+
+
+class PasskSettings(Comparison):
+    """The same, with the many samples that pass@k needs."""
+
+    samples: int = Field(64, ge=1, description="Chains a task: the largest k.")
 
 
 def recipes() -> dict[str, dict[str, Any]]:
