@@ -59,7 +59,7 @@ def test_nothing_to_do():
     ("block", "kind", "text"),
     [
         ("usage", UsageError, "^the block is wrong$"),
-        ("bug", SteerableError, r"ValueError: two lines \(test_workers.py, line \d+\)"),
+        ("bug", SteerableError, r"ValueError: two lines \(test_pool.py, line \d+\)"),
         (
             "die",
             SteerableError,

@@ -1,4 +1,4 @@
-"""Blocks of work on a Ray cluster: `workers.map_blocks`, on several machines.
+"""Blocks of work on a Ray cluster: `pool.map_blocks`, on several machines.
 
 One actor a worker, each with its own replica of the model; a worker that is given several GPUs spreads its replica
 over them. A worker that dies, with its process or its machine, is replaced, and its block done again.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from steerable.engines.pool import RETRIES, Queue, Report, check_counts, cores, last_line
+from steerable.engines.pool import RETRIES, Queue, Report, cores, last_line
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 _POLL = 0.5  # seconds between two looks at what the workers report
@@ -40,26 +40,21 @@ def map_blocks(
 ) -> list[Any]:
     """`[work(setup(), block, report) for block in blocks]` on `workers` Ray actors; results in order.
 
-    As `workers.map_blocks`, but `context` is not used, since no block is computed in this process. address: of the
-    cluster; default the environment's RAY_ADDRESS, else Ray is started on this machine for the time of the call (a
-    Ray that this process has already started or joined is used as it is). cpus, gpus: what each worker reserves; with
-    gpus, `setup` is called with `device="cuda"`, or with `device_map="auto"` where a worker has several; see
-    `workers.loader`. The model must be found under the same name or path on every machine.
+    As `pool.map_blocks`, but `context` is not used, since no block is computed in this process. The model must be found
+    under the same name or path on every machine.
 
-    Raises UsageError when not even one worker fits in the cluster (SteerableWarning when fewer do than were asked
-    for), SteerableError as `workers.map_blocks` does.
+    Args:
+        address: of the cluster; default the environment's RAY_ADDRESS, else Ray is started on this machine for the time
+            of the call (a Ray that this process has already started or joined is used as it is).
+        cpus, gpus: what each worker reserves; with gpus, `setup` is called with `device="cuda"`, or with
+            `device_map="auto"` where a worker has several; see `pool.loader`.
+
+    Raises UsageError when not even one worker fits in the cluster (SteerableWarning when fewer do than were asked for),
+    SteerableError as `pool.map_blocks` does.
     """
-    check_counts(workers, threads, retries)
-    results: list[Any] = [None] * len(blocks) if collect else []
-
-    def store(index: int, result: Any) -> None:
-        if collect:
-            results[index] = result
-        if finished is not None:
-            finished(index, result)
-
+    todo = Queue(blocks, workers, threads, retries, finished, collect)
     if not blocks:
-        return results
+        return todo.results
     # Pickled here: Ray would share tensors and arrays through its store, which makes them read-only.
     task = pickle.dumps((work, setup, threads, _placement(gpus)))
     with _connected(address, workers * cpus) as ray:
@@ -68,11 +63,11 @@ def map_blocks(
         pool: list[Any] = []
         try:
             pool += [actor.remote(task) for _ in range(count)]
-            _distribute(ray, pool, lambda: actor.remote(task), blocks, report, store, retries)
+            _distribute(ray, pool, lambda: actor.remote(task), todo, report)
         finally:
             for worker in pool:
                 ray.kill(worker)
-    return results
+    return todo.results
 
 
 def _placement(gpus: float) -> dict[str, Any]:
@@ -132,22 +127,13 @@ def _fitting(ray: Any, workers: int, cpus: float, gpus: float) -> int:
     return fits
 
 
-def _distribute(
-    ray: Any,
-    pool: list[Any],
-    start: Callable[[], Any],
-    blocks: Sequence[Any],
-    report: Report | None,
-    store: Callable[[int, Any], None],
-    retries: int,
-) -> None:
-    todo = Queue(len(blocks), retries)
+def _distribute(ray: Any, pool: list[Any], start: Callable[[], Any], todo: Queue, report: Report | None) -> None:
     running: dict[Any, tuple[int, int]] = {}  # what the actor will answer -> its place in the pool, the block
 
     def give(place: int) -> None:
         block = todo.next()
         if block >= 0:
-            running[pool[place].run.remote(pickle.dumps(blocks[block]))] = place, block
+            running[pool[place].run.remote(pickle.dumps(todo.blocks[block]))] = place, block
 
     for place in range(len(pool)):
         give(place)
@@ -173,7 +159,7 @@ def _distribute(
             if kind == "error":
                 raise value
             give(place)  # the worker goes on while its result is dealt with
-            store(block, value)
+            todo.store(block, value)
 
 
 def _pass_on(ray: Any, actors: Sequence[Any], report: Report) -> None:
@@ -217,9 +203,4 @@ class _Actor:
         return pickle.dumps(self._drained())
 
     def _drained(self) -> list[Any]:
-        found = []
-        while True:
-            try:
-                found.append(self.messages.get_nowait())
-            except queue.Empty:
-                return found
+        return [self.messages.get() for _ in range(self.messages.qsize())]

@@ -12,9 +12,10 @@ import pickle
 import signal
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -95,39 +96,37 @@ def map_blocks(
 ) -> list[Any]:
     """`[work(setup(), block, report) for block in blocks]`, on `workers` processes; results in order.
 
-    work and setup: importable functions (or `functools.partial` of them); `setup` runs once a process, to
-    load the model. finished: called as `finished(index, result)` as soon as a block is done. Blocks, reports and
-    results must be picklable. context: what `setup` would return, if the caller has it already; used where everything
-    runs in this process (one worker). collect: False returns an empty list, for results that `finished` took.
+    A worker that dies is replaced and its block done again (what it had reported is reported again). Whatever happens,
+    no process is left behind.
 
-    A worker that dies is replaced and its block done again (what it had reported is reported again), `retries` times
-    for each block. Errors of the library raised in a worker are raised here; any other, and a block whose workers
-    keep dying, become a SteerableError. Whatever happens, no process is left behind.
+    Args:
+        work, setup: importable functions, or `functools.partial` of them; `setup` runs once a process, to load the
+            model. Blocks, reports and results must be picklable.
+        threads: torch threads of each worker. report: gets what `work` reports.
+        finished: called as `finished(index, result)` as soon as a block is done.
+        context: what `setup` would return, if the caller has it already; used where everything runs in this process
+            (one worker).
+        collect: False returns an empty list, for results that `finished` took.
+        retries: how often a block is given to another worker after its own died.
+
+    Raises what the library raises in a worker; any other error, and a block whose workers keep dying, as a
+    SteerableError.
     """
-    check_counts(workers, threads, retries)
+    queue = Queue(blocks, workers, threads, retries, finished, collect)
     report = report or (lambda message: None)
-    results: list[Any] = [None] * len(blocks) if collect else []
-
-    def store(index: int, result: Any) -> None:
-        if collect:
-            results[index] = result
-        if finished is not None:
-            finished(index, result)
-
     workers = min(workers, len(blocks))
     if workers <= 1:
         with torch_threads(threads):
             ready = setup() if context is None and blocks else context
-            for index, block in enumerate(blocks):
-                store(index, work(ready, block, report))
-            return results
+            while (index := queue.next()) >= 0:
+                queue.store(index, work(ready, blocks[index], report))
+        return queue.results
     pool: list[_Worker] = []
     start = partial(_start, work, setup, threads)
     try:
-        for _ in range(workers):
-            pool.append(start())
-        _distribute(pool, start, blocks, report, store, retries)
-        return results
+        pool += (start() for _ in range(workers))
+        _distribute(pool, start, queue, report)
+        return queue.results
     except BaseException:
         for worker in pool:
             worker.process.terminate()
@@ -141,13 +140,49 @@ def map_blocks(
             worker.process.join()
 
 
-def check_counts(workers: int, threads: int, retries: int) -> None:
-    if workers < 1 or threads < 1 or retries < 0:
-        raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1, retries ({retries}) 0")
+class Queue:
+    """The blocks of a `map_blocks`: which still have to be given out, how often the worker of each has died, and the
+    results of those that are done. Raises UsageError for numbers that are too small."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Any],
+        workers: int,
+        threads: int,
+        retries: int,
+        finished: Callable[[int, Any], None] | None,
+        collect: bool,
+    ) -> None:
+        if workers < 1 or threads < 1 or retries < 0:
+            raise UsageError(f"workers ({workers}) and threads ({threads}) must be at least 1, retries ({retries}) 0")
+        self.blocks, self.retries, self.finished = blocks, retries, finished
+        self.results: list[Any] = [None] * len(blocks) if collect else []
+        self.waiting = list(range(len(blocks)))[::-1]
+        self.deaths: Counter[int] = Counter()
+
+    def next(self) -> int:
+        """The next block's number, -1 when none is left."""
+        return self.waiting.pop() if self.waiting else -1
+
+    def store(self, block: int, result: Any) -> None:
+        """A block is done."""
+        if self.results:
+            self.results[block] = result
+        if self.finished is not None:
+            self.finished(block, result)
+
+    def died(self, block: int, obituary: str) -> None:
+        """Its worker died: the block is next. Raises SteerableError when that has happened too often."""
+        self.deaths[block] += 1
+        if (count := self.deaths[block]) > self.retries:
+            times = "" if count == 1 else f" ({count} times in the same place)"
+            raise SteerableError(f"{obituary}{times}; if memory ran out, use fewer workers")
+        self.waiting.append(block)
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
+    """Torch computes with so many threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -195,45 +230,12 @@ def _without_interrupts() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-@dataclass
-class Queue:
-    """Which blocks still have to be given out, and how often the worker of each has died."""
-
-    blocks: int
-    retries: int
-    deaths: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.waiting = list(range(self.blocks))[::-1]
-
-    def next(self) -> int:
-        """The next block's number, -1 when none is left."""
-        return self.waiting.pop() if self.waiting else -1
-
-    def died(self, block: int, obituary: str) -> None:
-        """Its worker died: the block is next. Raises SteerableError when that has happened too often."""
-        self.deaths[block] = count = self.deaths.get(block, 0) + 1
-        if count > self.retries:
-            times = "" if count == 1 else f" ({count} times in the same place)"
-            raise SteerableError(f"{obituary}{times}; if memory ran out, use fewer workers")
-        self.waiting.append(block)
-
-
-def _distribute(
-    pool: list[_Worker],
-    start: Callable[[], _Worker],
-    blocks: Sequence[Any],
-    report: Report,
-    store: Callable[[int, Any], None],
-    retries: int,
-) -> None:
-    queue = Queue(len(blocks), retries)
-
+def _distribute(pool: list[_Worker], start: Callable[[], _Worker], queue: Queue, report: Report) -> None:
     def give(worker: _Worker) -> None:
         worker.block = queue.next()
         if worker.block >= 0:
             with suppress(BrokenPipeError):  # then its death is noticed below
-                worker.pipe.send_bytes(pickle.dumps(blocks[worker.block]))
+                worker.pipe.send_bytes(pickle.dumps(queue.blocks[worker.block]))
 
     for worker in pool:
         give(worker)
@@ -255,9 +257,9 @@ def _distribute(
             elif kind == "error":
                 raise value
             else:
-                done = worker.block
+                block = worker.block
                 give(worker)  # the worker goes on while its result is dealt with
-                store(done, value)
+                queue.store(block, value)
 
 
 def _obituary(worker: _Worker) -> str:
@@ -291,6 +293,7 @@ def _serve(pipe: Connection, task: bytes) -> None:
 
 
 def last_line(error: Exception) -> str:
+    """An error of somebody else's in one line, with the place where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}, line {frame.lineno})"

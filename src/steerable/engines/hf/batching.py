@@ -19,6 +19,8 @@ from steerable.engines.hf.routes import layer_kinds, window
 from steerable.engines.hf.slots import PAGE, Reach, SlotCache, arrange
 from steerable.engines.sampling import Decoding, choose, mark, signed, together
 from steerable.models.loading import base, stop_ids
+from steerable.steering.gates import Gate
+from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError
 
 _SORTED = 8  # slots among which rows are not sorted by length
@@ -164,9 +166,10 @@ class Batch:
 
     def _prefill(self, start: int, taken: Sequence[int]) -> None:
         prompts = [tuple(self.requests[number].prompt_ids) for number in taken]
-        # Samples of one task come one after another: the same prompt is run once and copied.
+        # Samples of one task come one after another: the same prompt under the same steering is run once and copied.
         unique: dict[Any, int] = {}
-        repeat = [unique.setdefault((self.programs[n], p), len(unique)) for n, p in zip(taken, prompts, strict=True)]
+        programs = [-1 if _spares_prompts(self.requests[n].steering) else self.programs[n] for n in taken]
+        repeat = [unique.setdefault(key, len(unique)) for key in zip(programs, prompts, strict=True)]
         index = torch.tensor(repeat, device=self.device)
         width = max(len(prompt) for prompt in prompts) - 1
         ids = torch.full((len(unique), width), self.pad, dtype=torch.long)
@@ -281,6 +284,17 @@ class Batch:
                 self.done[number] = Completion(ids, ids[-1] in stops)
                 finished += 1
         return finished, made
+
+
+def _spares_prompts(steering: Steering) -> bool:
+    """Whether no token of a prompt can be touched, so that its keys and values are those of the unsteered one."""
+
+    def never_in_prompt(gate: Gate) -> bool:
+        if gate.op in ("&", "|"):
+            return (any if gate.op == "&" else all)(never_in_prompt(part) for part in gate.parts)
+        return gate.op == "generated"
+
+    return all(never_in_prompt(i.gate) for i in steering)
 
 
 def model_device(model: Any) -> torch.device:
