@@ -89,7 +89,7 @@ def generate_jobs(
     greedy: bool | None = None,
     decoding: Decoding | None = None,
     max_new_tokens: int = 500,
-    rows: int = 64,
+    rows: int | None = None,
     block: int = 512,
     workers: int | None = None,
     spread: MapBlocks = map_blocks,
@@ -105,7 +105,7 @@ def generate_jobs(
         seed: with the task's id and the sample's number it fixes a chain's randomness, so that the same sample of two
             jobs differs by the steering alone.
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
-        max_new_tokens: of a chain. rows: sequences that are computed together.
+        max_new_tokens: of a chain. rows: sequences that are computed together, as for the engine.
         block: chains that one worker computes in one piece.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
             model that `load` can find again by its name or folder. spread: what distributes the blocks.
@@ -163,7 +163,7 @@ def _answer(
     seed: int,
     decoding: Decoding | None,
     max_new_tokens: int,
-    rows: int,
+    rows: int | None,
 ) -> list[Record]:
     """The chains of one block, each of a steering, a prompting, a task's id and prompt, and the sample's number."""
     model, tokenizer = loaded

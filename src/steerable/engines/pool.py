@@ -46,15 +46,16 @@ def cores() -> int:
 
 def default_workers(model: Any) -> int:
     """As many as there are cores for a small model on a CPU, else one."""
-    return cores() if model.device.type == "cpu" and _is_small(model) else 1
+    return cores() if model.device.type == "cpu" and is_small(model) else 1
 
 
 def default_threads(model: Any, workers: int) -> int:
     """Threads of each worker: one for a small model (also for a single worker, so that the bytes agree)."""
-    return 1 if _is_small(model) else max(1, cores() // workers)
+    return 1 if is_small(model) else max(1, cores() // workers)
 
 
-def _is_small(model: Any) -> bool:
+def is_small(model: Any) -> bool:
+    """Whether a model runs best with one thread a process on a CPU."""
     return bool(sum(p.numel() for p in model.parameters()) < SMALL)
 
 

@@ -68,6 +68,8 @@ class Batch:
         names = sorted(kinds) if self.near else ["full_attention"]
         shape = (rows, self.capacity)
         self.masks = {name: torch.full(shape, -torch.inf, dtype=self.dtype, device=self.device) for name in names}
+        self.cache.plan.causal = self.near is None
+        self.extra = {"plan": self.cache.plan} if plain else {}
         self.eos = stop_ids(model)
         self.state = handle.new_state() if handle else None
 
@@ -200,6 +202,7 @@ class Batch:
                 attention_mask=self._given(causal),
                 past_key_values=self.cache,
                 use_cache=True,
+                **self.extra,
             )
             plan.prefill = False
         if self.handle:
@@ -221,7 +224,6 @@ class Batch:
         flat = [(mask.view(-1), self._is_near(name)) for name, mask in self.masks.items()]
         reach = Reach([length + 1 for length in self.length])
         widest = max(self.length) + 1
-        extra = {"plan": plan} if self.plain else {}
         dead = torch.zeros(rows, dtype=torch.bool, device=self.device)
         limit = self.limit - 1
         enough = max(1, rows // _ENOUGH)
@@ -248,7 +250,7 @@ class Batch:
                 attention_mask=self._given({name: mask[:rows, None, None, :seen] for name, mask in self.masks.items()}),
                 past_key_values=self.cache,
                 use_cache=True,
-                **extra,
+                **self.extra,
             ).logits[:, -1]
             self.token = choose(logits, decoding, self.seed, self.made, self.held)
             if self.held is not None:

@@ -25,6 +25,7 @@ from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import check_length, is_bound, route
 from steerable.engines.hf.slots import ATTENTION
+from steerable.engines.pool import is_small
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.loading import stop_ids, unwrap_to_run
 from steerable.steering.spec import Steering
@@ -43,7 +44,7 @@ class TransformersEngine:
 
     model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...). It is never
     changed. tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them. rows: sequences
-    that are computed together.
+    that are computed together; None: 128 for a small model on a CPU, else 64.
 
     Example:
         engine = TransformersEngine(model, tokenizer)
@@ -53,7 +54,7 @@ class TransformersEngine:
 
     model: Any
     tokenizer: Any = None
-    rows: int = 64
+    rows: int | None = None
 
     @torch.inference_mode()
     def generate(
@@ -72,11 +73,14 @@ class TransformersEngine:
         """
         if not requests:
             return []
-        if max_new_tokens < 1 or self.rows < 1:
-            raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({self.rows}) must be at least 1")
+        model = self._runnable()
+        rows = self.rows
+        if rows is None:
+            rows = 128 if model_device(model).type == "cpu" and is_small(model) else 64
+        if max_new_tokens < 1 or rows < 1:
+            raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({rows}) must be at least 1")
         if any(len(request.prompt_ids) == 0 for request in requests):
             raise UsageError("a prompt is empty: every request needs at least one token")
-        model = self._runnable()
         longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
         check_length(model, longest)
         longest -= 1  # the last new token is never fed
@@ -92,15 +96,15 @@ class TransformersEngine:
         pad = pad_id(model, self.tokenizer)
         with self._steered(model, [request.steering for request in requests]) as (handle, programs):
             if way.slots:
-                plain, rows = way.name == "slots", min(self.rows, len(requests))
+                plain = way.name == "slots"
                 batch = Batch(
                     model, requests, decodings, programs, handle,
-                    limit=max_new_tokens, rows=rows, longest=longest, plain=plain, pad=pad,
+                    limit=max_new_tokens, rows=min(rows, len(requests)), longest=longest, plain=plain, pad=pad,
                 )  # fmt: skip
                 return batch.complete(progress)
             new = in_batches(
                 model, requests, decodings, programs, handle,
-                limit=max_new_tokens, rows=1 if way.name == "one by one" else self.rows,
+                limit=max_new_tokens, rows=1 if way.name == "one by one" else rows,
                 equal=way.name == "equal lengths", pad=pad, progress=progress,
             )  # fmt: skip
         stops = stop_ids(model)

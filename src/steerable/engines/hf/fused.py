@@ -36,7 +36,7 @@ def fuse(model: nn.Module) -> None:
         if name.endswith("RMSNorm"):
             part.forward = partial(_norm, part)
         elif name in _ATTENTIONS and _are_plain(part.q_proj, part.k_proj, part.v_proj):
-            part.forward = partial(_attention, part, *_joined(part.q_proj, part.k_proj, part.v_proj))
+            part.forward = partial(_attention, part, *_interleaved(part))
         elif name in _MLPS and isinstance(part.act_fn, nn.SiLU) and _are_plain(part.gate_proj, part.up_proj):
             part.forward = partial(_mlp, part, *_joined(part.gate_proj, part.up_proj))
         elif type(module) is nn.Linear:
@@ -48,11 +48,28 @@ def _are_plain(*modules: nn.Module) -> bool:
     return all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
 
 
-def _joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one linear map that does the work of several."""
-    biases = [linear.bias for linear in linears]
-    weight = _laid_out(torch.cat([linear.weight.detach() for linear in linears]))
-    return weight, None if biases[0] is None else torch.cat(biases).detach()
+def _joined(*linears: Any, order: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one linear map that does the work of several, its outputs in another order if there is one."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    return _laid_out(weight), bias
+
+
+def _interleaved(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """The joined projections of an attention, in whose queries and keys the two numbers that a rotary position turns
+    stand side by side, as a complex number's parts do. Scores do not depend on the order, if it is one for both."""
+    dim = attention.head_dim
+    pairs = torch.arange(dim).view(2, dim // 2).t().reshape(-1)
+    for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)):
+        if norm is not None:
+            norm._parameters = {"weight": nn.Parameter(norm.weight.detach()[pairs], False)}
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    turned, rest = (attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features)
+    heads = torch.arange(0, turned, dim)[:, None]
+    order = torch.cat([(heads + pairs).view(-1), torch.arange(turned, turned + rest)])
+    return _joined(*projections, order=order)
 
 
 def _laid_out(weight: Tensor) -> Tensor:
@@ -87,21 +104,12 @@ def _attention(
     if hasattr(attention, "q_norm"):
         query, key = turned.split([queries, keys], dim=2)
         turned = torch.cat([attention.q_norm(query), attention.k_norm(key)], dim=2)
-    query, key = _rotated(turned, *position_embeddings).transpose(1, 2).split([queries, keys], dim=1)
+    cos, sin = (x[:, :, None, : dim // 2] for x in position_embeddings)  # the second half is the same
+    pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    query, key = torch.view_as_real(pairs).flatten(-2).transpose(1, 2).split([queries, keys], dim=1)
     key, value = past_key_values.update(key, value.transpose(1, 2), attention.layer_idx)
     out, _ = slot_attention(attention, query, key, value, attention_mask, attention.scaling, plan)
     return attention.o_proj(out.view(rows, length, -1)), None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [rows, T, heads, dim], cos and sin [rows, T, dim] with equal halves."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out
 
 
 def _mlp(mlp: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

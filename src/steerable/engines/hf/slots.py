@@ -37,8 +37,9 @@ class Plan:
     position: Tensor | None = None  # decode: [rows] where each row's new token goes
     width: int = 0  # decode: positions that are read, the longest row
     pages: list[int] = field(default_factory=list)  # decode: how many rows have reached each page
-    scores: Tensor | None = None  # decode: room for the attention scores of one layer, for this position
+    scores: Tensor | None = None  # decode: room for the attention scores of one layer at this position
     prefill: bool = False
+    causal: bool = False  # prefill: no token attends to fewer than all before it, so that the mask says nothing more
     _cells: dict[Any, Tensor] = field(default_factory=dict)  # what `cells` has found for this position
     _origins: dict[Any, Tensor] = field(default_factory=dict)  # the part of it that all positions share
 
@@ -168,7 +169,7 @@ def slot_attention(
     heads that share keys are treated as further queries of one head, so keys are never repeated.
     """
     rows, heads, length, dim = query.shape
-    if plan is not None and plan.pages:
+    if plan is not None and plan.pages and not plan.prefill:
         scale = dim**-0.5 if scaling is None else scaling
         assert attention_mask is not None
         return _paged(query * scale, key, value, attention_mask, plan).view(rows, 1, heads, dim), None
@@ -177,7 +178,9 @@ def slot_attention(
         query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
     elif heads != kv_heads:
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    is_causal = plan is not None and plan.prefill and plan.causal
+    mask = None if is_causal else attention_mask
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=is_causal)
     if length == 1:
         return out.reshape(rows, 1, heads, dim), None
     return out.transpose(1, 2).contiguous(), None
