@@ -119,8 +119,17 @@ def measure_agreement(
     confusions = np.stack(list(by_task.values()))
     total = confusions.sum(0)
     everything, hits, in_a, in_b = float(total.sum()), total.diagonal(), total.sum(1), total.sum(0)
-    f1 = {name: _ratio(2 * hits[i], in_a[i] + in_b[i]) for i, name in enumerate(names)}
-    known_f1 = [score for score in f1.values() if score is not None]
+    by_label = {
+        name: {
+            "precision": _ratio(hits[i], in_b[i]),
+            "recall": _ratio(hits[i], in_a[i]),
+            "f1": _ratio(2 * hits[i], in_a[i] + in_b[i]),
+            "a": _ratio(in_a[i], everything),
+            "b": _ratio(in_b[i], everything),
+        }
+        for i, name in enumerate(names)
+    }
+    f1 = [row["f1"] for row in by_label.values() if row["f1"] is not None]
     return Agreement(
         labels=tuple(names),
         chains=len(compared),
@@ -133,17 +142,8 @@ def measure_agreement(
         kappa_interval=_kappa_interval(confusions, seed),
         kappa_both=cohen_kappa(total[:-1, :-1]),
         accuracy=_ratio(hits.sum(), everything),
-        macro_f1=_ratio(sum(known_f1), len(known_f1)),
-        by_label={
-            name: {
-                "precision": _ratio(hits[i], in_b[i]),
-                "recall": _ratio(hits[i], in_a[i]),
-                "f1": f1[name],
-                "a": _ratio(in_a[i], everything),
-                "b": _ratio(in_b[i], everything),
-            }
-            for i, name in enumerate(names)
-        },
+        macro_f1=_ratio(sum(f1), len(f1)),
+        by_label=by_label,
         coverage=(_ratio(in_a[:-1].sum(), everything), _ratio(in_b[:-1].sum(), everything)),
         spans=_span_scores(*map(int, matched)) | {"kappa": cohen_kappa(units)},
     )
@@ -231,14 +231,9 @@ def _paint(key: Key, a: Spans, b: Spans, labels: Sequence[str], text: str | None
         raise UsageError(f"a span of chain {key} ends at {longest}: expected at most {LONGEST:,} characters")
     if text is not None and longest > len(text):
         raise UsageError(f"a span of chain {key} ends at {longest}, but its text has only {len(text)} characters")
-    rows = np.stack(
-        [
-            np.array([*(labels.index(span["label"]) for span in spans), len(labels)])[
-                owners(spans, longest if text is None else len(text))
-            ]
-            for spans in (a, b)
-        ]
-    )
+    length = longest if text is None else len(text)
+    numbers = ([*(labels.index(span["label"]) for span in spans), len(labels)] for spans in (a, b))
+    rows = np.stack([np.array(row)[owners(spans, length)] for row, spans in zip(numbers, (a, b), strict=True)])
     if text is None:
         counted = (rows < len(labels)).any(0)
     else:

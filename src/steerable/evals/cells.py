@@ -52,8 +52,6 @@ def differences(
 ) -> dict[str, Any]:
     """Every metric of the table minus the baseline's, paired by task, and `fractions` by label; None: not measured."""
 
-    def difference(metric: str) -> list[float] | None:
-        return difference_interval(values(measured, metric), values(baseline, metric), seed)
-
-    fractions = {label: difference(f"fractions.{label}") for label in labels}
-    return {name: difference(name) for name in all_metrics()} | {"fractions": fractions}
+    metrics = {name: compare(measured, baseline, name, seed)["difference"] for name in all_metrics()}
+    fractions = {label: compare(measured, baseline, f"fractions.{label}", seed)["difference"] for label in labels}
+    return metrics | {"fractions": fractions}

@@ -27,6 +27,7 @@ Counts = Mapping[str, tuple[int, int]]
 """Task id -> (n samples, c right ones)."""
 
 
+@lru_cache(maxsize=65536)
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that at least one of k samples is right, when c of n were: 1 - C(n - c, k) / C(n, k).
 
@@ -195,18 +196,4 @@ def _table(counts: Counts, tasks: Sequence[str], ks: Sequence[int]) -> np.ndarra
     """pass@k of every task [tasks, ks]."""
     if not tasks:
         raise UsageError("there are no counts: expected {task id: (samples, right ones)}")
-    for n in {counts[task][0] for task in tasks}:
-        if too_large := [k for k in ks if not 1 <= k <= n]:
-            pass_at_k(n, 0, too_large[0])  # refuses
-    for task in tasks:
-        n, c = counts[task]
-        if n < 1 or not 0 <= c <= n:
-            pass_at_k(n, c, 1)
-    return np.array([_estimates(counts[task][0], tuple(ks))[counts[task][1]] for task in tasks])
-
-
-@lru_cache(maxsize=16)
-def _estimates(n: int, ks: tuple[int, ...]) -> np.ndarray:
-    """`pass_at_k` for every number of right samples, [n + 1, ks]: each row multiplies one factor to the last."""
-    factors = np.maximum(0.0, 1.0 - np.array(ks, dtype=float) / np.arange(n, 0, -1)[:, None])
-    return 1.0 - np.vstack([np.ones(len(ks)), np.cumprod(factors, axis=0)])
+    return np.array([[pass_at_k(*counts[task], k) for k in ks] for task in tasks])
