@@ -1,6 +1,7 @@
 """The text form of a steering, its JSON, and what they refuse."""
 
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -238,3 +239,29 @@ def test_bad_interventions():
         Intervention(SITES[0], torch.eye(6)[:, :1], Clip.ablate(), strength=torch.ones(3))
     with pytest.raises(UsageError, match="finite"):
         shift(SITES[0], torch.ones(6), float("inf"))
+
+
+def test_entry_points_of_another_package(tmp_path):
+    """An installed package's map and gate are found by their names, in text and in a direction file."""
+    about = tmp_path / "other-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[steerable.maps]\nhalve = other:Halve\n[steerable.gates]\nodd = other:odd\n"
+    )
+    (tmp_path / "other.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Halve:\n    by: float = 2.0\n\n"
+        "    def __call__(self, x):\n        return x / self.by\n\n\n"
+        "def odd(tokens):\n    return tokens.position % 2 == 1\n"
+    )
+    code = (
+        "import sys, torch, steerable as st; site = st.Site('resid_post', 1);"
+        "d = st.Direction({site: torch.tensor([0.0, 3.0])}, map='halve(4)', gate='odd', behaviour='d');"
+        "d = st.Direction.load(d.save(sys.argv[1]));"
+        "(one,) = p = st.parse_steering('1 d|halve(8)@odd', {'d': d});"
+        "print(p, d.map, d.gate, one.apply(torch.tensor([[[8.0, 6.0]]])).tolist())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", code, str(tmp_path / "d.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "1 d|halve(8) halve(4) odd [[[8.0, 0.75]]]", done.stderr

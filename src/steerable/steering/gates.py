@@ -7,7 +7,7 @@ to predict the second.
 neither included, whatever came before: the last tag counts. A tag of several tokens (see `think`) is known by its last
 one only, so its first tokens still belong to what it ends.
 
-"boundary" is the token that completes a paragraph break (see `breaks`), however many tokens spell it.
+"boundary" is the token that completes a paragraph break (see `automaton`), however many tokens spell it.
 
 A gate on activations (`when`, `probe`) compares each token's activation at a site with a threshold. It reads the
 activation as it arrives there in the same forward pass, before anything is done at that site; what was done at earlier
@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.automaton import Automaton, Matcher
-from steerable.steering.breaks import break_automaton, break_steps
+from steerable.steering.automaton import Automaton, Matcher, break_automaton, break_steps
 from steerable.steering.plain import Registry, call_text, number_text, value_of
 from steerable.steering.site import Site
 from steerable.steering.think import ANSWER, BEFORE, THINKING, ThinkTags
@@ -48,7 +47,7 @@ class Tokens:
     last_prompt: Tensor  # bool
     thinking: Tensor  # bool: strictly between the tags that open and close the think block
     answer: Tensor  # bool: after the tag that closes it (or that begins the answer)
-    boundary: Tensor | None = None  # bool: completes a paragraph break (see `breaks`); None: was not followed
+    boundary: Tensor | None = None  # bool: completes a paragraph break (see `automaton`); None: was not followed
     made: Tensor | None = None  # int: tokens generated before this one; None: was not counted
     passed: Mapping[Event, Tensor] = field(default_factory=dict)  # bool: the event was completed before this token
 
