@@ -4,8 +4,8 @@ A table says for each token and state what comes next, so a text is followed how
 calls. `Matcher` builds the table for fixed texts (the think tags), `break_automaton` the one for paragraph breaks.
 
 A paragraph break is two newlines with nothing but blanks (spaces, tabs, carriage returns, vertical tabs, form feeds)
-between them: "\\n\\n", "\\n \\n", "\\r\\n\\r\\n". It stands at the token that holds the second newline; what follows up to
-the next visible character belongs to the same break, so three newlines are one break, too.
+between them: "\\n\\n", "\\n \\n", "\\r\\n\\r\\n". It stands at the token that holds the second newline; what follows up
+to the next visible character belongs to the same break, so three newlines are one break, too.
 """
 
 from __future__ import annotations
