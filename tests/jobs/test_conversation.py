@@ -51,7 +51,7 @@ def test_greedy_is_what_generate_says(pocket):
 
 
 def test_steered(file):
-    said = chat(PROMPT, steer=file, strength=1, max_new_tokens=30)
+    said = chat(PROMPT, steer=file, strength=2, max_new_tokens=30)
     assert said["steered"]["thinking"] != said["unsteered"]["thinking"]
     assert {site: report["tokens"] > 0 for site, report in said["steering"].items()} == {
         "resid_post.2": True,
@@ -103,3 +103,20 @@ def test_quiet_says_nothing(capfd):
 
 def test_every_behaviour_has_a_colour():
     assert tuple(COLOURS) == LABELS
+
+
+def test_nothing_else_is_drawn_from():
+    before = torch.random.get_rng_state()
+    chat(PROMPT, max_new_tokens=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_steering_as_text(file):
+    answers = [
+        chat(PROMPT, max_new_tokens=20, **how) for how in ({"steer": file, "strength": 2}, {"steer": f"2 {file}"})
+    ]
+    assert answers[0] == answers[1]
+    thinking = chat(PROMPT, steer=f"0.5 {file}[3]@thinking", max_new_tokens=5)["steering"]
+    assert list(thinking) == ["resid_post.3"]
+    with pytest.raises(UsageError, match="cannot be read at column"):
+        chat(PROMPT, steer=f"0.5 {file}@nowhere at all")

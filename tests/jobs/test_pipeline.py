@@ -258,6 +258,16 @@ def test_what_is_finished_is_not_done_again(copy, finished, tiny):
     assert_same(copy, finished)
 
 
+def test_a_finished_folder_needs_no_model(copy, finished, tiny, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+    main_job.run(copy, stage="report", fresh=False)
+    main_job.run(copy, workers=1, **settings(tiny))
+    assert_same(copy, finished)
+
+
 def test_a_stage_alone_keeps_the_settings_of_the_folder(copy, finished):
     (copy / "spans.jsonl").unlink()
     main_job.run(copy, stage="annotate", fresh=False)

@@ -3,8 +3,10 @@
 import pickle
 
 import pytest
+from pydantic import Field
 
-from steerable.jobs.settings import Config
+from steerable.chains.windows import WINDOWS
+from steerable.jobs.settings import Config, Settings
 from steerable.store.errors import UsageError
 
 
@@ -102,3 +104,26 @@ def test_quick_only_ever_makes_a_run_smaller():
         assert getattr(quick, name) <= getattr(Config(), name)
     assert Config(limit=5).quick().limit == 5
     assert quick.quick() == quick
+
+
+def test_the_windows_are_those_of_the_library():
+    for window in WINDOWS:
+        assert Config(window=window).window == window
+    for word in WINDOWS:
+        assert word in Config.model_fields["window"].description
+
+
+def test_a_table_of_ones_own():
+    class Training(Settings):
+        steps: int = Field(40, ge=1, description="Optimiser steps.")
+        share: float = Field(0.5, gt=0, lt=1, description="A share.")
+
+    assert Training(share=0.25).replace(steps=2).to_dict() == {"steps": 2, "share": 0.25}
+    for values, text in (
+        ({"steps": 0}, "--steps is 0: expected 1 or more"),
+        ({"share": 1.0}, "--share is 1.0: expected a number above 0 and below 1"),
+        ({"share": "x"}, "--share is 'x': expected a number"),
+        ({"step": 1}, "unknown setting 'step': expected some of share, steps"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            Training(**values)
