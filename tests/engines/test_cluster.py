@@ -15,6 +15,7 @@ from steerable.engines.cluster import map_blocks
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 
 
 def processes():

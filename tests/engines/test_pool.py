@@ -38,6 +38,7 @@ def children():
     return [p for p in multiprocessing.active_children() if p.is_alive()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_in_order(workers):
     seen = []
@@ -55,6 +56,7 @@ def test_nothing_to_do():
         map_blocks(square, [1], setup=setup, workers=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "kind", "text"),
     [
@@ -83,6 +85,7 @@ def die_once(pid, block, report):
     return number * number, pid
 
 
+@pytest.mark.slow
 def test_a_block_whose_worker_died_is_done_again(tmp_path):
     found, seen = {}, []
     results = map_blocks(
@@ -100,6 +103,7 @@ def test_a_block_whose_worker_died_is_done_again(tmp_path):
     assert not children()
 
 
+@pytest.mark.slow
 def test_no_retries():
     with pytest.raises(SteerableError, match="killed by signal 9 before its work was done; if memory"):
         map_blocks(misbehave, ["die", "usual"], setup=setup, workers=2, retries=0)
@@ -111,6 +115,7 @@ def test_the_loader_needs_a_name(tiny_llama):
         loader(tiny_llama)
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_no_process():
     timer = threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()

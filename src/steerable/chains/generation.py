@@ -177,7 +177,7 @@ def _answer(
     tags, endless = think_tags_if_any(tokenizer), not stop_ids(model)
     chains = []
     for (_, prompting, task, _, sample), request, completion in zip(block, requests, completions, strict=True):
-        # the prefix counts as the model's own
+        # the prefix counts as written by the model
         prompt = list(request.prompt_ids[: len(request.prompt_ids) - len(prompting.prefix)])
         written = Completion([*prompting.prefix, *completion.ids], completion.finished)
         record = {"task_id": task, "sample": sample, "prompt_ids": prompt, "ids": written.ids}

@@ -81,15 +81,14 @@ def window(config: Any) -> int | None:
 def _changing_rope(config: Any) -> int | None:
     """The length from which on all rotary frequencies depend on the longest row of a batch (LongRoPE and dynamic
     scaling); None: they never do."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    by_layer = [value for value in found.values() if isinstance(value, dict)] or [found]
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in ropes.values() if isinstance(value, dict)] or [ropes]
     limits = []
     for rope in by_layer:
         kind = str(rope.get("rope_type", rope.get("type", "default")))
         if kind == "longrope" or "dynamic" in kind:
-            own = rope.get("original_max_position_embeddings")
-            own = own or getattr(config, "original_max_position_embeddings", None)
-            limits.append(int(own or config.max_position_embeddings))
+            name = "original_max_position_embeddings"
+            limits.append(int(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings))
     return min(limits) if limits else None
 
 

@@ -40,7 +40,7 @@ class Plan:
     scores: Tensor | None = None  # decode: room for the attention scores of one layer at this position
     prefill: bool = False
     causal: bool = False  # prefill: no token attends to fewer than all before it, so that the mask says nothing more
-    _cells: dict[Any, Tensor] = field(default_factory=dict)  # what `cells` has found for this position
+    _cells: dict[Any, Tensor] = field(default_factory=dict)  # what `cells` gives at this position
     _origins: dict[Any, Tensor] = field(default_factory=dict)  # the part of it that all positions share
 
     def begin(self, rows: int) -> None:
@@ -58,8 +58,8 @@ class Plan:
         """[rows * heads] where in a flattened buffer [pages, slots, heads, page, dim] the new token goes."""
         slots, heads, page = buffer.shape[1:4]
         key = (heads, buffer.device)
-        if (found := self._cells.get(key)) is not None:
-            return found
+        if key in self._cells:
+            return self._cells[key]
         assert self.position is not None
         position = self.position.to(buffer.device)
         if (origin := self._origins.get(key)) is None:
@@ -68,8 +68,8 @@ class Plan:
             origin = self._origins[key] = head * page
         number = position.div(page, rounding_mode="floor")
         stride = (slots * heads - 1) * page
-        found = self._cells[key] = (origin + (position + number * stride)[:, None]).view(-1)
-        return found
+        self._cells[key] = (origin + (position + number * stride)[:, None]).view(-1)
+        return self._cells[key]
 
 
 class SlotLayer(CacheLayerMixin):
