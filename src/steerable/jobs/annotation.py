@@ -141,7 +141,8 @@ def keep_stable(
         )
     every = [span for marked in spans for span in marked or ()]
     display.start("re-sampling", SAMPLES * len(every), "continuation")
-    agreed = stable(
+    by_chain: dict[tuple[str, int], Spans] = {}
+    for span in stable(
         loaded,
         tasks,
         chains,
@@ -153,11 +154,9 @@ def keep_stable(
         rows=config.rows,
         keep=continuations,
         progress=display.advance,
-    ).spans
-    display.done()
-    by_chain: dict[tuple[str, int], Spans] = {}
-    for span in agreed:
+    ).spans:
         by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
+    display.done()
     return [
         None if marked is None else by_chain.get((chain["task_id"], chain["sample"]), [])
         for chain, marked in zip(chains, spans, strict=True)
