@@ -47,6 +47,7 @@ def redrawn(pocket, chain, span):
         yield tokenizer.decode(row[: next((i for i, token in enumerate(row) if token in ends), len(row))])
 
 
+@pytest.mark.slow
 def test_shares_equal_an_exact_re_computation(pocket, few, filtered):
     chains, spans = few
     found = {(s["task_id"], s["start"]): s["stability"] for s in filtered.spans + filtered.dropped}
@@ -80,6 +81,7 @@ def test_kept_dropped_and_counts(few, filtered):
     assert filtered.counts["initializing"]["stability"] > 0.5
 
 
+@pytest.mark.slow
 def test_the_same_again_whatever_the_batches(pocket, few, filtered):
     again = stable(pocket.loaded, pocket.tasks, *few, annotate, **SETTINGS, block=7, rows=5)
     shares = [{(s["task_id"], s["start"]): s["stability"] for s in f.spans + f.dropped} for f in (filtered, again)]
@@ -102,6 +104,7 @@ def test_labels_that_are_not_tested_are_kept(pocket, few):
     assert len(everything.spans) == len(spans) and not everything.dropped
 
 
+@pytest.mark.slow
 def test_interrupted_work_goes_on(pocket, few, tmp_path):
     settings = SETTINGS | {"block": 8, "keep": tmp_path}
     seen = []
