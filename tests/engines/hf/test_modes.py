@@ -1,6 +1,6 @@
 """In which generation modes is a gate right: every mode against steering by definition, which knows the whole text.
 
-`MODES` is the table of docs/generation-modes.md; `python tests/engines/test_modes.py --write` writes it there.
+`MODES` is the table of docs/generation-modes.md; `python tests/engines/hf/test_modes.py --write` writes it there.
 """
 
 import copy
@@ -390,7 +390,7 @@ def render():
 
 
 def test_the_page():
-    assert render() in PAGE.read_text(), "run `python tests/engines/test_modes.py --write`"
+    assert render() in PAGE.read_text(), "run `python tests/engines/hf/test_modes.py --write`"
 
 
 def test_the_first_generated_token(twins, tokenizer):
