@@ -107,6 +107,8 @@ def test_rounds_halve_what_there_is_to_measure():
     assert rounds(range(40), 6) == [range(14), range(14, 40)]
     assert rounds(range(40), 2) == [range(40)] and rounds(range(6), 6) == [range(6)]
     rows = [candidate(0.1 * k, 0.0) | {"name": k} for k in range(6)]
-    assert [c["name"] for c in survivors(rows, 0.5)] == [4, 5]
+    assert [c["name"] for c in survivors(rows, 0.5)] == [3, 4, 5]
+    lossy = [*rows[:5], rows[5] | {"accuracy_down": 0.3}]
+    assert [c["name"] for c in survivors(lossy, 0.5)] == [3, 4, 5], "a few chains say nothing of accuracy"
     assert survivors([c | {"loops": 0.5} for c in rows], 0.5) == []
-    assert [c["name"] for c in survivors([*rows[:5], rows[5] | {"loops": 0.5}], 0.5)] == [3, 4]
+    assert [c["name"] for c in survivors([*rows[:5], rows[5] | {"loops": 0.5}], 0.5)] == [2, 3, 4]

@@ -267,6 +267,7 @@ class _Validation:
 
     def __init__(self, run: Run, partial: Path):
         self.job, self.partial = run, partial
+        self.parts: list[Sequence[Record]] = []  # the tasks of each round
         self.unsteered: dict[int, list[Measured]] = {}
         self.measured: dict[str, list[dict[str, Any]]] = {}
         self.finalists: dict[str, list[dict[str, Any]]] = {}
@@ -280,7 +281,7 @@ class _Validation:
     def run(self, candidates: dict[str, list[dict[str, Any]]]) -> None:
         """Measure the candidates of every behaviour."""
         tasks = self.job.tasks("validation")
-        parts = selection.rounds(tasks, max(map(len, candidates.values())))
+        self.parts = selection.rounds(tasks, max(map(len, candidates.values())))
         for strength in selection.STRENGTHS:
             left = {
                 b: rows
@@ -288,17 +289,18 @@ class _Validation:
                 if not any(selection.is_sound_text(c, self.accuracy) for c in self.finalists.get(b, ()))
             }
             chains: dict[str, list[Measured]] = {}
-            for number, part in enumerate(parts):
+            for number, part in enumerate(self.parts):
                 left = {b: rows for b, rows in left.items() if rows}
                 if left:
                     rows = self._round(number, part, left, strength, chains)
-                    left = {b: self._go_on(b, rows[b], number == len(parts) - 1) for b in rows}
+                    left = {b: self._go_on(b, rows[b], number == len(self.parts) - 1) for b in rows}
 
     def _round(
         self, number: int, tasks: Sequence[Record], left: Any, strength: float, chains: dict[str, list[Measured]]
     ) -> dict[str, list[dict[str, Any]]]:
         """Measure the candidates that are left on further tasks; `chains` takes what is measured, by cell."""
-        cells = [c for c in validation_cells(left, strength) if c.strength or number not in self.unsteered]
+        samples = (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
+        cells = [c for c in validation_cells(left, strength, samples) if c.strength or number not in self.unsteered]
         generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
         for name, some in generated.items():
             measured = measure_chains(self.job, some, "validation")

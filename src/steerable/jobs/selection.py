@@ -2,7 +2,8 @@
 
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
-2. Rounds (successive halving): all candidates steer a third of the validation tasks, the best third of them the rest.
+2. Rounds (successive halving): all candidates steer a third of the validation tasks, one chain of each; the half of
+   them with the largest difference (see 3) steers the rest, two chains of each. So few chains say nothing of accuracy.
 3. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest difference
    between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps accuracy
    within 10 points of the unsteered model; where none does both, among those that write sound text.
@@ -35,7 +36,7 @@ NONSENSE_ACCURACY, NONSENSE_UNCLOSED = 0.1, 0.5
 STRENGTHS = (1.0, 0.5, 0.25)
 """Strengths that are tried, each only where no candidate writes sound text at the one before."""
 SHARE = 1 / 3
-"""Share of the validation tasks in the first round, and of the candidates that go on to the second."""
+"""Share of the validation tasks that the first round has."""
 FEWEST, FEWEST_TASKS = 2, 12
 """Of so few candidates, or on fewer tasks, there is one round alone."""
 
@@ -92,11 +93,9 @@ def rounds(tasks: Sequence[Any], candidates: int) -> list[Sequence[Any]]:
 
 
 def survivors(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> list[Candidate]:
-    """The best third of a round's candidates, two at least, in their order; none where no text is sound."""
+    """The better half of a round's candidates, two at least, in their order; none where no text is sound."""
     sound = [c for c in measured if is_sound_text(c, unsteered_accuracy)]
-    gentle = [c for c in sound if is_gentle(c, unsteered_accuracy)]
-    ranked = sorted(sound, key=lambda c: (c not in gentle, -separation(c)))
-    best = ranked[: max(FEWEST, math.ceil(len(measured) * SHARE))]
+    best = sorted(sound, key=lambda c: -separation(c))[: max(FEWEST, len(measured) // 2)]
     return [c for c in measured if c in best]
 
 
