@@ -59,7 +59,10 @@ class Cell:
 
 
 def validation_cells(
-    candidates: Mapping[str, Sequence[Mapping[str, Any]]], strength: float = 1.0, samples: tuple[int, ...] = (0,)
+    candidates: Mapping[str, Sequence[Mapping[str, Any]]],
+    strength: float = 1.0,
+    samples: tuple[int, ...] = (0,),
+    where: str = "all",
 ) -> list[Cell]:
     """Unsteered, and -strength and +strength of every candidate (`window`, `baseline`, `layer`) of every behaviour."""
     cells = [Cell("unsteered", tuple(candidates), 0.0, (Part(samples),))]
@@ -67,8 +70,9 @@ def validation_cells(
         for c in rows:
             path, layers = candidate_path(c["window"], c["baseline"], behaviour), (c["layer"],)
             for s in (-strength, strength):
-                part = Part(samples, path, s, layers)
-                cells.append(Cell(f"{candidate_name(behaviour, c)}.{s:+g}", (behaviour,), s, (part,), layers))
+                part = Part(samples, path, s, layers, where)
+                name = f"{candidate_name(behaviour, c)}.{s:+g}"
+                cells.append(Cell(name, (behaviour,), s, (part,), layers, where=where))
     return cells
 
 
@@ -85,7 +89,7 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
     thinking only, the sweep) have `side_tasks` and `side_samples`.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
-    side, few = main[: config.side_samples], config.side_tasks
+    side, few, where = main[: config.side_samples], config.side_tasks, config.gate
     behaviours = [b for b in STEERABLE if b in selection]
     cells = [Cell("unsteered", tuple(behaviours), 0.0, (Part(main),))]
     for b in behaviours:
@@ -96,30 +100,35 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
         shuffles = [shuffled_path(chosen["window"], chosen["baseline"], b, k) for k in range(config.controls)]
         for s in (-size, size):
             name = f"{b}.{s:+g}"
-            thinking, shared = Part(side, path, s, layer, "thinking"), Part(side, path, s / len(several), several)
+            steered, thinking = Part(main, path, s, layer, where), Part(side, path, s, layer, "thinking")
+            shared = Part(side, path, s / len(several), several, where)
+            control = _control(shuffles, main, s, layer, where)
             cells += [
-                Cell(name, (b,), s, (Part(main, path, s, layer),), layer),
-                Cell(f"{name}.layers", (b,), s, (shared,), several, tasks=few),
+                Cell(name, (b,), s, (steered,), layer, where=where),
+                Cell(f"{name}.layers", (b,), s, (shared,), several, where=where, tasks=few),
                 Cell(f"{name}.thinking", (b,), s, (thinking,), layer, where="thinking", tasks=few),
-                Cell(f"{name}.shuffled", (b,), s, _control(shuffles, main, s, layer), layer, control="shuffled"),
+                Cell(f"{name}.shuffled", (b,), s, control, layer, "shuffled", where),
             ]
         for s in config.strengths:
             if abs(s) != size:
-                cells.append(Cell(f"{b}.{s:+g}", (b,), s, (Part(side, path, s, layer),), layer, tasks=few))
+                part = Part(side, path, s, layer, where)
+                cells.append(Cell(f"{b}.{s:+g}", (b,), s, (part,), layer, where=where, tasks=few))
     # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
     places = {b: (selection[b]["layer"], selection[b].get("strength", 1.0)) for b in behaviours}
     for place in sorted(set(places.values())):
         layer, size = (place[0],), place[1]
         here = tuple(b for b in behaviours if places[b] == place)
         for s in (-size, size):
-            parts = _control([random_path(place[0], k) for k in range(config.controls)], main, s, layer)
-            cells.append(Cell(f"random.layer{place[0]}.{s:+g}", here, s, parts, layer, control="random"))
+            parts = _control([random_path(place[0], k) for k in range(config.controls)], main, s, layer, where)
+            cells.append(Cell(f"random.layer{place[0]}.{s:+g}", here, s, parts, layer, "random", where))
     return cells
 
 
-def _control(paths: Sequence[str], samples: Sequence[int], strength: float, layer: tuple[int, ...]) -> tuple[Part, ...]:
+def _control(
+    paths: Sequence[str], samples: Sequence[int], strength: float, layer: tuple[int, ...], where: str
+) -> tuple[Part, ...]:
     """A control is the mean over several directions: every task meets each of them once."""
-    return tuple(Part((samples[k % len(samples)],), path, strength, layer) for k, path in enumerate(paths))
+    return tuple(Part((samples[k % len(samples)],), path, strength, layer, where) for k, path in enumerate(paths))
 
 
 def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], keep: Path) -> dict[str, list[Record]]:

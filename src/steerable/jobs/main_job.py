@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits
-from steerable.chains.windows import WINDOWS
+from steerable.chains.windows import WINDOWS, AlignedChain
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 from steerable.evals.attribution import attribute
@@ -52,9 +52,12 @@ from steerable.jobs.settings import (
     selected_path,
     shuffled_path,
 )
-from steerable.methods.span_statistics import span_means
+from steerable.methods.estimators import span_activations
+from steerable.methods.span_statistics import SpanMeans, span_means
 from steerable.pages.run_page import render
 from steerable.steering.direction import Direction
+from steerable.steering.gates import parse_gate
+from steerable.steering.maps import parse_map
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import sha256, write_atomic
@@ -153,15 +156,16 @@ def extract(run: Run, partial: Path) -> None:
         shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
     origin: dict[str, Any] = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
+    estimate = _estimator(run, chains, means)
     for label in (label for label in LABELS if means.count(label)):
         directions = {}
         for window in WINDOWS:
             for baseline in BASELINES:
-                direction = replace(means.direction(label, window, baseline), **origin)
+                direction = replace(estimate(label, window, baseline, 0), map=c.map, **origin)
                 direction.save(run.folder / candidate_path(window, baseline, label))
                 directions[window, baseline] = direction
                 for k in range(c.controls if label in STEERABLE else 0):
-                    control = means.shuffled(label, window, baseline, k + 1)
+                    control = replace(estimate(label, window, baseline, k + 1), map=c.map)
                     control.save(run.folder / shuffled_path(window, baseline, label, k))
         cosines["overall_vs_pooled"][label] = {
             window: _mean_cosine(directions[window, "overall"], directions[window, "pooled"]) for window in WINDOWS
@@ -174,6 +178,19 @@ def extract(run: Run, partial: Path) -> None:
     lengths = zip(means.sites, means.norms.tolist(), means.overall.norm(dim=1).tolist(), strict=True)
     norms = {str(site.layer): {"mean_norm": norm, "norm_of_mean": length} for site, norm, length in lengths}
     write_json(run.folder / "norms.json", norms)
+
+
+def _estimator(run: Run, chains: Sequence[AlignedChain], means: SpanMeans) -> Callable[[str, str, str, int], Direction]:
+    """What makes the direction of a label, window, baseline and shuffle (0: the true labels): the difference of means,
+    or the user's own estimator, which has no baseline but all other spans."""
+    function = run.config.estimate
+    if function is None:
+        return means.direction
+    spans = {
+        window: span_activations(run.loaded.model, chains, window, shuffles=run.config.controls, seed=run.config.seed)
+        for window in WINDOWS
+    }
+    return lambda label, window, baseline, shuffle: spans[window].direction(function, means, label, shuffle)
 
 
 def _mean_cosine(a: Direction, b: Direction) -> float:
@@ -300,7 +317,8 @@ class _Validation:
     ) -> dict[str, list[dict[str, Any]]]:
         """Measure the candidates that are left on further tasks; `chains` takes what is measured, by cell."""
         samples = (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
-        cells = [c for c in validation_cells(left, strength, samples) if c.strength or number not in self.unsteered]
+        cells = validation_cells(left, strength, samples, self.job.config.gate)
+        cells = [c for c in cells if c.strength or number not in self.unsteered]
         generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
         for name, some in generated.items():
             measured = measure_chains(self.job, some, "validation")
@@ -486,6 +504,7 @@ def run(
     given = (PAPER if paper else {}) | settings
     final = Config(recorded.keys() - given.keys(), **recorded | given)
     final = final.quick() if quick else final
+    parse_map(final.map), parse_gate(final.gate)
     folder.refuse_other("run", final.model, final.revision, overwrite)
     if stage is not None and recorded:
         changed = {name for name in settings if recorded.get(name) != getattr(final, name)}

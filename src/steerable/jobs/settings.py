@@ -23,6 +23,7 @@ ANNOTATORS = {
 }
 """Annotators that are plain functions; `llm` and `probe:FILE` are not."""
 BASELINES = ("pooled", "overall")
+DIFFERENCE = "difference_of_means"
 LARGEST_SEED = 2**32 - 1
 PAPER: dict[str, Any] = {
     "tasks": "llm",
@@ -116,7 +117,7 @@ class Config(Settings):
     panels: ClassVar[Mapping[str, str]] = {
         "Common": "model tasks annotator seed limit evaluation samples max_new_tokens greedy",
         "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
-        "Vectors and their selection": "window baseline layers validation tried attributed patched",
+        "Vectors and their selection": "estimator map gate window baseline layers validation tried attributed patched",
         "What is measured": "side_tasks side_samples sweep controls compared stability",
         "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     }
@@ -159,6 +160,15 @@ class Config(Settings):
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
     greedy: bool = Field(False, description="Decode greedily, as published; default: the model's generation_config.")
+    estimator: str = Field(
+        DIFFERENCE,
+        description="What makes a vector: difference_of_means, or module:function of your own, (activations of a "
+        "behaviour's spans, those of all others) -> Direction.",
+    )
+    map: str = Field(
+        "shift", description="What is done along the vector: shift, ablate, clip(-1, 2), ... (docs/concepts.md)."
+    )
+    gate: str = Field("all", description="Tokens that the main cells steer, e.g. thinking or 'answer & ~boundary'.")
     window: Literal["published", "span", "onset"] | None = Field(
         None, description="published, span or onset; default: the one that wins on the validation tasks."
     )
@@ -186,6 +196,8 @@ class Config(Settings):
         self._from_file = frozenset(from_file)
         if "annotator" not in self._from_file or self.annotator in ANNOTATORS or self.probe is not None:
             _ = self.annotate  # one that cannot be used is refused now
+        if "estimator" not in self._from_file:
+            _ = self.estimate
 
     def replace(self, **values: Any) -> Self:
         return type(self)(self._from_file, **self.to_dict() | values)
@@ -248,28 +260,42 @@ class Config(Settings):
 
     @property
     def annotate(self) -> Annotator | None:
-        """The annotator as a function `chain -> spans`, None where it is none; a module of one's own may lie in the
-        working folder."""
+        """The annotator as a function `chain -> spans`, None where it is none."""
         if self.annotator == "llm":
             return None
         if (file := self.probe) is not None:
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        if self.annotator not in ANNOTATORS:
-            self.check_own("annotator")
+        return self._imported(
+            "annotator", ANNOTATORS, f"{', '.join(ANNOTATORS)}, llm, probe:<file> or module:function", "chain -> spans"
+        )
+
+    @property
+    def estimate(self) -> Callable[..., Any] | None:
+        """The estimator as a function of two groups of activations; None for the difference of means."""
+        if self.estimator == DIFFERENCE:
+            return None
+        return self._imported(
+            "estimator", {}, f"{DIFFERENCE} or module:function", "(positive, negative activations) -> Direction"
+        )
+
+    def _imported(self, setting: str, known_as: Mapping[str, str], choices: str, kind: str) -> Callable[..., Any]:
+        """The function that a setting names; a module of one's own may lie in the working folder."""
+        value = getattr(self, setting)
+        if value not in known_as:
+            self.check_own(setting)
             if (here := os.getcwd()) not in sys.path:
                 sys.path.append(here)
-        module, _, name = ANNOTATORS.get(self.annotator, self.annotator).partition(":")
+        module, _, name = known_as.get(value, value).partition(":")
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:  # somebody else's module: importing it may raise anything
             raise UsageError(
-                f"--annotator is {self.annotator!r}, which cannot be imported ({error}): "
-                f"expected {', '.join(ANNOTATORS)}, llm, probe:<file> or module:function"
+                f"{flag(setting)} is {value!r}, which cannot be imported ({error}): expected {choices}"
             ) from None
         if not callable(function):
-            raise UsageError(f"--annotator is {self.annotator!r}, which is no function: expected chain -> spans")
+            raise UsageError(f"{flag(setting)} is {value!r}, which is no function: expected {kind}")
         return function  # type: ignore[no-any-return]
 
     def check_own(self, name: str) -> None:
@@ -365,7 +391,7 @@ STAGES = (
         "extract",
         "Stage 4: candidate vectors of every layer, behaviour, window and baseline.",
         ("tasks.jsonl", "chains.jsonl", "spans.jsonl"),
-        f"{_MODEL} seed baseline controls",
+        f"{_MODEL} seed baseline controls estimator map",
         ("vectors/candidates", "vectors/shuffled", "cosines.json", "norms.json"),
     ),
     Stage(
@@ -379,21 +405,21 @@ STAGES = (
         "select",
         "Stage 6: window and layer of each behaviour.",
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
-        f"{_MODEL} {_DECODING} window baseline layers tried controls {_ANNOTATOR}",
+        f"{_MODEL} {_DECODING} window baseline layers tried controls gate {_ANNOTATOR}",
         ("selection.json", "vectors/random", *(selected_path(b) for b in STEERABLE)),
     ),
     Stage(
         "steer",
         "Stage 7: the evaluation tasks, steered up and down, and the controls.",
         ("tasks.jsonl", "selection.json", "vectors/candidates", "vectors/shuffled", "vectors/random"),
-        f"{_MODEL} {_DECODING} samples side_tasks side_samples sweep controls",
+        f"{_MODEL} {_DECODING} samples side_tasks side_samples sweep controls gate",
         ("steered",),
     ),
     Stage(
         "evaluate",
         "Stage 8: what steering did, with intervals.",
         ("tasks.jsonl", "selection.json", "steered"),
-        f"{_MODEL} {_ANNOTATOR} seed greedy samples side_tasks side_samples sweep controls compared",
+        f"{_MODEL} {_ANNOTATOR} seed greedy samples side_tasks side_samples sweep controls compared gate",
         ("cells.json", "steered_spans"),
     ),
     Stage(
