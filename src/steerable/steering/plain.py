@@ -6,26 +6,21 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import cached_property
-from importlib.metadata import entry_points
 from typing import Any
 
 from steerable.store.errors import UsageError
+from steerable.store.plugins import load_plugins
 
 
 class Registry(dict[str, Any]):
-    """Things by name. Other packages add theirs as entry points of `group`, which are loaded when they are named."""
+    """Things by name; other packages add theirs as entry points of `group`."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
         self.group = group
 
-    @cached_property
-    def _offered(self) -> dict[str, Any]:
-        return {point.name: point for point in entry_points(group=self.group)}
-
     def __missing__(self, name: str) -> Any:
-        self[name] = self._offered[name].load()
+        self[name] = load_plugins(self.group)[name]
         return self[name]
 
     def knows(self, name: str) -> bool:
@@ -53,8 +48,8 @@ class Registry(dict[str, Any]):
         for name, other in self.items():
             if other is cls:
                 return name
-        for name in self._offered:
-            if self[name] is cls:
+        for name, other in load_plugins(self.group).items():
+            if other is cls:
                 return name
         raise UsageError(f"{cls.__qualname__} has no name here: register it, or name it as an entry point {self.group}")
 
