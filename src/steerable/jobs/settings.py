@@ -223,12 +223,12 @@ class Config(Settings):
         """The sweep as numbers."""
         try:
             # Rounded to what a cell's name shows, so that no two cells share one.
-            found = {float(f"{float(part):g}") for part in self.sweep.split(",") if part.strip()}
+            strengths = {float(f"{float(part):g}") for part in self.sweep.split(",") if part.strip()}
         except ValueError:
-            found = {math.nan}
-        if not all(map(math.isfinite, found)):
+            strengths = {math.nan}
+        if not all(map(math.isfinite, strengths)):
             raise UsageError(f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5")
-        return sorted(found - {-1.0, 0.0, 1.0})
+        return sorted(strengths - {-1.0, 0.0, 1.0})
 
     @property
     def prices(self) -> tuple[float, float] | None:

@@ -126,16 +126,16 @@ _read: WeakKeyDictionary[Any, tuple[int, Steps]] = WeakKeyDictionary()
 
 
 def _steps(spelled: Mapping[int, str]) -> Steps:
-    known: dict[str, tuple[int, int, int]] = {}
+    effects: dict[str, tuple[int, int, int]] = {}
     steps = []
     for token, text in sorted(spelled.items()):
         if "\n" in text or not text.strip(_BLANKS):
-            known[text] = known.get(text) or (_step(0, text), _step(1, text), _step(2, text))
-            steps.append((token, *known[text]))
+            effects[text] = effects.get(text) or (_step(0, text), _step(1, text), _step(2, text))
+            steps.append((token, *effects[text]))
     reached = {0}
     for _ in _STATES:
-        reached |= {effect[state] >> 2 for effect in known.values() for state in reached}
-    possible = any(effect[state] & 1 for effect in known.values() for state in reached)
+        reached |= {effect[state] >> 2 for effect in effects.values() for state in reached}
+    possible = any(effect[state] & 1 for effect in effects.values() for state in reached)
     return tuple(steps) if possible else ()
 
 

@@ -79,8 +79,8 @@ class Direction:
             raise UsageError("a direction needs a vector at one site at least")
         widths = {int(v.shape[-1]) for site, v in self.vectors.items() if site.kind in _STREAM}
         if len(widths) > 1:
-            found = " and ".join(map(str, sorted(widths)[:3]))
-            raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {found}")
+            matches = " and ".join(map(str, sorted(widths)[:3]))
+            raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {matches}")
         if self.unit not in UNITS:
             raise UsageError(f"unknown unit {self.unit!r}: expected one of {', '.join(UNITS)}")
         if not math.isfinite(self.strength) or not all(math.isfinite(n) for n in self.norms.values()):
@@ -96,18 +96,18 @@ class Direction:
 
     def at(self, where: Site | int) -> Tensor:
         """The vector at a site, or at a layer that has only one site. Raises UsageError."""
-        found = [v for site, v in self.vectors.items() if where in (site, site.layer)]
-        if len(found) != 1:
+        matches = [v for site, v in self.vectors.items() if where in (site, site.layer)]
+        if len(matches) != 1:
             sites = ", ".join(map(str, self.vectors))
-            raise UsageError(f"{'no' if not found else 'more than one'} vector at {where}: there are {sites}")
-        return found[0]
+            raise UsageError(f"{'no' if not matches else 'more than one'} vector at {where}: there are {sites}")
+        return matches[0]
 
     def only(self, layers: Iterable[int]) -> Direction:
         """The same direction at these layers alone. Raises UsageError where it has no vector there."""
-        wanted = set(layers)
-        if missing := sorted(wanted - set(self.layers)):
+        chosen = set(layers)
+        if missing := sorted(chosen - set(self.layers)):
             raise UsageError(f"no vector at layer {missing[0]}: this direction has layers {self.layers}")
-        return self._with({site: v for site, v in self.vectors.items() if site.layer in wanted})
+        return self._with({site: v for site, v in self.vectors.items() if site.layer in chosen})
 
     def steering(
         self,
@@ -261,8 +261,8 @@ def _fields(meta: dict[str, str]) -> dict[str, Any]:
     """The dataclass fields in a file's metadata. Raises ValueError."""
     version = meta.get("version")
     if meta.get("format") != FORMAT or version not in ("1", VERSION):
-        found = f"{meta.get('format', 'no format')} {version or ''}".strip()
-        raise ValueError(f"its metadata say {found!r}, expected '{FORMAT} {VERSION}' or 1")
+        matches = f"{meta.get('format', 'no format')} {version or ''}".strip()
+        raise ValueError(f"its metadata say {matches!r}, expected '{FORMAT} {VERSION}' or 1")
     here = _V1 if version == "1" else ("steering", "unit")
     if unknown := sorted(set(meta) - {*_TEXT, *here, "norms", "stats", "format", "version"}):
         raise ValueError(f"unknown metadata key {unknown[0]!r}")

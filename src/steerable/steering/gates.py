@@ -430,8 +430,8 @@ def _comparing(op: str, vectors: Any, comparison: str, threshold: float, name: s
         flat = v.detach().to("cpu", torch.float32).reshape(-1)
         if v.numel() != v.shape[-1] or not torch.isfinite(flat).all() or not flat.any():
             raise UsageError(f"a gate compares with one finite vector [d] other than zero, and has none at {site}")
-        own = bias.get(site, 0.0) if isinstance(bias, Mapping) else bias
-        entries.append((site, flat.numpy().astype("<f4").tobytes(), float(own)))
+        offset = bias.get(site, 0.0) if isinstance(bias, Mapping) else bias
+        entries.append((site, flat.numpy().astype("<f4").tobytes(), float(offset)))
     if not entries:
         raise UsageError("a gate on activations needs a vector at one site at least")
     name = name or getattr(vectors, "behaviour", "") or "direction"

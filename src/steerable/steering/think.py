@@ -228,14 +228,14 @@ def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
     whose tags the vocabulary holds, else the first of which the chat template writes one.
     Raises UsageError where there is none, and for texts that are no two or three.
     """
-    own = getattr(tokenizer, "init_kwargs", {}).get("think")
-    texts = _checked(texts or own) if texts or own else None
+    configured = getattr(tokenizer, "init_kwargs", {}).get("think")
+    texts = _checked(texts or configured) if texts or configured else None
     key = (texts, getattr(tokenizer, "chat_template", None))
-    if (known := _found.get(tokenizer)) is not None and known[0] == key:
-        return known[1]
+    if (cached := _found.get(tokenizer)) is not None and cached[0] == key:
+        return cached[1]
     texts = texts or _detect(tokenizer, tokenizer.get_vocab())
     # two tags of a known three may be named alone
-    texts = next((known for known in KNOWN if known[:2] == texts), texts)
+    texts = next((tags for tags in KNOWN if tags[:2] == texts), texts)
     tags = _encode(tokenizer, texts)
     _found[tokenizer] = (key, tags)
     return tags

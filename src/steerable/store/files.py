@@ -63,11 +63,11 @@ def folder_target(path: str | Path) -> Path:
     return _target(path, stat.S_ISDIR, "--out must name a folder")
 
 
-def _target(path: str | Path, is_wanted: Callable[[int], bool], wanted: str) -> Path:
+def _target(path: str | Path, is_wanted: Callable[[int], bool], expected: str) -> Path:
     path, real = Path(path), Path(os.path.realpath(path))
     try:
         if not is_wanted(mode := path.stat().st_mode):
-            raise UsageError(f"{path} is {_kind(mode)}: {wanted}")
+            raise UsageError(f"{path} is {_kind(mode)}: {expected}")
     except FileNotFoundError:
         pass
     except NotADirectoryError:
@@ -143,10 +143,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("an object holds one key twice")
-    return found
+    return members
 
 
 def refuse_stand_in(path: str | Path) -> None:

@@ -38,4 +38,4 @@ def one_line(text: str, longest: int = _LONGEST) -> str:
 def json_line(value: Any) -> str:
     """A JSON text of one line that a terminal obeys nowhere; it is read back as the same value."""
     text = json.dumps(value, ensure_ascii=False)
-    return _RAW_IN_JSON.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return _RAW_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)

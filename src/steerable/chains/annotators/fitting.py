@@ -53,8 +53,8 @@ def cross_validate(
         logs, x = np.full((len(y), labels), _UNSEEN), features[choice]
         for outside, inside in splits:
             seen = np.unique(y[outside])
-            found = 0.0 if len(seen) == 1 else _fitted(x[outside], y[outside], penalty).predict_log_proba(x[inside])
-            logs[np.ix_(inside, seen)] = found
+            log_probs = 0.0 if len(seen) == 1 else _fitted(x[outside], y[outside], penalty).predict_log_proba(x[inside])
+            logs[np.ix_(inside, seen)] = log_probs
         return logs
 
     def choose(rows: np.ndarray) -> tuple[tuple[Choice, float], float]:

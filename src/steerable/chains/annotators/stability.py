@@ -113,16 +113,16 @@ def stable(
             label, drawn = spans[boundary.span]["label"], texts[k * samples : (k + 1) * samples]
             read = {text: label_after(boundary.chain, boundary.start, text, labeler) for text in set(drawn)}
             shares[boundary.span] = sum(read[text] == label for text in drawn) / samples
-    kept: list[Record] = []
+    stable: list[Record] = []
     dropped: list[Record] = []
     by_label: dict[str, list[float]] = {}
     for i, span in enumerate(spans):
         if i in shares:
             # A share of 8 in 10 must reach 0.8, whatever the rounding.
-            (kept if shares[i] >= threshold - 1e-9 else dropped).append({**span, "stability": shares[i]})
+            (stable if shares[i] >= threshold - 1e-9 else dropped).append({**span, "stability": shares[i]})
             by_label.setdefault(span["label"], []).append(shares[i])
         elif labels is not None and span["label"] not in labels:
-            kept.append(dict(span))
+            stable.append(dict(span))
     counts = {
         label: {
             "tested": len(group),
@@ -131,7 +131,7 @@ def stable(
         }
         for label, group in sorted(by_label.items())
     }
-    return Stability(kept, dropped, len(tested) - len(shares), counts)
+    return Stability(stable, dropped, len(tested) - len(shares), counts)
 
 
 def label_after(chain: Mapping[str, Any], start: int, continuation: str, labeler: Labeler) -> str | None:

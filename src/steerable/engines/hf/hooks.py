@@ -384,19 +384,19 @@ class Handle:
             )
 
     def _remember(self, h: Tensor, current: Passing) -> None:
-        known = self._passes.get(h, current)
-        self._passes[h] = current if known is current else None
+        earlier = self._passes.get(h, current)
+        self._passes[h] = current if earlier is current else None
 
     def _again(self, h: Any) -> Passing | None:
         """The pass that autograd repeats; None where that was not steered."""
         if h not in self._passes:
             return None
-        if (found := self._passes[h]) is None:
+        if (passing := self._passes[h]) is None:
             raise SteerableError(
                 "two steered passes had the very same input tensor, and gradient checkpointing repeats one of them: "
                 "give each pass a copy (`.clone()`)"
             )
-        return found  # type: ignore[no-any-return]
+        return passing  # type: ignore[no-any-return]
 
     def _all_tokens(self, rows: int, length: int, valid: Tensor | None) -> Passing:
         self._plan.check_rows(rows)

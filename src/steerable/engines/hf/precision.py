@@ -83,11 +83,11 @@ def _length(intervention: Intervention, strength: float | Tensor | None) -> floa
     return float(strengths.min() * vector.norm()) if len(strengths) else 0.0
 
 
-def _warn(found: dict[Site, tuple[float, float]], blocks: Any, stacklevel: int) -> None:
-    """found: what is added and the norm of the stream, at each site; the smallest dose is told of."""
-    if not found:
+def _warn(doses: dict[Site, tuple[float, float]], blocks: Any, stacklevel: int) -> None:
+    """doses: what is added and the norm of the stream, at each site; the smallest dose is told of."""
+    if not doses:
         return
-    site, (length, norm) = min(found.items(), key=lambda item: item[1][0] / item[1][1])
+    site, (length, norm) = min(doses.items(), key=lambda item: item[1][0] / item[1][1])
     dtype = dtype_of(blocks[site.layer])
     least = EPSILONS * torch.finfo(dtype).eps
     if length / norm < least:

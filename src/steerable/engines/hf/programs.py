@@ -233,9 +233,9 @@ class _Group:
         """What this group does to the rows; None where that is nothing."""
         member = self.member[0] if index is None else torch.where(index >= 0, self.member[index.clamp(min=0)], -1)
         slot = member.clamp(min=0)
-        own = self.strength[slot] if strength is None else torch.as_tensor(strength, dtype=torch.float64)
+        base = self.strength[slot] if strength is None else torch.as_tensor(strength, dtype=torch.float64)
         asked = self.default[slot] if factor is None else torch.where(self.asks[slot], factor.double(), 1.0)
-        s = own * self.layer[slot] * asked
+        s = base * self.layer[slot] * asked
         on = (member >= 0) & (s != 0)
         if not bool(on.any()):
             return None

@@ -136,8 +136,8 @@ class Follower:
         if ends is not None and ends[0] < ends[1] and sequences.state.prompt_lengths is None:
             tokens = replace(tokens, last_prompt=torch.zeros_like(tokens.last_prompt))  # that is yet to come
         if cache is None:
-            known = sequences.state.prompt_lengths
-            self._texts.append((ids, sequences.state.seen if known is None else known))
+            lengths = sequences.state.prompt_lengths
+            self._texts.append((ids, sequences.state.seen if lengths is None else lengths))
         self._last = sequences
         return tokens
 
@@ -157,10 +157,12 @@ class Follower:
         keys = _keys(cache)
         sequences = self._cached.get(cache)
         if sequences is None:  # a copy of a cache that was filled here, as prompts are shared
-            copies = (known.copy_for(keys, past) for known in list(self._cached.values()) if known.columns >= past)
+            copies = (
+                candidate.copy_for(keys, past) for candidate in list(self._cached.values()) if candidate.columns >= past
+            )
             sequences = next((copy for copy in copies if copy is not None), None)
             if sequences is None:
-                raise _unseen(past, max((known.columns for known in self._cached.values()), default=0))
+                raise _unseen(past, max((other.columns for other in others), default=0))
             if sequences.columns == past:
                 sequences.keys = keys
         sequences.resume(keys, past, rows)

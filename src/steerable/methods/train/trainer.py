@@ -173,8 +173,8 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
             seen = torch.cat([batch["prompt_mask"][rows], mask], dim=1)
             score = partial(self._get_per_token_logps_and_entropies, self.model, ids, seen, mask.shape[1])
             policy = score()[0]
-            with self.trained.reference() as known:
-                if known:
+            with self.trained.reference() as has_reference:
+                if has_reference:
                     ratio = score()[0] - policy
                     self._metrics["train"]["kl"].append(float(((ratio.exp() - ratio - 1) * mask).sum() / mask.sum()))
 

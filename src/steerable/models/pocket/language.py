@@ -217,7 +217,7 @@ def openings() -> dict[tuple[str, ...], str]:
         words = _words(_SLOT.sub("0", template))
         for length in (1, 2, 3):
             labels.setdefault(tuple(words[:length]), set()).add(label)
-    return {opening: found.pop() for opening, found in labels.items() if len(found) == 1}
+    return {opening: names.pop() for opening, names in labels.items() if len(names) == 1}
 
 
 _OPENINGS = openings()
@@ -230,9 +230,9 @@ def label_of(sentence: str) -> str | None:
     """
     words = _words(sentence)
     for length in (3, 2, 1):
-        known = _OPENINGS.get(tuple(words[:length]))
-        if known:
-            return known
+        label = _OPENINGS.get(tuple(words[:length]))
+        if label:
+            return label
     return None
 
 

@@ -148,9 +148,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, bucket: int, seed: int) -> list[
 def chain_loss(model: Qwen2ForCausalLM, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy over the chain's tokens; right padding needs no mask under causal attention."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    wanted = target[:, 1:]
-    logits = model.lm_head(hidden[wanted]).float()
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][wanted])
+    counted = target[:, 1:]
+    logits = model.lm_head(hidden[counted]).float()
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted])
 
 
 def optimisers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
