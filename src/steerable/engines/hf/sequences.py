@@ -157,9 +157,8 @@ class Follower:
         keys = _keys(cache)
         sequences = self._cached.get(cache)
         if sequences is None:  # a copy of a cache that was filled here, as prompts are shared
-            copies = (
-                candidate.copy_for(keys, past) for candidate in list(self._cached.values()) if candidate.columns >= past
-            )
+            others = list(self._cached.values())
+            copies = (other.copy_for(keys, past) for other in others if other.columns >= past)
             sequences = next((copy for copy in copies if copy is not None), None)
             if sequences is None:
                 raise _unseen(past, max((other.columns for other in others), default=0))
