@@ -192,3 +192,11 @@ def finished(tmp_path_factory) -> Path:
             command = [sys.executable, "-m", "steerable", "run", "--workers", "1", "--out", root / "finished", *TINY]
             subprocess.run(command, check=True)
     return root / "finished"
+
+
+@pytest.fixture(scope="session")
+def pocket_tokenizer():
+    """The tokenizer of the bundled model's recipe, from few chains."""
+    from steerable.models.pocket import recipe
+
+    return recipe.make_tokenizer(chains=300)

@@ -454,7 +454,7 @@ def test_a_file_that_may_not_grow(tiny, tmp_path, steerable):
     out = tmp_path / "run"
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        said = steerable("tasks", "--out", out, *tiny)
+        said = steerable("run", "--out", out, *tiny)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert said == (1, "", f"steerable: cannot write {out / 'tasks.jsonl'}: File too large\n")

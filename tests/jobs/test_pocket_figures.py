@@ -126,7 +126,7 @@ def writer_for_model(monkeypatch, pocket_tokenizer):
 
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path="somewhere"))
     monkeypatch.setattr(models, "load", lambda name: models.Loaded(model, pocket_tokenizer))
-    monkeypatch.setattr(generation, "generate_jobs", write)
+    monkeypatch.setattr(measure, "generate_jobs", write)
 
 
 def test_the_writer_keeps_every_promise_but_the_unsolvable(writer_for_model):

@@ -40,8 +40,8 @@ def equations(thinking: str) -> tuple[int, int]:
 
     Equations with an unknown and parts of longer formulas are no statements about two numbers and do not count.
     """
-    found = _EQUATION.findall(thinking)
-    return len(found), sum(not _true(int(a), operator, int(b), int(c)) for a, operator, b, c in found)
+    statements = _EQUATION.findall(thinking)
+    return len(statements), sum(not _true(int(a), operator, int(b), int(c)) for a, operator, b, c in statements)
 
 
 def _true(a: int, operator: str, b: int, c: int) -> bool:
@@ -128,9 +128,9 @@ def measure(
     display.done()
     folder = Path(loaded.model.config._name_or_path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else None
-    found = figures(asked, [chain for group in made for chain in group], loaded.tokenizer, seed)
-    found = {"model": model, "seed": seed, "megabytes": None if size is None else size / 1e6, **found}
-    result = {**found, "targets": targets(found)}
+    result = figures(asked, [chain for group in made for chain in group], loaded.tokenizer, seed)
+    result = {"model": model, "seed": seed, "megabytes": None if size is None else size / 1e6, **result}
+    result = {**result, "targets": targets(result)}
     if out is not None:
         write_json(out, result)
     display.tell(table(result))
@@ -182,12 +182,12 @@ def figures(
         "chains": len(chains),
         "tokens_generated": sum(s.chain.tokens for s in seen),
         "equations": sum(s.stated for s in seen),
-        "pass_tasks": {f"pass@{k}": len(found) for k, found in deepest.items()},
+        "pass_tasks": {f"pass@{k}": len(deep) for k, deep in deepest.items()},
         "pass": {
             name: {
                 f"pass@{k}": curve(counts, [k], seed)[k] if counts else None
-                for k, found in deepest.items()
-                for counts in [{t: (len(marks[t]), sum(marks[t])) for t in found if name in ("mean", family[t])}]
+                for k, deep in deepest.items()
+                for counts in [{t: (len(marks[t]), sum(marks[t])) for t in deep if name in ("mean", family[t])}]
             }
             for name in [*names, "mean"]
         },
@@ -202,7 +202,8 @@ def figures(
 
 def _look(tasks: Sequence[Mapping[str, Any]], chains: Sequence[Record], tokenizer: Any) -> Iterator[_Seen]:
     spans = {(chain["task_id"], chain["sample"]): language.annotate(chain) for chain in chains}
-    measured = measure_chains(tasks, chains, [span for found in spans.values() for span in found], tokenizer)
+    every_span = [span for chain_spans in spans.values() for span in chain_spans]
+    measured = measure_chains(tasks, chains, every_span, tokenizer)
     for chain, about in zip(chains, measured, strict=True):
         text = chain["thinking"]
         inside = sum(_ink(text[s["start"] : s["end"]]) for s in spans[chain["task_id"], chain["sample"]])
@@ -222,15 +223,15 @@ def _values(seen: Iterable[_Seen], value: str) -> Iterator[tuple[str, float | No
             yield s.chain.task_id, float(getattr(s if hasattr(s, value) else s.chain, value))
 
 
-def targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the model promises: ``{"what", "low", "high", "measured", "met"}``; None where it was not measured."""
-    mean = found["pass"]["mean"]
+    mean = result["pass"]["mean"]
     promises: list[tuple[str, Interval | None, float, float]] = [
         ("pass@1, mean of families", mean["pass@1"], 0.30, 0.75),
         ("pass@32, mean of families", mean["pass@32"], 0.90, 1.0),
-        ("wrong equations", found["wrong_equations"], 0.0, 0.02),
-        ("closed and answered", found["closed_and_answered"], 0.97, 1.0),
-        *((label, found["fractions"][label], 0.04, 0.35) for label in STEERABLE),
+        ("wrong equations", result["wrong_equations"], 0.0, 0.02),
+        ("closed and answered", result["closed_and_answered"], 0.97, 1.0),
+        *((label, result["fractions"][label], 0.04, 0.35) for label in STEERABLE),
     ]
     return [
         {
@@ -244,37 +245,37 @@ def targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The figures of ``measure`` as text for a terminal."""
-    counts = found["pass_tasks"]
+    counts = result["pass_tasks"]
     ks = [name for name, n in counts.items() if n]
-    families = found["families"]
+    families = result["families"]
     share = {True: "met", False: "NOT MET", None: "not measured"}
-    size = found["megabytes"]
+    size = result["megabytes"]
     blocks = [
         [
-            f"{found['model']}: {found['tasks'] // families} unseen tasks in each of {families} families, "
-            f"{found['chains']:,} sampled chains, {found['tokens_generated']:,} tokens, seed {found['seed']}"
+            f"{result['model']}: {result['tasks'] // families} unseen tasks in each of {families} families, "
+            f"{result['chains']:,} sampled chains, {result['tokens_generated']:,} tokens, seed {result['seed']}"
             + (f"; the folder has {size:.1f} MB" if size is not None else ""),
             "In brackets: 95 % interval over tasks.",
         ],
         _columns(
             [
                 ["", *ks],
-                *([name, *(_percent(row[k]) for k in ks)] for name, row in found["pass"].items()),
+                *([name, *(_percent(row[k]) for k in ks)] for name, row in result["pass"].items()),
                 ["tasks a family", *(str(counts[k] // families) for k in ks)],
             ]
         ),
         _columns(
             [
-                ["closed and answered", _percent(found["closed_and_answered"])],
-                [f"wrong of {found['equations']:,} equations", _percent(found["wrong_equations"], 2)],
-                ["tokens a chain", _number(found["tokens"])],
-                ["loops (repeated 8-grams)", _percent(found["loops"])],
-                ["annotator coverage", _percent(found["coverage"])],
+                ["closed and answered", _percent(result["closed_and_answered"])],
+                [f"wrong of {result['equations']:,} equations", _percent(result["wrong_equations"], 2)],
+                ["tokens a chain", _number(result["tokens"])],
+                ["loops (repeated 8-grams)", _percent(result["loops"])],
+                ["annotator coverage", _percent(result["coverage"])],
             ]
         ),
-        _columns([["thinking tokens", "share"], *([label, _percent(v)] for label, v in found["fractions"].items())]),
+        _columns([["thinking tokens", "share"], *([label, _percent(v)] for label, v in result["fractions"].items())]),
         _columns(
             [
                 ["target", "wanted", "measured", ""],
@@ -285,7 +286,7 @@ def table(found: Mapping[str, Any]) -> str:
                         "-" if t["measured"] is None else f"{t['measured']:.2%}",
                         share[t["met"]],
                     ]
-                    for t in found["targets"]
+                    for t in result["targets"]
                 ),
             ]
         ),

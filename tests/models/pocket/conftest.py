@@ -34,11 +34,6 @@ def written():
 
 
 @pytest.fixture(scope="session")
-def pocket_tokenizer():
-    return recipe.make_tokenizer(chains=300)
-
-
-@pytest.fixture(scope="session")
 def untrained(pocket_tokenizer):
     """A model of the recipe with every number random: biases and norms begin where a mistake would not show."""
     model = recipe.make_model(pocket_tokenizer).eval().requires_grad_(False)
