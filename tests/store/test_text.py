@@ -11,7 +11,7 @@ from rich.table import Table
 from vector_files import direction_of, torch_bytes, vectors
 
 from steerable.store.display import Harmless
-from steerable.store.text import json_line, one_line, printable
+from steerable.store.text import counted, json_line, one_line, plural, printable
 
 HOSTILE = "\x1b[31mred\x07\x00\r\x9b2J\x7f\u202etxt.\u2066\u2028\ud800\U000e0041<b>&\"'"
 #: What no terminal may get: C0 but for line breaks and tabs, DEL, C1, overrides, separators, surrogates, tags.
@@ -151,3 +151,15 @@ def test_the_card():
     assert not OBEYED.search(card) and len(re.findall("^```", card, re.MULTILINE)) == 2
     code = card.split("```python\n")[1].split("\n```")[0]
     compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 steps"), (1, "1 step"), (1.0, "1.0 step"), (2, "2 steps"), (1024, "1,024 steps")]
+)
+def test_counts(count, said):
+    assert counted(count, "step") == said
+
+
+def test_other_plurals_and_verbs():
+    assert [plural(n, "entry", "entries") for n in (1, 3)] == ["entry", "entries"]
+    assert [plural(n, "step was", "steps were") for n in (1, 0)] == ["step was", "steps were"]

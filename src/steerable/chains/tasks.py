@@ -18,7 +18,7 @@ from steerable.chains.judging import Verdict, correct, extract_answer, judge, sc
 from steerable.chains.records import Record, content_hash
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.errors import UsageError
-from steerable.store.plurals import plural
+from steerable.store.text import plural
 
 __all__ = ["GYM", "Verdict", "correct", "extract_answer", "judge", "make_splits", "make_tasks", "score"]
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from steerable.evals.intervals import Interval, percentile_interval, resampled_means
 from steerable.store.errors import UsageError
-from steerable.store.plurals import counted
+from steerable.store.text import counted
 
 Counts = Mapping[str, tuple[int, int]]
 """Task id -> (n samples, c right ones)."""

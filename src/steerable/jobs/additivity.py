@@ -31,8 +31,8 @@ from steerable.models.loading import Loaded
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.plurals import counted
 from steerable.store.run_folder import RunFolder, sha256, write_json
+from steerable.store.text import counted
 
 ALL, RANDOM = "all", "random"
 _KEYS = ("tasks", "samples", "accuracy", "tokens", "loops", "unclosed")

@@ -20,7 +20,7 @@ from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import file_target
-from steerable.store.plurals import counted
+from steerable.store.text import counted
 
 Spans = list[Record]
 SAMPLES = 10

@@ -34,8 +34,8 @@ from steerable.steering.spec import Steering
 from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import sha256, sha256_of
-from steerable.store.plurals import counted, plural
 from steerable.store.run_folder import RunFolder
+from steerable.store.text import counted, plural
 
 BASE = "base"
 BLOCK = 256

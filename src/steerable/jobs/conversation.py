@@ -36,9 +36,8 @@ from steerable.steering.think import think_tags
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target
-from steerable.store.plurals import plural
 from steerable.store.run_folder import write_json
-from steerable.store.text import printable
+from steerable.store.text import plural, printable
 
 # Colours that are told apart on dark and light terminals.
 COLOURS = {

@@ -44,8 +44,8 @@ from steerable.pages.passk_page import findings, render, tables
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
-from steerable.store.plurals import counted
 from steerable.store.run_folder import RunFolder, read_json, sha256, write_json
+from steerable.store.text import counted
 
 
 def passk(

@@ -20,8 +20,8 @@ from steerable.methods.train.rewards import is_verifiable, refuse_constants, rew
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.plurals import plural
 from steerable.store.run_folder import RunFolder, read_json, write_json
+from steerable.store.text import plural
 
 _TASKS = "tasks test seed limit evaluation prompts"
 _TRAINED = f"""{MODEL} system template method layers after rank reward learning_rate beta steps prompts group

@@ -43,8 +43,8 @@ from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
-from steerable.store.plurals import plural
 from steerable.store.run_folder import RunFolder, read_json, write_json
+from steerable.store.text import plural
 
 DECODINGS = ("greedy", "sampled")
 CONTROLS = ("shuffled", "random", "prefix")

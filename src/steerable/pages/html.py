@@ -8,8 +8,7 @@ from pathlib import Path
 import jinja2
 
 from steerable.pages import words
-from steerable.store.plurals import plural
-from steerable.store.text import printable
+from steerable.store.text import plural, printable
 
 
 @cache

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from steerable.pages import words
 from steerable.pages.figures import Panel, Point, Scale, Series, curves, nice_scale, step_scale
 from steerable.pages.html import render
-from steerable.store.plurals import plural
+from steerable.store.text import plural
 
 Document = Mapping[str, Any]
 SCORES = {

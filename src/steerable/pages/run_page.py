@@ -29,8 +29,8 @@ from steerable.pages.html import render as render_template
 from steerable.pages.words import Interval
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
-from steerable.store.plurals import plural
 from steerable.store.run_folder import read_json
+from steerable.store.text import plural
 
 Report = Mapping[str, Any]
 _EMPTY: dict[str, Any] = {

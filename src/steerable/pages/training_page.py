@@ -17,7 +17,7 @@ from steerable.pages.figures import Panel, Point, Scale, Series, bars, curves, n
 from steerable.pages.html import render as render_template
 from steerable.pages.lens_page import section as lens_section
 from steerable.pages.words import Interval
-from steerable.store.plurals import plural
+from steerable.store.text import plural
 
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]

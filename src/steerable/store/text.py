@@ -1,4 +1,4 @@
-"""Texts of files and models made harmless: the one place for all that reaches a terminal or a page.
+"""Texts made harmless, the one place for all that reaches a terminal or a page; and counts in words.
 
 A control character would move the cursor, colour the screen or write to the clipboard, an override of the writing
 direction would show another text than is there. Each is shown as one sign in its place, so that offsets stay true.
@@ -39,3 +39,14 @@ def json_line(value: Any) -> str:
     """A JSON text of one line that a terminal obeys nowhere; it is read back as the same value."""
     text = json.dumps(value, ensure_ascii=False)
     return _RAW_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def plural(count: float, one: str, many: str = "") -> str:
+    """The noun (with its verb, if it has one) that stands behind a count: `plural(n, "step")`, `plural(n, "entry",
+    "entries")`, `plural(n, "step was", "steps were")`; without `many` an s is added."""
+    return one if count == 1 else many or f"{one}s"
+
+
+def counted(count: float, one: str, many: str = "") -> str:
+    """A count with its noun, thousands parted by commas: `1 step`, `1,024 steps`, `0.5 GPUs`."""
+    return f"{count:,} {plural(count, one, many)}"

@@ -27,7 +27,7 @@ from steerable.models import writers
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import folder_target, write_atomic
-from steerable.store.plurals import plural
+from steerable.store.text import plural
 
 METHODS = get_args(Method)
 #: The published ranks; for `tinylora` how many numbers are trained.
