@@ -19,11 +19,15 @@ Progress = Callable[[int, int], None]
 class Request:
     """A prompt to be continued.
 
-    prompt_ids: token ids, at least one. seed: fixes the draws of a sampled text, whatever else is computed beside it.
-    steering: how this text is steered; empty: not at all. decoding: how its tokens are chosen; None: as the model's
-    `generation_config` says.
+    Attributes:
+        prompt_ids: token ids, at least one.
+        seed: fixes the draws of a sampled text, whatever else is computed beside it.
+        steering: how this text is steered; empty: not at all.
+        decoding: how its tokens are chosen; None: as the model's `generation_config` says.
 
-    Example: `Request(prompt_ids=[12, 7, 3], seed=1, steering=direction.steering(0.5))`
+    Example:
+        >>> st.Request(prompt_ids=[12, 7, 3], seed=1, steering=direction.steering(0.5)).seed
+        1
     """
 
     prompt_ids: Sequence[int]

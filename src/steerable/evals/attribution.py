@@ -131,17 +131,39 @@ def attribute(
     spread: MapBlocks = map_blocks,
     progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
-    """Effect of each direction at each of its layers on the next-token distribution at span onsets.
+    """Measure the effect of each direction, at each of its layers, on the next token at span onsets.
 
-    `directions` maps behaviour to Direction; all must hold one vector [d] at the same sites. The first
-    `limit` chains that have spans are used, and of those the first `sample` for `fisher` and `exact`, which
-    cost a query for every layer and behaviour. `onsets`: for each behaviour, the spans with another label
-    (`other`, as published), with its `own` label, or `all`; of each chain at most `costly_onsets` of them, evenly
-    spread, for `fisher` and `exact`. `strength` s scales the vector in `fisher` and `exact`. At most `max_queries`
-    single tokens share a forward pass, and at most `chunk` tokens of a chain are read in one. Chains are measured one
-    by one, on `workers` processes or wherever `spread` puts them, as in `span_means`; the result does not depend on
-    that. Errors: UsageError for unknown metrics or onsets, no usable chain, or directions that do not match the model
-    or each other.
+    The module says what the metrics are. Chains are measured one by one, on `workers` processes or wherever `spread`
+    puts them, as in `span_means`; the result does not depend on that.
+
+    Args:
+        model: the model, or what wraps it.
+        chains: annotated chains (`chains.windows.AlignedChain`).
+        directions: {behaviour: Direction}; all must hold one vector [d] at the same sites.
+        metrics: some of `METRICS`.
+        onsets: for each behaviour, the spans with another label ("other", as published), with its "own" label, or
+            "all".
+        limit: how many chains that have spans are used, the first ones.
+        sample: how many of those for `fisher` and `exact`, which cost a query for every layer and behaviour.
+        strength: s, which scales the vector in `fisher` and `exact`.
+        costly_onsets: most onsets of a chain for these two, evenly spread; None: all.
+        max_queries: most single tokens in a forward pass.
+        chunk: most tokens of a chain that are read in one.
+        workers, spread: where the chains are measured.
+        progress: called with the number of chains measured, and of all.
+
+    Returns:
+        An `Attribution`: effects [chains, layers] by behaviour and metric, their means, peaks and correlations.
+
+    Raises:
+        UsageError: for unknown metrics or onsets, no usable chain, or directions that do not fit the model or each
+            other.
+
+    Example:
+        >>> from steerable.chains.windows import AlignedChain, TokenSpan
+        >>> chain = AlignedChain("task", 0, tuple(range(40, 60)), (TokenSpan("a", 4, 9), TokenSpan("b", 9, 15)))
+        >>> st.attribute(model, [chain], {"a": direction}, metrics=["exact"]).mean("a", "exact").shape
+        torch.Size([1])
     """
     if unknown := [m for m in metrics if m not in METRICS]:
         raise UsageError(f"unknown metric {unknown[0]!r}: expected some of {METRICS}")

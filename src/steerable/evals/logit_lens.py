@@ -78,7 +78,8 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
         UsageError: The vector is not [d], or holds NaN; or `norm`, where the model's final norm is not known.
 
     Example:
-        >>> st.lens(model, tokenizer, direction.at(3), k=5).top
+        >>> len(st.lens(model, tokenizer, direction.at(3), k=5).top)
+        5
     """
     width = models.width(model)
     if vector.shape != (width,) or not torch.isfinite(vector).all():

@@ -56,7 +56,8 @@ def save_pretrained(
         UsageError: no directions, names that the hub would not take, different licences, or no such report.
 
     Example:
-        save_pretrained(direction, "to-share", report="runs/pocket", licence="Apache-2.0")
+        >>> [path.suffix for path in st.save_pretrained(direction, "to-share", licence="Apache-2.0")]
+        ['.safetensors', '.md']
     """
     named = _named(directions)
     card = model_card(named, report=report, licence=licence, repo_id=repo_id)
@@ -92,6 +93,9 @@ def push_to_hub(
     Raises:
         UsageError: a bad name, or missing rights.
         SteerableError: the hub cannot be reached, or refuses.
+
+    Example:
+        >>> st.push_to_hub(direction, "me/backtracking", private=True)  # doctest: +SKIP
     """
     from huggingface_hub import HfApi
 
@@ -127,12 +131,16 @@ def from_pretrained(
         revision: branch, tag or commit.
         token: default the one of `hf auth login` or HF_TOKEN.
 
+    Returns:
+        The direction.
+
     Raises:
         UsageError: there is none, several, or no such repository.
         SteerableError: the hub cannot be reached, or the file is not sound.
 
     Example:
-        direction = from_pretrained("to-share")
+        >>> st.from_pretrained("to-share").layers  # doctest: +SKIP
+        [3]
     """
     files = _files(repo_or_folder, revision, token)
     if filename is None and len(files) > 1:

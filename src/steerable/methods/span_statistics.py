@@ -59,9 +59,18 @@ _BLOCK = 32768  # tokens, at least, that are summed by one worker in one piece; 
 class SpanMeans:
     """What one pass over annotated chains leaves: means of all groups, from which every direction follows.
 
-    `means` float64 [L, G, d] (NaN for a group without spans), `counts` [G] the number of spans (chains for
-    `overall`), `norms` [L] mean ||h|| with the weights of `overall`; rows G as `chains.windows.groups(labels,
-    windows, shuffles)`. `sinks`: where attention sinks were left out, as in `engines.activations.Captured`.
+    Attributes:
+        means: float64 [L, G, d], NaN for a group without spans; rows G as `chains.windows.groups(labels, windows,
+            shuffles)`.
+        counts: [G], the number of spans (of chains for `overall`).
+        norms: [L], the mean ||h|| with the weights of `overall`.
+        sinks: where attention sinks were left out, as in `engines.activations.Captured`.
+
+    Example:
+        >>> from steerable.chains.windows import AlignedChain, TokenSpan
+        >>> chain = AlignedChain("task", 0, tuple(range(40, 60)), (TokenSpan("a", 4, 9), TokenSpan("b", 9, 15)))
+        >>> st.span_means(model, [chain], ["a", "b"]).count("a")
+        1
     """
 
     sites: tuple[Site, ...]
@@ -183,8 +192,17 @@ def span_means(
         workers: processes; more than one need a model that was loaded by name or folder.
         spread: where they run, here or (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster.
 
+    Returns:
+        The means of all groups, from which every direction follows: `SpanMeans.direction(behaviour, window, baseline)`.
+
     Raises:
         UsageError: for no usable chain or an unknown label.
+
+    Example:
+        >>> from steerable.chains.windows import AlignedChain, TokenSpan
+        >>> chain = AlignedChain("task", 0, tuple(range(40, 60)), (TokenSpan("a", 4, 9), TokenSpan("b", 9, 15)))
+        >>> st.span_means(model, [chain], ["a", "b"]).direction("a", "onset", "pooled").layers
+        [0, 1, 2, 3, 4, 5]
     """
     attention_sinks.check(sinks)
     used = [chain for chain in chains if chain.spans]

@@ -21,7 +21,13 @@ _POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
 class Loaded(NamedTuple):
-    """A model and its tokenizer, as `load` gives them."""
+    """A model and its tokenizer, as `load` gives them.
+
+    Example:
+        >>> loaded = st.load("pocket")
+        >>> loaded.model is loaded[0]
+        True
+    """
 
     model: Any  # transformers' PreTrainedModel
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
@@ -70,7 +76,7 @@ def load(
         UsageError: there is no such model, device or quantisation library.
 
     Example:
-        model, tokenizer = load("pocket")
+        >>> model, tokenizer = st.load("pocket")
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

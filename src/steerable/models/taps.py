@@ -98,12 +98,22 @@ def _replaced(output: Any, new: Tensor | None) -> Any:
 
 @contextmanager
 def tap(model: nn.Module, taps: Mapping[Site, Tap]) -> Iterator[None]:
-    """Call `fn(h)` with the activation `h` [B, T, width] at each site, in every forward pass of this thread inside the
-    context.
+    """Call functions with activations, in every forward pass of this thread inside the context.
 
-    Where `fn` returns a tensor, it takes the activation's place; None leaves it as it is. The hooks are
-    removed at the end, also after an exception. Raises UsageError for a site that the model does not have. Compiled
-    models are heard too: the hooks run outside the compiled parts.
+    Args:
+        model: the model, or what wraps it; compiled models are heard, too.
+        taps: for each site a function of the activation h [B, T, width]. Where it returns a tensor, that takes the
+            activation's place; None leaves it as it is.
+
+    Raises:
+        UsageError: for a site that the model does not have. The hooks are removed also after an exception.
+
+    Example:
+        >>> shapes = []
+        >>> with st.tap(model, {st.Site("resid_post", 2): lambda h: shapes.append(list(h.shape))}):
+        ...     _ = model(**inputs)
+        >>> shapes == [[*inputs["input_ids"].shape, 192]]
+        True
     """
     thread = get_ident()
 

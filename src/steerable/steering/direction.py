@@ -39,16 +39,20 @@ _V1 = ("map", "gate", "strength")
 class Direction:
     """Vectors at sites of one model.
 
-    vectors: float32 [d], or [k, d] for a subspace. norms: mean ||h|| of ordinary tokens (attention sinks left out) at
-    each site, in the model's own units.
-    map, gate, schedule, strength and rescale are how it steers by itself: see `steering`. map and schedule are texts
-        ("ablate", "clip(-1, 2)"; "constant", "ramp(0, 1, 50)"), and so is a gate that does not read activations; all
-        three may be given as objects as well. A map counts its coordinates in the rows of the vectors (`maps`).
-    unit: what strength 1 is: "raw", the vector as its method made it; "mean activation", a vector with the norm of the
-        mean activation; "calibrated", the dose at which a budget that `stats` states is reached.
-    stats: anything JSON can hold.
+    Attributes:
+        vectors: {site: float32 [d]}, or [k, d] for a subspace.
+        norms: {site: mean ||h||} of ordinary tokens (attention sinks left out), in the model's own units.
+        map, gate, schedule, strength, rescale: how it steers by itself: see `steering`. map and schedule are texts
+            ("ablate", "clip(-1, 2)"; "constant", "ramp(0, 1, 50)"), and so is a gate that does not read activations;
+            all three may be given as objects as well. A map counts its coordinates in the rows of the vectors (`maps`).
+        unit: what strength 1 is: "raw", the vector as its method made it; "mean activation", a vector with the norm of
+            the mean activation; "calibrated", the dose at which a budget that `stats` states is reached.
+        stats: anything JSON can hold.
 
-    Example: `Direction({Site("resid_post", 3): torch.ones(64)}, gate="thinking", strength=0.5)`.
+    Example:
+        >>> direction = st.Direction({st.Site("resid_post", 3): torch.ones(192)}, gate="thinking", strength=0.5)
+        >>> str(direction.steering(where="answer"))
+        '0.5 direction@answer'
     """
 
     vectors: dict[Site, Tensor]

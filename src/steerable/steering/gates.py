@@ -479,10 +479,22 @@ class GateError(UsageError):
 
 
 def parse_gate(text: str | Gate, directions: Callable[[str], Any] | None = None) -> Gate:
-    """Read "thinking & ~boundary" and the like: names, tokens(i, ...), positions(start, stop), when(name > 0.4),
-    probe(name > 0.5), & | ~ ( ), and the gates of other packages.
+    """Read the text of a gate, such as "thinking & ~boundary".
 
-    `~` binds tightest, then `&`, then `|`. directions: gives the direction of a name. Raises UsageError.
+    Args:
+        text: names, tokens(i, ...), positions(start, stop), when(name > 0.4), probe(name > 0.5) and the gates of other
+            packages, combined by & | ~ and parentheses; `~` binds tightest, then `&`, then `|`. A gate is returned.
+        directions: gives the direction that a name in `when` or `probe` means.
+
+    Returns:
+        The gate; its `str` reads back as the same.
+
+    Raises:
+        UsageError: for a text that is none; it says the column.
+
+    Example:
+        >>> str(st.parse_selector("(answer | thinking) & ~positions(0, 4)"))
+        '(answer | thinking) & ~positions(0, 4)'
     """
     if isinstance(text, Gate):
         return text

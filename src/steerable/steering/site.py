@@ -14,7 +14,16 @@ KINDS = ("resid_pre", "head_in", "attn_out", "resid_mid", "mlp_act", "mlp_out", 
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One place in one block. Sorts in the order of computation; `str` gives "resid_post.3"."""
+    """One place in one block. Sites sort in the order of computation.
+
+    Attributes:
+        kind: "resid_pre", "head_in", "attn_out", "resid_mid", "mlp_act", "mlp_out" or "resid_post" (`models.taps`).
+        layer: 0-based index of the block.
+
+    Example:
+        >>> str(st.Site("resid_post", 3)), st.Site.parse("mlp_out.0").layer
+        ('resid_post.3', 0)
+    """
 
     kind: str
     layer: int

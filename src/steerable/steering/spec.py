@@ -43,12 +43,24 @@ class Source:
 class Intervention:
     """The formula at one site, as plain data: equal by value, hashable, and written as JSON by `to_json`.
 
-    basis: V [d, k] with orthonormal columns, on the CPU. map: phi, of coordinates [..., k] (`maps`).
-    gate: g, the tokens that are touched (`gates`). strength: s, times the factor of the schedule.
-    rescale: whether R restores the norm of h; else it is the identity.
+    Attributes:
+        site: where it acts.
+        basis: V, [d, k] with orthonormal columns, on the CPU. `Direction.steering` takes any rows.
+        map: phi, of coordinates [..., k] (`maps`).
+        gate: g, the tokens that are touched (`gates`).
+        schedule: the factor of the strength, by layer and token (`schedule`).
+        strength: s.
+        rescale: whether R restores the norm of h; else it is the identity.
+        source: how text names it; no part of what it does.
 
-    Raises UsageError for a basis, a strength or a gate that cannot be used. See `shift`, and `Direction.steering` for
-    rows that are not orthonormal.
+    Raises:
+        UsageError: for a basis, a strength or a gate that cannot be used.
+
+    Example:
+        >>> from steerable.steering.maps import Clip
+        >>> ablation = st.Intervention(st.Site("resid_post", 3), torch.eye(192)[:, :2], Clip.ablate())
+        >>> ablation.apply(torch.ones(1, 1, 192))[0, 0, :3]
+        tensor([0., 0., 1.])
     """
 
     site: Site

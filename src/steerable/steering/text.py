@@ -31,13 +31,22 @@ _SPACE = re.compile(r"\s*")
 
 
 def parse_steering(text: str, directions: Directions | None = None) -> Program:
-    """Read the text form.
+    """Read the text form of a steering.
 
-    directions: what the names mean: a mapping of names to directions or files, or a function; None: names are files
-        (".safetensors" may be left out). `str` of the result is the canonical text, which reads back as the same.
-    Raises UsageError, which says the column, for what cannot be read and for unknown names.
+    Args:
+        text: terms as the module says, e.g. "0.5 happy@thinking - 0.2 verbose|ablate".
+        directions: what the names mean: a mapping of names to directions or files, or a function; None: names are files
+            (".safetensors" may be left out).
 
-    Example: `parse_steering("0.5 happy@thinking", {"happy": direction})`.
+    Returns:
+        The steering; its `str` is the canonical text, which reads back as the same.
+
+    Raises:
+        UsageError: for what cannot be read, with the column, and for unknown names.
+
+    Example:
+        >>> str(st.parse_steering("0.5 happy@thinking-0.20 happy|ablate", {"happy": direction}))
+        '0.5 happy@thinking - 0.2 happy|ablate'
     """
     return _Reader(text, directions).program()
 

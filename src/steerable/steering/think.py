@@ -224,9 +224,20 @@ def _checked(texts: Any) -> Texts:
 def think_tags(tokenizer: Any, texts: Texts | None = None) -> ThinkTags:
     """The tags of the model's think block.
 
-    texts: None takes what `set_think_tags` or the tokenizer's config says ("think"), else the first of `KNOWN`
-    whose tags the vocabulary holds, else the first of which the chat template writes one.
-    Raises UsageError where there is none, and for texts that are no two or three.
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: the two or three tags; None takes what `set_think_tags` or the tokenizer's config says ("think"), else
+            the first of `KNOWN` whose tags the vocabulary holds, else the first of which the chat template writes one.
+
+    Returns:
+        The tags as token ids, which tell the phases of a text apart.
+
+    Raises:
+        UsageError: where there are none, and for texts that are not two or three.
+
+    Example:
+        >>> st.think_tags(tokenizer).texts
+        ('<think>', '</think>')
     """
     configured = getattr(tokenizer, "init_kwargs", {}).get("think")
     texts = _checked(texts or configured) if texts or configured else None

@@ -40,16 +40,19 @@ _LOGITS = 2**26  # of one pass while texts are scored; a text that has more is a
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """Generates, scores and reads texts with a Hugging Face model.
+    """Generates, scores and reads texts with a Hugging Face model, which is never changed.
 
-    model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...). It is never
-    changed. tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them. rows: sequences
-    that are computed together; None: 128 for a small model on a CPU, else 64.
+    Attributes:
+        model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
+        tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them.
+        rows: sequences that are computed together; None: 128 for a small model on a CPU, else 64.
 
     Example:
-        engine = TransformersEngine(model, tokenizer)
-        [done] = engine.generate([Request(prompt_ids=ids, steering=direction.steering(0.5))], max_new_tokens=60)
-        print(tokenizer.decode(done.ids))
+        >>> ids = tokenizer("2 + 2 =")["input_ids"]
+        >>> engine = st.TransformersEngine(model, tokenizer)
+        >>> [done] = engine.generate([st.Request(ids, steering=direction.steering(0.5))], max_new_tokens=4)
+        >>> len(done.ids)
+        4
     """
 
     model: Any

@@ -57,22 +57,33 @@ def steer(
 ) -> Iterator[Handle]:
     """Steer every forward pass of the model inside the context.
 
-    directions: a direction, an intervention, a steering or its text ("0.5 happy.safetensors@thinking"), or several; at
-        a shared site they act in this order.
-    strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number or a tensor
-        [B], one a row; None: what each says. 0 is a bit-exact no-op.
-    layers: which of their layers; None: all. where: a gate or its text; None: what each says.
-    rescale: keep each token's norm; None: what each says. tokenizer: needed by `thinking`, `answer` and `boundary`.
-    track: measure the change for `Handle.report`; without it only the touched tokens are counted.
+    Args:
+        model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
+        directions: a direction, an intervention, a steering or its text ("0.5 happy.safetensors@thinking"), or several;
+            at a shared site they act in this order.
+        strength: for all of them and at each layer as it is (divide by the number of layers yourself); a number or a
+            tensor [B], one a row; None: what each says. 0 is a bit-exact no-op.
+        layers: which of their layers; None: all.
+        where: a gate or its text; None: what each says.
+        rescale: restore each token's norm; None: what each says.
+        tokenizer: needed by the gates `thinking`, `answer` and `boundary`.
+        track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
-    model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
+    Yields:
+        A `Handle`: changes the strength, and reports per site the tokens touched, the mean relative change, the mean
+        angle in degrees and the dose ||s v|| / ||h||.
 
-    Raises UsageError, before any forward pass, for a vector of another width, a layer out of range, a vector with NaN,
-    a gate without its tokenizer. Warns (SteerableWarning) about a direction of another model, about a relative dose
-    ||s v|| / ||h|| that a 16-bit model does not resolve (`precision`), and at the end about sites where no token was
-    touched.
+    Raises:
+        UsageError: before any forward pass, for a vector of another width, a layer out of range, a vector with NaN, a
+            gate without its tokenizer. A SteerableWarning is given for a direction of another model, for a relative
+            dose that a 16-bit model does not resolve (`precision`), and at the end for sites where no token was
+            touched.
 
-    Example: `with steer(model, direction, strength=0.5, where="thinking", tokenizer=tokenizer) as handle: ...`
+    Example:
+        >>> with st.steer(model, direction, strength=0.5, where="generated", tokenizer=tokenizer) as handle:
+        ...     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        >>> handle.report()["resid_post.3"]["tokens"]
+        7
     """
     model = models.unwrap(model)
     is_one = isinstance(directions, (Direction, Intervention, str, Program))
