@@ -31,6 +31,7 @@ def assert_refused(said, code, *texts):
 # --- help ---
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_imports_nothing_heavy():
     """Processor time, so that a busy machine does not count against it."""
     code = (
@@ -298,6 +299,7 @@ def test_progress_goes_to_standard_error(steerable, finished, tmp_path):
     assert (said.out, said.err) == ("", "annotate: was done already\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_the_output_is_full():
     command = [sys.executable, "-m", "steerable", "chat", "2 + 2?", "--max-new-tokens", "1", "--json"]
@@ -307,6 +309,7 @@ def test_the_output_is_full():
     assert said.stderr == "steerable: the output: No space left on device\n"
 
 
+@pytest.mark.slow
 def test_real_processes_leave_standard_error_clean(finished, tmp_path):
     """Workers included: no progress bar of a library, no warning, no semaphore left over."""
     for name in ("config.json", "tasks.jsonl"):

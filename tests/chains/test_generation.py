@@ -89,6 +89,7 @@ def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
     assert all("ids" in chain for chain in read_jsonl(file))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(loaded, direction):
     jobs = [Job(TASKS, (0, 1)), Job(TASKS, (0,), direction.steering(0.5, 1, "thinking"), 0.5, "random")]
     one = generate_jobs(loaded, jobs, max_new_tokens=30, block=5, workers=1)

@@ -138,6 +138,7 @@ def test_pieces_of_characters_and_words(real, name):
     assert shared > 20  # characters in pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek", "qwen3_6", "smol"])
 def test_bytes_that_are_no_text_are_held_too(real, name):
     tokenizer, rng = real(name), random.Random(1)

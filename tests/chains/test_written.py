@@ -114,6 +114,7 @@ def test_ten_categories_balanced_disjoint_and_nothing_alike(server):
     assert not any("42" in task["prompt"] or task["prompt"][:1].isdigit() for task in tasks)
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_tasks_without_asking_and_holds_no_key(server, tmp_path):
     source = f"llm:writer@{server.url}"
     server.known.append("x y")  # from here on, what is answered depends on the request alone
@@ -150,6 +151,7 @@ def test_excluded_tasks_and_an_endpoint_of_ones_own(server):
     assert not hashes & {content_hash(task) for task in again}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["refuses", "repeats"])
 def test_a_model_that_writes_too_little_is_asked_a_bounded_number_of_times(server, style):
     server.style = style

@@ -64,6 +64,7 @@ def run(folder, stage, **settings):
     main_job.run(folder, stage=stage, fresh=False, workers=1, **settings)
 
 
+@pytest.mark.slow
 def test_a_language_model_labels_what_is_extracted_and_what_is_steered(copy, finished, judge):
     llm = {"annotator": "llm", "llm_model": "judge", "llm_url": judge.url, "llm_prices": "2,8"}
     run(copy, "annotate", **llm)
@@ -113,6 +114,7 @@ def test_keywords(copy, finished):
     assert kappa(copy, finished) > 0.8
 
 
+@pytest.mark.slow
 def test_a_probe_learns_from_a_run_and_labels_it(copy, finished, steerable, tmp_path):
     file = tmp_path / "probe.safetensors"
     said = steerable("probe", "--out", copy, "--to", file, "--folds", 3, "--layer", 3, "--json")
@@ -136,6 +138,7 @@ def test_a_probe_needs_a_run_and_a_file(steerable, tmp_path):
     assert said.code == 2 and "there is no such file" in said.err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_only_stable_spans_are_kept(copy):
     every = read_jsonl(copy / "spans.jsonl", "span")
     run(copy, "annotate", stability=0.6)

@@ -130,6 +130,7 @@ def assert_gone(group):
     raise AssertionError(f"left behind: {members(group)}")
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage(finished, tiny, tmp_path):
     out, script = tmp_path / "run", tmp_path / "pausing.py"
     script.write_text(PAUSING)
@@ -151,6 +152,7 @@ def test_killed_in_every_stage(finished, tiny, tmp_path):
     assert_same(out, finished)
 
 
+@pytest.mark.slow
 def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "steerable", "run", "--workers", "2", "--out", out, *tiny]
@@ -176,6 +178,7 @@ def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
     assert len(said) == len(STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
     out = main_job.run(tmp_path / "again", workers=1, **settings(tiny))
     assert (out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
@@ -230,6 +233,7 @@ def test_the_cosines_are_those_of_the_saved_vectors(finished):
     assert found["matrix"] == np.transpose(found["matrix"]).tolist()
 
 
+@pytest.mark.slow
 def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
     """Chains without ids are measured by their text; a run does not mix them with its own."""
     for path in [copy / "chains.jsonl", *(copy / "steered").glob("*.jsonl")]:
@@ -357,6 +361,7 @@ def annotator(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lacking", [["backtracking"], ["example-testing", "backtracking", "adding-knowledge"]], ids=["one", "three"]
 )
@@ -380,6 +385,7 @@ def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annot
     assert (out / "timings.json").read_bytes() == before, "it is finished"
 
 
+@pytest.mark.slow
 def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator):
     option = annotator("return [span for span in pocket(chain) if span['label'] != 'backtracking']")
     assert (copy / "vectors/backtracking.safetensors").exists()
@@ -420,6 +426,7 @@ def test_chains_without_a_think_block_are_no_fault_of_the_annotator(silent, copy
         assert said.code == 0 and "annotate: 10 of 24 chains have no think block, and so no span" in said.err
 
 
+@pytest.mark.slow
 def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
     for name in ("spans.jsonl", "cells.json", "selection.json"):
         (copy / name).unlink()
@@ -535,6 +542,7 @@ def scale_candidates(folder, factor):
         Direction.load(path).scaled(factor).save(path)
 
 
+@pytest.mark.slow
 def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(copy, steerable):
     scale_candidates(copy, 100)
     said = steerable("select", "--out", copy, "--workers", "1", "--greedy")

@@ -78,6 +78,7 @@ def killed_once(work, blocks, *, mark, **options):
     return cluster.map_blocks(Murder(work, mark), list(enumerate(blocks)), **options)
 
 
+@pytest.mark.slow
 def test_span_means_are_those_of_this_process(model, chains, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 40)
     here = span_means(model, chains, LABELS, max_tokens=40)
@@ -93,6 +94,7 @@ def test_span_means_are_those_of_this_process(model, chains, tmp_path, monkeypat
         torch.testing.assert_close(getattr(here, name), getattr(whole, name), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_attribution_is_that_of_this_process(model, chains, tmp_path):
     vectors = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
     given = {b: Direction({Site("resid_post", k): vectors[i, k] for k in range(4)}) for i, b in enumerate(LABELS)}

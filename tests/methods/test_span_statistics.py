@@ -145,6 +145,7 @@ def named(model, tmp_path):
     return load(tmp_path, device="cpu").model
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit_and_many_blocks_next_to_nothing(named, chains, means, monkeypatch):
     monkeypatch.setattr("steerable.methods.span_statistics._BLOCK", 40)
     options = {"shuffles": 2, "seed": 5, "max_tokens": 60}

@@ -315,6 +315,7 @@ def test_half_precision(name, dtype):
 COMPILED = [("llama", "eager"), ("gemma3_text", "aot_eager"), ("gpt_oss", "eager")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), COMPILED)
 def test_compiled(name, backend):
     """A model that was compiled, and used, before it is steered: the logits of the plain one, and nothing stays."""

@@ -77,6 +77,7 @@ FRENCH_WORDS = """le la les un une des de du et est en je tu il elle nous vous i
     ce cette son sa ses mon ma notre votre pas ne plus par mais ou où être avoir suis êtes sont bonjour merci"""
 
 
+@pytest.mark.slow
 def test_steering_by_it_gives_french(smol, languages):
     model, tokenizer = smol
     direction = st.difference_of_means(*languages).only([15])

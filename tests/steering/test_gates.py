@@ -258,6 +258,7 @@ BREAKS = [  # a text, and how many breaks it holds
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_boundary_in_real_vocabularies(name, request):
     tokenizer = real(request, name)

@@ -218,6 +218,7 @@ def test_tags_of_several_tokens_while_rows_come_and_go(attention, foreign, token
     assert closed != never
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "gpt_oss"])
 def test_compiled_and_offloaded(name):
     accelerate = pytest.importorskip("accelerate")

@@ -117,6 +117,7 @@ def test_texts_of_many_steerings_in_one_batch_equal_those_of_each_alone(name, to
         assert engine.generate([requests[number]], max_new_tokens=10) == [together[number]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_threads_share_a_model_that_stays_as_it_is(attention, tokenizer):
     """Steered and unsteered, greedy and sampled, at the same time: each text is that of a lone thread."""

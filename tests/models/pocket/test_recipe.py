@@ -23,6 +23,7 @@ def train(out, **options):
     return recipe.train(out, progress=lambda text: None, **options)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_bytes(small, tmp_path, monkeypatch):
     straight = train(tmp_path / "straight", steps=4, checkpoint_every=2)
     loss, calls = recipe.chain_loss, []
