@@ -23,7 +23,7 @@ from steerable.steering.gates import Gate
 from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError
 
-_SORTED = 8  # slots among which rows are not sorted by length
+_SORTED = 16  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
 _ENOUGH = 16  # one row in so many must have finished before the rows are rearranged
@@ -107,9 +107,7 @@ class Batch:
             return
         source = arrange(self.length, live, _SORTED if self.paged else self.rows)
         moved = [(old, new) for new, old in enumerate(source) if old != new]
-        if moved:
-            width = max(self.length[old] for old, _ in moved)
-            self.cache.move([old for old, _ in moved], [new for _, new in moved], width, self.device)
+        self.cache.move(moved, self.length, self.device)
         index = torch.tensor(source, dtype=torch.long, device=self.device)
         self.token, self.position, self.made, self.seed = (
             x[index] for x in (self.token, self.position, self.made, self.seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -110,12 +111,12 @@ class SlotLayer(CacheLayerMixin):
             return self.keys, self.values
         return self.keys[0, : plan.rows, :, : plan.width], self.values[0, : plan.rows, :, : plan.width]
 
-    def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Copies the first `width` positions (rounded up to pages) of the slots `source` into `target`."""
+    def move(self, pages: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy slots, which may overlap: for each page the slots that are read and those that are written."""
         if self.is_initialized:
-            pages = -(-width // self.page)
-            for buffer in (self.keys[:pages], self.values[:pages]):
-                buffer[:, target.to(buffer.device)] = buffer[:, source.to(buffer.device)]
+            for buffer in (self.keys, self.values):
+                for page, (source, target) in zip(buffer, pages, strict=False):
+                    page[target.to(buffer.device)] = page[source.to(buffer.device)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.plan.prefill else self.plan.width), 0
@@ -142,15 +143,17 @@ class SlotCache(Cache):
     """One `SlotLayer` a decoder layer, all reading the same `plan`."""
 
     def __init__(self, layers: int, slots: int, capacity: int, page: int) -> None:
-        self.plan = Plan()
+        self.plan, self.page = Plan(), page
         super().__init__(layers=[SlotLayer(self.plan, slots, capacity, page) for _ in range(layers)])
 
-    def move(self, source: list[int], target: list[int], width: int, device: torch.device) -> None:
-        """Copies slots, which may overlap: each buffer is read before it is written."""
-        if source:
-            index = torch.tensor([source, target], device=device)
-            for layer in self.layers:
-                layer.move(index[0], index[1], width)
+    def move(self, moves: Sequence[tuple[int, int]], lengths: Sequence[int], device: torch.device) -> None:
+        """Copy slots (from, to), which may overlap, as far as their rows reach: `lengths` of the rows by old slot."""
+        pages = []
+        for number in range(-(-max((lengths[old] for old, _ in moves), default=0) // self.page)):
+            reaching = [move for move in moves if lengths[move[0]] > number * self.page]
+            pages.append(torch.tensor(reaching, device=device).unbind(1))
+        for layer in self.layers:
+            layer.move(pages)
 
 
 def slot_attention(
