@@ -38,7 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from steerable.chains.windows import AlignedChain
 from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
 from steerable.models import loading as models
-from steerable.models.reading import CHUNK, Queries, twin
+from steerable.models.copies import private_copy
+from steerable.models.reading import CHUNK, Queries
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
@@ -317,7 +318,7 @@ def fisher(queries: Queries, sites: Sequence[Site], index: Tensor, added: Tensor
 
     # Of the kernels for attention and for mixtures of experts, only the plain ones have a forward-mode derivative.
     if getattr(models.text_config(queries.model), "_experts_implementation", None) is not None:
-        queries = queries.on(twin(queries.model, _experts_implementation="eager"))
+        queries = queries.on(private_copy(queries.model, _experts_implementation="eager"))
     # Plain attention holds scores, weights, the tangents of both, and what leads from one to the other.
     return _sweep(queries, sites, index, added, queries.per_pass(max_queries, 24), inject, measure)
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from steerable.models import loading as models
+from steerable.models.copies import private_copy
 from steerable.store.errors import UsageError
 
 CHUNK = 4096
@@ -120,38 +121,6 @@ class RoomLayer(DynamicLayer):
 # --- single tokens behind their past ---
 
 
-def twin(model: Any, *, block: Callable[..., Any] | None = None, **config: Any) -> Any:
-    """The model with other values in its text config: modules of its own around the same parameters, buffers and hooks.
-
-    The model itself is not changed, so that other threads may run it meanwhile. block(forward, *args, **kwargs) is
-    called in place of each block's forward pass.
-    """
-    text = model.config.get_text_config()
-    changed = copy(text)
-    for name, value in config.items():
-        setattr(changed, name, value)
-    whole = changed if model.config is text else copy(model.config)
-    for name, value in vars(model.config).items():
-        if value is text:
-            setattr(whole, name, changed)
-    configs = {id(text): changed, id(model.config): whole}
-    copies: dict[int, Any] = {}
-
-    def double(module: Any) -> Any:
-        if id(module) not in copies:
-            copies[id(module)] = new = copy(module)
-            new._modules = {name: part and double(part) for name, part in module._modules.items()}
-            if (its_config := getattr(module, "config", None)) is not None:
-                new.config = configs.get(id(its_config), its_config)
-        return copies[id(module)]
-
-    result = double(model)
-    if block is not None:
-        for part in models.blocks(result):
-            part.forward = partial(block, part.forward)
-    return result
-
-
 class Queries:
     """Single tokens of one chain, each behind its own past, evaluated together in one row.
 
@@ -180,7 +149,7 @@ class Queries:
         return len(self.positions)
 
     def on(self, model: Any) -> Queries:
-        """The same queries, evaluated by a `twin` of the model."""
+        """The same queries, evaluated by a `private_copy` of the model."""
         other = copy(self)
         other.model = model
         return other
@@ -190,7 +159,7 @@ class Queries:
         input (where heads share keys, every block would store copies of the prefix's)."""
         if self.prefix <= _LONG:
             return self
-        return self.on(twin(self.model, block=partial(checkpoint, use_reentrant=False)))
+        return self.on(private_copy(self.model, block=partial(checkpoint, use_reentrant=False)))
 
     def per_pass(self, most: int, copies: int = 1) -> int:
         """How many queries one pass should take: `most`, or fewer behind a long prefix (all the more where the pass

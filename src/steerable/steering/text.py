@@ -54,7 +54,7 @@ def parse_steering(text: str, directions: Directions | None = None) -> Program:
 class _Reader:
     def __init__(self, text: str, directions: Directions | None) -> None:
         self.text, self.place = text, 0
-        self.direction = lru_cache(maxsize=None)(lambda name: _found(name, directions))
+        self.direction = lru_cache(maxsize=None)(lambda name: _meant(name, directions))
 
     def program(self) -> Program:
         program, sign = Program(), self._sign(first=True)
@@ -157,7 +157,7 @@ def _is_modifier(name: str) -> bool:
     return name == "rescale" or SCHEDULES.knows(name) or is_map(name)
 
 
-def _found(name: str, directions: Directions | None) -> Direction:
+def _meant(name: str, directions: Directions | None) -> Direction:
     if callable(directions):
         return directions(name)
     if directions is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +26,11 @@ from steerable.engines.hf.routes import check_length, is_bound, route
 from steerable.engines.hf.slots import ATTENTION
 from steerable.engines.pool import is_small
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
+from steerable.models.copies import private_copy
 from steerable.models.loading import stop_ids, unwrap_to_run
 from steerable.steering.spec import Steering
 from steerable.store.errors import UsageError
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
 _LOGITS = 2**26  # of one pass while texts are scored; a text that has more is a batch by itself
 
 
@@ -88,10 +84,11 @@ class TransformersEngine:
         check_length(model, longest)
         longest -= 1  # the last new token is never fed
         way = route(model, longest)
-        if way.slots and not is_bound(model):
-            model = private_copy(model, ATTENTION if way.name == "slots" else None)
-            if way.name == "slots":
-                fuse(model)
+        if way.name == "slots":
+            model = private_copy(model, _attn_implementation=ATTENTION)
+            fuse(model)
+        elif way.slots and not is_bound(model):
+            model = private_copy(model)
         default = Decoding()
         if any(request.decoding is None for request in requests):
             default = decoding_of(model)
@@ -178,25 +175,3 @@ def _scores(model: Any, handle: Handle | None, sequences: Sequence[Continuation]
         came = torch.tensor(text[start:], dtype=torch.long, device=row.device)
         scores.append(distribution.gather(1, came[:, None])[:, 0].cpu())
     return scores
-
-
-def private_copy(model: Any, attention: str | None = None) -> Any:
-    """A model of the same parameters and buffers with modules and hooks of its own, whose attention is computed by the
-    named implementation of transformers' registry (None: the model's)."""
-    text = model.config.get_text_config()
-    config = copy(text)
-    if attention is not None:
-        config._attn_implementation = attention
-    copies: dict[int, Any] = {}
-
-    def twin(module: Any) -> Any:
-        if id(module) not in copies:
-            copies[id(module)] = new = copy(module)
-            for name in _HOOKS:
-                setattr(new, name, getattr(module, name).copy())
-            new._modules = {name: part and twin(part) for name, part in module._modules.items()}
-            if getattr(module, "config", None) is text:
-                new.config = config
-        return copies[id(module)]
-
-    return twin(model)
