@@ -15,8 +15,9 @@ from vocabularies import PACKAGED, packaged
 import steerable as st
 from steerable.engines.sampling import Decoding
 from steerable.models.pocket.tokenizer import build_tokenizer
-from steerable.steering.gates import Selector, SequenceState, Tokens, parse_selector, resolve, selectors
+from steerable.steering.gates import Selector, parse_selector, resolve, selectors
 from steerable.steering.think import ThinkTags
+from steerable.steering.tokens import SequenceState, Tokens
 from steerable.store.errors import UsageError
 
 OPEN, CLOSE = 1, 2

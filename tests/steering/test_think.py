@@ -14,8 +14,8 @@ from vocabularies import PACKAGED, packaged
 from steerable.chains.generation import prompt_ids, prompt_text, split_chain
 from steerable.chains.windows import align_chain
 from steerable.engines.base import Completion
-from steerable.steering.gates import SequenceState
 from steerable.steering.think import ANSWER, BEFORE, THINKING, ThinkTags, render, set_think_tags, think_tags
+from steerable.steering.tokens import SequenceState
 from steerable.store.errors import UsageError
 
 HARMONY = ("<|channel|>analysis<|message|>", "<|end|>", "<|channel|>final<|message|>")

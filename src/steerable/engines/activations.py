@@ -22,9 +22,10 @@ from steerable.models import sinks as attention_sinks
 from steerable.models.reading import CHUNK, read
 from steerable.models.sinks import EARLY, Sinks, Tally
 from steerable.models.taps import check_site, tap
-from steerable.steering.gates import Selector, SequenceState, parse_selector, resolve, selectors
+from steerable.steering.gates import Selector, parse_selector, resolve, selectors
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags
+from steerable.steering.tokens import SequenceState
 from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableWarning, UsageError
 

@@ -26,8 +26,8 @@ from steerable.evals.intervals import Interval, difference_interval, mean_interv
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config, unwrap_to_run
 from steerable.models.reading import new_cache, pieces
-from steerable.steering.gates import SequenceState
 from steerable.steering.spec import Steering
+from steerable.steering.tokens import SequenceState
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 Scored = tuple[str, float, int]

@@ -28,9 +28,10 @@ from steerable.engines.transformers import steer
 from steerable.models import loading as models
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction
-from steerable.steering.gates import Selector, SequenceState, Tokens, parse_selector, resolve
+from steerable.steering.gates import Selector, parse_selector, resolve
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags, think_tags_if_any
+from steerable.steering.tokens import SequenceState, Tokens
 from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableWarning, UsageError
 

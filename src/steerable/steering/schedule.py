@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.gates import CLOSING, Event, Tokens
 from steerable.steering.plain import Registry, call_text, made, numbers, read_call
+from steerable.steering.tokens import CLOSING, Event, Tokens
 from steerable.store.errors import UsageError
 
 SCHEDULES = Registry("steerable.schedules")

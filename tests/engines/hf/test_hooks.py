@@ -11,10 +11,11 @@ from steerable.engines.hf.hooks import steer
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.gates import SequenceState, selectors
+from steerable.steering.gates import selectors
 from steerable.steering.maps import Clip
 from steerable.steering.site import KINDS, Site
 from steerable.steering.spec import Intervention, shift
+from steerable.steering.tokens import SequenceState
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 OPEN, CLOSE, BREAK = 1, 2, 3

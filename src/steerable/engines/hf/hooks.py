@@ -32,11 +32,12 @@ from steerable.engines.hf.sequences import Follower, cached_tokens
 from steerable.models import loading as models
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.gates import CLOSING, Gate, SequenceState, Tokens, parse_gate, resolve, selectors
+from steerable.steering.gates import Gate, parse_gate, resolve, selectors
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Program, Steering, format_steering
 from steerable.steering.text import named_direction, parse_steering
 from steerable.steering.think import think_tags
+from steerable.steering.tokens import CLOSING, SequenceState, Tokens
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 Strength = float | Tensor

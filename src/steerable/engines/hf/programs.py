@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.gates import Gate, Tokens, selectors
+from steerable.steering.gates import Gate, selectors
 from steerable.steering.maps import Shift, called, kind, selected, stacked
 from steerable.steering.schedule import PerRequest, Schedule
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Steering, rescaled
+from steerable.steering.tokens import Tokens
 from steerable.store.errors import SteerableError
 
 Place = tuple[torch.device, torch.dtype]

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from steerable.steering.gates import SequenceState, Tokens
+from steerable.steering.tokens import SequenceState, Tokens
 from steerable.store.errors import SteerableError, UsageError
 
 _TEXTS = 4  # texts without a cache that may be going on at once
