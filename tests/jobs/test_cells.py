@@ -1,10 +1,15 @@
 """The cells as data: which cells there are, and what each is made of."""
 
+from collections import Counter
+
 import pytest
+import torch
 
 from steerable.chains.records import STEERABLE
 from steerable.jobs import cells as jobs_cells
 from steerable.jobs.settings import Config
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 SELECTION = {
     b: {"layer": 2 if k < 3 else 4, "layers": [1, 2, 3, 4], "window": "onset", "baseline": "pooled"}
@@ -13,13 +18,21 @@ SELECTION = {
 CONFIG = Config(samples=4, side_samples=2, sweep="0.5", controls=5)
 
 
+def load(path):
+    """A direction of every layer, another for each path; its norm is 2, that of the activations 8."""
+    seed = torch.Generator().manual_seed(sum(map(ord, path)))
+    vectors = {Site("resid_post", n): torch.randn(1, 6, generator=seed) for n in range(6)}
+    norms = dict.fromkeys(vectors, 8.0)
+    return Direction({site: 2 * v / v.norm() for site, v in vectors.items()}, model_id=path, norms=norms)
+
+
 @pytest.fixture(scope="module")
 def cells():
-    return {cell.name: cell for cell in jobs_cells.evaluation_cells(CONFIG, SELECTION)}
+    return {cell.name: cell for cell in jobs_cells.evaluation_cells(CONFIG, SELECTION, load)}
 
 
 def test_names_are_file_names_and_differ(cells):
-    assert len(cells) == len(jobs_cells.evaluation_cells(CONFIG, SELECTION))
+    assert len(cells) == len(jobs_cells.evaluation_cells(CONFIG, SELECTION, load))
     assert not any("/" in name or " " in name for name in cells)
 
 
@@ -34,15 +47,18 @@ def test_a_behaviour_up(cells):
     cell = cells["backtracking.+1"]
     assert (cell.strength, cell.layers, cell.where, cell.control) == (1.0, (4,), "all", None)
     (part,) = cell.parts
-    assert part.direction == "vectors/candidates/onset.pooled/backtracking.safetensors"
-    assert (part.samples, part.strength, part.layers) == ((0, 1, 2, 3), 1.0, (4,))
+    direction = load("vectors/candidates/onset.pooled/backtracking.safetensors")
+    assert part.samples == (0, 1, 2, 3)
+    assert part.steering == direction.only([4]).steering(1.0)
+    assert part.dose == {4: pytest.approx(2 / 8)}
 
 
 def test_several_layers_share_the_strength(cells):
     (part,) = cells["backtracking.-1.layers"].parts
-    assert part.layers == (1, 2, 3, 4) and part.strength == -0.25
+    assert [i.site.layer for i in part.steering] == [1, 2, 3, 4] and {i.strength for i in part.steering} == {-0.25}
     assert cells["backtracking.-1.layers"].strength == -1.0
     assert part.samples == (0, 1)
+    assert part.dose == dict.fromkeys((1, 2, 3, 4), pytest.approx(2 / 8 / 4))
 
 
 def test_side_cells_have_fewer_tasks(cells):
@@ -53,7 +69,7 @@ def test_side_cells_have_fewer_tasks(cells):
 
 def test_thinking_only(cells):
     (part,) = cells["backtracking.+1.thinking"].parts
-    assert part.where == cells["backtracking.+1.thinking"].where == "thinking"
+    assert str(part.steering[0].gate) == cells["backtracking.+1.thinking"].where == "thinking"
 
 
 def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
@@ -61,9 +77,24 @@ def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
     assert cells["random.layer4.-1"].behaviours == STEERABLE[3:]
     for name in ("random.layer2.+1", "backtracking.+1.shuffled"):
         parts = cells[name].parts
-        assert len({part.direction for part in parts}) == CONFIG.controls
+        assert len({part.steering for part in parts}) == CONFIG.controls
         # The unsteered cell has the same samples, so that the control is compared in pairs.
-        assert {s for part in parts for s in part.samples} <= {0, 1, 2, 3}
+        assert {s for part in parts for s in part.samples} == {0, 1}
+
+
+@pytest.mark.parametrize("tasks", [50, 7])
+def test_directions_of_a_control_take_turns(cells, tasks):
+    met = [
+        (task, sample, part.steering)
+        for part in cells["backtracking.+1.shuffled"].parts
+        for sample in part.samples
+        for task in range(tasks)[part.tasks]
+    ]
+    assert sorted((task, sample) for task, sample, _ in met) == [(t, s) for t in range(tasks) for s in (0, 1)]
+    by_task = {t: {steering for task, _, steering in met if task == t} for t in range(tasks)}
+    assert all(len(directions) == 2 for directions in by_task.values())
+    counts = Counter(steering for _, _, steering in met)
+    assert len(counts) == CONFIG.controls and max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_unsteered_is_there_once(cells):
@@ -75,7 +106,7 @@ def test_unsteered_is_there_once(cells):
 
 def test_greedy_needs_one_sample():
     greedy = Config(samples=4, greedy=True)
-    cells = [*jobs_cells.evaluation_cells(greedy, SELECTION), *jobs_cells.validation_cells(candidates())]
+    cells = [*jobs_cells.evaluation_cells(greedy, SELECTION, load), *jobs_cells.validation_cells(candidates(), load)]
     assert {part.samples for cell in cells for part in cell.parts} == {(0,)}
 
 
@@ -87,8 +118,9 @@ def candidates():
 
 
 def test_validation_tries_every_candidate_both_ways():
-    cells = jobs_cells.validation_cells(candidates())
+    cells = jobs_cells.validation_cells(candidates(), load)
     names = [cell.name for cell in cells]
     assert len(names) == len(set(names)) == 1 + 4 * 4 * 2
     assert names[0] == "unsteered" and "backtracking.span.layer1.-1" in names
-    assert cells[1].parts[0].direction == "vectors/candidates/span.overall/adding-knowledge.safetensors"
+    direction = load("vectors/candidates/span.overall/adding-knowledge.safetensors")
+    assert cells[1].parts[0].steering == direction.only([1]).steering(-1.0)

@@ -1,13 +1,13 @@
 """Cells: the settings that the main job generates, with their controls, as data; and how one is generated and measured.
 
-A cell is generated in one or more parts; a part is one vector file, added at some layers and tokens, with one strength,
-on some samples of every task. All cells draw with the same seeds a task and sample, so that they are compared in pairs.
+A cell is generated in one or more parts; a part is one steering on some samples of some tasks. All cells draw with the
+same seeds a task and sample, so that they are compared in pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,22 @@ from steerable.jobs.settings import Config, candidate_path, random_path, shuffle
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
 
+Load = Callable[[str], Direction]
+"""Path in a run folder -> the direction there."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """One way of steering within a cell: `strength` is what is added at each of `layers`; no `direction`: unsteered."""
+    """One way of steering within a cell.
+
+    samples: which ones of each task, by number. tasks: which of the cell's tasks. dose: the relative dose
+    ||s v|| / ||h|| by layer.
+    """
 
     samples: tuple[int, ...]
-    direction: str | None = None
-    strength: float = 0.0
-    layers: tuple[int, ...] = ()
-    where: str = "all"
-
-    def load(self, folder: Path) -> Direction:
-        """The vectors of the part's layers, from a run folder."""
-        assert self.direction is not None
-        return Direction.load(folder / self.direction).only(self.layers)
+    steering: Steering = ()
+    dose: Mapping[int, float] = field(default_factory=dict)
+    tasks: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,16 @@ class Cell:
     tasks: int | None = None
 
 
+def _part(direction: Direction, samples: Sequence[int], strength: float, layers: Sequence[int], where: str) -> Part:
+    """`strength` times the direction at each of the layers."""
+    there = direction.only(layers)
+    dose = {site.layer: value for site, value in there.dose(strength).items()}
+    return Part(tuple(samples), there.steering(strength, where=where), dose)
+
+
 def validation_cells(
     candidates: Mapping[str, Sequence[Mapping[str, Any]]],
+    load: Load,
     strength: float = 1.0,
     samples: tuple[int, ...] = (0,),
     where: str = "all",
@@ -68,9 +77,9 @@ def validation_cells(
     cells = [Cell("unsteered", tuple(candidates), 0.0, (Part(samples),))]
     for behaviour, rows in candidates.items():
         for c in rows:
-            path, layers = candidate_path(c["window"], c["baseline"], behaviour), (c["layer"],)
+            direction, layers = load(candidate_path(c["window"], c["baseline"], behaviour)), (c["layer"],)
             for s in (-strength, strength):
-                part = Part(samples, path, s, layers, where)
+                part = _part(direction, samples, s, layers, where)
                 name = f"{candidate_name(behaviour, c)}.{s:+g}"
                 cells.append(Cell(name, (behaviour,), s, (part,), layers, where=where))
     return cells
@@ -81,28 +90,31 @@ def candidate_name(behaviour: str, candidate: Mapping[str, Any]) -> str:
     return f"{behaviour}.{candidate['window']}.layer{candidate['layer']}"
 
 
-def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]], load: Load) -> list[Cell]:
     """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
     `strength` of each behaviour).
 
-    Main cells (unsteered, up, down and their controls) have all tasks and samples; the side cells (several layers,
-    thinking only, the sweep) have `side_tasks` and `side_samples`.
+    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples; their controls have
+    all tasks and `control_samples`; the side cells (several layers, thinking only, the sweep) have `side_tasks` and
+    `side_samples`.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
     side, few, where = main[: config.side_samples], config.side_tasks, config.gate
+    turns = main[: config.control_samples]
     behaviours = [b for b in STEERABLE if b in selection]
     cells = [Cell("unsteered", tuple(behaviours), 0.0, (Part(main),))]
     for b in behaviours:
         chosen = selection[b]
         layer, several = (chosen["layer"],), tuple(chosen["layers"])
         size = chosen.get("strength", 1.0)
-        path = candidate_path(chosen["window"], chosen["baseline"], b)
-        shuffles = [shuffled_path(chosen["window"], chosen["baseline"], b, k) for k in range(config.controls)]
+        direction = load(candidate_path(chosen["window"], chosen["baseline"], b))
+        shuffles = [load(shuffled_path(chosen["window"], chosen["baseline"], b, k)) for k in range(config.controls)]
         for s in (-size, size):
             name = f"{b}.{s:+g}"
-            steered, thinking = Part(main, path, s, layer, where), Part(side, path, s, layer, "thinking")
-            shared = Part(side, path, s / len(several), several, where)
-            control = _control(shuffles, main, s, layer, where)
+            steered = _part(direction, main, s, layer, where)
+            shared = _part(direction, side, s / len(several), several, where)
+            thinking = _part(direction, side, s, layer, "thinking")
+            control = _control(shuffles, turns, s, layer, where)
             cells += [
                 Cell(name, (b,), s, (steered,), layer, where=where),
                 Cell(f"{name}.layers", (b,), s, (shared,), several, where=where, tasks=few),
@@ -111,24 +123,31 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]])
             ]
         for s in config.strengths:
             if abs(s) != size:
-                part = Part(side, path, s, layer, where)
+                part = _part(direction, side, s, layer, where)
                 cells.append(Cell(f"{b}.{s:+g}", (b,), s, (part,), layer, where=where, tasks=few))
     # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
     places = {b: (selection[b]["layer"], selection[b].get("strength", 1.0)) for b in behaviours}
     for place in sorted(set(places.values())):
         layer, size = (place[0],), place[1]
         here = tuple(b for b in behaviours if places[b] == place)
+        directions = [load(random_path(place[0], k)) for k in range(config.controls)]
         for s in (-size, size):
-            parts = _control([random_path(place[0], k) for k in range(config.controls)], main, s, layer, where)
+            parts = _control(directions, turns, s, layer, where)
             cells.append(Cell(f"random.layer{place[0]}.{s:+g}", here, s, parts, layer, "random", where))
     return cells
 
 
 def _control(
-    paths: Sequence[str], samples: Sequence[int], strength: float, layer: tuple[int, ...], where: str
+    directions: Sequence[Direction], samples: Sequence[int], strength: float, layer: tuple[int, ...], where: str
 ) -> tuple[Part, ...]:
-    """A control is the mean over several directions: every task meets each of them once."""
-    return tuple(Part((samples[k % len(samples)],), path, strength, layer, where) for k, path in enumerate(paths))
+    """A control is the mean over several directions, which take turns: sample j of task i meets direction
+    (i + j) mod n of the n, so that each meets as many tasks as any other."""
+    n = len(directions)
+    return tuple(
+        replace(_part(direction, (sample,), strength, layer, where), tasks=slice((k - j) % n, None, n))
+        for k, direction in enumerate(directions)
+        for j, sample in enumerate(samples)
+    )
 
 
 def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], keep: Path) -> dict[str, list[Record]]:
@@ -141,10 +160,8 @@ def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], kee
     jobs = []
     for cell in cells:
         for part in cell.parts:
-            steering: Steering = ()
-            if part.direction is not None:
-                steering = part.load(run.folder.root).steering(part.strength, where=part.where)
-            jobs.append(Job(tasks[: cell.tasks], part.samples, steering, cell.strength, cell.control))
+            some = tasks[: cell.tasks][part.tasks]
+            jobs.append(Job(some, part.samples, part.steering, cell.strength, cell.control))
     run.display.start("generating", sum(len(job.tasks) * len(job.samples) for job in jobs))
     generated = iter(
         generate_jobs(
@@ -174,12 +191,8 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
     if spans_to is not None:
         rows = zip(chains, spans, strict=True)
         write_jsonl(spans_to, ({**span, "part": chain["part"]} for chain, some in rows for span in some or ()))
-    measured = []
-    for part in dict.fromkeys(chain["part"] for chain in chains):  # two parts may hold the same sample of a task
-        group = [(c, some) for c, some in zip(chains, spans, strict=True) if c["part"] == part]
-        flat = [span for _, some in group for span in some or ()]
-        measured += measure(tasks, [c for c, _ in group], flat, run.loaded.tokenizer)
-    return measured
+    flat = [span for some in spans for span in some or ()]
+    return measure(tasks, chains, flat, run.loaded.tokenizer)
 
 
 def evaluate_cell(run: Run, cell: Cell, spans_to: Path) -> dict[str, Any]:
@@ -188,7 +201,7 @@ def evaluate_cell(run: Run, cell: Cell, spans_to: Path) -> dict[str, Any]:
     return {
         "control": cell.control,
         "strength": cell.strength,
-        "dose": _dose(run, cell),
+        "dose": _dose(cell),
         "layers": list(cell.layers),
         "where": cell.where,
         **measure_cell(measure_chains(run, chains, "evaluation", spans_to), run.config.seed),
@@ -200,25 +213,20 @@ def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] |
     """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
     prompts = run.prompts("evaluation")
     pairs: list[tuple[str, float | None]] = []
-    for k, part in enumerate(cell.parts):
-        # Spread over the tasks: the first sample of as many of them as there are chains to compare.
+    # Spread over directions and tasks: the first sample of as many of them as there are chains to compare.
+    first = [(k, part) for k, part in enumerate(cell.parts) if part.samples[0] == cell.parts[0].samples[0]]
+    for k, part in first:
         group = [c for c in chains if c["part"] == k and c["sample"] == part.samples[0]]
-        group = group[: max(1, run.config.compared // len(cell.parts))]
+        group = group[: max(1, run.config.compared // len(first))]
         values: Iterable[float | None] = [0.0] * len(group)
-        if part.direction is not None:
-            values = divergence(
-                run.loaded.model,
-                run.loaded.tokenizer,
-                prompts,
-                group,
-                part.load(run.folder.root).steering(part.strength, part.layers, part.where),
-            )
+        if part.steering:
+            values = divergence(run.loaded.model, run.loaded.tokenizer, prompts, group, part.steering)
         pairs += [(c["task_id"], value) for c, value in zip(group, values, strict=True)]
     return mean_interval(by_task(pairs), run.config.seed)
 
 
-def _dose(run: Run, cell: Cell) -> dict[str, float]:
-    """The relative dose ||s v|| / ||h|| at each layer where the cell adds a vector; of several parts, the mean."""
-    doses = [part.load(run.folder.root).dose(part.strength) for part in cell.parts if part.direction is not None]
-    sites = {site: [one[site] for one in doses if site in one] for site in (doses[0] if doses else ())}
-    return {str(site.layer): sum(values) / len(values) for site, values in sites.items()}
+def _dose(cell: Cell) -> dict[str, float]:
+    """The relative dose at each layer where the cell adds a vector; of several parts, the mean."""
+    doses = [part.dose for part in cell.parts if part.steering]
+    layers = {layer: [one[layer] for one in doses if layer in one] for layer in (doses[0] if doses else ())}
+    return {str(layer): sum(values) / len(values) for layer, values in layers.items()}

@@ -226,7 +226,7 @@ def select(run: Run, partial: Path) -> None:
             rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
         if not passed:
             warnings.warn(f"{b}: {rule}", SteerableWarning, stacklevel=2)
-        direction = Direction.load(run.folder / candidate_path(best["window"], best["baseline"], b))
+        direction = run.load(candidate_path(best["window"], best["baseline"], b))
         selected = replace(direction.only([best["layer"]]), strength=best["strength"])
         chosen[b] = {
             "layer": best["layer"],
@@ -273,7 +273,7 @@ def _candidates(run: Run) -> tuple[int, dict[str, list[dict[str, Any]]]]:
 
 def steer(run: Run, partial: Path) -> None:
     """The evaluation tasks in every cell of the plan."""
-    cells = evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"))
+    cells = evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"), run.load)
     pieces = partial / "steered"
     for name, chains in generate_cells(run, cells, run.tasks("evaluation"), partial).items():
         write_jsonl(pieces / f"{name}.jsonl", chains)
@@ -285,7 +285,7 @@ def evaluate(run: Run, partial: Path) -> None:
     """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
     rows = []
     spans = partial / "steered_spans"
-    for cell in evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json")):
+    for cell in evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"), run.load):
         measured = evaluate_cell(run, cell, spans / f"{cell.name}.jsonl")
         # One entry a behaviour, so that a reader finds a behaviour's controls under its own name.
         rows += [{"name": cell.name, "behaviour": b, **measured} for b in cell.behaviours]

@@ -16,6 +16,7 @@ from steerable.engines.pool import default_workers, map_blocks
 from steerable.engines.sampling import warn_if_endless
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
+from steerable.steering.direction import Direction
 from steerable.steering.think import think_tags
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
@@ -89,6 +90,10 @@ class Run:
     def _spread(self, workers: int) -> dict[str, Any]:
         spread = map_blocks if self.ray is None else partial(map_blocks_on_cluster, gpus=self.ray)
         return {"workers": workers, "spread": spread}
+
+    def load(self, path: str) -> Direction:
+        """The direction at a path of the folder."""
+        return Direction.load(self.folder / path)
 
     def tasks(self, split: str) -> list[Record]:
         """The tasks of a split: extraction, validation or evaluation."""

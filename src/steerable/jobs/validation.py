@@ -57,7 +57,7 @@ class Validation:
     ) -> dict[str, list[dict[str, Any]]]:
         """Measure the candidates that are left on further tasks; `chains` takes what is measured, by cell."""
         samples = (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
-        cells = validation_cells(left, strength, samples, self.job.config.gate)
+        cells = validation_cells(left, self.job.load, strength, samples, self.job.config.gate)
         cells = [c for c in cells if c.strength or number not in self.unsteered]
         generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
         for name, some in generated.items():
