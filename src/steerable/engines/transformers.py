@@ -4,6 +4,7 @@ from steerable.engines.hf.engine import TransformersEngine
 from steerable.engines.hf.hooks import Handle, steer
 from steerable.engines.hf.precision import dtype_of, is_narrow
 from steerable.engines.hf.routes import check_length, position_table, positions
+from steerable.engines.hf.scoring import score_tokens
 
 __all__ = [
     "Handle",
@@ -13,5 +14,6 @@ __all__ = [
     "is_narrow",
     "position_table",
     "positions",
+    "score_tokens",
     "steer",
 ]

@@ -16,24 +16,17 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steerable.chains.offsets import chain_tokens
-from steerable.engines.activations import batch_tokens, length_batches, pad
-from steerable.engines.transformers import Handle, dtype_of, is_narrow
+from steerable.engines.transformers import Handle, dtype_of, is_narrow, score_tokens
 from steerable.evals.intervals import Interval, difference_interval, mean_interval
-from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config, unwrap_to_run
-from steerable.models.reading import new_cache, pieces
 from steerable.steering.spec import Steering
-from steerable.steering.tokens import SequenceState
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 Scored = tuple[str, float, int]
 """(task id, nats of a whole text, its number of tokens)"""
-Compare = Callable[[list[Tensor], Tensor], Tensor]
-"""Log-probabilities [n, vocabulary], one tensor a pass, and the tokens [n] that came -> a value [n] of each."""
 
 
 def surprisal(
@@ -68,10 +61,8 @@ def surprisal(
     if rows and (largest := max(map(max, rows))) >= vocabulary:
         raise UsageError(f"the token id {largest} is not in the model's vocabulary of {vocabulary}")
 
-    def surprise(logs: list[Tensor], came: Tensor) -> Tensor:
-        return -logs[0].gather(1, came[:, None])[:, 0]
-
-    return _sums(model, rows, [len(prompt) for prompt in prompts], surprise, max_logits, progress=progress)
+    starts = [len(prompt) for prompt in prompts]
+    return [-total for total in _sums(score_tokens(model, rows, starts, max_logits=max_logits, progress=progress))]
 
 
 def divergence(
@@ -120,64 +111,15 @@ def divergence(
 
     with Handle(model, [steering, other], tokenizer, track=False).listening() as handle:
         ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
-        totals = _sums(model, ids, starts, kl, max_logits, handle=handle)
+        passes = [[number] * len(ids) for number in range(2)]
+        totals = _sums(score_tokens(model, ids, starts, kl, handle=handle, passes=passes, max_logits=max_logits))
     return [total / count if count > 0 else None for total, count in zip(totals, counts, strict=True)]
 
 
-@torch.no_grad()
-def _sums(
-    model: Any,
-    texts: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    compare: Compare,
-    max_logits: int,
-    *,
-    handle: Handle | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """The sum of `compare` over the tokens of each text from its start on, one pass for each program of the handle.
-
-    The passes go through a batch side by side, so that no logits have to be kept. A text with more logits than
-    `max_logits` is a batch by itself, which is read in pieces behind a cache.
-    """
-    device, most = device_of(model), max(1, min(batch_tokens(model), max_logits // int(text_config(model).vocab_size)))
-    sums = [0.0] * len(texts)
-    for batch in length_batches([len(text) for text in texts], most):
-        padded = pad([texts[i] for i in batch], device)
-        ids, valid = padded.ids, padded.mask
-        assert valid is not None
-        firsts = torch.tensor([max(1, starts[i]) for i in batch], device=device)
-        columns = torch.arange(longest := ids.shape[1], device=device)
-        # the token at position t is predicted at t - 1
-        predicts = (columns >= firsts[:, None] - 1) & (columns < valid.sum(1, keepdim=True) - 1)
-        state = handle.new_state() if handle else SequenceState()
-        state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
-        is_whole = longest <= most or len(batch) > 1
-        caches = [None if is_whole else new_cache(model, longest) for _ in (handle.programs if handle else [()])]
-        totals = torch.zeros(len(batch), dtype=torch.float64, device=device)
-        for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
-            fed = state.advance(ids[:, start:stop], valid[:, start:stop])
-            read = predicts[:, start:stop]
-            logs = []
-            for number, cache in enumerate(caches):
-                if handle:
-                    handle.assign(torch.full((len(batch),), number, device=device))
-                    handle.feed(fed)
-                mask = valid.long() if is_whole else None
-                logits: Tensor = model(
-                    input_ids=ids[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=not is_whole
-                ).logits
-                logs.append(logits[read.to(logits.device)].float().log_softmax(-1))
-            came = ids.roll(-1, dims=1)[:, start:stop][read]
-            values = torch.zeros(read.shape, dtype=torch.float64, device=device)
-            values[read] = compare(logs, came.to(logs[0].device)).double().to(device)
-            totals += values.sum(1)
-        for i, total in zip(batch, totals.tolist(), strict=True):
-            if not math.isfinite(total):
-                raise SteerableError("the model's logits are not finite: try another dtype, e.g. float32 or bfloat16")
-            sums[i] = total
-        if progress:
-            progress(len(batch), sum(len(texts[i]) - starts[i] for i in batch))
+def _sums(scores: Iterable[Tensor]) -> list[float]:
+    sums = [float(score.sum()) for score in scores]
+    if not all(map(math.isfinite, sums)):
+        raise SteerableError("the model's logits are not finite: try another dtype, e.g. float32 or bfloat16")
     return sums
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.engines.activations import batch_tokens, length_batches
 from steerable.engines.activations import capture as capture_texts
 from steerable.engines.base import Completion, Continuation, Progress, Request
 from steerable.engines.hf.batching import Batch, model_device
@@ -23,6 +22,7 @@ from steerable.engines.hf.fallback import in_batches
 from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import check_length, is_bound, route
+from steerable.engines.hf.scoring import score_tokens
 from steerable.engines.hf.slots import ATTENTION
 from steerable.engines.pool import is_small
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
@@ -30,8 +30,6 @@ from steerable.models.copies import private_copy
 from steerable.models.loading import stop_ids, unwrap_to_run
 from steerable.steering.spec import Steering
 from steerable.store.errors import UsageError
-
-_LOGITS = 2**26  # of one pass while texts are scored; a text that has more is a batch by itself
 
 
 @dataclass(frozen=True)
@@ -122,15 +120,11 @@ class TransformersEngine:
         model = self._runnable()
         if not is_bound(model):
             model = private_copy(model)
-        lengths = [len(sequence.prompt_ids) + len(sequence.ids) for sequence in sequences]
-        most = min(batch_tokens(model), max(1, _LOGITS // model.config.get_text_config().vocab_size))
-        scores: dict[int, Tensor] = {}
+        texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
+        starts = [len(sequence.prompt_ids) for sequence in sequences]
         with self._steered(model, [sequence.steering for sequence in sequences]) as (handle, programs):
-            for batch in length_batches(lengths, most):
-                if handle is not None:
-                    handle.assign(torch.tensor([programs[i] for i in batch]))
-                scores |= zip(batch, _scores(model, handle, [sequences[i] for i in batch]), strict=True)
-        return [scores[i] for i in range(len(sequences))]
+            scores = score_tokens(model, texts, starts, handle=handle, passes=[programs])
+        return [score.float() for score in scores]
 
     def capture(self, texts: Sequence[str], **options: Any) -> Any:
         """Activations of the texts' tokens, unsteered; see `steerable.capture`, which has the same options."""
@@ -154,24 +148,3 @@ class TransformersEngine:
             return
         with Handle(model, list(numbers), self.tokenizer, track=False).listening() as handle:
             yield handle, programs
-
-
-def _scores(model: Any, handle: Handle | None, sequences: Sequence[Continuation]) -> list[Tensor]:
-    """One teacher-forced pass: what `logprobs` gives for each of the sequences."""
-    texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
-    device, width = model_device(model), max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-    # Right padding: no token sees what stands behind it.
-    valid = torch.arange(width, device=device) < torch.tensor([[len(text)] for text in texts], device=device)
-    if handle is not None:
-        state = handle.new_state()
-        state.start(len(texts), device, torch.tensor([len(sequence.prompt_ids) for sequence in sequences]))
-        handle.feed(state.advance(ids, valid))
-    logits = model(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits
-    scores = []
-    for row, text, sequence in zip(logits, texts, sequences, strict=True):
-        start = len(sequence.prompt_ids)
-        distribution = row[start - 1 : len(text) - 1].float().log_softmax(-1)
-        came = torch.tensor(text[start:], dtype=torch.long, device=row.device)
-        scores.append(distribution.gather(1, came[:, None])[:, 0].cpu())
-    return scores
