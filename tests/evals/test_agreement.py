@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sklearn import metrics
 
-from steerable.chains.annotators.keyword_rules import SEAL_LABELS
+from steerable.chains.annotators.cue_files import SEAL_LABELS
 from steerable.chains.records import LABELS, write_jsonl
 from steerable.evals.agreement import (
     UNLABELLED,

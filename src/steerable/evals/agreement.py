@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from steerable.chains.annotators.keyword_rules import SEAL_LABELS
+from steerable.chains.annotators.cue_files import SEAL_LABELS
 from steerable.chains.records import LABELS, read_jsonl
 from steerable.chains.spans import owners
 from steerable.evals.intervals import percentile_interval, resampled_means

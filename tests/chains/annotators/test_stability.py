@@ -4,7 +4,8 @@ repeat themselves."""
 import pytest
 import torch
 
-from steerable.chains.annotators.keyword_rules import keywords, seal
+from steerable.chains.annotators.cue_files import seal
+from steerable.chains.annotators.keyword_rules import keywords
 from steerable.chains.annotators.stability import label_after, stable
 from steerable.chains.generation import prompt_text, request_seed
 from steerable.engines.sampling import signed, uniforms
