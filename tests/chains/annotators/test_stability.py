@@ -142,7 +142,7 @@ def test_low_temperature_repeats_what_the_model_finds_likeliest(pocket, few):
 def test_the_label_at_a_boundary():
     chain = {"task_id": "t", "sample": 0, "thinking": "So 2.\n\nWait, no. Then 3."}
     assert label_after(chain, 7, " Wait, that's not it.", keywords) == "backtracking"
-    assert label_after(chain, 7, "\n\nHmm.\n\nWait", keywords) == "uncertainty-estimation"
+    assert label_after(chain, 7, "\n\nHmm, is it?\n\nWait", keywords) == "uncertainty-estimation"
     # SEAL's rule needs the boundary that stands before the span
     assert label_after(chain, 7, "Let me check.", seal) == "reflection"
     assert label_after(chain, 7, "Now 3.\n\nWait", seal) == "execution"

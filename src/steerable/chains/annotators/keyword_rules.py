@@ -61,9 +61,9 @@ def scores(sentence: str) -> cues.Scores:
     core = _behind(cues.LEAD, text, start)
     if not any(character.isalnum() for character in text):
         return cues.weigh()
-    if cues.FILLER.match(text, core):
-        return cues.weigh(i=0.5)
     present = [cue.weights for cue in cues.LEAD_CUES if cue.pattern.search(text, start, core)]
+    if cues.FILLER.match(text, core):
+        return _sum(cues.weigh(i=0.5), *present)
     for cue in cues.CUES:
         if cue.pattern.match(text, core) if cue.opens else cue.pattern.search(text):
             present.append(cue.weights)
@@ -73,7 +73,11 @@ def scores(sentence: str) -> cues.Scores:
         present.append(cues.FORMULA)
     elif any(character.isdigit() for character in text):
         present.append(cues.DIGITS)
-    return [sum(column) for column in zip(cues.PRIOR, *present, strict=True)]
+    return _sum(cues.PRIOR, *present)
+
+
+def _sum(*rows: cues.Scores) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _behind(pattern: re.Pattern[str], text: str, start: int) -> int:
@@ -89,7 +93,7 @@ def _labels(text: str, segments: Sequence[Segment]) -> list[str]:
     for i, segment in enumerate(segments):
         total = list(cues.BLOCK if segment.block else scores(text[segment.start : segment.end]))
         if i == 0:
-            total = [sum(pair) for pair in zip(total, cues.FIRST, strict=True)]
+            total = _sum(total, cues.FIRST)
         else:
             before, end = places[-1], segments[i - 1].end
             total[before] += cues.STAYS[before] * (0.5 if "\n\n" in text[end : segment.start] else 1.0)
