@@ -96,8 +96,8 @@ AWAY, MOST_AWAY = -0.3, -1.8
 #: A sentence that says only that thinking goes on belongs to the one before.
 FILLER = re.compile(
     r"(?:(?:let me|let's|i'll|i should) (?:just )?(?:think|see|try|visuali[sz]e|picture|imagine|track|go|work|write|do|"
-    r"break|compute|calculate)\b(?! (?:again|differently|of|back|another|a different))[^.?!:,;]{0,45}[.!\u2026]*|"
-    r"interesting[.!]?)?$"
+    r"break|compute|calculate)\b(?! (?:again|differently|of|back|another|a different))[^.?!:,;]{0,45}|interesting)"
+    r"[.!\u2026]*$"
 )
 
 #: The interjections before what a sentence says, and what they speak for.

@@ -62,8 +62,10 @@ def scores(sentence: str) -> cues.Scores:
     if not any(character.isalnum() for character in text):
         return cues.weigh()
     present = [cue.weights for cue in cues.LEAD_CUES if cue.pattern.search(text, start, core)]
+    if core == len(text):  # nothing but "Hmm."
+        return _sum(cues.weigh(), *present)
     if cues.FILLER.match(text, core):
-        return _sum(cues.weigh(i=0.5), *present)
+        return cues.weigh(i=0.5)
     for cue in cues.CUES:
         if cue.pattern.match(text, core) if cue.opens else cue.pattern.search(text):
             present.append(cue.weights)
