@@ -201,7 +201,7 @@ def test_a_model_without_a_think_block(steerable, shared, tmp_path):
     folder = shared / "models/stories260K"
     if not folder.is_dir():
         pytest.skip(f"no model at {folder}")
-    said = steerable("run", "--model", folder, "--out", tmp_path / "run")
+    said = steerable("run", "--model", folder, "--gate", "thinking", "--out", tmp_path / "run")
     assert_refused(said, 2, "has no think block: expected <think> and </think>")
     assert_refused(steerable("chat", "Hello?", "--model", folder), 2, "has no think block")
     assert not (tmp_path / "run").exists()

@@ -372,9 +372,9 @@ def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annot
     assert said.code == 0, said.err
     report, page = read_json(out / "report.json"), (out / "report.html").read_text()
     for label in lacking:
-        assert f"extract: no span in 24 chains is labelled {label}: the run goes on without it" in said.err
-        assert report["missing"][label] == "in 24 chains no span is labelled so"
-        assert f"no vector for {label.replace('-', ' ')}, as in 24 chains no span is labelled so" in page
+        assert f"extract: 24 chains have 0 spans of {label}: the run goes on without it" in said.err
+        assert report["missing"][label] == "in 24 chains 0 spans of it: at least 5 are needed"
+        assert f"no vector for {label.replace('-', ' ')}, as in 24 chains 0 spans of it: at least 5 are needed" in page
         assert not (out / f"vectors/{label}.safetensors").exists()
     left = {"uncertainty-estimation", "backtracking", "example-testing", "adding-knowledge"} - {*lacking}
     selection = read_json(out / "selection.json")
@@ -383,6 +383,47 @@ def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annot
     before = (out / "timings.json").read_bytes()
     assert steerable("run", "--workers", 1, "--out", out, *tiny, option).code == 0
     assert (out / "timings.json").read_bytes() == before, "it is finished"
+
+
+@pytest.mark.slow
+def test_labels_of_ones_own_on_a_model_without_a_think_block(tmp_path, monkeypatch, steerable, tiny_llama, tokenizer):
+    """From the annotation to the page: two labels that are steered, one that is not, one that is too rare."""
+    model = tmp_path / "model"
+    tiny_llama.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / file).write_text((model / file).read_text().replace(" <think>", " ").replace("think>", "thunk>"))
+    (tmp_path / "halves.py").write_text(
+        "def spans(chain):\n"
+        "    n = len(chain['thinking'])\n"
+        "    first, second = ('first', 'second') if chain['thinking'].count('w1') % 2 else ('second', 'first')\n"
+        "    rest = [] if chain['task_id'] != 't0' else [{'label': 'rare', 'start': n - 2, 'end': n - 1}]\n"
+        "    every = [{'label': first, 'start': 0, 'end': n // 3}, {'label': second, 'start': n // 3, 'end': n // 2},\n"
+        "            {'label': 'rest', 'start': n // 2, 'end': n - 2}, *rest]\n"
+        "    return [span for span in every if 0 <= span['start'] < span['end']]\n"
+        "spans.labels = ('first', 'second', 'rest', 'rare')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("halves", None)
+    tasks = [{"id": f"t{i}", "prompt": f"w{i} w{i + 1}", "answer": f"w{i}"} for i in range(28)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    out = tmp_path / "run"
+    small = "--limit 24 --validation 2 --evaluation 2 --samples 1 --sweep= --tried 1 --controls 1 --window onset"
+    small += " --max-new-tokens 40 --attributed 4 --patched 2 --compared 1 --workers 1 --annotator halves:spans"
+    options = ["--model", model, "--tasks", tmp_path / "tasks.jsonl", *small.split(), "--out", out]
+    said = steerable("run", *options, "--behaviours", "second,first,rare")
+    assert said.code == 0, said.err
+    assert "extract: 24 chains have 1 span of rare: the run goes on without it" in said.err
+    report, page = read_json(out / "report.json"), (out / "report.html").read_text()
+    assert set(report["selection"]) == {"first", "second"} and list(report["missing"]) == ["rare"]
+    assert {cell["where"] for cell in report["cells"]} == {"all"}, "there is no think block to steer in"
+    for cell in report["cells"]:
+        assert list(cell["fractions"]) == ["first", "second", "rest", "rare"]
+        assert cell["strength"] == 0 or 0 <= cell["wrong_way"]["fraction"][0] <= 1
+    assert sorted(path.stem for path in (out / "vectors").glob("*.safetensors")) == ["first", "second"]
+    assert "Fraction of second tokens" in page
+    said = steerable("extract", "--out", out, "--behaviours", "first,third")
+    assert said.code == 2 and "--behaviours has 'third', which is no label of --annotator halves:spans" in said.err
 
 
 @pytest.mark.slow
@@ -400,8 +441,8 @@ def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator
     [
         (
             "return [span for span in pocket(chain) if span['label'] == 'deduction']",
-            "no span in 24 chains is labelled adding-knowledge or example-testing or "
-            "uncertainty-estimation or backtracking",
+            "24 chains have fewer than 5 spans of adding-knowledge and of example-testing and of "
+            "uncertainty-estimation and of backtracking",
         ),
         ("return []", "the annotator 'own_annotator:spans' found no span in 24 chains"),
     ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,12 @@ LABELS = (
     "initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking",
 )  # fmt: skip
 STEERABLE = LABELS[2:]
+
+
+def is_label(text: object) -> bool:
+    """Whether a text can be a label: up to 64 letters, digits, "-" and "_", as labels become names of files."""
+    return isinstance(text, str) and re.fullmatch(r"\w[\w-]{0,63}", text) is not None
+
 
 _REQUIRED: dict[str, dict[str, type]] = {
     "task": {"id": str, "prompt": str},

@@ -39,6 +39,27 @@ def values(measured: Sequence[Measured], metric: str) -> dict[str, float]:
     return by_task((m.task_id, value(m)) for m in measured)
 
 
+def wrong_way(
+    measured: Sequence[Measured], unsteered: Sequence[Measured], behaviour: str, strength: float, seed: int = 0
+) -> dict[str, list[float] | None]:
+    """Of how many tasks the mean moved the wrong way: `fraction`, the share of tasks on which the behaviour became
+    rarer at a positive strength or more frequent at a negative one; `accuracy`, of those that are answered worse.
+
+    Each is [share, low, high] over tasks. The same samples of a task are compared; None at strength 0, and for what was
+    not measured.
+    """
+    if strength == 0:
+        return {"fraction": None, "accuracy": None}
+    pairs = {(m.task_id, m.sample) for m in measured}
+    base = [m for m in unsteered if (m.task_id, m.sample) in pairs]
+    wrong: dict[str, list[float] | None] = {}
+    for name, metric, sign in (("fraction", f"fractions.{behaviour}", strength), ("accuracy", "accuracy", 1.0)):
+        steered, before = values(measured, metric), values(base, metric)
+        moved = {task: (steered[task] - before[task]) * sign for task in steered.keys() & before.keys()}
+        wrong[name] = mean_interval({task: float(moved[task] < 0) for task in sorted(moved)}, seed)
+    return wrong
+
+
 def compare(
     measured: Sequence[Measured], baseline: Sequence[Measured], metric: str, seed: int = 0
 ) -> dict[str, list[float] | None]:

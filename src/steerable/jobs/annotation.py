@@ -13,9 +13,9 @@ from steerable.chains.annotators import llm, marks, placement
 from steerable.chains.annotators import probe as probes
 from steerable.chains.annotators.stability import stable
 from steerable.chains.endpoint import Endpoint
-from steerable.chains.records import LABELS, Record, read_jsonl
+from steerable.chains.records import LABELS, Record, is_label, read_jsonl
 from steerable.jobs.run import open_run
-from steerable.jobs.settings import Config
+from steerable.jobs.settings import ANNOTATORS, Config
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -62,11 +62,29 @@ def annotate(
                 chains, endpoint(config), cache=replies, prices=config.prices, progress=display.advance
             )
         display.done()
+    labels = labels_of(config)
     spans = [
-        None if marked is None else [_checked(config.annotator, chain, span) for span in marked]
+        None if marked is None else [_checked(config.annotator, labels, chain, span) for span in marked]
         for chain, marked in zip(chains, per_chain, strict=True)
     ]
     return Annotated(spans, account)
+
+
+def labels_of(config: Config) -> tuple[str, ...] | None:
+    """The labels that the annotator may give, in order; None where it may give any.
+
+    A function of the user's own says them by an attribute `labels`.
+    """
+    if config.probe is not None:
+        return probes.Probe.load(config.probe).labels
+    if config.annotate is None or config.annotator in ANNOTATORS:
+        return LABELS
+    labels = getattr(config.annotate, "labels", None)
+    if labels is not None and not (labels and all(map(is_label, labels))):
+        raise UsageError(
+            f"the annotator {config.annotator!r} has labels {labels!r}: expected letters, digits, '-' and '_' in each"
+        )
+    return None if labels is None else tuple(labels)
 
 
 def endpoint(config: Config) -> Endpoint:
@@ -92,25 +110,30 @@ def _call(name: str, function: Callable[[Record], Iterable[Record]], chain: Reco
         ) from error
 
 
-def _checked(name: str, chain: Record, span: Any) -> Record:
+def _checked(name: str, labels: tuple[str, ...] | None, chain: Record, span: Any) -> Record:
     try:
-        is_sound = span["label"] in LABELS and 0 <= span["start"] < span["end"] <= len(chain["thinking"])
+        has_label = is_label(span["label"]) if labels is None else span["label"] in labels
+        is_sound = has_label and 0 <= span["start"] < span["end"] <= len(chain["thinking"])
     except (TypeError, KeyError):
         is_sound = False
     if not is_sound:
         raise SteerableError(
             f"the annotator {name!r} gave an unsound span {span} for task {chain['task_id']!r}: "
-            f"expected one of the labels {', '.join(LABELS)} and offsets inside the thinking text"
+            f"expected {_expected(labels)} and offsets inside the thinking text"
         )
     return {"task_id": chain["task_id"], "sample": chain["sample"], **span}
+
+
+def _expected(labels: tuple[str, ...] | None) -> str:
+    if labels is None:
+        return "a label of letters, digits, '-' and '_'"
+    return f"one of the labels {', '.join(labels)}"
 
 
 def _by_probe(
     file: Path, chains: Sequence[Record], tasks: Sequence[Record], loaded: Loaded, display: Display
 ) -> list[Spans]:
     probe = probes.Probe.load(file)
-    if unknown := set(probe.labels) - set(LABELS):
-        raise UsageError(f"the probe {file} has the label {min(unknown)!r}: a run needs the labels {', '.join(LABELS)}")
     # A cell may hold a sample twice, steered by different vectors: tell chains apart by their place.
     placed = [{**chain, "sample": place} for place, chain in enumerate(chains)]
     spans: list[Spans] = [[] for _ in chains]

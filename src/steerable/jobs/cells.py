@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.generation import Job, generate_jobs
-from steerable.chains.records import STEERABLE, Record, read_jsonl, write_jsonl
-from steerable.evals.cells import measure_cell
+from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.evals.cells import measure_cell, wrong_way
 from steerable.evals.intervals import by_task, mean_interval
 from steerable.evals.likelihood import divergence
 from steerable.evals.metrics import Measured, measure
@@ -90,18 +90,20 @@ def candidate_name(behaviour: str, candidate: Mapping[str, Any]) -> str:
     return f"{behaviour}.{candidate['window']}.layer{candidate['layer']}"
 
 
-def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]], load: Load) -> list[Cell]:
+def evaluation_cells(
+    config: Config, selection: Mapping[str, Mapping[str, Any]], load: Load, thinks: bool = True
+) -> list[Cell]:
     """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
     `strength` of each behaviour).
 
     The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples; their controls have
     all tasks and `control_samples`; the side cells (several layers, thinking only, the sweep) have `side_tasks` and
-    `side_samples`.
+    `side_samples`. A model that `thinks` has cells that are steered inside its think block alone.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
     side, few, where = main[: config.side_samples], config.side_tasks, config.gate
     turns = main[: config.control_samples]
-    behaviours = [b for b in STEERABLE if b in selection]
+    behaviours = list(selection)
     cells = [Cell("unsteered", tuple(behaviours), 0.0, (Part(main),))]
     for b in behaviours:
         chosen = selection[b]
@@ -113,14 +115,15 @@ def evaluation_cells(config: Config, selection: Mapping[str, Mapping[str, Any]],
             name = f"{b}.{s:+g}"
             steered = _part(direction, main, s, layer, where)
             shared = _part(direction, side, s / len(several), several, where)
-            thinking = _part(direction, side, s, layer, "thinking")
             control = _control(shuffles, turns, s, layer, where)
             cells += [
                 Cell(name, (b,), s, (steered,), layer, where=where),
                 Cell(f"{name}.layers", (b,), s, (shared,), several, where=where, tasks=few),
-                Cell(f"{name}.thinking", (b,), s, (thinking,), layer, where="thinking", tasks=few),
                 Cell(f"{name}.shuffled", (b,), s, control, layer, "shuffled", where),
             ]
+            if thinks:
+                inside = _part(direction, side, s, layer, "thinking")
+                cells.append(Cell(f"{name}.thinking", (b,), s, (inside,), layer, where="thinking", tasks=few))
         for s in config.strengths:
             if abs(s) != size:
                 part = _part(direction, side, s, layer, where)
@@ -192,21 +195,34 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
         rows = zip(chains, spans, strict=True)
         write_jsonl(spans_to, ({**span, "part": chain["part"]} for chain, some in rows for span in some or ()))
     flat = [span for some in spans for span in some or ()]
-    return measure(tasks, chains, flat, run.loaded.tokenizer)
+    return measure(tasks, chains, flat, run.loaded.tokenizer, run.labels)
 
 
-def evaluate_cell(run: Run, cell: Cell, spans_to: Path) -> dict[str, Any]:
-    """A cell of the report: its setting, and every metric with its interval."""
-    chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
-    return {
-        "control": cell.control,
-        "strength": cell.strength,
-        "dose": _dose(cell),
-        "layers": list(cell.layers),
-        "where": cell.where,
-        **measure_cell(measure_chains(run, chains, "evaluation", spans_to), run.config.seed),
-        "kl": _divergence(run, cell, chains),
-    }
+def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[str, Any]]:
+    """The rows of the report: of every cell its setting and every metric with its interval, one row a behaviour, so
+    that a reader finds a behaviour's controls under its own name.
+
+    cells: the unsteered one first. spans: a folder for the spans of the chains.
+    """
+    rows: list[dict[str, Any]] = []
+    unsteered: list[Measured] = []
+    for cell in cells:
+        chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
+        measured = measure_chains(run, chains, "evaluation", spans / f"{cell.name}.jsonl")
+        unsteered = unsteered or measured
+        content = {
+            "control": cell.control,
+            "strength": cell.strength,
+            "dose": _dose(cell),
+            "layers": list(cell.layers),
+            "where": cell.where,
+            **measure_cell(measured, run.config.seed, run.labels),
+            "kl": _divergence(run, cell, chains),
+        }
+        for b in cell.behaviours:
+            wrong = wrong_way(measured, unsteered, b, cell.strength, run.config.seed)
+            rows.append({"name": cell.name, "behaviour": b, **content, "wrong_way": wrong})
+    return rows
 
 
 def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] | None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from steerable.chains.records import LABELS, STEERABLE, read_jsonl, write_jsonl
+from steerable.chains.records import LABELS, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS, AlignedChain
 from steerable.engines.pool import default_threads, torch_threads
@@ -30,7 +30,7 @@ from steerable.jobs import annotation, selection
 from steerable.jobs.cells import (
     Cell,
     Part,
-    evaluate_cell,
+    evaluate_cells,
     evaluation_cells,
     generate_cells,
 )
@@ -38,6 +38,7 @@ from steerable.jobs.report_content import assemble, describe_model, selected_tok
 from steerable.jobs.run import Run, recorded_settings
 from steerable.jobs.settings import (
     BASELINES,
+    FEWEST_SPANS,
     PAPER,
     STAGES,
     Config,
@@ -59,6 +60,7 @@ from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import sha256, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
+from steerable.store.text import counted
 
 
 def make_tasks(run: Run, partial: Path) -> None:
@@ -89,6 +91,7 @@ def annotate(run: Run, partial: Path) -> None:
         stable = annotation.keep_stable(*source, spans, continuations=drawn, display=run.display)
     flat = [span for some in stable for span in some or ()]
     counts = Counter(span["label"] for span in flat)
+    labels = annotation.labels_of(run.config) or (LABELS if set(counts) <= set(LABELS) else sorted(counts))
     annotated = sum(map(bool, spans))
     silent = sum(not chain["thinking"].strip() for chain in chains)
     if not flat:
@@ -112,7 +115,7 @@ def annotate(run: Run, partial: Path) -> None:
             "dropped": len(chains) - annotated,
             "coverage": labelled / text if text else None,
             "unstable": sum(len(some or ()) for some in spans) - len(flat),
-            "spans": {label: counts[label] for label in LABELS},
+            "spans": {label: counts[label] for label in labels},
             "annotator": account,
         },
     )
@@ -140,28 +143,30 @@ def _why_no_span(config: Config, chains: int, silent: int, any_before_filter: bo
 def extract(run: Run, partial: Path) -> None:
     """One pass over the chains: a direction for every label, window and baseline, and the label-shuffled ones."""
     c, chains = run.config, run.aligned()
-    means = span_means(run.loaded.model, chains, LABELS, shuffles=c.controls, seed=c.seed, **run.spread_reading)
-    missing = [label for label in STEERABLE if not means.count(label)]
-    if len(missing) == len(STEERABLE):
+    labels, behaviours = run.labels, run.behaviours
+    means = span_means(run.loaded.model, chains, labels, shuffles=c.controls, seed=c.seed, **run.spread_reading)
+    missing = [label for label in behaviours if means.count(label) < FEWEST_SPANS]
+    if len(missing) == len(behaviours):
         raise SteerableError(
-            f"no span in {len(chains)} chains is labelled {' or '.join(missing)}: give more tasks with --limit, or "
-            "choose another --annotator"
+            f"{len(chains)} chains have fewer than {FEWEST_SPANS} spans of {' and of '.join(missing)}: give more tasks "
+            "with --limit, or choose another --annotator or other --behaviours"
         )
     for label in missing:
-        run.display.say(f"extract: no span in {len(chains)} chains is labelled {label}: the run goes on without it")
+        spans = counted(means.count(label), "span")
+        run.display.say(f"extract: {len(chains)} chains have {spans} of {label}: the run goes on without it")
     for kind in ("candidates", "shuffled"):  # a run with other settings may have left more labels there
         shutil.rmtree(run.folder / f"vectors/{kind}", ignore_errors=True)
     origin: dict[str, Any] = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
     estimate = _estimator(run, chains, means)
-    for label in (label for label in LABELS if means.count(label)):
+    for label in (label for label in labels if means.count(label) and label not in missing):
         directions = {}
         for window in WINDOWS:
             for baseline in BASELINES:
                 direction = replace(estimate(label, window, baseline, 0), map=c.map, **origin)
                 direction.save(run.folder / candidate_path(window, baseline, label))
                 directions[window, baseline] = direction
-                for k in range(c.controls if label in STEERABLE else 0):
+                for k in range(c.controls if label in behaviours else 0):
                     control = replace(estimate(label, window, baseline, k + 1), map=c.map)
                     control.save(run.folder / shuffled_path(window, baseline, label, k))
         cosines["overall_vs_pooled"][label] = {
@@ -200,7 +205,7 @@ def attribute_layers(run: Run, partial: Path) -> None:
     c, chains = run.config, run.aligned()
     effects = {}
     for window in [c.window] if c.window else WINDOWS:
-        paths = {b: run.folder / candidate_path(window, c.baseline, b) for b in STEERABLE}
+        paths = {b: run.folder / candidate_path(window, c.baseline, b) for b in run.behaviours}
         directions = {b: Direction.load(path) for b, path in paths.items() if path.exists()}
         effect = attribute(
             run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread_reading
@@ -213,9 +218,9 @@ def select(run: Run, partial: Path) -> None:
     """Window and layer of every behaviour, by attribution and validation (`jobs/selection.py`), and its controls."""
     c = run.config
     layers, candidates = _candidates(run)
-    for b in STEERABLE:
-        if b not in candidates:  # a run with other settings may have left a vector
-            (run.folder / selected_path(b)).unlink(missing_ok=True)
+    for stale in run.folder.root.glob(selected_path("*")):  # a run with other settings may have left a vector
+        if stale.stem not in candidates:
+            stale.unlink()
     shutil.rmtree(run.folder / "vectors/random", ignore_errors=True)  # the same
     validation = Validation(run, partial)
     validation.run(candidates)
@@ -244,7 +249,7 @@ def select(run: Run, partial: Path) -> None:
         for k in range(c.controls):
             seed = (c.seed * 1000 + best["layer"]) * 1000 + k
             selected.random_like(seed).save(run.folder / random_path(best["layer"], k))
-    missing = [b for b in STEERABLE if b not in chosen]
+    missing = [b for b in run.behaviours if b not in chosen]
     write_json(run.folder / "selection.json", chosen | ({"missing": missing} if missing else {}))
 
 
@@ -256,7 +261,7 @@ def _candidates(run: Run) -> tuple[int, dict[str, list[dict[str, Any]]]]:
         raise UsageError(f"{path} lacks the window {c.window!r}: run `steerable attribute` with it")
     layers = len(next(iter(next(iter(effects.values())).values()))["exact"]["mean"])
     candidates: dict[str, list[dict[str, Any]]] = {}
-    for b in [b for b in STEERABLE if all(b in effect for effect in effects.values())]:
+    for b in [b for b in run.behaviours if all(b in effect for effect in effects.values())]:
         rows = []
         for window, effect in effects.items():
             curve = effect[b]["exact"]["mean"]
@@ -273,7 +278,7 @@ def _candidates(run: Run) -> tuple[int, dict[str, list[dict[str, Any]]]]:
 
 def steer(run: Run, partial: Path) -> None:
     """The evaluation tasks in every cell of the plan."""
-    cells = evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"), run.load)
+    cells = evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"), run.load, run.thinks)
     pieces = partial / "steered"
     for name, chains in generate_cells(run, cells, run.tasks("evaluation"), partial).items():
         write_jsonl(pieces / f"{name}.jsonl", chains)
@@ -283,12 +288,9 @@ def steer(run: Run, partial: Path) -> None:
 
 def evaluate(run: Run, partial: Path) -> None:
     """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
-    rows = []
     spans = partial / "steered_spans"
-    for cell in evaluation_cells(run.config, selection.read_selection(run.folder / "selection.json"), run.load):
-        measured = evaluate_cell(run, cell, spans / f"{cell.name}.jsonl")
-        # One entry a behaviour, so that a reader finds a behaviour's controls under its own name.
-        rows += [{"name": cell.name, "behaviour": b, **measured} for b in cell.behaviours]
+    chosen = selection.read_selection(run.folder / "selection.json")
+    rows = evaluate_cells(run, evaluation_cells(run.config, chosen, run.load, run.thinks), spans)
     shutil.rmtree(run.folder / "steered_spans", ignore_errors=True)
     spans.rename(run.folder / "steered_spans")
     write_json(run.folder / "cells.json", rows)

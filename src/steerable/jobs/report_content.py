@@ -8,17 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from steerable.chains.records import STEERABLE, Record, read_jsonl
+from steerable.chains.records import Record, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.evals.logit_lens import lens
 from steerable.evals.metrics import all_metrics
 from steerable.jobs.selection import read_selection
-from steerable.jobs.settings import Config, selected_path
+from steerable.jobs.settings import FEWEST_SPANS, Config, selected_path
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
 from steerable.store.run_folder import read_json, sha256
+from steerable.store.text import counted
 
 _HASHED = (
     "tasks.jsonl",
@@ -50,10 +51,9 @@ def assemble(
         )
     missing = {
         b: f"no effect was measured on {config['patched']} chains"
-        if coverage["spans"].get(b)
-        else f"in {coverage['chains']} chains no span is labelled so"
-        for b in STEERABLE
-        if b not in chosen
+        if (spans := coverage["spans"].get(b, 0)) >= FEWEST_SPANS
+        else f"in {coverage['chains']} chains {counted(spans, 'span')} of it: at least {FEWEST_SPANS} are needed"
+        for b in read_json(folder / "selection.json", dict).get("missing", ())
     }
     tasks = {task["id"]: task for task in read_jsonl(folder / "tasks.jsonl", "task")}
     examples = [_example(folder, tasks, b, one.get("strength", 1.0)) for b, one in chosen.items()]
@@ -108,7 +108,7 @@ def _selected(folder: Path, behaviour: str) -> tuple[int, Any]:
 
 def _cosines(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Cosines between the vectors that were selected, each at its own layer and window (Figure 5 of the paper)."""
-    labels = [b for b in STEERABLE if b in chosen]
+    labels = list(chosen)
     layers, vectors = zip(*(_selected(folder, b) for b in labels), strict=True)
     units = [v.double() / v.double().norm() for v in vectors]
     return {"labels": labels, "layers": list(layers), "matrix": [[float(a @ b) for b in units] for a in units]}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.generation import prompt_text
-from steerable.chains.records import Record, read_jsonl
+from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl
 from steerable.chains.windows import align_chains
 from steerable.engines.cluster import map_blocks as map_blocks_on_cluster
 from steerable.engines.pool import default_workers, map_blocks
@@ -17,7 +17,8 @@ from steerable.engines.sampling import warn_if_endless
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
-from steerable.steering.think import think_tags
+from steerable.steering.gates import parse_gate
+from steerable.steering.think import think_tags, think_tags_if_any
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import sha256_of
@@ -52,13 +53,19 @@ class Run:
             trust_remote_code=c.trust_remote_code,
             **where,
         )
-        think_tags(loaded.tokenizer)
+        if parse_gate(c.gate).uses("thinking", "answer"):
+            think_tags(loaded.tokenizer)
         prompt_text(loaded.tokenizer, "?")
         warn_if_endless(loaded.model)
         layers = models.n_layers(loaded.model)
         if c.chosen_layer is not None and c.chosen_layer >= layers:
             raise UsageError(f"--layers is {c.chosen_layer}, but {c.model} has layers 0 to {layers - 1}")
         return loaded
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model writes a think block; if not, all that it writes is the chain."""
+        return think_tags_if_any(self.loaded.tokenizer) is not None
 
     @cached_property
     def weights(self) -> str:
@@ -94,6 +101,26 @@ class Run:
     def load(self, path: str) -> Direction:
         """The direction at a path of the folder."""
         return Direction.load(self.folder / path)
+
+    @property
+    def labels(self) -> list[str]:
+        """The annotator's labels, as the stage `annotate` left them."""
+        return list(read_json(self.folder / "coverage.json", dict)["spans"])
+
+    @property
+    def behaviours(self) -> list[str]:
+        """The labels to be steered: those that were asked for, else the paper's four, or all of another set. Raises
+        UsageError for one that the annotator does not have."""
+        labels = self.labels
+        steered = self.config.steered
+        if steered is None:
+            return [b for b in labels if b in STEERABLE and set(labels) <= set(LABELS)] or labels
+        if unknown := [b for b in steered if b not in labels]:
+            raise UsageError(
+                f"--behaviours has {unknown[0]!r}, which is no label of --annotator {self.config.annotator}: expected "
+                f"some of {', '.join(labels)}"
+            )
+        return steered
 
     def tasks(self, split: str) -> list[Record]:
         """The tasks of a split: extraction, validation or evaluation."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerable.chains.records import STEERABLE
+from steerable.chains.records import is_label
 from steerable.chains.windows import WINDOWS
 from steerable.jobs.settings import BASELINES
 from steerable.store.errors import UsageError
@@ -49,7 +49,7 @@ def read_selection(path: Path) -> dict[str, dict[str, Any]]:
     Raises UsageError where it is not what `select` writes: its words become file names.
     """
     selection = {b: chosen for b, chosen in read_json(path, dict).items() if b != "missing"}
-    if unsound := [b for b, chosen in selection.items() if not (b in STEERABLE and _is_sound(chosen))]:
+    if unsound := [b for b, chosen in selection.items() if not (is_label(b) and _is_sound(chosen))]:
         raise UsageError(f"{path} is unsound at {unsound[0]!r}: delete it and run `steerable select` again")
     if not selection:
         raise UsageError(f"{path} holds no behaviour: delete it and run `steerable select` again")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from steerable.chains.records import STEERABLE
+from steerable.chains.records import is_label
 from steerable.store.errors import UsageError
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
@@ -22,6 +22,8 @@ ANNOTATORS = {
     "keywords": "steerable.chains.annotators.keyword_rules:keywords",
 }
 """Annotators that are plain functions; `llm` and `probe:FILE` are not."""
+FEWEST_SPANS = 5
+"""A label with fewer spans is not steered: the mean of so few says nothing."""
 BASELINES = ("pooled", "overall")
 DIFFERENCE = "difference_of_means"
 LARGEST_SEED = 2**32 - 1
@@ -115,7 +117,7 @@ class Config(Settings):
     """Everything that a run's result depends on."""
 
     panels: ClassVar[Mapping[str, str]] = {
-        "Common": "model tasks annotator seed limit evaluation samples max_new_tokens greedy",
+        "Common": "model tasks annotator behaviours seed limit evaluation samples max_new_tokens greedy",
         "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
         "Vectors and their selection": "estimator map gate window baseline layers validation tried attributed patched",
         "What is measured": "side_tasks side_samples sweep controls control_samples compared stability",
@@ -160,6 +162,9 @@ class Config(Settings):
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
     greedy: bool = Field(False, description="Decode greedily, as published; default: the model's generation_config.")
+    behaviours: str | None = Field(
+        None, description="Labels to steer, e.g. backtracking,deduction; default: the paper's four, or all of others."
+    )
     estimator: str = Field(
         DIFFERENCE,
         description="What makes a vector: difference_of_means, or module:function of your own, (activations of a "
@@ -216,7 +221,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
-        _ = self.strengths, self.prices, self.chosen_layer
+        _ = self.strengths, self.prices, self.chosen_layer, self.steered
         return self
 
     @property
@@ -230,6 +235,19 @@ class Config(Settings):
         if not all(map(math.isfinite, strengths)):
             raise UsageError(f"--sweep is {self.sweep!r}: expected numbers separated by commas, e.g. -0.5,0.5")
         return sorted(strengths - {-1.0, 0.0, 1.0})
+
+    @property
+    def steered(self) -> list[str] | None:
+        """The labels that were asked to be steered."""
+        if self.behaviours is None:
+            return None
+        labels = list(dict.fromkeys(part.strip() for part in self.behaviours.split(",")))
+        if unsound := [label for label in labels if not is_label(label)]:
+            raise UsageError(
+                f"--behaviours is {self.behaviours!r}, in which {unsound[0]!r} is no label: expected labels separated "
+                "by commas, e.g. backtracking,deduction"
+            )
+        return labels
 
     @property
     def prices(self) -> tuple[float, float] | None:
@@ -321,6 +339,7 @@ class Config(Settings):
             tried=1,
             controls=min(self.controls, 2),
             sweep="",
+            window=self.window or "onset",
             attributed=min(self.attributed, 12),
             patched=min(self.patched, 4),
             compared=min(self.compared, 4),
@@ -394,7 +413,7 @@ STAGES = (
         "extract",
         "Stage 4: candidate vectors of every layer, behaviour, window and baseline.",
         ("tasks.jsonl", "chains.jsonl", "spans.jsonl"),
-        f"{_MODEL} seed baseline controls estimator map",
+        f"{_MODEL} seed baseline controls estimator map behaviours",
         ("vectors/candidates", "vectors/shuffled", "cosines.json", "norms.json"),
     ),
     Stage(
@@ -409,7 +428,7 @@ STAGES = (
         "Stage 6: window and layer of each behaviour.",
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
         f"{_MODEL} {_DECODING} window baseline layers tried controls gate {_ANNOTATOR}",
-        ("selection.json", "vectors/random", *(selected_path(b) for b in STEERABLE)),
+        ("selection.json", "vectors/random", selected_path("*")),
     ),
     Stage(
         "steer",

@@ -22,7 +22,7 @@ from typing import Any
 
 import steerable
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
-from steerable.store.files import file_target, folder_target, strict_json, write_atomic
+from steerable.store.files import file_target, folder_target, sha256_of, strict_json, write_atomic
 from steerable.store.files import sha256 as sha256
 
 _LAYOUT = 2
@@ -157,7 +157,9 @@ class RunFolder:
         self._sweep(stage)
 
     def _digest(self, name: str) -> str | None:
-        """The hash of an output; None where the stage had none to write (a behaviour that no chain shows)."""
+        """The hash of an output, of all files where the name is a pattern; None where the stage had none to write."""
+        if "*" in name:
+            return sha256_of({path.name: path for path in self.root.glob(name)})
         return sha256(self / name) if (self / name).exists() else None
 
     def partial(self, stage: str, key: str) -> Path:
@@ -183,7 +185,8 @@ class RunFolder:
         outputs: Sequence[str],
         work: Callable[[Path], None],
     ) -> bool:
-        """Do a stage unless it is finished: `work(folder for partial results)` must write `outputs`.
+        """Do a stage unless it is finished: `work(folder for partial results)` must write `outputs`, names of files or
+        folders, or patterns of file names ("vectors/*.safetensors").
 
         Returns whether there was anything to do.
         """
@@ -191,9 +194,9 @@ class RunFolder:
         if self.finished(stage, key):
             self._sweep(stage)  # where it was killed between its stamp and this
             return False
-        for name in outputs:
-            if not (self / name).is_dir():
-                file_target(self / name)  # raises for what would have to be replaced and is no file
+        for path in (path for name in outputs for path in [self / name, *self.root.glob(name)]):
+            if not path.is_dir():
+                file_target(path)  # raises for what would have to be replaced and is no file
         began = time.perf_counter()
         work(self.partial(stage, key))
         self.finish(stage, key, outputs)
