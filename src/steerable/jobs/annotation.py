@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from steerable.chains.annotators import llm, marks, placement
 from steerable.chains.annotators import probe as probes
+from steerable.chains.annotators.llm import LABEL_TEXTS
 from steerable.chains.annotators.stability import stable
 from steerable.chains.endpoint import Endpoint
 from steerable.chains.records import LABELS, Record, is_label, read_jsonl
@@ -59,7 +60,12 @@ def annotate(
             per_chain = _by_probe(config.probe, chains, tasks, loaded, display)
         else:
             per_chain, account = llm.annotate(
-                chains, endpoint(config), cache=replies, prices=config.prices, progress=display.advance
+                chains,
+                endpoint(config),
+                labels=config.label_texts or LABEL_TEXTS,
+                cache=replies,
+                prices=config.prices,
+                progress=display.advance,
             )
         display.done()
     labels = labels_of(config)
@@ -77,6 +83,8 @@ def labels_of(config: Config) -> tuple[str, ...] | None:
     """
     if config.probe is not None:
         return probes.Probe.load(config.probe).labels
+    if (texts := config.label_texts) is not None:
+        return tuple(texts)
     if config.annotate is None or config.annotator in ANNOTATORS:
         return LABELS
     labels = getattr(config.annotate, "labels", None)
@@ -188,11 +196,13 @@ def keep_stable(
 
 def sources(config: Config) -> list[Path]:
     """The files on which the annotator's answers depend."""
-    if config.probe is not None:
-        return [config.probe]
-    if config.annotate is None:
-        return [Path(str(module.__file__)) for module in (llm, marks, placement)]
-    file = inspect.getsourcefile(inspect.unwrap(config.annotate))
+    files = [] if config.annotator_file is None else [config.annotator_file]
+    function = config.annotate
+    if function is None and config.probe is None:
+        return [*files, *(Path(str(module.__file__)) for module in (llm, marks, placement))]
+    if files or function is None:
+        return files
+    file = inspect.getsourcefile(inspect.unwrap(function))
     return [] if file is None else [Path(file)]
 
 

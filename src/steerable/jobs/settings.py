@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from steerable.chains.annotators.cue_files import LABEL_SETS, read_cues, read_labels
 from steerable.chains.records import is_label
 from steerable.store.errors import UsageError
 
@@ -141,8 +142,8 @@ class Config(Settings):
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
     annotator: str = Field(
         "auto",
-        description="pocket, keywords, llm, probe:<file>, or module:function of your own, chain -> spans; auto: pocket "
-        "for the bundled model, else keywords.",
+        description="pocket, keywords, llm, llm:<file of labels>, cues:<file> (or cues:seal), probe:<file>, or "
+        "module:function of your own, chain -> spans; auto: pocket for the bundled model, else keywords.",
     )
     stability: float = Field(
         0.0, ge=0, le=1, description="Keep a span only if this share of re-sampled continuations begins with its label."
@@ -200,7 +201,7 @@ class Config(Settings):
     def __init__(self, from_file: Collection[str] = (), /, **values: Any) -> None:
         super().__init__(**values)
         self._from_file = frozenset(from_file)
-        if "annotator" not in self._from_file or self.annotator in ANNOTATORS or self.probe is not None:
+        if "annotator" not in self._from_file or self.annotator in ANNOTATORS or self.annotator_file is not None:
             _ = self.annotate  # one that cannot be used is refused now
         if "estimator" not in self._from_file:
             _ = self.estimate
@@ -272,23 +273,36 @@ class Config(Settings):
         return int(self.layers)
 
     @property
+    def annotator_file(self) -> Path | None:
+        """The file that the annotator reads: a probe, cue words, or labels for a language model."""
+        kind, _, path = self.annotator.partition(":")
+        if kind == "cues" and (shipped := LABEL_SETS / f"{Path(path).name}.json").is_file():
+            return shipped
+        return Path(path) if kind in ("probe", "cues", "llm") and path else None
+
+    @property
     def probe(self) -> Path | None:
         """The file of the probe that annotates, if one does."""
-        kind, _, path = self.annotator.partition(":")
-        return Path(path) if kind == "probe" else None
+        return self.annotator_file if self.annotator.startswith("probe:") else None
+
+    @property
+    def label_texts(self) -> dict[str, str] | None:
+        """What each label says, for a language model that annotates with other labels than the paper's."""
+        return read_labels(file) if self.annotator.startswith("llm:") and (file := self.annotator_file) else None
 
     @property
     def annotate(self) -> Annotator | None:
         """The annotator as a function `chain -> spans`, None where it is none."""
-        if self.annotator == "llm":
+        if self.annotator.startswith("cues:") and (file := self.annotator_file) is not None:
+            return read_cues(file)
+        if self.annotator == "llm" or self.label_texts is not None:
             return None
         if (file := self.probe) is not None:
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        return self._imported(
-            "annotator", ANNOTATORS, f"{', '.join(ANNOTATORS)}, llm, probe:<file> or module:function", "chain -> spans"
-        )
+        choices = f"{', '.join(ANNOTATORS)}, llm, llm:<file>, cues:<file>, probe:<file> or module:function"
+        return self._imported("annotator", ANNOTATORS, choices, "chain -> spans")
 
     @property
     def estimate(self) -> Callable[..., Any] | None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from steerable.chains.annotators.cue_files import LABEL_SETS, SEAL_LABELS, read_cues, seal
+from steerable.chains.annotators.cue_files import LABEL_SETS, SEAL_LABELS, read_cues, read_labels, seal
 from steerable.store.errors import UsageError
 
 
@@ -86,6 +86,15 @@ def test_a_file_of_sentences(tmp_path):
     assert annotator(chain("")) == []
 
 
+def test_yaml(tmp_path):
+    path = write(tmp_path, "labels:\n  doubt: {starts: [hmm]}\notherwise: step\nunit: paragraph\n")
+    assert read_cues(path).labels == ("step", "doubt")
+    assert read_labels(write(tmp_path, "doing: it carries out a step\n")) == {"doing": "it carries out a step"}
+    for content in ("doing: [1]", "a b: c", "{}", "just words"):
+        with pytest.raises(UsageError, match="is no file of labels .*: expected JSON or YAML such as"):
+            read_labels(write(tmp_path, content))
+
+
 @pytest.mark.parametrize("path", sorted(LABEL_SETS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files(path):
     annotator = read_cues(path)
@@ -99,7 +108,8 @@ def test_shipped_files(path):
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        ("{", "Invalid JSON"),
+        ("{", "expected the node content"),
+        ({"labels": {"a/b": {"starts": ["c"]}}}, "up to 64 letters"),
         ({}, "labels"),
         ({"labels": {}}, "labels"),
         ({"labels": {"a": {"start": ["b"]}}}, "labels.a.start"),
@@ -108,7 +118,7 @@ def test_shipped_files(path):
     ],
 )
 def test_other_files_are_refused(tmp_path, content, complaint):
-    with pytest.raises(UsageError, match=f"is no file of cues .*{complaint}.*: expected JSON such as"):
+    with pytest.raises(UsageError, match=f"is no file of cues .*{complaint}.*: expected JSON or YAML such as"):
         read_cues(write(tmp_path, content))
     with pytest.raises(UsageError, match="there is no file"):
         read_cues(tmp_path / "none.json")

@@ -114,6 +114,21 @@ def test_the_prompt_holds_the_chain_and_the_labels(annotator):
     assert all(f"- {label}: " in prompt for label in LABELS)
 
 
+def test_labels_of_ones_own(annotator):
+    """The model is told of these labels alone, and no other one is read."""
+    labels = {"planning": "it says what comes next", "doing": "it carries out a step"}
+    chain = make_chain(1) | {"thinking": "First I add the two. So 5 it is. It is 5."}
+    words = {"planning": "First I add the two.", "deduction": "So 5 it is.", "doing": "It is 5."}
+    answer = "".join(f'["{label}"]{text}["end-section"]' for label, text in words.items())
+    annotator.answer = lambda text, prompt, count: (answer, "stop")
+    found = annotate([chain], annotator.endpoint, labels=labels, cache=None)
+    assert pieces(chain, found.spans[0]) == [("planning", words["planning"]), ("doing", words["doing"])]
+    assert found.account["unknown_labels"] == {"deduction": 1}
+    (_, prompt), *_ = annotator.asked
+    assert "- planning: it says what comes next\n- doing: it carries out a step\n" in prompt
+    assert "these 2 labels" in prompt and not any(label in prompt for label in LABELS)
+
+
 def test_long_chains_are_split_and_joined(annotator):
     chain = make_chain(1, sentences=40)
     found = annotate([chain], annotator.endpoint, cache=None, piece=500)

@@ -24,27 +24,46 @@ from steerable.store.errors import SteerableError
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, completion_tokens)` with what was done since the last call."""
 
-PROMPT = """\
+LABEL_TEXTS = {
+    "initializing": "it restates the task, says what is given or asked, or has its first thoughts on how to begin.",
+    "deduction": "it draws a conclusion or carries out a step within its present approach.",
+    "adding-knowledge": "it brings in a fact, definition or rule that it remembers.",
+    "example-testing": "it makes up a case, an example or a number to try its present approach on.",
+    "uncertainty-estimation": "it says how sure or unsure it is.",
+    "backtracking": "it gives up its present approach, takes something back, or turns to another approach.",
+}
+"""The paper's labels, and what each says of a stretch of text."""
+
+_EXAMPLE = """\
+["initializing"]So I am asked for the area of this triangle.["end-section"]["adding-knowledge"]The area is half of \
+base times height.["end-section"]["uncertainty-estimation"]Hmm, I am not sure which side is the base.["end-section"]
+"""
+_PROMPT = """\
 Between <chain> and </chain> stands the chain of thought of a language model. Say of every stretch of it what the \
 model does there: copy the text from beginning to end, and put each stretch between two marks, like this:
 
-["initializing"]So I am asked for the area of this triangle.["end-section"]["adding-knowledge"]The area is half of \
-base times height.["end-section"]["uncertainty-estimation"]Hmm, I am not sure which side is the base.["end-section"]
-
+{example}
 The labels:
-- initializing: it restates the task, says what is given or asked, or has its first thoughts on how to begin.
-- deduction: it draws a conclusion or carries out a step within its present approach.
-- adding-knowledge: it brings in a fact, definition or rule that it remembers.
-- example-testing: it makes up a case, an example or a number to try its present approach on.
-- uncertainty-estimation: it says how sure or unsure it is.
-- backtracking: it gives up its present approach, takes something back, or turns to another approach.
+{labels}
 
 Rules:
 - Copy the text as it stands, formulas, signs and mistakes included. Do not shorten, correct or translate it.
 - A stretch may be several sentences. Split a sentence that does two of these things, each part with its own label.
-- Use these six labels only, one for a stretch. Leave out text that none of them fits.
+- Use these {count} labels only, one for a stretch. Leave out text that none of them fits.
 - Write nothing but the marked text. Do not solve the task yourself.
 """
+
+
+def instructions(labels: Mapping[str, str] = LABEL_TEXTS) -> str:
+    """What a language model is told, before a chain: labels -> what each says of a stretch of text."""
+    example = "".join(f'["{label}"]some sentences of the text["end-section"]' for label in [*labels, *labels][:3])
+    return _PROMPT.format(
+        example=_EXAMPLE if labels == LABEL_TEXTS else example + "\n",
+        labels="\n".join(f"- {label}: {text}" for label, text in labels.items()),
+        count={6: "six"}.get(len(labels), len(labels)),
+    )
+
+
 _PART = """
 This is part {part} of {parts} of a longer chain. What comes before it ends so, and must not be copied:
 <before>{before}</before>
@@ -75,9 +94,8 @@ class _Piece:
     asked: int = 0
     reason: str = ""
 
-    def prompt(self, text: str) -> str:
-        """What is asked about this piece of the chain's text."""
-        prompt = PROMPT
+    def prompt(self, text: str, prompt: str) -> str:
+        """What is asked about this piece of the chain's text, behind the instructions."""
         if self.start > 0 and (before := text[max(0, self.start - _CONTEXT) : self.start].strip()):
             prompt += _PART.format(part=self.part, parts=self.parts, before=before)
         if self.reason:
@@ -97,6 +115,7 @@ def annotate(
     chains: Sequence[Mapping[str, Any]],
     endpoint: Endpoint,
     *,
+    labels: Mapping[str, str] = LABEL_TEXTS,
     cache: Path | None,
     piece: int = 8000,
     max_tokens: int | None = 8192,
@@ -112,6 +131,7 @@ def annotate(
     characters in certain places is asked again with the reason, `asks` times in all, and then its chain has failed.
 
     Args:
+        labels: those that spans may have, and what each says of a stretch of text.
         cache: a folder that keeps every reply at once, by the hash of what was asked: the same call, repeated or
             resumed, asks only for what is missing.
         piece: chains longer than that many characters are split between paragraphs or sentences, without overlap, and
@@ -122,7 +142,7 @@ def annotate(
     Raises:
         SteerableError: every chain failed because of requests that did; and what `Endpoint.complete` raises.
     """
-    texts = [str(chain["thinking"]) for chain in chains]
+    texts, told = [str(chain["thinking"]) for chain in chains], instructions(labels)
     ranges = [split(text, piece) for text in texts]
     pieces = [
         _Piece(i, start, end, k, len(parts))
@@ -141,7 +161,7 @@ def annotate(
     def arrived(asked: Sequence[_Piece], index: int, reply: Reply) -> None:
         """Read one reply as soon as it is there, so that the progress counts finished chains."""
         part = asked[index]
-        parsed = parse(reply.text, texts[part.chain][part.start : part.end], truncated=reply.truncated)
+        parsed = parse(reply.text, texts[part.chain][part.start : part.end], tuple(labels), truncated=reply.truncated)
         is_read = not reply.truncated and bool(parsed.spans) and parsed.coverage >= coverage
         part.reason = "" if is_read else reply.error or _reason(reply, parsed)
         if is_read:
@@ -152,7 +172,7 @@ def annotate(
     waiting = pieces
     while waiting:
         answered = endpoint.complete(
-            [[{"role": "user", "content": part.prompt(texts[part.chain])}] for part in waiting],
+            [[{"role": "user", "content": part.prompt(texts[part.chain], told)}] for part in waiting],
             cache=cache,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -239,7 +259,7 @@ def _reason(reply: Reply, parsed: Parsed) -> str:
     if reply.truncated:
         return "it was too long and was cut off"
     if not parsed.segments:
-        return "it held no stretch between marks with one of the six labels"
+        return "it held no stretch between marks with one of the labels"
     if parsed.coverage and parsed.unplaced < parsed.segments / 2:
         return "it marked too little of the text"
     return "its text was not copied from the chain, or not in order"
