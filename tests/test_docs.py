@@ -34,6 +34,8 @@ NOT_RUN = {
     "steerable run --model Qwen/": "needs a model of the hub",
     "steerable run --paper": "needs a model of the hub and a key",
     "export OPENAI_API_KEY": "is a key",
+    "steerable fetch smol": "downloads",
+    "steerable chat --model smol": "needs what `fetch` downloads",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",

@@ -65,6 +65,7 @@ COMMANDS = {
         "conversation:chat", 'steerable chat "2*w + 8 = 30" --steer runs/pocket/vectors/backtracking.safetensors',
         ("prompt",),
     ),
+    "fetch": Command("fetch:fetch_model", "steerable fetch smol", ("name",)),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),
     "compose": Command("additivity:compose", "steerable compose a.safetensors b.safetensors --tasks auto", ("files",)),

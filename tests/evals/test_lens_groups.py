@@ -1,7 +1,7 @@
 import pytest
 
 from steerable.evals.lens_tokens import GROUPS, WORDS, group_of, token_groups, token_texts
-from steerable.models.loading import pocket_path
+from steerable.models.sources import pocket_path
 
 MEMBERS = {
     "numbers": ["7", " 42", "007", "3.14", "1,000", "²"],

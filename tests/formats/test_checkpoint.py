@@ -254,7 +254,7 @@ def test_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(LlamaForCausalLM, "save_pretrained", full)
-        with pytest.raises(SteerableError, match="cannot write the checkpoint.*No space left"):
+        with pytest.raises(SteerableError, match="cannot write the folder.*No space left"):
             as_checkpoint(base, tokenizer, None, tmp_path / "a")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").mkdir()  # an empty folder will do

@@ -8,6 +8,7 @@ from steerable.chains.records import LABELS
 from steerable.engines.base import Completion
 from steerable.jobs.conversation import COLOURS, chat
 from steerable.models import loading as models
+from steerable.models.sources import pocket_path
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags
@@ -74,7 +75,7 @@ def test_without_a_prompt_the_bundled_model_gets_a_task():
     said = chat(max_new_tokens=20)
     assert said["prompt"] and said["unsteered"]["correct"] is False  # not closed: no answer
     with pytest.raises(UsageError, match="no prompt was given"):
-        chat(model=str(models.pocket_path()))
+        chat(model=str(pocket_path()))
 
 
 @pytest.mark.parametrize("columns", ["120", "60"])

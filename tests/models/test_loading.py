@@ -6,6 +6,7 @@ from torch import nn
 
 import steerable as st
 from steerable.models import loading as models
+from steerable.models import sources
 from steerable.store.errors import SteerableWarning, UsageError
 
 
@@ -37,7 +38,7 @@ def test_unknown_dtype(folder, dtype):
 
 
 def test_no_such_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_on_hub", lambda name, revision: False)
+    monkeypatch.setattr(models, "pin", lambda name, revision: (revision, False))
     for name in (tmp_path, tmp_path / "nothing", "nobody/nothing"):
         with pytest.raises(UsageError) as error:
             st.load(name)
@@ -64,6 +65,6 @@ def test_unknown_family_by_its_structure(tiny_llama):
 
 
 def test_missing_pocket_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_POCKET", tmp_path)
+    monkeypatch.setattr(sources, "_POCKET", tmp_path)
     with pytest.raises(UsageError, match="weights are missing"):
         st.load("pocket")

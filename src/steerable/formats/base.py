@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from steerable.formats.checks import MAX_LAYER, layer_number
-from steerable.models.loading import Loaded, pocket_path
+from steerable.models.loading import Loaded
+from steerable.models.sources import find
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store import torch_archive
@@ -206,9 +207,9 @@ class WriteOptions:
         else:
             from transformers import AutoConfig
 
-            source = str(pocket_path()) if self.model == "pocket" else str(self.model)
+            source = find(str(self.model))
             try:
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=False)
             except Exception as error:  # foreign files: the library that reads them raises what it likes
                 reason = " ".join(str(error).split())[:160]
                 raise UsageError(

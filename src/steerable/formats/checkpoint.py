@@ -11,11 +11,9 @@ Which class holds a bias on the maps that write to the stream:
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from steerable.models.families import FAMILIES, Family
 from steerable.models.writers import Place, bias_names, linear, number_type, placed
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import whole_folder
 
 # of configs that become Llama's: what it has no use for, once no window slides
 _NOT_LLAMAS = {"architectures", "layer_types", "max_window_layers", "model_type", "sliding_window"}
@@ -95,7 +94,7 @@ def as_checkpoint(
     holder.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         holder.generation_config = copy.deepcopy(model.generation_config)
-    with _whole(folder) as unfinished, models.no_progress_bar():
+    with whole_folder(folder) as unfinished, models.no_progress_bar():
         if tokenizer is not None:
             holder.config.save_pretrained(unfinished)  # the tokenizer's class goes by it
             _save_tokenizer(tokenizer, unfinished)
@@ -194,27 +193,6 @@ def _same(a: Any, b: Any) -> bool:
         and set(a.all_special_ids) == set(b.all_special_ids)
         and all(getattr(a, key, None) == getattr(b, key, None) for key in settings)
     )
-
-
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder beside the target, flushed to the disk and renamed when the block ends well, else removed."""
-    from safetensors import SafetensorError
-
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for path in unfinished.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(unfinished, folder)
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise SteerableError(f"cannot write the checkpoint {folder}: {reason}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(direction: Direction, path: Path, options: WriteOptions) -> None:

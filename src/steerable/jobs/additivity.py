@@ -28,6 +28,7 @@ from steerable.jobs.arms import BASE, Arm, answer, check_fit, draw_tasks, finger
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
+from steerable.models.sources import find
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
@@ -57,7 +58,7 @@ def compose(
 
     Args:
         files: Direction files, usually of one layer each.
-        model: 'pocket', a model folder or a hub name.
+        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
         tasks: Tasks with answers, or auto; without it the files are only added up.
         pairs: Pairs to measure: all, adjacent (layers) or none.
         to: Also measure all files together on this sibling model.
@@ -345,8 +346,7 @@ def _check_shape(to: str, model: Any) -> None:
     from transformers import AutoConfig
 
     with refusing(f"--to {to!r} is not a loadable model; give a folder or a hub name"):
-        path = models.pocket_path() if to == "pocket" else to
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(**find(to).arguments, trust_remote_code=False).get_text_config()
     shape, other = (models.n_layers(model), models.width(model)), (config.num_hidden_layers, config.hidden_size)
     if shape != other:
         raise UsageError(

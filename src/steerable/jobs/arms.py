@@ -29,11 +29,12 @@ from steerable.formats import import_file
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
+from steerable.models.sources import find
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
 from steerable.store.display import Display
 from steerable.store.errors import SteerableWarning, UsageError
-from steerable.store.files import sha256, sha256_of
+from steerable.store.files import sha256
 from steerable.store.run_folder import RunFolder
 from steerable.store.text import counted, plural
 
@@ -114,12 +115,7 @@ def fingerprint(arm: Arm, model: Any = None) -> str:
     """What tells two contents of one name apart: the hub's commit, or a hash of the file or of a folder's files."""
     if model is not None and (commit := models.model_revision(model)):
         return commit
-    path = models.pocket_path() if arm.source == "pocket" else Path(arm.source)
-    if not path.exists():
-        return arm.source
-    if path.is_file():
-        return sha256(path)
-    return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in path.glob(f"*.{end}")})
+    return find(arm.source).fingerprint or arm.source
 
 
 def check_fit(base: Loaded, direction: Direction) -> None:

@@ -32,7 +32,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
 from steerable.steering.spec import Program
 from steerable.steering.text import parse_steering
-from steerable.steering.think import think_tags
+from steerable.steering.think import think_tags_if_any
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target
@@ -70,7 +70,7 @@ def chat(
 
     Args:
         prompt: The question; default: a task of the model's own kind.
-        model: 'pocket', a model folder or a hub name.
+        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
         steer: A direction file, or text like "0.5 a.safetensors@thinking - b"; default: the answer is unsteered.
         strength: Default: what the file says.
         layers: Layers of the file to use, e.g. 2,3; default: all in it.
@@ -106,7 +106,6 @@ def chat(
     steering = () if steer is None else _read_steering(steer)
     options: Any = {"strength": strength, "layers": parse_layers(layers), "where": where}
     loaded = models.load(model)
-    think_tags(loaded.tokenizer)
     task = None
     if prompt is None:
         if model != "pocket":
@@ -152,18 +151,20 @@ def _read_steering(text: str | Path) -> Direction | Program:
 def _stream(
     loaded: models.Loaded, prompt: list[int], seed: int, greedy: bool, max_new_tokens: int, show: Callable[..., None]
 ) -> Record:
-    """Generate after the prompt, calling `show` with thinking and answer so far at every token; returns the chain."""
-    tags, ids = think_tags(loaded.tokenizer), []
-    decoder, text, closing = _decoder(loaded.tokenizer), "", tags.texts[1]
+    """Generate after the prompt, calling `show` with thinking and answer so far at every token; returns the chain. A
+    model without a think block answers only."""
+    tags, ids = think_tags_if_any(loaded.tokenizer), []
+    decoder, text = _decoder(loaded.tokenizer), ""
     stops = stop_ids(loaded.model)
     for token in _draw(loaded.model, prompt, seed, decoding_of(loaded.model, greedy=greedy or None), max_new_tokens):
         ids.append(token)
         if token in stops:
             break
         text += decoder(token)
-        show(*text.removeprefix(tags.texts[0]).partition(closing)[::2])
+        show(*(text.removeprefix(tags.texts[0]).partition(tags.texts[1])[::2] if tags else ("", text)))
     completion = Completion(ids, finished=bool(ids) and ids[-1] in stops)
     chain = split_chain(loaded.tokenizer, tags, completion, endless=not stops)
+    chain["thinking"] = chain["thinking"] if tags else ""
     show(chain["thinking"], chain["answer"])
     return chain
 
@@ -244,7 +245,7 @@ class _Screen:
                 text.stylize(COLOURS[span["label"]], span["start"], span["end"])
         text.rstrip()
         answer = printable(answer.strip())
-        return text.append(f"\n\n{answer}", style="bold") if answer else text
+        return text.append("\n\n" if text else "").append(answer, style="bold") if answer else text
 
 
 def _verdict(answer: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +15,12 @@ from steerable.engines.pool import default_workers, map_blocks
 from steerable.engines.sampling import warn_if_endless
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
+from steerable.models.sources import find
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate
 from steerable.steering.think import think_tags, think_tags_if_any
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import sha256_of
 from steerable.store.run_folder import RunFolder, read_json
 
 
@@ -70,18 +69,11 @@ class Run:
     @cached_property
     def weights(self) -> str:
         """What tells two models of one name apart, without loading them: the commit of a hub model, the hash of a
-        folder's weights."""
-        root = models.pocket_path() if self.config.model == "pocket" else Path(self.config.model)
-        if root.is_dir():
-            files = [*root.glob("*.safetensors"), *root.glob("*.json"), *root.glob("*.jinja")]
-            return sha256_of({file.name: file for file in files})
-        with contextlib.suppress(OSError):  # then loading the model says what is wrong
-            from transformers import PreTrainedConfig
-
-            described, _ = PreTrainedConfig.get_config_dict(self.config.model, revision=self.config.revision)
-            if commit := described.get("_commit_hash"):
-                return str(commit)
-        return str(self.loaded.model.config._commit_hash)
+        folder's weights or of a GGUF file."""
+        source = find(self.config.model)
+        if (content := source.fingerprint) is not None:
+            return content
+        return models.pin(source.place, self.config.revision)[0] or models.model_revision(self.loaded.model)
 
     @property
     def spread(self) -> dict[str, Any]:

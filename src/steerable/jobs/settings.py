@@ -125,10 +125,14 @@ class Config(Settings):
         "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     }
 
-    model: str = Field("pocket", description="'pocket' (the bundled model), a model folder, or a name on the hub.")
+    model: str = Field(
+        "pocket", description="'pocket' (the bundled model), 'smol' (of `fetch`), a folder, a .gguf file or a hub name."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str | None = Field(None, description="Weights' type, e.g. bfloat16; default: the checkpoint's.")
-    device: str | None = Field(None, description="E.g. cuda:0, or auto to spread a big model; default: a GPU, if any.")
+    device: str | None = Field(
+        None, description="E.g. cuda:0, or auto to spread a big model; default: CUDA, else MPS, else the CPU."
+    )
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="8bit or 4bit; default: the checkpoint's.")
     attention: str | None = Field(
         None, description="Attention kernel: sdpa, eager, ...; default: transformers' choice."

@@ -33,13 +33,13 @@ class TrainSettings(Settings):
     }
 
     model: str = Field(
-        "pocket", description="'pocket' (the bundled model), a model folder, or a name on the Hugging Face hub."
+        "pocket", description="'pocket' (the bundled model), 'smol' (of `fetch`), a folder, a .gguf file or a hub name."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str | None = Field(
         None, description="Weights' type: float32, bfloat16, ...; default: what the checkpoint says."
     )
-    device: str | None = Field(None, description="Device, e.g. cpu or cuda:0; default: a GPU where there is one.")
+    device: str | None = Field(None, description="Device, e.g. cuda:0; default: CUDA, else MPS, else the CPU.")
     attention: str | None = Field(
         None, description="Attention kernel: sdpa, eager, ...; default: what transformers chooses."
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from steerable.models.families import FAMILIES, Family
+from steerable.models.sources import NAMES, Source, find
 from steerable.models.structure import guess
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import refuse_stand_in
 
-_POCKET = Path(__file__).parent / "pocket" / "weights"
+_unpacked: set[str] = set()  # GGUF files of which the user has been told
 
 
 class Loaded(NamedTuple):
@@ -33,16 +36,6 @@ class Loaded(NamedTuple):
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
 
 
-def pocket_path() -> Path:
-    """Folder of the bundled model. Raises UsageError where this installation holds no weights."""
-    if not all((_POCKET / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise UsageError(
-            f"the bundled model's weights are missing from {_POCKET}: "
-            "reinstall steerable, or train them with `steerable pocket train`"
-        )
-    return _POCKET
-
-
 def load(
     name_or_path: str | Path,
     *,
@@ -52,6 +45,7 @@ def load(
     attn_implementation: str | None = None,
     quantization: Any = None,
     revision: str | None = None,
+    gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a causal language model and its tokenizer, in evaluation mode and without gradients.
@@ -59,21 +53,25 @@ def load(
     The model's `generation_config` then stops at the tokenizer's end token, too, whether or not its files say so.
 
     Args:
-        name_or_path: "pocket" (the bundled model), a folder, or a name on the Hugging Face hub.
+        name_or_path: "pocket" (the bundled model), "smol" (SmolLM2-135M-Instruct, after `steerable fetch smol`), a
+            folder, a GGUF file, or a name on the Hugging Face hub, also with a GGUF file behind it
+            (owner/model/file.gguf).
         dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
-        device: default the first CUDA device if there is one, else the CPU.
+        device: default the first CUDA device if there is one, else Apple's GPU (MPS), else the CPU.
         device_map: instead of a device, "auto" (accelerate spreads the layers over what there is) or a mapping of
             module names to devices.
         attn_implementation: "sdpa", "eager", ...; default what the family needs, else what transformers chooses.
         quantization: "8bit" or "4bit" (bitsandbytes; 4-bit weights as NF4), or a quantization config of transformers.
         revision: a branch, tag or commit of the hub.
+        gguf_file: the GGUF file to take from a folder or a hub repository. Its weights are unpacked to plain ones, in
+            float32 unless a dtype is given; a warning says so once.
         trust_remote_code: run the code that comes with the model.
 
     Returns:
         The pair (model, tokenizer).
 
     Raises:
-        UsageError: there is no such model, device or quantisation library.
+        UsageError: there is no such model, device or quantisation library, or weights are missing from its files.
 
     Example:
         >>> model, tokenizer = st.load("pocket")
@@ -82,33 +80,39 @@ def load(
 
     if device is not None and device_map is not None:
         raise UsageError("give a device or a device_map, not both")
-    name = str(name_or_path)
-    source = str(pocket_path()) if name == "pocket" else name
+    name, source = str(name_or_path), find(name_or_path, gguf_file)
     kind = _dtype(dtype)
-    quantized = _quantization(quantization, kind)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not Path(source).exists():
-        options["local_files_only"] = not _on_hub(source, revision)
+    quantized = _quantization(quantization, kind, source)
+    device = device or default_device()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not source.is_local:
+        options["revision"], is_online = pin(source.place, revision)
+        options["local_files_only"] = not is_online
     placed: dict[str, Any] = {}
     if quantized is not None:
         placed["quantization_config"] = quantized
-    if device_map is not None or quantized is not None:  # quantised weights cannot be moved afterwards
+    if device_map is not None or quantization is not None:  # quantised weights cannot be moved afterwards
         placed["device_map"] = device_map if device_map is not None else {"": device}
     try:
         with no_progress_bar():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            config = AutoConfig.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(**source.arguments, **options)
+            config = AutoConfig.from_pretrained(**source.arguments, **options)
             kernel = attn_implementation or FAMILIES.get(config.model_type, Family()).attention
             if kernel is not None:
                 placed["attn_implementation"] = kernel
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, **placed, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **source.arguments, config=config, dtype=kind, output_loading_info=True, **placed, **options
+            )
     except Exception as error:  # foreign files: the libraries that read them raise what they like
-        for file in sorted(Path(source).glob("*")):
+        for file in sorted(Path(source.place).glob(source.gguf_file or "*")):
             refuse_stand_in(file)
-        is_there = Path(source).exists()
-        what = "is not a loadable model folder" if is_there else "is neither a folder nor a known model"
-        raise UsageError(f"{name!r} {what} ({_reason(error)}); give 'pocket', a folder or a hub name") from error
+        what = "is neither a folder nor a known model"
+        if source.is_local:
+            what = f"is not a loadable model {'folder' if source.gguf_file is None else 'file'}"
+        raise UsageError(f"{name!r} {what} ({_reason(error)}); give {NAMES}") from error
+    if lost := sorted(report["missing_keys"]):
+        more = f" and {len(lost) - 1} more" if lost[1:] else ""
+        raise UsageError(f"{name!r} holds no weights for {lost[0]}{more}, which would be random: get the whole model")
     if not placed.get("device_map"):
         try:
             model = model.to(device)
@@ -116,8 +120,31 @@ def load(
             raise UsageError(
                 f"cannot use the device {str(device)!r} ({_reason(error)}); give 'cpu' or 'cuda:0'"
             ) from error
+    model.config._commit_hash = options.get("revision")  # `model_revision`; transformers no longer keeps it
+    if source.gguf_file is not None:
+        model.config.name_or_path = str(source)  # transformers names the folder alone
+        _tell_unpacked(model, source)
     _adopt_end_token(model, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer)
+
+
+def default_device() -> str:
+    """The first CUDA device, else Apple's GPU (MPS), else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _tell_unpacked(model: Any, source: Source) -> None:
+    """Say once, and not in a worker process, what a GGUF file's weights have become."""
+    if (name := str(source)) in _unpacked or multiprocessing.parent_process() is not None:
+        return
+    _unpacked.add(name)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    warnings.warn(
+        f"the weights of {Path(name).name} are unpacked to {str(model.dtype).removeprefix('torch.')}, {size:.2g} GB in "
+        "memory: vectors belong to the model as it was quantised",
+        SteerableWarning,
+        stacklevel=3,
+    )
 
 
 def stop_ids(model: Any) -> list[int]:
@@ -145,8 +172,16 @@ def _adopt_end_token(model: Any, tokenizer: Any) -> None:
         model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
 
 
-def _quantization(quantization: Any, dtype: str | torch.dtype) -> Any:
+def _quantization(quantization: Any, dtype: str | torch.dtype, source: Source) -> Any:
     """The quantization config of transformers for load's option, or None."""
+    if source.gguf_file is not None:
+        if quantization is not None:
+            raise UsageError(
+                f"{source.gguf_file} is a GGUF file, which is unpacked to plain weights: leave the quantization out"
+            )
+        from transformers import GgufConfig
+
+        return GgufConfig(dequantize=True)
     if quantization is None or not isinstance(quantization, str):
         return quantization
     if quantization not in ("8bit", "4bit"):
@@ -181,21 +216,23 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _on_hub(name: str, revision: str | None) -> bool:
-    """Whether the hub has it; False where the hub cannot be reached, which is tried only once: the loaders'
-    own tries take a minute. Raises UsageError where the hub says no."""
+def pin(name: str, revision: str | None) -> tuple[str | None, bool]:
+    """The commit that a revision of a hub model stands for, and whether the hub can be reached.
+
+    That is tried only once, as the loaders' own tries take a minute; without the hub it is the commit in the local
+    cache, else the revision itself. Raises UsageError where the hub says no.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        HfApi().model_info(name, revision=revision, timeout=10)
+        return HfApi().model_info(name, revision=revision, timeout=10).sha, True
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UsageError(
-            f"there is no folder and no hub model {name!r}; give 'pocket', a folder or a hub name"
-        ) from error
+        raise UsageError(f"there is no folder and no hub model {name!r}; give {NAMES}") from error
     except Exception:  # offline, in any of the ways that the network libraries put it
-        return False
-    return True
+        with suppress(Exception):
+            return HfApi().resolve_revision(name, revision=revision, local_files_only=True).resolved, False
+    return revision, False
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

@@ -7,8 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,30 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill: one beside it, flushed to the disk and renamed when the block ends well, else removed.
+
+    Raises SteerableError where something cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise SteerableError(f"cannot write the folder {folder}: {reason}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # --- what is read ---

@@ -231,7 +231,7 @@ def test_a_refused_request_costs_its_chain_only(annotator):
 def served():
     """The bundled model behind a vLLM server: its address."""
     pytest.importorskip("vllm")
-    from steerable.models.loading import pocket_path
+    from steerable.models.sources import pocket_path
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,13 +9,14 @@ from steerable.chains.tasks import correct, make_tasks
 from steerable.jobs import pocket_figures as measure
 from steerable.models import loading as models
 from steerable.models.pocket import language
+from steerable.models.sources import pocket_path
 from steerable.store.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def folder():
     try:
-        return models.pocket_path()
+        return pocket_path()
     except UsageError as missing:
         pytest.skip(str(missing))
 
