@@ -106,6 +106,9 @@ def test_folders_and_records_are_validated(tmp_path, direction):
     (tmp_path / "a.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(SteerableError, match="a.safetensors"):
         validate_file(tmp_path)
+    direction_of(vectors(4), map="rotate(30)").save(tmp_path / "a.safetensors")
+    with pytest.raises(SteerableError, match="a.safetensors cannot steer: rotate needs a plane"):
+        validate_file(tmp_path)
     (tmp_path / "t.jsonl").write_text('{"id": "a", "prompt": "?"}\n{"id": "b", "prompt": "!"}\n')
     assert validate_file(tmp_path / "t.jsonl") == {
         "file": str(tmp_path / "t.jsonl"), "sound": True, "format": "tasks", "records": 2,

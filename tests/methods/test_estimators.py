@@ -42,7 +42,7 @@ def test_difference_of_means_is_the_pooled_direction(model, chains, window, shuf
         got = spans.direction(difference_of_means, means, label, shuffle)
         for site, vector in expected.vectors.items():
             torch.testing.assert_close(got.vectors[site], vector, atol=1e-4, rtol=1e-4)
-        assert got.behaviour == label and got.norms == expected.norms
+        assert got.behaviour == label and got.norms == expected.norms and got.unit == expected.unit
 
 
 def test_activations_are_naive_means(model, chains):

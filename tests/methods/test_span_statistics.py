@@ -110,6 +110,7 @@ def test_direction(means, baseline):
         assert direction.stats["norm_of_mean"][str(site)] == pytest.approx(float(means.overall[layer].norm()))
         assert direction.stats["norm_before_rescaling"][str(site)] == pytest.approx(float(raw[layer].norm()))
     assert direction.behaviour == "a" and direction.stats["window"] == "onset"
+    assert direction.unit == "mean activation"
     assert direction.stats["chains"] == 9 and direction.stats["spans"] == means.count("a")
 
 

@@ -22,8 +22,8 @@ A, B = Site("resid_post", 2), Site("resid_post", 10)
 def make(**about):
     generator = torch.Generator().manual_seed(0)
     return Direction(
-        {B: torch.randn(6, generator=generator), A: torch.randn(6, generator=generator)},
         **{
+            "vectors": {B: torch.randn(6, generator=generator), A: torch.randn(6, generator=generator)},
             "model_id": "pocket",
             "model_revision": "abc",
             "behaviour": "backtracking",
@@ -109,6 +109,8 @@ def test_a_minimal_foreign_file(tmp_path):
         ({"colour": "red"}, "unknown metadata key 'colour'"),
         ({"map": "warp"}, "unknown map"),
         ({"gate": "always"}, "not a selector"),
+        ({"gate": "all" + " & all" * 50_000}, "not a selector"),
+        ({"k" * 50_000: ""}, "unknown metadata key"),
         ({"strength": "NaN"}, "NaN"),
         ({"strength": "1e999"}, "finite"),
         ({"strength": '"1"'}, "strength"),
@@ -116,6 +118,7 @@ def test_a_minimal_foreign_file(tmp_path):
         ({"norms": "[1]"}, "norms"),
         ({"norms": '{"resid_post.2": "x"}'}, "norms"),
         ({"norms": '{"nowhere.2": 1}'}, "unknown site"),
+        ({"norms": '{"resid_post.2": -1}'}, "no norm negative"),
         ({"stats": "{"}, "sound"),
         ({"stats": "[" * 100_000}, "sound"),
     ],
@@ -123,7 +126,7 @@ def test_a_minimal_foreign_file(tmp_path):
 def test_bad_metadata(tmp_path, meta, reason):
     with pytest.raises(SteerableError, match=reason) as error:
         Direction.load(write(tmp_path / "a", **meta))
-    assert str(tmp_path / "a") in str(error.value)
+    assert str(tmp_path / "a") in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,7 @@ def test_bad_metadata(tmp_path, meta, reason):
         ({"resid_post.2": torch.ones(0)}, "expected \\[d\\]"),
         ({"resid_post.2": torch.ones(2, dtype=torch.int32)}, "float32"),
         ({"layer2": torch.ones(2)}, "not a site"),
+        ({"resid_post.2": torch.ones(2), "resid_post.02": torch.zeros(2)}, "'resid_post.02' is not a site"),
         ({}, "one site at least"),
     ],
 )
@@ -160,6 +164,15 @@ def test_no_file(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UsageError, match="there is no direction file"):
             Direction.load(path)
+
+
+def test_a_huge_header_is_not_read(tmp_path):
+    path, length = tmp_path / "a", 2**28
+    with open(path, "wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(length + 8)  # a hole, which takes no room on the disk
+    with pytest.raises(SteerableError, match="header too large"):
+        Direction.load(path)
 
 
 def test_damaged_files(tmp_path):
@@ -241,11 +254,45 @@ def test_the_residual_stream_has_one_width(tmp_path):
 
 @pytest.mark.parametrize(
     "meta",
-    [{"strength": "1" + "0" * 400}, {"norms": '{"resid_post.2": 1' + "0" * 400 + "}"}, {"stats": '{"a": "\\ud800"}'}],
+    [
+        {"strength": "1" + "0" * 400},
+        {"norms": '{"resid_post.2": 1' + "0" * 400 + "}"},
+        {"stats": '{"a": "\\ud800"}'},
+        {"stats": '{"a": 1e999}'},
+    ],
 )
 def test_numbers_and_texts_that_cannot_be_written_again(tmp_path, meta):
     with pytest.raises(SteerableError, match="sound"):
         Direction.load(write(tmp_path / "a", **meta))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vectors": {"resid_post.2": torch.ones(2)}}, "for each Site"),
+        ({"vectors": {A: [1.0, 2.0]}}, "is a list: expected a tensor"),
+        ({"norms": {"resid_post.2": 1.0}}, "for each Site"),
+        ({"model_id": None}, "model_id of a direction must be a text"),
+        ({"strength": None}, "finite numbers"),
+        ({"map": None}, "a map is a text"),
+        ({"gate": None}, "a gate is a text"),
+        ({"schedule": None}, "a schedule is a text"),
+    ],
+)
+def test_bad_fields(change, reason):
+    with pytest.raises(UsageError, match=reason):
+        make(**change)
+
+
+def test_equality_is_by_value():
+    assert make() == make() and make() != make(strength=2.0) and make() != 1
+    assert make(rescale=1) == make(rescale=True)
+
+
+def test_unit_after_scaling():
+    """A vector of another length is no longer as long as the mean activation."""
+    direction = make(unit="mean activation")
+    assert direction.only(direction.layers[:1]).unit == "mean activation" and direction.scaled(2).unit == "raw"
 
 
 def test_texts_must_be_unicode():
@@ -294,6 +341,10 @@ def test_a_file_says_how_it_steers(tmp_path):
         ('{"map": "shift"}', "an object"),
         ('{"gate": "always"}', "not a selector"),
         ('{"gate": 3}', "gate"),
+        ('{"map": {"type": "affine", "scale": [[1, 2], [3]]}}', "unequal"),
+        ('{"map": {"type": "shift", "amount": "inf"}}', "finite"),
+        ('{"map": {"type": "framed", "map": {"type": "shift"}, "frame": [[1]]}}', "framed"),
+        ('{"map": {"type": "rotate", "degrees": 30, "absolute": "yes"}}', "True or False"),
         ('{"schedule": {"type": "ramp"}}', "not complete"),
         ('{"strength": "1"}', "strength"),
         ('{"strength": 1e999}', "finite"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steerable.steering.direction import Direction
-from steerable.steering.gates import probe, selectors, when
+from steerable.steering.gates import probe, quoted, selectors, when
 from steerable.steering.maps import Affine, Clip, Rotate, Shift, Swap
 from steerable.steering.schedule import PerLayer, PerRequest, Ramp, Until
 from steerable.steering.site import Site
@@ -156,13 +156,25 @@ def test_random_programs(seed):
         ("0.5 happy + 1 happy|rotate(3)", 15, "rotate needs a plane"),
         ("happy|clip(3, 1)", 7, "lo <= hi"),
         ("happy|floor(x)", 7, "expected a number"),
-        ("happy|floor(1, 2)", 7, "does not take these values"),
+        ("happy|floor(1, 2)", 7, "floor takes \\(value\\), not 2 values"),
+        ("happy|rotate_to", 7, "rotate_to takes \\(degrees\\), not 0 values"),
+        ("happy|set(inf)", 7, "infinite"),
+        ("plane|affine([[1, 2], [3]])", 7, "lists of unequal lengths"),
+        ("plane|clip([[1, 2]])", 7, "a number or a list"),
+        ("plane|rotate(30, yes)", 7, "True or False"),
         ("happy|until(0)", 7, "a number of tokens"),
         ("happy|ablate|floor(1)", 14, "the map is given twice"),
         ("happy[3]", 1, "no vector at layer 3"),
         ("happy@when(nobody > 0.1)", 7, "no direction is known as 'nobody'"),
         ("happy@when(happy + 0.1)", 7, "compares a direction with a number"),
-        ("happy@when(plane > 0.1)", 7, "one finite vector"),
+        ("happy@when(plane > 0.1)", 7, "one vector \\[d\\], and has 2"),
+        ("happy@thinking &", 17, "invalid syntax"),
+        ('happy@when("é" > 1) & ~nothing', 7, "no direction is known as 'é'"),
+        ("happy@~é & é", 8, "unknown name 'é'"),
+        ("happy@all & ~all & é & nothing", 20, "unknown name 'é'"),
+        ("happy@positions(1)", 7, "positions takes \\(start, stop\\), not 1 value"),
+        (f"happy@tokens({2**63})", 7, "token ids"),
+        (f"happy|until({2**63})", 7, "a number of tokens"),
         ("happy@probe(happy > 1.5)", 7, "between 0 and 1"),
         ("1 happy - ", 11, "expected the name"),
         ("nan happy", 1, "no direction is known as 'nan'"),
@@ -175,6 +187,16 @@ def test_errors_point_at_the_place(text, column, why):
         parse_steering(text, KNOWN)
     found = int(str(error.value).split(" at column ")[1].split(":")[0])
     assert "\n" not in str(error.value) and (found == column or len(text) > 500), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["None", "in", "a\nb", 'say "no"', "back\\slash", "1x", "a-b.c", "@home", "中", "0.5"])
+def test_any_name(name):
+    """A name reads back from the text of a term and from that of a gate, whatever it is; blanks may be new lines."""
+    known = {name: KNOWN["happy"]}
+    program = KNOWN["happy"].steering(2, where=when(KNOWN["happy"], ">", 0.5, name), name=quoted(name))
+    assert parse_steering(str(program), known) == program and str(parse_steering(str(program), known)) == str(program)
+    broken = str(program).replace(" ", "\n") if " " not in name else str(program)
+    assert parse_steering(broken, known) == program
 
 
 def test_names_are_files(tmp_path):
@@ -208,6 +230,10 @@ def test_another_process(tmp_path):
     assert done.stdout.strip() == str(program)
 
 
+def reading(vector):
+    return {"text": "when(a > 1)", "readings": [[["resid_post.0", vector, 0]]]}
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -221,6 +247,10 @@ def test_another_process(tmp_path):
         (lambda i: i.update(strength=1e999), "no steering|finite"),
         (lambda i: i.update(gate="sometimes"), "not a selector"),
         (lambda i: i.update(gate={"text": "when(a > 1)", "readings": []}), "do not fit"),
+        (lambda i: i.update(gate={"text": "all", "readings": [], "more": 1}), "unknown key 'more'"),
+        (lambda i: i.update(gate=reading("AAAAAA==")), "other than zero"),
+        (lambda i: i.update(gate=reading("AADAfw==")), "one finite vector"),
+        (lambda i: i.update(site="resid_post.01"), "not a site"),
         (lambda i: i["schedule"].update(type="never"), "unknown schedule"),
     ],
 )

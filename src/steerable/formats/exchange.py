@@ -249,6 +249,10 @@ def validate_file(path: str | Path, **options: Any) -> dict[str, Any]:
             direction = import_file(path, **options)
         except NeedsChoice as error:
             return {"file": str(path), "sound": True, "needs": error.option, "reason": str(error), "warnings": messages}
+    try:
+        direction.steering()
+    except UsageError as error:
+        raise SteerableError(f"{path} cannot steer: {error}") from error
     format = direction.stats.get("imported", {}).get("format", "steerable")
     about = {"file": str(path), "sound": True, "format": format, "needs": None, "warnings": messages}
     return about | describe(direction)

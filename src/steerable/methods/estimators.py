@@ -59,6 +59,7 @@ class SpanActivations:
             model_revision=means.model_revision,
             behaviour=behaviour,
             method=(direction.method or name) + (f", labels shuffled ({shuffle})" if shuffle else ""),
+            unit="mean activation",
             norms=dict(zip(means.sites, means.norms.tolist(), strict=True)),
         )
 

@@ -129,6 +129,7 @@ class SpanMeans:
             model_revision=self.model_revision,
             behaviour=behaviour,
             method="span difference of means" + (f", labels shuffled ({shuffle})" if shuffle else ""),
+            unit="mean activation",
             norms=dict(zip(self.sites, self.norms.tolist(), strict=True)),
             stats={
                 "window": window,

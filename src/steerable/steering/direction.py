@@ -25,6 +25,7 @@ from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Program, Source, gate_from_json, gate_to_json
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
+from steerable.store.text import one_line
 
 FORMAT, VERSION = "steerable.direction", "2"
 UNITS = ("raw", "mean activation", "calibrated")
@@ -35,9 +36,9 @@ _TEXT = ("model_id", "model_revision", "behaviour", "method", *_ABOUT)
 _V1 = ("map", "gate", "strength")
 
 
-@dataclass
+@dataclass(eq=False)
 class Direction:
-    """Vectors at sites of one model.
+    """Vectors at sites of one model; equal where all fields are, and so the files' bytes.
 
     Attributes:
         vectors: {site: float32 [d]}, or [k, d] for a subspace.
@@ -73,11 +74,16 @@ class Direction:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        if odd := [site for site in (*self.vectors, *self.norms) if not isinstance(site, Site)]:
+            raise UsageError(f"a direction's vectors and norms are given for each Site, not for {odd[0]!r}")
+        if texts := [key for key in _TEXT if not isinstance(getattr(self, key), str)]:
+            raise UsageError(f"the {texts[0]} of a direction must be a text, not {getattr(self, texts[0])!r}")
         self.vectors = {site: _checked(site, self.vectors[site]) for site in sorted(self.vectors)}
+        self.rescale = bool(self.rescale)
         try:
             self.norms = {site: float(self.norms[site]) for site in sorted(self.norms)}
             self.strength = float(self.strength)
-        except OverflowError:
+        except (TypeError, ValueError, OverflowError):
             raise UsageError("a direction's strength and norms must be finite numbers") from None
         if not self.vectors:
             raise UsageError("a direction needs a vector at one site at least")
@@ -87,12 +93,15 @@ class Direction:
             raise UsageError(f"a direction's vectors must have one width, that of the residual stream, not {matches}")
         if self.unit not in UNITS:
             raise UsageError(f"unknown unit {self.unit!r}: expected one of {', '.join(UNITS)}")
-        if not math.isfinite(self.strength) or not all(math.isfinite(n) for n in self.norms.values()):
-            raise UsageError("a direction's strength and norms must be finite numbers")
+        if not math.isfinite(self.strength) or not all(math.isfinite(n) and n >= 0 for n in self.norms.values()):
+            raise UsageError("a direction's strength and norms must be finite numbers, and no norm negative")
         self.map = map_text(parse_map(self.map))
         self.schedule = schedule_text(parse_schedule(self.schedule))
         gate = parse_gate(self.gate)
         self.gate = gate if gate.readings else str(gate)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Direction) and self.to_bytes() == other.to_bytes()
 
     @property
     def layers(self) -> list[int]:
@@ -155,7 +164,7 @@ class Direction:
         )
 
     def scaled(self, factor: float) -> Direction:
-        return self._with({site: v * factor for site, v in self.vectors.items()})
+        return replace(self._with({site: v * factor for site, v in self.vectors.items()}), unit="raw")
 
     def dose(self, strength: float | None = None) -> dict[Site, float]:
         """The relative dose ||s v|| / ||h|| at each site whose norm is known, h being an ordinary token's activation.
@@ -179,7 +188,7 @@ class Direction:
                 why = "its vector is zero" if norm == 0 else "no norm is given"
                 raise UsageError(f"cannot rescale at {site}: {why}")
             scaled[site] = (v.double() * (target[site] / norm)).float()
-        return self._with(scaled)
+        return replace(self._with(scaled), unit="raw")
 
     def random_like(self, seed: int) -> Direction:
         """The control: random vectors of the same norm at the same sites, drawn on the CPU from the seed."""
@@ -258,7 +267,8 @@ class Direction:
             vectors = {Site.parse(name): tensor for name, tensor in tensors.items()}
             return cls(**_fields(meta), vectors=vectors)
         except (UsageError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise SteerableError(f"{path} is not a sound direction file: {error}") from error
+            why = one_line(str(error), 400)
+            raise SteerableError(f"{path} is not a sound direction file: {why}") from error
 
 
 def _fields(meta: dict[str, str]) -> dict[str, Any]:
@@ -322,6 +332,8 @@ def _dumps(value: Any) -> str:
 
 
 def _checked(site: Site, vector: Tensor) -> Tensor:
+    if not isinstance(vector, Tensor):
+        raise UsageError(f"the vector at {site} is a {type(vector).__name__}: expected a tensor [d] or [k, d]")
     if vector.dim() not in (1, 2) or vector.numel() == 0:
         raise UsageError(f"the vector at {site} has shape {tuple(vector.shape)}: expected [d] or [k, d]")
     if not vector.is_floating_point():

@@ -10,19 +10,25 @@ sites is in it. The site is that of the intervention or an earlier one, so that 
 from __future__ import annotations
 
 import ast
+import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from keyword import iskeyword
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steerable.steering.automaton import Automaton, break_automaton, break_steps
-from steerable.steering.plain import Registry, call_text, number_text, value_of
+from steerable.steering.plain import Registry, call_text, is_index, made, number_text, value_of
 from steerable.steering.site import Site
 from steerable.steering.tokens import Tokens
 from steerable.store.errors import UsageError
+from steerable.store.text import one_line
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,17 @@ class Reading:
     name: str
     vectors: tuple[tuple[Site, bytes, float], ...]
     is_probe: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.vectors:
+            raise UsageError("a gate on activations needs a vector at one site at least")
+        for site, content, bias in self.vectors:
+            v = _vector(content)
+            if not (bool(v.isfinite().all()) and bool(v.any()) and math.isfinite(bias)):
+                raise UsageError(
+                    f"a gate compares with one finite vector [d] other than zero and a finite bias, and {self.name!r} "
+                    f"has none at {site}"
+                )
 
     def at(self, site: Site) -> Reading:
         """For an intervention at a site: the reading there, or at the last site before it. Raises UsageError."""
@@ -53,8 +70,12 @@ class Reading:
 
     def weight(self) -> Tensor:
         """[d] float64: the reading is <h, weight> + bias."""
-        v = torch.frombuffer(bytearray(self.vectors[0][1]), dtype=torch.float32).double()
+        v = _vector(self.vectors[0][1])
         return v if self.is_probe else v / (v @ v).clamp_min(1e-300)
+
+
+def _vector(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, "<f4").astype("f8"))
 
 
 _SIGNS: dict[str, tuple[float, bool]] = {">": (1.0, False), ">=": (1.0, True), "<": (-1.0, False), "<=": (-1.0, True)}
@@ -174,10 +195,9 @@ def _linear(threshold: float, is_probe: bool) -> float:
 
 
 def quoted(name: str) -> str:
-    """A direction's name in text: as it is where it reads back so, else in quotes."""
-    if all(part.isidentifier() for part in name.split(".")):
-        return name
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """A direction's name in text: as it is where it reads back so, else in quotes, as JSON writes it."""
+    plain = all(part.isidentifier() and not iskeyword(part) for part in name.split("."))
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 GATES = Registry("steerable.gates")
@@ -203,33 +223,26 @@ def _positions(tokens: Tokens, start: int, stop: int) -> Tensor:
 
 @register_gate("tokens")
 def _with_ids(tokens: Tokens, *ids: int) -> Tensor:
-    table = _membership(ids, tokens.ids.device)
-    return table[tokens.ids.clamp(max=len(table) - 1)]
+    return torch.isin(tokens.ids, _on(ids, tokens.ids.device))
 
 
 @lru_cache(maxsize=64)
-def _membership(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    table = torch.zeros(max(ids, default=0) + 2, dtype=torch.bool)
-    table[list(ids)] = True
-    return table.to(device)
+def _on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, device=device)
 
 
 def tokens(*ids: int) -> Gate:
     """Tokens with one of these ids."""
-    if not ids or not all(_is_index(i) for i in ids):
+    if not ids or not all(map(is_index, ids)):
         raise UsageError("tokens(...) needs one or more token ids, each 0 or more")
     return Gate("tokens", args=tuple(sorted(set(ids))))
 
 
 def positions(start: int, stop: int) -> Gate:
     """Tokens start, ..., stop - 1 of each row, padding not counted."""
-    if not (_is_index(start) and _is_index(stop) and start < stop):
+    if not (is_index(start) and is_index(stop) and start < stop):
         raise UsageError(f"positions({start}, {stop}) is empty: expected 0 <= start < stop")
     return Gate("positions", args=(start, stop))
-
-
-def _is_index(i: Any) -> bool:
-    return isinstance(i, int) and not isinstance(i, bool) and i >= 0
 
 
 def when(vectors: Any, comparison: str, threshold: float, name: str = "") -> Gate:
@@ -262,12 +275,10 @@ def _comparing(op: str, vectors: Any, comparison: str, threshold: float, name: s
     entries = []
     for site, v in getattr(vectors, "vectors", vectors).items():
         flat = v.detach().to("cpu", torch.float32).reshape(-1)
-        if v.numel() != v.shape[-1] or not torch.isfinite(flat).all() or not flat.any():
-            raise UsageError(f"a gate compares with one finite vector [d] other than zero, and has none at {site}")
+        if v.numel() != v.shape[-1]:
+            raise UsageError(f"a gate compares with one vector [d], and has {v.numel() // v.shape[-1]} at {site}")
         offset = bias.get(site, 0.0) if isinstance(bias, Mapping) else bias
         entries.append((site, flat.numpy().astype("<f4").tobytes(), float(offset)))
-    if not entries:
-        raise UsageError("a gate on activations needs a vector at one site at least")
     name = name or getattr(vectors, "behaviour", "") or "direction"
     return Gate(op, args=(Reading(name, tuple(sorted(entries)), op == "probe"), comparison, float(threshold)))
 
@@ -332,16 +343,20 @@ def parse_gate(text: str | Gate, directions: Callable[[str], Any] | None = None)
     """
     if isinstance(text, Gate):
         return text
+    if not isinstance(text, str):
+        raise UsageError(f"a gate is a text like 'thinking & ~boundary' or a Gate, not {text!r}")
+    line = re.sub(r"[\r\n]", " ", text.strip())
     try:
-        return _gate(ast.parse(text.strip(), mode="eval").body, text.strip(), directions)
+        return _gate(ast.parse(line, mode="eval").body, line, directions)
     except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
         if isinstance(error, _Misread):
-            why, column = str(error), error.column
+            why, column = str(error), len(line.encode()[: error.column].decode())
+        elif isinstance(error, SyntaxError):
+            why, column = error.msg, (error.offset or len(line) + 1) - 1
         else:
-            why = error.msg if isinstance(error, SyntaxError) else "it is nested too deeply"
-            column = max((getattr(error, "offset", 1) or 1) - 1, 0)
+            why, column = "it is nested too deeply", 0
         raised = GateError(
-            f"{text!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), "
+            f"{one_line(text, 80)!r} is not a selector ({why}): expected names among {', '.join(_NAMES)}, tokens(...), "
             "positions(a, b), when(name > x), combined with & | ~ and parentheses"
         )
         raised.column = column + len(text) - len(text.lstrip())
@@ -352,6 +367,8 @@ parse_selector = parse_gate
 
 
 class _Misread(ValueError):
+    """`column` counts bytes of UTF-8, as `ast` does."""
+
     def __init__(self, node: ast.expr, why: str) -> None:
         super().__init__(why)
         self.column = node.col_offset
@@ -375,9 +392,9 @@ def _gate(node: ast.expr, text: str, directions: Callable[[str], Any] | None) ->
             try:
                 arguments = tuple(map(value_of, node.args))
                 if name in ("tokens", "positions"):
-                    return (tokens if name == "tokens" else positions)(*arguments)
-            except (ValueError, TypeError, UsageError) as error:
-                raise _Misread(node, str(error) if isinstance(error, UsageError) else f"{name} needs numbers") from None
+                    return made(name, tokens if name == "tokens" else positions, arguments)  # type: ignore[no-any-return]
+            except (ValueError, UsageError) as error:
+                raise _Misread(node, str(error)) from None
             if name not in _NAMES and GATES.knows(name):
                 return Gate(name, args=arguments)
             raise _Misread(node, f"unknown name {name!r}" if name not in _NAMES else f"{name} takes no arguments")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from steerable.steering.plain import Registry, call_text, made, numbers, read_call
 from steerable.store.errors import UsageError
+from steerable.store.text import plural
 
 Map = Any
 """An instance of a registered map."""
@@ -84,10 +85,12 @@ class Clip:
     hi: Numbers = math.inf
 
     def __post_init__(self) -> None:
-        _store(self, lo=self.lo, hi=self.hi)
+        _store(self, finite=False, lo=self.lo, hi=self.hi)
         lo, hi = torch.tensor(self.lo), torch.tensor(self.hi)
         if lo.dim() and hi.dim() and len(lo) != len(hi) or bool((lo > hi).any()):
             raise UsageError(f"clip needs lo <= hi, as many of the one as of the other, not {self.lo} and {self.hi}")
+        if bool((lo == math.inf).any() or (hi == -math.inf).any()):
+            raise UsageError(f"clip({self.lo}, {self.hi}) makes coordinates infinite: expected finite limits")
 
     @classmethod
     def ablate(cls) -> Clip:
@@ -151,8 +154,10 @@ class Rotate:
 
     def __post_init__(self) -> None:
         _store(self, degrees=self.degrees)
-        if not isinstance(self.degrees, float) or not math.isfinite(self.degrees):
-            raise UsageError(f"rotate needs one finite angle in degrees, not {self.degrees}")
+        if not isinstance(self.degrees, float):
+            raise UsageError(f"rotate needs one angle in degrees, not {self.degrees}")
+        if not isinstance(self.absolute, bool):
+            raise UsageError(f"rotate is absolute or not: expected True or False, not {self.absolute!r}")
 
     def check(self, k: int) -> None:
         if k != 2:
@@ -196,7 +201,9 @@ class Affine:
     hi: Numbers = math.inf
 
     def __post_init__(self) -> None:
-        _store(self, scale=self.scale, offset=self.offset, lo=self.lo, hi=self.hi)
+        _store(self, dims=2, scale=self.scale)
+        _store(self, offset=self.offset)
+        _store(self, finite=False, lo=self.lo, hi=self.hi)
 
     def check(self, k: int) -> None:
         if (scale := torch.tensor(self.scale)).dim() > 1 and scale.shape != (k, k):
@@ -231,7 +238,7 @@ class Swap:
     by_position: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        _store(self, source=self.source)
+        _store(self, dims=2, source=self.source)
         object.__setattr__(self, "by_position", torch.tensor(self.source).dim() == 2)
 
     def check(self, k: int) -> None:
@@ -265,7 +272,11 @@ class Framed:
     frame: Numbers
 
     def __post_init__(self) -> None:
-        _store(self, frame=self.frame)
+        _store(self, dims=2, frame=self.frame)
+
+    @property
+    def text(self) -> str:
+        raise UsageError("a framed map is what a basis makes of another one: give that map itself, with the rows")
 
     @property
     def by_position(self) -> bool:
@@ -314,7 +325,8 @@ def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
         sign = torch.where(frame.diagonal() < 0, -1.0, 1.0)
         basis, frame = basis * sign, frame * sign[:, None]
     if not bool((frame.diagonal() > 1e-9 * wide.norm(dim=-1).max().clamp_min(1e-300)).all()):
-        raise UsageError(f"{k} rows span fewer than {k} dimensions: they must be independent, and none of them zero")
+        what = f"the {k} rows are not independent" if k > 1 else "the vector is zero, or too long"
+        raise UsageError(f"{what}: {map_text(map)} acts in the {k} {plural(k, 'dimension')} that they span")
     if not isinstance(map, Shift) and bool((frame - torch.eye(k, dtype=frame.dtype)).abs().max() < 1e-6):
         return basis, map  # orthonormal, as far as float32 tells
     return basis, map.in_basis(frame) if hasattr(map, "in_basis") else Framed(map, frame)
@@ -382,6 +394,8 @@ def is_map(name: str) -> bool:
 def parse_map(text: Map | str) -> Map:
     """A map from its text, such as "clip(-1, 2)" or "ablate"; a map is returned as it is. Raises UsageError."""
     if not isinstance(text, str):
+        if not is_dataclass(text) or isinstance(text, type):
+            raise UsageError(f"a map is a text like 'clip(-1, 2)' or a dataclass of `steering.maps`, not {text!r}")
         return text
     name, arguments = read_call(text)
     if not is_map(name):
@@ -400,9 +414,19 @@ def map_text(map: Map) -> str:
     return call_text(MAPS.name_of(type(map)), *(getattr(map, f.name) for f in settable))
 
 
-def _store(map: Map, **values: Any) -> None:
+def _store(map: Map, dims: int = 1, finite: bool = True, **values: Any) -> None:
+    """Keep parameters as numbers or nested tuples of them, with no more than `dims` dimensions."""
     for name, value in values.items():
         object.__setattr__(map, name, numbers(value))
+        what = f"the {name} of {MAPS.name_of(type(map))}"
+        try:
+            tensor = torch.tensor(getattr(map, name), dtype=torch.float64)
+        except ValueError:
+            raise UsageError(f"{what} holds lists of unequal lengths") from None
+        if tensor.dim() > dims:
+            raise UsageError(f"{what} must be {'a number or a list' if dims == 1 else 'a matrix, a list or a number'}")
+        if finite and not bool(tensor.isfinite().all()):
+            raise UsageError(f"{what} must be finite")
 
 
 def _flat(value: Any) -> tuple[float, ...]:

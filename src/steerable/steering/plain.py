@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from steerable.store.errors import UsageError
 from steerable.store.plugins import load_plugins
+from steerable.store.text import counted
 
 
 class Registry(dict[str, Any]):
@@ -54,6 +56,11 @@ class Registry(dict[str, Any]):
         raise UsageError(f"{cls.__qualname__} has no name here: register it, or name it as an entry point {self.group}")
 
 
+def is_index(value: Any, least: int = 0) -> bool:
+    """Whether a value is a whole number that a tensor can hold, `least` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
 def numbers(value: Any) -> Any:
     """A parameter as a float, or nested tuples of floats. Raises UsageError for NaN and for what is no number."""
     if hasattr(value, "tolist"):
@@ -62,7 +69,7 @@ def numbers(value: Any) -> Any:
         return tuple(numbers(item) for item in value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"expected a number or a list of numbers, not {value!r}") from None
     if isinstance(value, bool) or math.isnan(number):
         raise UsageError(f"expected a number, not {value!r}")
@@ -118,8 +125,14 @@ def read_call(text: str) -> tuple[str, list[Any]]:
         raise UsageError(f"{text!r} is no map or schedule ({why})") from None
 
 
-def made(name: str, make: Callable[..., Any], arguments: list[Any]) -> Any:
+def made(name: str, make: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """`make` of these arguments. Raises UsageError where it takes others."""
+    takes = inspect.signature(make)
+    try:
+        takes.bind(*arguments)
+    except TypeError:
+        values = counted(len(arguments), "value")
+        raise UsageError(f"{name} takes ({', '.join(takes.parameters)}), not {values}") from None
     try:
         return make(*arguments)
     except TypeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerable.steering.plain import Registry, call_text, made, numbers, read_call
+from steerable.steering.plain import Registry, call_text, is_index, made, numbers, read_call
 from steerable.steering.tokens import CLOSING, Event, Tokens
 from steerable.store.errors import UsageError
 
@@ -75,7 +75,7 @@ class Ramp(Schedule):
 
     def __post_init__(self) -> None:
         _finite((self.start, self.stop))
-        if not _whole(self.tokens):
+        if not is_index(self.tokens, 1):
             raise UsageError(f"a ramp needs a whole number of tokens, 1 or more, not {self.tokens!r}")
         object.__setattr__(self, "start", float(self.start))
         object.__setattr__(self, "stop", float(self.stop))
@@ -98,7 +98,7 @@ class Until(Schedule):
 
     def __post_init__(self) -> None:
         ids = self.end if isinstance(self.end, tuple) else ()
-        if not (_whole(self.end) or self.end == CLOSING or ids and all(_whole(i, 0) for i in ids)):
+        if not (is_index(self.end, 1) or self.end == CLOSING or ids and all(map(is_index, ids))):
             raise UsageError(
                 f"until needs a number of tokens, a list of token ids or `{CLOSING}`, the closing think tag, "
                 f"not {self.end!r}"
@@ -139,15 +139,13 @@ def parse_schedule(text: Schedule | str) -> Schedule:
     """A schedule from its text, such as "ramp(0, 1, 50)"; a schedule is returned as it is. Raises UsageError."""
     if isinstance(text, Schedule):
         return text
+    if not isinstance(text, str):
+        raise UsageError(f"a schedule is a text like 'ramp(0, 1, 50)' or a Schedule, not {text!r}")
     name, arguments = read_call(text)
     if not SCHEDULES.knows(name):
         raise UsageError(f"unknown schedule {name!r}: expected one of {', '.join(sorted(SCHEDULES))}")
     schedule: Schedule = made(name, SCHEDULES[name], [tuple(arguments)] if name == "layers" else arguments)
     return schedule
-
-
-def _whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _finite(values: tuple[Any, ...]) -> None:

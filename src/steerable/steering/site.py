@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import total_ordering
+from operator import index
 
 from steerable.store.errors import UsageError
 
@@ -31,16 +33,19 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"unknown site {self.kind!r}: expected one of {', '.join(KINDS)}")
+        try:
+            object.__setattr__(self, "layer", index(self.layer))
+        except TypeError:
+            raise UsageError(f"a layer is a whole number, not {self.layer!r}") from None
         if self.layer < 0:
             raise UsageError(f"layer {self.layer} is negative: layers count from 0")
 
     @classmethod
     def parse(cls, text: str) -> Site:
         """The inverse of `str`. Raises UsageError."""
-        kind, _, layer = text.partition(".")
-        if not (layer.isascii() and layer.isdigit()):
+        if (match := re.fullmatch(r"(\w+)\.(0|[1-9][0-9]{0,8})", text)) is None:
             raise UsageError(f"{text!r} is not a site: expected a kind and a layer, like 'resid_post.3'")
-        return cls(kind, int(layer))
+        return cls(match[1], int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
@@ -54,6 +59,6 @@ def parse_layers(text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
         raise UsageError(f"--layers is {text!r}: expected layers separated by commas, e.g. 2,3")
     return [int(part) for part in parts]

@@ -218,6 +218,8 @@ def gate_from_json(data: Any) -> Gate:
     if isinstance(data, str):
         return parse_gate(data)
     try:
+        if unknown := sorted(set(data) - {"text", "readings"}):
+            raise UsageError(f"unknown key {unknown[0]!r} in a gate")
         waiting = [
             tuple((Site.parse(site), base64.b64decode(v, validate=True), float(bias)) for site, v, bias in entries)
             for entries in data["readings"]
@@ -225,9 +227,7 @@ def gate_from_json(data: Any) -> Gate:
         gate = parse_gate(data["text"], lambda name: {Site("resid_post", 0): torch.ones(1)})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"a gate must be a text, or a text with readings ({error})") from None
-    if len(waiting) != len(gate.readings) or not all(
-        entries and all(len(v) and len(v) % 4 == 0 and math.isfinite(b) for _, v, b in entries) for entries in waiting
-    ):
+    if len(waiting) != len(gate.readings) or any(len(v) % 4 for entries in waiting for _, v, _ in entries):
         raise UsageError("the readings of a gate do not fit its text")
     return _with_readings(gate, iter(waiting))
 

@@ -9,6 +9,7 @@ direction says. A name with signs or blanks in it stands in double quotes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from steerable.steering.direction import Direction
-from steerable.steering.gates import GateError, parse_gate
+from steerable.steering.gates import GateError, parse_gate, quoted
 from steerable.steering.maps import is_map, parse_map
 from steerable.steering.schedule import SCHEDULES, parse_schedule
 from steerable.steering.spec import Program
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.text import one_line
 
 Directions = Mapping[str, Direction | str | Path] | Callable[[str], Direction]
 
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?=[\s\"])")
-_NAME = re.compile(r'"((?:[^"\\]|\\.)*)"|[^\s@|\[\]"&()<>=]+')
-_LAYERS = re.compile(r"\[\s*(\d+(?:\s*,\s*\d+)*)\s*\]")
+_NAME = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s@|\[\]"&()<>=]+')
+_LAYERS = re.compile(r"\s*\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 _SPACE = re.compile(r"\s*")
 
 
@@ -65,7 +67,7 @@ class _Reader:
 
     def _wrong(self, why: str, place: int | None = None) -> UsageError:
         column = (self.place if place is None else place) + 1
-        return UsageError(f"the steering {self.text!r} cannot be read at column {column}: {why}")
+        return UsageError(f"the steering {one_line(self.text, 200)!r} cannot be read at column {column}: {why}")
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         if (match := pattern.match(self.text, self.place)) is not None:
@@ -90,10 +92,13 @@ class _Reader:
         start = self.place
         if (name := self._take(_NAME)) is None:
             raise self._wrong("expected the name of a direction, as in 0.5 happy@thinking")
-        title = re.sub(r"\\(.)", r"\1", name[1]) if name[1] is not None else name[0]
+        title = written = name[0]
         try:
+            if written.startswith('"'):
+                title = json.loads(written, strict=False)
+                written = quoted(title)
             direction = self.direction(title)
-        except SteerableError as error:
+        except (SteerableError, ValueError) as error:
             raise self._wrong(str(error), start) from error
         layers = self._take(_LAYERS)
         given: dict[str, Any] = {}
@@ -111,7 +116,7 @@ class _Reader:
         strength = sign * (float(number[0]) if number else direction.strength)
         chosen = [int(n) for n in layers[1].split(",")] if layers else None
         try:
-            return direction.steering(strength, chosen, name=name[0], **given)
+            return direction.steering(strength, chosen, name=written, **given)
         except UsageError as error:
             raise self._wrong(str(error), start) from error
 

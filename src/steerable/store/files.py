@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ from typing import Any
 from steerable.store.errors import SteerableError, UsageError
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+_LONGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no longer one
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -150,21 +152,26 @@ def strict_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError also for NaN, infinities, an object with one key twice and nesting
     that is too deep to be meant."""
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def check_header(path: str | Path) -> None:
-    """Raises ValueError for a safetensors file with a name or key twice, of which its library silently takes one."""
+    """Raises ValueError for a safetensors file with a name or key twice, of which its library silently takes one; what
+    that library refuses is left to it."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length <= os.fstat(file.fileno()).st_size:
+        if length <= min(os.fstat(file.fileno()).st_size, _LONGEST_HEADER):
             strict_json(file.read(length))
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no finite number")
+
+
+def _finite(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else _no_constant(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
