@@ -48,7 +48,7 @@ class Command:
     summary: str = ""
 
 
-_ONE_STAGE = {"fresh": False, "config": None, "quick": False, "paper": False}
+_ONE_STAGE = {"fresh": False, "config": None, "quick": False, "paper": False, "dry_run": False}
 COMMANDS = {
     "run": Command("main_job:run", "steerable run --quick --out runs/look", fixed={"stage": None, "fresh": True}),
     **{

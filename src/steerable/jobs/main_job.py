@@ -9,6 +9,7 @@ Vectors" (arXiv 2506.18167), with the choices that `jobs/settings.py` names.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -34,6 +35,7 @@ from steerable.jobs.cells import (
     evaluation_cells,
     generate_cells,
 )
+from steerable.jobs.dry_run import estimate, tables
 from steerable.jobs.report_content import assemble, describe_model, selected_tokens
 from steerable.jobs.run import Run, recorded_settings
 from steerable.jobs.settings import (
@@ -353,28 +355,30 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 
 
 def run(
-    out: Path | str = Path("runs/pocket"),
+    out: Path | str | None = None,
     *,
     stage: str | None = None,
     fresh: bool = True,
     config: Path | None = None,
     quick: bool = False,
     paper: bool = False,
+    dry_run: bool = False,
     workers: int | None = None,
     ray: float | None = None,
     overwrite: bool = False,
     display: Display | None = None,
     **settings: Annotated[Any, Config],
-) -> Path:
+) -> Path | dict[str, Any]:
     """All stages of the main job, from tasks to the report. A stopped run goes on where it was.
 
     Args:
-        out: The run folder: everything that the run reads and writes.
+        out: The run folder: everything that the run reads and writes; default: runs/<model>.
         stage: One stage alone, by its name in `STAGES`.
         fresh: Settings that are not given have their defaults; else those of the folder's config.json.
         config: A JSON file of settings, e.g. the config.json of a former run; options on the command line go before it.
         quick: Fewer tasks and samples: a look in under a minute, not a result.
         paper: The published setting: 500 tasks, written and annotated by a language model; greedy, 1000 tokens.
+        dry_run: Do nothing, but say what would be done, how long it would take and what it would cost.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         ray: Workers are actors of a Ray cluster (RAY_ADDRESS, else here) with this many GPUs each.
         overwrite: Let results of another model in --out be replaced; else that is refused.
@@ -382,7 +386,7 @@ def run(
         settings: The fields of `Config`.
 
     Returns:
-        The run folder.
+        The run folder; with `dry_run` what `dry_run.estimate` says.
 
     Raises:
         UsageError: a wrong setting or input, before anything is written.
@@ -396,7 +400,10 @@ def run(
         raise UsageError(f"--workers is {workers}: expected 1 or more")
     if ray is not None and ray < 0:
         raise UsageError(f"--ray is {ray}: expected the number of GPUs of each worker, 0 or more")
-    folder, display = RunFolder(out), display or Display(quiet=True)
+    display = display or Display(quiet=True)
+    if out is None:
+        out = default_folder(settings.get("model", "pocket"))
+    folder = RunFolder(out)
     steps = [step for step in STAGES if stage in (None, step.name)]
     recorded = _read_config(config) if fresh else recorded_settings(folder)
     given = (PAPER if paper else {}) | settings
@@ -408,6 +415,10 @@ def run(
         changed = {name for name in settings if recorded.get(name) != getattr(final, name)}
         _refuse_settings_of_earlier(steps[0], changed)
     job = Run(folder, final, workers, ray, display)
+    if dry_run:
+        plan = estimate(job)
+        display.show(*tables(plan))
+        return plan
     is_new = not (folder / "config.json").exists()
     if is_new or recorded_settings(folder) != final.to_dict() or not _is_finished(job, steps):
         # Wrong settings, an unusable model and missing inputs are refused before anything is written.
@@ -420,7 +431,8 @@ def run(
         # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
         if not is_new:
             write_json(folder / "config.json", final.to_dict())
-        for step in steps:
+        for number, step in enumerate(steps, start=1):
+            display.part = f"stage {number} of {len(steps)}" if len(steps) > 1 else ""
             depends_on = _depends_on(job, step)
             done = folder.run_stage(step.name, step.inputs, depends_on, step.outputs, partial(_WORK[step.name], job))
             if is_new and step is steps[0]:
@@ -429,6 +441,11 @@ def run(
     if steps[-1].name == "report":
         display.tell(f"The report is {(folder / 'report.html').resolve()}")
     return folder.root
+
+
+def default_folder(model: str) -> Path:
+    """The run folder of a model: its name, the last part of a path or hub name, under `runs`."""
+    return Path("runs") / (re.sub(r"[^\w.-]", "-", Path(model).name.removesuffix(".gguf")).strip(".") or "model")
 
 
 def annotate_or_compare(

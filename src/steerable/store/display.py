@@ -1,16 +1,18 @@
-"""Progress on the terminal: one bar with tokens a second, on standard error, never on standard output."""
+"""Progress on standard error, never on standard output: one bar with tokens a second on a terminal, else a line a
+minute."""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from steerable.store.text import one_line, printable
+from steerable.store.text import duration, one_line, printable
 
 # tqdm's default lock takes semaphores from the system for sharing a terminal between processes. Only this one draws,
 # and where a process is killed the semaphores would be left over.
@@ -28,13 +30,22 @@ class Harmless:
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
 class Display:
-    """Says which stage runs and how far it is; says nothing when quiet, and draws bars on a terminal only."""
+    """Says which stage runs and how far it is; says nothing when quiet.
+
+    part: which part of a longer job this is ("stage 2 of 9"), in front of what is going on.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.quiet = quiet
+        self.quiet, self.part = quiet, ""
         self._bar: Any = None
-        self._tokens = 0
+        self._name = ""
+        self._tokens = self._finished = 0
+        self._began = self._last_line = 0.0
 
     def __enter__(self) -> Display:
         return self
@@ -66,23 +77,39 @@ class Display:
     def start(self, name: str, total: int, unit: str = "chain") -> None:
         """A new bar; it ends with the next one."""
         self.done()
-        self._tokens = 0
+        self._tokens = self._finished = 0
+        self._began = self._last_line = time.monotonic()
         if not self.quiet:
-            self._bar = tqdm(
-                total=total, desc=one_line(name, 80), unit=unit, dynamic_ncols=True, leave=True, disable=None
-            )
+            self._name = one_line(f"{self.part}, {name}" if self.part else name, 80)
+            self._bar = tqdm(total=total, desc=self._name, unit=unit, dynamic_ncols=True, leave=True, disable=None)
 
     def advance(self, finished: int, tokens: int = 0, note: str = "") -> None:
         """`finished` more of the total, and `tokens` more generated; the note stands behind the bar."""
-        if self._bar is None or self._bar.disable:
+        if self._bar is None:
             return
         self._tokens += tokens
+        self._finished += finished
+        if self._bar.disable:
+            self._say_progress(note)
+            return
         seconds = self._bar.format_dict["elapsed"]
         if note:
             self._bar.set_postfix_str(one_line(note), refresh=False)
         elif self._tokens and seconds > 0:
             self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tokens/s", refresh=False)
         self._bar.update(finished)
+
+    def _say_progress(self, note: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line < EVERY:
+            return
+        self._last_line, seconds = now, now - self._began
+        line = f"{self._name}: {self._finished:,} of {self._bar.total:,}"
+        if self._tokens:
+            line += f", {self._tokens / seconds:,.0f} tokens/s"
+        if 0 < self._finished < self._bar.total:
+            line += f", {duration(seconds * (self._bar.total / self._finished - 1))} left"
+        tqdm.write(printable(f"{line}, {one_line(note)}" if note else line), file=sys.stderr)
 
     def done(self) -> None:
         if self._bar is not None:

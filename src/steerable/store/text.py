@@ -7,6 +7,7 @@ direction would show another text than is there. Each is shown as one sign in it
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -50,3 +51,10 @@ def plural(count: float, one: str, many: str = "") -> str:
 def counted(count: float, one: str, many: str = "") -> str:
     """A count with its noun, thousands parted by commas: `1 step`, `1,024 steps`, `0.5 GPUs`."""
     return f"{count:,} {plural(count, one, many)}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

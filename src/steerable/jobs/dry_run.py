@@ -1,0 +1,192 @@
+"""What a run would do, take and cost, before it does anything: `steerable run --dry-run`.
+
+The cells are those that the run itself would make; how fast the model writes and reads, and how long its chains are, is
+measured on a few of its tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from steerable.chains.annotators.llm import LABEL_TEXTS, instructions
+from steerable.chains.generation import generate_chains
+from steerable.chains.records import STEERABLE, Record
+from steerable.chains.tasks import make_splits
+from steerable.chains.windows import WINDOWS
+from steerable.engines.pool import default_workers
+from steerable.engines.transformers import score_tokens
+from steerable.jobs import selection
+from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
+from steerable.jobs.run import Run
+from steerable.models import loading as models
+from steerable.pages import words
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
+from steerable.store.text import duration
+
+_PROBED, _PROBED_TOKENS = 32, 256
+_MARKS = 1.3
+"""Tokens that a language model writes for one of the text that it marks."""
+_QUESTION = "What is 17 times 23? Think step by step."
+
+
+def estimate(run: Run) -> dict[str, Any]:
+    """What the stages of a run would do.
+
+    Returns:
+        `stages`: for each its name, `chains` and `cells` that are generated, `tokens` that are written or read, and
+        `seconds`; `probe`: what was measured; `memory_bytes`: weights, keys and values of the widest batch; `cost`:
+        dollars of a paid annotator whose prices are given, else null; `annotated_tokens`: what it would read and write.
+    """
+    c = run.config
+    sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
+    is_written = c.tasks.partition(":")[0] == "llm"  # by a language model, which costs
+    tasks = [] if is_written else make_splits(c.tasks, sizes, c.seed)
+    probed = [t for t in tasks if t["split"] == "extraction"][:_PROBED] or [{"id": "0", "prompt": _QUESTION}] * 8
+    probe = _probe(run, [{**task, "id": str(number)} for number, task in enumerate(probed)])
+    length, context, layers = (
+        probe["tokens"],
+        probe["prompt_tokens"] + probe["tokens"],
+        models.n_layers(run.loaded.model),
+    )
+    behaviours = c.steered or list(STEERABLE)
+    windows = [c.window] if c.window else list(WINDOWS)
+    workers = run.workers or default_workers(run.loaded.model)
+
+    def written(stage: str, chains: int, cells: int = 0) -> dict[str, Any]:
+        tokens = chains * length
+        seconds = tokens / probe["tokens_a_second"] / workers
+        return {"stage": stage, "chains": chains, "cells": cells, "tokens": round(tokens), "seconds": seconds}
+
+    def read(stage: str, passes: float) -> dict[str, Any]:
+        tokens = passes * context
+        return {
+            "stage": stage, "chains": 0, "cells": 0, "tokens": round(tokens),
+            "seconds": tokens / probe["tokens_read_a_second"],
+        }  # fmt: skip
+
+    validation, selecting = _selecting(run, behaviours, windows, layers)
+    steered = evaluation_cells(c, _selection(behaviours, windows[0], layers), _anything(layers), run.thinks)
+    chains = sum(_chains(cell, c.evaluation) for cell in steered)
+    patched = (
+        min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
+    )  # a patch is computed from its layer on
+    stages = [
+        written("generate", c.limit),
+        read("extract", c.limit),
+        read("attribute", 3 * min(c.attributed, c.limit) * len(windows) + patched),
+        written("select", validation, selecting),
+        written("steer", chains, len(steered)),
+        read("evaluate", 2 * min(c.compared, c.evaluation) * len(steered)),
+    ]
+    annotated = c.limit + validation + chains
+    asked = annotated * (len(instructions(c.label_texts or LABEL_TEXTS)) / 4 + length), annotated * length * _MARKS
+    is_paid = c.annotate is None and c.probe is None
+    cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if is_paid and c.prices else None
+    return {
+        "stages": stages,
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "probe": probe,
+        "memory_bytes": _memory(run, probe["prompt_tokens"]),
+        "annotated_tokens": [round(n) for n in asked] if is_paid else None,
+        "cost": cost,
+    }
+
+
+def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
+    """How long the chains are and how fast they are written and read, on a few tasks."""
+    c, model = run.config, run.loaded.model
+    limit = min(c.max_new_tokens, _PROBED_TOKENS)
+    options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None, "rows": c.rows}
+    generate_chains(run.loaded, tasks[:1], max_new_tokens=2, **options)  # what is done once is not counted
+    began = time.perf_counter()
+    chains = generate_chains(run.loaded, tasks, max_new_tokens=limit, **options)
+    seconds = time.perf_counter() - began
+    texts = [[*chain["prompt_ids"], *chain["ids"]] for chain in chains]
+    began = time.perf_counter()
+    score_tokens(model, texts, [len(chain["prompt_ids"]) for chain in chains])
+    reading = time.perf_counter() - began
+    new = sum(chain["tokens"] for chain in chains)
+    cut = sum(chain["tokens"] == limit for chain in chains) / len(chains)
+    # Of a chain that was cut off no more is known than that it may be as long as it may become.
+    tokens = new / len(chains) + (cut * (c.max_new_tokens - limit) if limit < c.max_new_tokens else 0)
+    return {
+        "chains": len(chains),
+        "tokens": tokens,
+        "prompt_tokens": sum(len(chain["prompt_ids"]) for chain in chains) / len(chains),
+        "cut": cut,
+        "tokens_a_second": new / seconds,
+        "tokens_read_a_second": sum(map(len, texts)) / reading,
+    }
+
+
+def _selecting(run: Run, behaviours: Sequence[str], windows: Sequence[str], layers: int) -> tuple[int, int]:
+    """The chains and cells of the selection at strength 1."""
+    c = run.config
+    tried = 1 if c.chosen_layer is not None else min(c.tried, len(selection.interior(layers)))
+    count = len(windows) * tried
+    parts = selection.rounds(range(c.validation), count)
+    chains = cells = 0
+    for number, part in enumerate(parts):
+        samples = (0,) if c.greedy or number < len(parts) - 1 else (0, 1)
+        one = [{"window": windows[0], "baseline": c.baseline, "layer": layer % layers} for layer in range(count)]
+        made = validation_cells(dict.fromkeys(behaviours, one), _anything(layers), samples=samples)
+        chains, cells = chains + sum(_chains(cell, len(part)) for cell in made), cells + len(made)
+        count = max(selection.FEWEST, count // 2)
+    return chains, cells
+
+
+def _chains(cell: Cell, tasks: int) -> int:
+    every = range(tasks)[: cell.tasks]
+    return sum(len(every[part.tasks]) * len(part.samples) for part in cell.parts)
+
+
+def _selection(behaviours: Sequence[str], window: str, layers: int) -> dict[str, dict[str, Any]]:
+    """A selection in which each behaviour is steered at another layer, so that it has random controls of its own."""
+    inner = list(selection.interior(layers))
+    return {
+        b: {"layer": inner[k % len(inner)], "layers": inner, "window": window, "baseline": "pooled"}
+        for k, b in enumerate(behaviours)
+    }
+
+
+def _anything(layers: int) -> Any:
+    """A direction for every path: cells are counted, not generated."""
+    direction = Direction({Site("resid_post", layer): torch.ones(1, 1) for layer in range(layers)})
+    return lambda path: direction
+
+
+def _memory(run: Run, prompt: float) -> int:
+    c, model = run.config, run.loaded.model
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = 2 * models.n_layers(model) * heads * size * model.dtype.itemsize
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + round(
+        c.rows * (prompt + c.max_new_tokens) * keys
+    )
+
+
+def tables(plan: Mapping[str, Any]) -> list[Any]:
+    """The plan for a terminal."""
+    rows = [
+        (s["stage"], f"{s['cells']:,}" if s["cells"] else "", f"{s['chains']:,}" if s["chains"] else "",
+         f"{s['tokens']:,}", duration(s["seconds"]))
+        for s in plan["stages"]
+    ]  # fmt: skip
+    probe = plan["probe"]
+    caption = (
+        f"measured on {probe['chains']} chains: {probe['tokens']:.0f} tokens each, {probe['tokens_a_second']:,.0f} "
+        f"written and {probe['tokens_read_a_second']:,.0f} read a second; memory for weights, keys and values "
+        f"{words.size(plan['memory_bytes'])}"
+    )
+    if plan["annotated_tokens"]:
+        read, written = plan["annotated_tokens"]
+        price = "give --llm-prices for its cost" if plan["cost"] is None else f"${plan['cost']:,.2f}"
+        caption += f"; the annotator reads {read:,} and writes {written:,} tokens: {price}"
+    title = f"Nothing is done yet. In all about {duration(plan['seconds'])}"
+    return [words.printed(title, ["stage", "cells", "chains", "tokens", "time"], rows, caption)]
