@@ -4,6 +4,8 @@ Accuracy of every arm on the same unseen tasks, greedy and sampled, and the reco
 
     R = (arm - base) / (full - base)
 
+which is null where the interval of full - base holds zero: then there is nothing clear to have a share in.
+
 Intervals are 95 % percentiles of a bootstrap that draws tasks (the same for all arms) and, where an arm has several
 seeds, seeds. An arm with one seed is compared with base and full of all seeds, so its own seed's luck is in its figure.
 """
@@ -59,7 +61,9 @@ def summarise(out: Path, seeds: Sequence[int] = (0, 1, 2), run: Path = Path("run
             row[d]["accuracy"] = _interval(arm, lambda x: x[0], draws)
             row[d]["gain"] = _interval(arm, lambda x: x[0] - x[1], draws, base)
             if full is not None and name not in ("base", "full"):
-                row[d]["recovered"] = _interval(arm, lambda x: (x[0] - x[1]) / (x[2] - x[1]), draws, base, full)
+                room = _interval(full, lambda x: x[0] - x[1], draws, base)
+                share = _interval(arm, lambda x: (x[0] - x[1]) / (x[2] - x[1]), draws, base, full)
+                row[d]["recovered"] = None if room[1] <= 0 <= room[2] else share
         result["arms"][name] = row
     result["against"] = {
         other: {d: _interval(right["bias"][d], lambda x: x[0] - x[1], draws, right[other][d]) for d in DECODINGS}

@@ -51,8 +51,7 @@ def arms(names: Mapping[str, str], given: Sources) -> str:
                 str(arm["seeds"]),
                 _share(sampled["accuracy"]),
                 _share(greedy["accuracy"]),
-                _share(sampled.get("recovered")) if "recovered" in sampled else "",
-                _share(greedy.get("recovered")) if "recovered" in greedy else "",
+                *(_recovered(decoded) for decoded in (sampled, greedy)),
                 words.number(sampled["tokens"]),
                 f"{words.percent(sampled['loops'])} / {words.percent(greedy['loops'])}",
             ]
@@ -149,7 +148,8 @@ def about(given: Sources) -> str:
         f"{s['steps']} steps of {s['prompts']} tasks × {s['group']} samples for every arm, the learning rate of each "
         f"method tuned on validation tasks, the last checkpoint judged on {found['tasks']} unseen tasks: once greedily "
         f"and {s['samples']} times sampled at temperature {words.number(s['temperature'])}. "
-        "Intervals are 95 %, of a bootstrap over tasks and seeds; R = (arm − base) / (full − base)."
+        "Intervals are 95 %, of a bootstrap over tasks and seeds; R = (arm − base) / (full − base), and – where the "
+        "interval of full − base holds 0: nothing clear was gained to recover."
     )
 
 
@@ -190,6 +190,11 @@ def options(given: Sources) -> str:
 
 def _share(value: Any) -> str:
     return words.with_interval(value, "share")
+
+
+def _recovered(cell: Mapping[str, Any]) -> str:
+    """Nothing for the arms that R is measured by, a dash where its denominator may be zero."""
+    return "" if "recovered" not in cell else _share(cell["recovered"]) if cell["recovered"] else "–"
 
 
 def _points(value: Sequence[float]) -> str:

@@ -209,6 +209,16 @@ def test_pictures_are_of_the_same_run_as_the_figures():
         )
 
 
+@pytest.mark.parametrize("decoding", ["sampled", "greedy"])
+def test_no_share_of_a_gain_that_may_be_zero_is_recovered(decoding):
+    """R = (arm - base) / (full - base) is shown where the denominator's interval is clear of zero, and nowhere else."""
+    arms = {name: arm[decoding] for name, arm in figures.sources()["arms"]["arms"].items()}
+    _, low, high = arms["full"]["gain"]
+    recovered = [arm["recovered"] for arm in arms.values() if "recovered" in arm]
+    assert len(recovered) > 10 and {r is None for r in recovered} == {low <= 0 <= high}
+    assert figures.training_figures._recovered({"recovered": None}) == "–"
+
+
 def test_figures_of_a_run(small_run):
     run = json.loads(json.dumps(figures.headline(small_run)))
     given = {**figures.sources(), "run": run}

@@ -50,6 +50,8 @@ def test_ratio():
     assert ratio_interval(a, dict.fromkeys(a, 0.0)) is None
     rare = dict.fromkeys(a, 0.0) | {"task0": 1.0}
     assert ratio_interval(a, rare) is None  # a third of the resamples miss the only task that counts
+    change = {task: value - 1 for task, value in draw(4).items()}
+    assert mean_interval(change)[1] < 0 < mean_interval(change)[2] and ratio_interval(a, change) is None
 
 
 def test_empty_single_and_seeded():

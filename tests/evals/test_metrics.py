@@ -1,8 +1,8 @@
 import pytest
 
 from steerable.chains.records import LABELS
-from steerable.evals.cells import compare, differences, measure_cell, values
-from steerable.evals.metrics import Metric, all_metrics, label_fractions, loops, measure, register_metric
+from steerable.evals.cells import differences, measure_cell, same_chains, values, wrong_way
+from steerable.evals.metrics import Measured, Metric, all_metrics, label_fractions, loops, measure, register_metric
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.plugins import load_plugins
 
@@ -81,7 +81,7 @@ def test_measure_and_cell(chains, tokenizer):
     cell = measure_cell(measured)
     assert (cell["tasks"], cell["samples"], cell["dropped"]) == (2, 1.5, 1)
     assert cell["fractions"]["backtracking"] == [0.25, 0.25, 0.25]
-    assert cell["accuracy"] == [0.25, 0.0, 0.5]
+    assert cell["accuracy"] == [0.25, 0.0, 0.5] and values(measured, "fractions.deduction") == {"t": 0.75}
     assert sum(interval[0] for interval in cell["fractions"].values()) == pytest.approx(1)
     assert set(all_metrics()) < set(cell) and cell["kl"] is None
     assert measure_cell(measured) == cell  # seeded
@@ -94,10 +94,28 @@ def test_empty_cell_and_ungraded_tasks_measure_none(chains, tokenizer):
     assert measure_cell(ungraded)["accuracy"] is None
 
 
-def test_compare_is_paired(chains, tokenizer):
-    measured = measure(TASKS, chains, SPANS, tokenizer)
-    assert compare(measured, measured, "tokens") == {"difference": [0, 0, 0], "ratio": [1, 1, 1]}
-    assert values(measured, "fractions.deduction") == {"t": 0.75}
+def drawn(task, right, backtracking):
+    """A chain by its task, whether it is right, and its share of backtracking; the rest is deduction."""
+    fractions = dict.fromkeys(LABELS, 0.0) | {"backtracking": backtracking, "deduction": 1 - backtracking}
+    return Measured({}, {"task_id": task, "sample": 0, "tokens": 9, "closed": True}, [], fractions, 0.0, right, 0.0)
+
+
+def test_differences_and_the_wrong_way_are_paired_by_task():
+    before = [drawn("a", True, 0.1), drawn("b", True, 0.2), drawn("c", False, 0.4), drawn("d", False, 0.0)]
+    after = [drawn("a", True, 0.3), drawn("b", False, 0.1), drawn("c", True, 0.4), drawn("e", False, 0.9)]
+    pairs = same_chains(after, before)
+    assert [m.task_id for m in pairs] == ["a", "b", "c"]
+    change = differences(after, pairs)
+    assert change["accuracy"][0] == 0 and change["accuracy"][1] < 0 < change["accuracy"][2]
+    assert change["tokens"] == [0, 0, 0] and change["kl"] is None
+    assert change["fractions"]["backtracking"][0] == pytest.approx(0.1 / 3)
+    assert change["fractions"]["deduction"][0] == pytest.approx(-0.1 / 3)
+    up, down = (wrong_way(after, pairs, "backtracking", s) for s in (0.5, -0.5))
+    assert up["fraction"][0] == pytest.approx(1 / 3), "on b it fell"
+    assert down["fraction"][0] == pytest.approx(1 / 3), "on a it rose; c, where nothing moved, is no wrong way"
+    assert up["accuracy"] == down["accuracy"] == [pytest.approx(1 / 3), 0.0, 1.0], "b is answered worse"
+    assert wrong_way(before, before, "backtracking", 0.0) == {"fraction": None, "accuracy": None}
+    assert wrong_way([], [], "backtracking", 1.0) == {"fraction": None, "accuracy": None}
 
 
 def test_missing_task_and_slow_tokenizer(chains, tokenizer):

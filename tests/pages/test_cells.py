@@ -86,5 +86,6 @@ def test_missing_controls_are_never_a_success():
     assert effect(CELLS, "backtracking", HERE, 2.0).verdict == "not measured"
 
 
-def test_no_ratio_to_nothing():
-    assert effect([cell(0.0, [0.0, 0.0, 0.0]), CELLS[1]], "backtracking", HERE, 1.0).ratio is None
+@pytest.mark.parametrize("base", [[0.0, 0.0, 0.0], [0.01, 0.0, 0.03]])
+def test_no_ratio_to_what_may_be_nothing(base):
+    assert effect([cell(0.0, base), CELLS[1]], "backtracking", HERE, 1.0).ratio is None

@@ -167,6 +167,14 @@ def test_what_was_not_measured_is_said():
     assert "One task, two answers" not in few and "Right answers" in few
 
 
+def test_no_ratio_to_a_share_that_may_be_zero():
+    report = copy.deepcopy(REPORT)
+    report["base"]["sampled"]["fractions"]["backtracking"] = [0.01, 0.0, 0.03]
+    page = render(report)
+    assert "backtracking (+3.0 points)" in words_of(page)
+    assert page.count('class="value middle">–<') == 1
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

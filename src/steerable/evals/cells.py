@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerable.chains.records import LABELS
-from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
+from steerable.evals.intervals import by_task, difference_interval, mean_interval
 from steerable.evals.metrics import Measured, all_metrics
 
 
@@ -39,40 +39,38 @@ def values(measured: Sequence[Measured], metric: str) -> dict[str, float]:
     return by_task((m.task_id, value(m)) for m in measured)
 
 
+def same_chains(measured: Sequence[Measured], unsteered: Sequence[Measured]) -> list[Measured]:
+    """The unsteered chains of the same tasks and samples: they were drawn with the same seeds."""
+    drawn = {(m.task_id, m.sample) for m in measured}
+    return [m for m in unsteered if (m.task_id, m.sample) in drawn]
+
+
 def wrong_way(
     measured: Sequence[Measured], unsteered: Sequence[Measured], behaviour: str, strength: float, seed: int = 0
 ) -> dict[str, list[float] | None]:
     """Of how many tasks the mean moved the wrong way: `fraction`, the share of tasks on which the behaviour became
     rarer at a positive strength or more frequent at a negative one; `accuracy`, of those that are answered worse.
 
-    Each is [share, low, high] over tasks. The same samples of a task are compared; None at strength 0, and for what was
-    not measured.
+    Each is [share, low, high] over tasks; None at strength 0, and for what was not measured.
     """
     if strength == 0:
         return {"fraction": None, "accuracy": None}
-    pairs = {(m.task_id, m.sample) for m in measured}
-    base = [m for m in unsteered if (m.task_id, m.sample) in pairs]
     wrong: dict[str, list[float] | None] = {}
     for name, metric, sign in (("fraction", f"fractions.{behaviour}", strength), ("accuracy", "accuracy", 1.0)):
-        steered, before = values(measured, metric), values(base, metric)
+        steered, before = values(measured, metric), values(unsteered, metric)
         moved = {task: (steered[task] - before[task]) * sign for task in steered.keys() & before.keys()}
         wrong[name] = mean_interval({task: float(moved[task] < 0) for task in sorted(moved)}, seed)
     return wrong
 
 
-def compare(
-    measured: Sequence[Measured], baseline: Sequence[Measured], metric: str, seed: int = 0
-) -> dict[str, list[float] | None]:
-    """A metric against a baseline, paired by task: `difference` and `ratio`, each [estimate, low, high]."""
-    a, b = values(measured, metric), values(baseline, metric)
-    return {"difference": difference_interval(a, b, seed), "ratio": ratio_interval(a, b, seed)}
-
-
 def differences(
     measured: Sequence[Measured], baseline: Sequence[Measured], seed: int = 0, labels: Sequence[str] = LABELS
 ) -> dict[str, Any]:
-    """Every metric of the table minus the baseline's, paired by task, and `fractions` by label; None: not measured."""
+    """Every metric of the table minus the baseline's, paired by task, and `fractions` by label, each [estimate, low,
+    high]; None: not measured."""
 
-    metrics = {name: compare(measured, baseline, name, seed)["difference"] for name in all_metrics()}
-    fractions = {label: compare(measured, baseline, f"fractions.{label}", seed)["difference"] for label in labels}
-    return metrics | {"fractions": fractions}
+    def difference(metric: str) -> list[float] | None:
+        return difference_interval(values(measured, metric), values(baseline, metric), seed)
+
+    fractions = {label: difference(f"fractions.{label}") for label in labels}
+    return {name: difference(name) for name in all_metrics()} | {"fractions": fractions}

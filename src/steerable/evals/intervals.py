@@ -44,15 +44,14 @@ def difference_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95
 def ratio_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:
     """[mean(a) / mean(b), low, high] over the tasks that both have.
 
-    None where they share none, and where `b` is so often 0 that the ratio has no finite interval.
+    None where they share none, and where the interval of mean(b) reaches down to 0, near which a quotient may be
+    anything.
     """
     means = paired_means([a, b], seed)
-    if means is None:
+    if means is None or min(percentile_interval(means[:, 1], level)) <= 0:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(means[:, 1] > 0, means[:, 0] / means[:, 1], np.inf)
-    ratio = percentile_interval(ratios, level)
-    return ratio if np.isfinite(ratio).all() else None
+    with np.errstate(divide="ignore", invalid="ignore"):  # the few resamples at 0
+        return percentile_interval(np.where(means[:, 1] > 0, means[:, 0] / means[:, 1], np.inf), level)
 
 
 def paired_means(columns: Sequence[ByTask], seed: int = 0) -> np.ndarray | None:

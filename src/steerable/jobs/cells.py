@@ -13,7 +13,7 @@ from typing import Any
 
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
-from steerable.evals.cells import measure_cell, wrong_way
+from steerable.evals.cells import differences, measure_cell, same_chains, wrong_way
 from steerable.evals.intervals import by_task, mean_interval
 from steerable.evals.likelihood import divergence
 from steerable.evals.metrics import Measured, measure
@@ -199,8 +199,8 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
 
 
 def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[str, Any]]:
-    """The rows of the report: of every cell its setting and every metric with its interval, one row a behaviour, so
-    that a reader finds a behaviour's controls under its own name.
+    """The rows of the report: of every cell its setting, every metric with its interval, and the difference to the
+    unsteered chains with the same seeds; one row a behaviour, so that its controls stand under its own name.
 
     cells: the unsteered one first. spans: a folder for the spans of the chains.
     """
@@ -210,17 +210,19 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[st
         chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
         measured = measure_chains(run, chains, "evaluation", spans / f"{cell.name}.jsonl")
         unsteered = unsteered or measured
+        base, seed = same_chains(measured, unsteered), run.config.seed
         content = {
             "control": cell.control,
             "strength": cell.strength,
             "dose": _dose(cell),
             "layers": list(cell.layers),
             "where": cell.where,
-            **measure_cell(measured, run.config.seed, run.labels),
+            **measure_cell(measured, seed, run.labels),
             "kl": _divergence(run, cell, chains),
+            "difference": differences(measured, base, seed, run.labels) if cell.strength else None,
         }
         for b in cell.behaviours:
-            wrong = wrong_way(measured, unsteered, b, cell.strength, run.config.seed)
+            wrong = wrong_way(measured, base, b, cell.strength, seed)
             rows.append({"name": cell.name, "behaviour": b, **content, "wrong_way": wrong})
     return rows
 

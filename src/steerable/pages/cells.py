@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steerable.pages.words import Interval
+from steerable.pages.words import Interval, ratio
 
 Cell = dict[str, Any]
 CONTROLS = ("random", "shuffled")
@@ -138,8 +138,7 @@ def effect(cells: Sequence[Cell], behaviour: str, setting: Setting, strength: fl
             beats[control] = None
         else:
             beats[control] = read.low > rival.high if strength > 0 else read.high < rival.low
-    ratio = read.mean / base.mean if read and base and base.mean > 0 else None
-    return Effect(strength, read, ratio, beats)
+    return Effect(strength, read, ratio(read, base), beats)
 
 
 def extremes(cells: Sequence[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:

@@ -153,9 +153,11 @@ def _behaviour(report: Report, label: str) -> Panel:
     return Panel(name, figure, hue=words.hue(label))
 
 
-def _ratio(report: Report, decoding: str, label: str) -> str:
+def _ratio(report: Report, decoding: str, label: str, instead: str = "–") -> str:
+    """The share after over that before; `instead` where there is no ratio."""
     before, after, _ = _before_after(report, decoding, f"fractions.{label}")
-    return words.times(after.mean / before.mean) if before and after and before.mean > 0 else ""
+    ratio = words.ratio(after, before)
+    return instead if ratio is None else words.times(ratio)
 
 
 def _amplified(report: Report, labels: Sequence[str]) -> str:
@@ -169,8 +171,12 @@ def _amplified(report: Report, labels: Sequence[str]) -> str:
     }
     parts = []
     for name, group in groups.items():
-        ratios = [f"{words.short(label)} ({_ratio(report, 'sampled', label)})" for label in group]
-        parts += [f"{name}: {', '.join(ratios)}"] if ratios else []
+        ratios = {
+            label: _ratio(report, "sampled", label, f"{words.fixed(100 * gaps[label].mean, '+.1f')} points")
+            for label in group
+        }
+        named = [f"{words.short(label)} ({ratio})" for label, ratio in ratios.items()]
+        parts += [f"{name}: {', '.join(named)}"] if named else []
     if not parts:
         return "Sampled, no behaviour’s share changed beyond its 95% interval."
     return f"Sampled, beyond the 95% interval: {'; '.join(parts)}."

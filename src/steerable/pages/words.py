@@ -35,6 +35,12 @@ class Interval(NamedTuple):
         return cls(*map(float, value))
 
 
+def ratio(part: Interval | None, whole: Interval | None) -> float | None:
+    """The quotient of two means; None where one was not measured, or where the interval of `whole` reaches down to 0:
+    near it a quotient may be anything."""
+    return part.mean / whole.mean if part and whole and whole.low > 0 else None
+
+
 def printed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Any:
     """A table for a terminal, as rich prints it; the first cell of a row is its name."""
     from rich.table import Table
