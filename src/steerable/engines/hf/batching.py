@@ -84,13 +84,12 @@ class Batch:
         held = torch.zeros(0, text.vocab_size, dtype=torch.bool, device=self.device)
         self.held = held if any(decoding.is_penalising for decoding in set(decodings)) else None
 
-    def complete(self, progress: Progress | None = None) -> list[Completion]:
-        """Computes all requests."""
+    def complete(self, progress: Progress | None = None) -> None:
+        """Computes all requests; `done` has their completions."""
         while self._refill():
             finished, tokens = self._run()
             if progress:
                 progress(finished, tokens)
-        return [completion for completion in self.done if completion is not None]
 
     # Between runs: finished rows leave, the others close up, waiting prompts enter.
 

@@ -24,6 +24,7 @@ from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import check_length, is_bound, route
 from steerable.engines.hf.scoring import score_tokens
 from steerable.engines.hf.slots import ATTENTION
+from steerable.engines.memory import check_memory
 from steerable.engines.pool import is_small
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.copies import private_copy
@@ -95,11 +96,19 @@ class TransformersEngine:
         with self._steered(model, [request.steering for request in requests]) as (handle, programs):
             if way.slots:
                 plain = way.name == "slots"
-                batch = Batch(
-                    model, requests, decodings, programs, handle,
-                    limit=max_new_tokens, rows=min(rows, len(requests)), longest=longest, plain=plain, pad=pad,
-                )  # fmt: skip
-                return batch.complete(progress)
+                done: dict[int, Completion] = {}
+                while left := [i for i in range(len(requests)) if i not in done]:
+                    batch = Batch(
+                        model, [requests[i] for i in left], [decodings[i] for i in left], [programs[i] for i in left],
+                        handle, limit=max_new_tokens, rows=min(rows, len(left)), longest=longest, plain=plain, pad=pad,
+                    )  # fmt: skip
+                    try:
+                        batch.complete(progress)
+                    except RuntimeError as error:
+                        check_memory(error, batch.rows)
+                        rows = batch.rows // 2
+                    done |= {i: one for i, one in zip(left, batch.done, strict=True) if one is not None}
+                return [done[i] for i in range(len(requests))]
             new = in_batches(
                 model, requests, decodings, programs, handle,
                 limit=max_new_tokens, rows=1 if way.name == "one by one" else rows,

@@ -14,6 +14,7 @@ from torch import Tensor
 from steerable.engines.base import Progress, Request
 from steerable.engines.hf.batching import model_device
 from steerable.engines.hf.hooks import Handle
+from steerable.engines.memory import in_halves
 from steerable.engines.sampling import Decoding, choose, mark, signed, together
 from steerable.models.loading import stop_ids
 from steerable.store.errors import SteerableError
@@ -38,14 +39,17 @@ def in_batches(
     batch holds prompts of two lengths. pad: a token for places that are masked.
     """
     new: dict[int, list[int]] = {}
-    for batch in batches([len(request.prompt_ids) for request in requests], rows, equal):
+
+    def complete(batch: list[int]) -> None:
         if handle:
             handle.assign(torch.tensor([programs[i] for i in batch]))
         decoding = together([decodings[i] for i in batch], model_device(model))
         texts = _continue(model, [requests[i] for i in batch], limit, decoding, handle, pad)
-        new |= zip(batch, texts, strict=True)
+        new.update(zip(batch, texts, strict=True))
         if progress:
             progress(len(batch), sum(map(len, texts)))
+
+    in_halves(batches([len(request.prompt_ids) for request in requests], rows, equal), complete)
     return [new[i] for i in range(len(requests))]
 
 

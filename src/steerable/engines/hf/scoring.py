@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steerable.engines.activations import batch_tokens, length_batches, pad
 from steerable.engines.hf.hooks import Handle
+from steerable.engines.memory import in_halves
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
 from steerable.models.reading import new_cache, pieces
@@ -53,7 +54,8 @@ def score_tokens(
     """
     device, most = device_of(model), max(1, min(batch_tokens(model), max_logits // int(text_config(model).vocab_size)))
     scores: list[Tensor] = [torch.empty(0)] * len(texts)
-    for batch in length_batches([len(text) for text in texts], most):
+
+    def score(batch: list[int]) -> None:
         padded = pad([texts[i] for i in batch], device)
         ids, valid = padded.ids, padded.mask
         assert valid is not None
@@ -87,4 +89,6 @@ def score_tokens(
             scores[i] = row[first - 1 : max(first, len(texts[i])) - 1]
         if progress:
             progress(len(batch), sum(len(texts[i]) - starts[i] for i in batch))
+
+    in_halves(length_batches([len(text) for text in texts], most), score)
     return scores
