@@ -104,7 +104,7 @@ def test_nonsense_does_not_pass():
 
 
 def test_rounds_halve_what_there_is_to_measure():
-    assert rounds(range(40), 6) == [range(14), range(14, 40)]
+    assert rounds(range(40), 6) == [range(14), range(14, 28), range(28, 40)]
     assert rounds(range(40), 2) == [range(40)] and rounds(range(6), 6) == [range(6)]
     rows = [candidate(0.1 * k, 0.0) | {"name": k} for k in range(6)]
     assert [c["name"] for c in survivors(rows, 0.5)] == [3, 4, 5]

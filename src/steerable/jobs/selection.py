@@ -3,7 +3,8 @@
 1. Candidates: for every window, the layers with the largest `exact` effect at span onsets (the KL divergence of really
    adding the vector), away from the edges: the published range 4 ... L-4 of 32 layers, scaled to the depth.
 2. Rounds (successive halving): all candidates steer a third of the validation tasks, one chain of each; the half of
-   them with the largest difference (see 3) steers the rest, two chains of each. So few chains say nothing of accuracy.
+   them with the largest difference (see 3) steers the second third, and the half of that, two at least, the last one,
+   two chains of each. So few chains say nothing of accuracy.
 3. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest difference
    between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps accuracy
    within 10 points of the unsteered model; where none does both, among those that write sound text.
@@ -35,8 +36,7 @@ LOOPS, ACCURACY_COST = 0.10, 0.10
 NONSENSE_ACCURACY, NONSENSE_UNCLOSED = 0.1, 0.5
 STRENGTHS = (1.0, 0.5, 0.25)
 """Strengths that are tried, each only where no candidate writes sound text at the one before."""
-SHARE = 1 / 3
-"""Share of the validation tasks that the first round has."""
+ROUNDS = 3
 FEWEST, FEWEST_TASKS = 2, 12
 """Of so few candidates, or on fewer tasks, there is one round alone."""
 
@@ -88,8 +88,8 @@ def rounds(tasks: Sequence[Any], candidates: int) -> list[Sequence[Any]]:
     """The validation tasks of each round; one round where there is little to choose from or to measure on."""
     if candidates <= FEWEST or len(tasks) < FEWEST_TASKS:
         return [tasks]
-    first = math.ceil(len(tasks) * SHARE)
-    return [tasks[:first], tasks[first:]]
+    size = math.ceil(len(tasks) / ROUNDS)
+    return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
 def survivors(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> list[Candidate]:
