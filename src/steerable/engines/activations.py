@@ -22,6 +22,7 @@ from steerable.models import sinks as attention_sinks
 from steerable.models.reading import CHUNK, read
 from steerable.models.sinks import EARLY, Sinks, Tally
 from steerable.models.taps import check_site, tap
+from steerable.steering.float64 import wide, wide_device
 from steerable.steering.gates import Selector, parse_selector, resolve, selectors
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags
@@ -158,7 +159,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
     watches = {site: _Watch(site.kind, reader, sinks, first) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
-            batch = batch.map(lambda t: t.to(device))
+            batch = batch.map(lambda t: t.to(wide_device(device) if t.dtype == torch.float64 else device))
             if batch.ids.shape[1] <= chunk:
                 text = _Text(batch)
                 for watch in watches.values():
@@ -233,6 +234,7 @@ class WeightedSums:
     """
 
     def __init__(self, layers: int, groups: int, width: int, device: torch.device | str = "cpu"):
+        device = wide_device(device)
         self.sums = torch.zeros(layers, groups, width, dtype=torch.float64, device=device)
         self.totals = torch.zeros(groups, dtype=torch.float64, device=device)
         self.sunk = torch.zeros(layers, groups, dtype=torch.float64, device=device)
@@ -244,23 +246,23 @@ class WeightedSums:
         if batch is not self._batch:
             self._take(batch)
         if self._rows.device != h.device:  # the layers of one model may be on several devices
-            self._rows, self._columns = self._rows.to(h.device), self._columns.to(h.device)
+            self._rows, self._columns = self._rows.to(h.device), self._columns.to(wide_device(h.device))
         columns = self._columns
         if batch.sinks is not None:
             assert batch.position is not None
             sunk = batch.sinks.reshape(-1)[self._rows].to(h.device)
             self.tally.add(index, sunk, batch.position.reshape(-1).to(h.device)[self._rows])
             if sunk.any():
-                columns = columns.masked_fill(sunk, 0.0)
+                columns = columns.masked_fill(sunk.to(columns.device), 0.0)
                 self.sunk[index] += (self._columns - columns).sum(1).to(self.sunk.device)
-        picked = h.reshape(-1, h.shape[-1])[self._rows].double()
+        picked = wide(h.reshape(-1, h.shape[-1])[self._rows])
         self.sums[index] += (columns @ picked).to(self.sums.device)
 
     def _take(self, batch: Batch) -> None:
         """Once a batch: only positions that some group weighs are worth converting to float64."""
         if batch.weights is None or batch.weights.shape[0] != self.sums.shape[1]:
             raise UsageError(f"expected weights [{self.sums.shape[1]}, B, T] with each batch")
-        flat = batch.weights.reshape(batch.weights.shape[0], -1).double()
+        flat = wide(batch.weights.reshape(batch.weights.shape[0], -1))
         self._rows = flat.any(0).nonzero()[:, 0]
         self._columns = flat[:, self._rows]
         self.totals += flat.sum(1).to(self.totals.device)
@@ -289,6 +291,7 @@ class NormSums:
     `batch.weights`; attention sinks are left out."""
 
     def __init__(self, layers: int, device: torch.device | str = "cpu", group: int | None = None):
+        device = wide_device(device)
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
         self.counts = torch.zeros(layers, dtype=torch.float64, device=device)
         self.group = group
@@ -296,13 +299,13 @@ class NormSums:
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         norms = attention_sinks.norms_of(h) if batch.norms is None else batch.norms
         if self.group is None:
-            weights = batch.valid().to(h.device, torch.float64)
+            weights = wide(batch.valid().to(h.device))
         else:
             assert batch.weights is not None
-            weights = batch.weights[self.group].to(h.device)
+            weights = batch.weights[self.group].to(wide_device(h.device))
         if batch.sinks is not None:
-            weights = weights.masked_fill(batch.sinks.to(h.device), 0.0)
-        self.sums[index] += (norms * weights).sum().to(self.sums.device)
+            weights = weights.masked_fill(batch.sinks.to(weights.device), 0.0)
+        self.sums[index] += (norms.to(weights.device) * weights).sum().to(self.sums.device)
         self.counts[index] += weights.sum().to(self.counts.device)
 
     def means(self) -> Tensor:
@@ -451,7 +454,7 @@ class _Texts:
             parts = self.parts[text]
             self.counts[text] += len(picked)
             if self.reduce == "mean":
-                picked = picked.double().sum(0, keepdim=True)
+                picked = wide(picked).sum(0, keepdim=True)
                 parts[:] = [parts[0] + picked if parts else picked]
             else:
                 parts.append(picked.float().cpu())

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from steerable.models.loading import stop_ids
+from steerable.steering.float64 import wide, wide_device
 from steerable.store.errors import SteerableWarning, UsageError
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -144,6 +145,7 @@ def uniforms(seeds: Tensor, index: Tensor) -> Tensor:
     def shifted(x: Tensor, by: int) -> Tensor:  # a logical shift; torch's own keeps the sign
         return (x >> by) & ((1 << (64 - by)) - 1)
 
+    seeds, index = (x.to(wide_device(x.device)) for x in (seeds, index))
     z = seeds + (index + 1) * _GOLDEN  # int64 wraps around, which is the arithmetic the generator wants
     z = (z ^ shifted(z, 30)) * _MIX1
     z = (z ^ shifted(z, 27)) * _MIX2
@@ -223,9 +225,9 @@ def _most(top_k: Any, size: int) -> int:
 
 def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
     """Index `[rows, 1]` at which the cumulative distribution passes `u`; the sum need not be exactly one."""
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    target = u * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp_(max=probabilities.shape[-1] - 1)
+    cumulative = wide(probabilities).cumsum(-1)
+    place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    return place.clamp_(max=probabilities.shape[-1] - 1).to(probabilities.device)
 
 
 def _choose_nucleus(logits: Tensor, decoding: Any, u: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from steerable.models.copies import private_copy
 from steerable.models.reading import CHUNK, Queries
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
+from steerable.steering.float64 import wide
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
@@ -228,7 +229,7 @@ class _Measurement:
             if metric in self.metrics and is_sampled and pairs:
                 index = torch.tensor([i for i, _ in pairs])
                 added = torch.stack([self.strength * vectors[b] for _, b in pairs])  # [pairs, L, d]
-                values = measure(queries, sites, index, added, self.max_queries).double().cpu()
+                values = measure(queries, sites, index, added, self.max_queries).cpu().double()
                 for behaviour in dict.fromkeys(b for _, b in pairs):
                     rows = [row for row, (_, b) in enumerate(pairs) if b == behaviour]
                     measured.append((behaviour, metric, values[rows].mean(0)))
@@ -258,12 +259,13 @@ def _measure_published(
     # Every query once; only the products with the vectors are kept.
     for index in torch.arange(len(queries)).split(queries.per_pass(max_queries)):
         gradients = published_gradients(queries, sites, index)
-        parts.append(torch.einsum("lqd,bld->bql", gradients, stacked.to(gradients)).abs().double())
+        parts.append(wide(torch.einsum("lqd,bld->bql", gradients, stacked.to(gradients)).abs()))
     products = torch.cat(parts, 1)
     for (behaviour, onsets), product in zip(picked.items(), products, strict=True):
         if onsets:
             raw = product[onsets].mean(0)
-            unit = raw / vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny).to(raw)
+            norms = vectors[behaviour].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            unit = raw / wide(norms).to(raw.device)
             for metric in metrics:
                 yield behaviour, metric, (unit if metric == "published" else raw).cpu()
 
@@ -373,7 +375,7 @@ def _sweep(
             edits[sites[at]] = partial(inject, rows=tokens, u=added[row[part][tokens], at])
         chosen = index[row[part]]
         with torch.no_grad(), tap(queries.model, edits):
-            result[part] = measure(chosen, partial(queries.logits, chosen)).double().cpu()
+            result[part] = measure(chosen, partial(queries.logits, chosen)).cpu().double()
     return result.view(len(sites), len(index)).T
 
 

@@ -28,6 +28,7 @@ from steerable.engines.transformers import steer
 from steerable.models import loading as models
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction
+from steerable.steering.float64 import wide
 from steerable.steering.gates import Selector, parse_selector, resolve
 from steerable.steering.site import Site
 from steerable.steering.think import think_tags, think_tags_if_any
@@ -183,9 +184,9 @@ class _Shifts:
         moved = norms > 0
         units = shift[moved] / norms[moved, None]
         for row, part in enumerate((shift, units)):
-            self.sums[row, index] += part.sum(0, dtype=torch.float64).cpu()
+            self.sums[row, index] += wide(part).sum(0).cpu()
         sizes = torch.linalg.vector_norm(before, dim=1).clamp_min(1e-30)
-        self.relative[index] += (norms / sizes).sum(dtype=torch.float64).cpu()
+        self.relative[index] += wide(norms / sizes).sum().cpu()
         self.moved[index] += moved.sum().cpu()
         self.tokens[index] += len(norms)
 

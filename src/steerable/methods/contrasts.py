@@ -138,7 +138,7 @@ def _paired_sites(
         raise UsageError("the positive and the negative activations must have the same sites")
     if not positive:
         raise UsageError("there are no activations")
-    pairs = {s: (positive[s].double().cpu(), negative[s].double().cpu()) for s in sorted(positive)}
+    pairs = {s: (positive[s].cpu().double(), negative[s].cpu().double()) for s in sorted(positive)}
     for s, (a, b) in pairs.items():
         if a.dim() != 2 or b.dim() != 2 or not len(a) or not len(b) or a.shape[1] != b.shape[1]:
             raise UsageError(f"activations at {s} must be [n, d] of one width, not {tuple(a.shape)}, {tuple(b.shape)}")

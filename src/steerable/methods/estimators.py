@@ -14,6 +14,7 @@ from steerable.chains.windows import AlignedChain, shuffle_labels, window_positi
 from steerable.engines.activations import Batch, batch_tokens, length_batches, pad, stream
 from steerable.methods.span_statistics import SpanMeans
 from steerable.steering.direction import Direction
+from steerable.steering.float64 import wide, wide_device
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
@@ -113,11 +114,11 @@ class _SpanRows:
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         assert batch.weights is not None
-        weights = batch.weights.to(h.device)
+        weights = batch.weights.to(wide_device(h.device))
         if batch.sinks is not None:
-            weights = weights.masked_fill(batch.sinks.to(h.device), 0.0)
+            weights = weights.masked_fill(batch.sinks.to(weights.device), 0.0)
         flat = weights.flatten(1)
         totals = flat.sum(1)
-        means = flat @ h.reshape(-1, h.shape[-1]).double() / totals.clamp_min(1e-30)[:, None]
+        means = flat @ wide(h.reshape(-1, h.shape[-1])) / totals.clamp_min(1e-30)[:, None]
         self.means.setdefault(index, []).append(means.float().cpu())
         self.weights.setdefault(index, []).append(totals.cpu())

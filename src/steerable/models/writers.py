@@ -321,7 +321,7 @@ def _difference(model: nn.Module, base: nn.Module) -> dict[Place, Tensor]:
 
 
 def _wide(bias: Tensor) -> Tensor:
-    return bias.detach().to("cpu", torch.float64)
+    return bias.detach().cpu().double()
 
 
 def _replace(model: nn.Module, module: Any, dtype: torch.dtype | None, *, trained: bool) -> nn.Parameter:

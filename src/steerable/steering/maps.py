@@ -310,7 +310,7 @@ def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
         value = getattr(map, f.name)
         if isinstance(value, tuple) and value and isinstance(value[0], float) and len(value) != k:
             raise UsageError(f"the {f.name} of {map_text(map)} has {len(value)} numbers, but there are {k} rows")
-    wide = rows.detach().to("cpu", torch.float64)
+    wide = rows.detach().cpu().double()
     if not torch.isfinite(wide).all():
         raise UsageError("the vector holds NaN or infinite numbers")
     if isinstance(map, Shift):  # several rows add up to one

@@ -15,6 +15,7 @@ from steerable.chains.windows import AlignedChain, align_chains
 from steerable.engines.activations import Batch, batch_tokens, length_batches, pad, stream
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
+from steerable.steering.float64 import wide
 
 Progress = Callable[[int, int], None]
 """Called as `progress(chains, tokens)` with what was read since the last call."""
@@ -98,6 +99,7 @@ class _SentenceSums:
         for row, number in enumerate(batch.rows):
             here = slice(self.first[number], self.first[number + 1])
             # A long text comes in pieces, of which this one begins at the position of its first token.
-            ranges = (self.ranges[here] - int(batch.position[row, 0])).clamp(0, h.shape[1]).to(h.device)
-            before = torch.nn.functional.pad(h[row].double().cumsum(0), (0, 0, 1, 0))
+            ranges = (self.ranges[here] - int(batch.position[row, 0])).clamp(0, h.shape[1])
+            before = torch.nn.functional.pad(wide(h[row]).cumsum(0), (0, 0, 1, 0))
+            ranges = ranges.to(before.device)
             self.sums[index, here] += (before[ranges[:, 1]] - before[ranges[:, 0]]).float().cpu()

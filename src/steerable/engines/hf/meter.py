@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerable.models.sinks import ELSEWHERE
+from steerable.steering.float64 import wide
 
 
 class Count:
@@ -79,7 +80,7 @@ class Meter:
         square = (change - new_norm + norm) * (change + new_norm - norm)
         angle = 2 * (square / (4 * norm * new_norm).clamp_min(1e-30)).clamp(0, 1).sqrt().asin()
         norm = norm.clamp_min(1e-30)
-        sums = torch.stack([torch.ones_like(norm), dose / norm, change / norm, angle]).double() @ weights.double()
+        sums = wide(torch.stack([torch.ones_like(norm), dose / norm, change / norm, angle])) @ wide(weights)
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
     def means(self) -> tuple[float | None, float | None, float | None]:

@@ -98,7 +98,7 @@ class _Readings:
         wide = h.detach().to(torch.promote_types(h.dtype, torch.float32))
         place = (h.device, wide.dtype)
         if place not in self._at:
-            weight, bias = (x.to(place[0], place[1]) for x in (self.weight, self.bias))
+            weight, bias = (x.to(place[1]).to(place[0]) for x in (self.weight, self.bias))
             self._at[place] = weight, bias, self.equal.to(h.device)
         weight, bias, equal = self._at[place]
         score = wide @ weight + bias

@@ -14,6 +14,7 @@ from steerable.engines.memory import in_halves
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
 from steerable.models.reading import new_cache, pieces
+from steerable.steering.float64 import wide, wide_device
 from steerable.steering.tokens import SequenceState
 
 Compare = Callable[[list[Tensor], Tensor], Tensor]
@@ -67,7 +68,7 @@ def score_tokens(
         state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
         is_whole = longest <= most or len(batch) > 1
         caches = [None if is_whole else new_cache(model, longest) for _ in passes]
-        values = torch.zeros(predicts.shape, dtype=torch.float64, device=device)
+        values = torch.zeros(predicts.shape, dtype=torch.float64, device=wide_device(device))
         for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
             fed = state.advance(ids[:, start:stop], valid[:, start:stop])
             read = predicts[:, start:stop]
@@ -84,7 +85,8 @@ def score_tokens(
                 ).logits
                 logs.append(logits[read.to(logits.device)].float().log_softmax(-1))
             came = ids.roll(-1, dims=1)[:, start:stop][read]
-            values[:, start:stop][read] = compare(logs, came.to(logs[0].device)).double().to(device)
+            compared = wide(compare(logs, came.to(logs[0].device))).to(values.device)
+            values[:, start:stop][read.to(values.device)] = compared
         for i, row, first in zip(batch, values.cpu(), firsts.tolist(), strict=True):
             scores[i] = row[first - 1 : max(first, len(texts[i])) - 1]
         if progress:
