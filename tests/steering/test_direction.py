@@ -366,3 +366,44 @@ def test_version_1_is_read(tmp_path):
     assert load_file(tmp_path / "b").keys() == load_file(tmp_path / "a").keys()
     with pytest.raises(SteerableError, match="unknown metadata key 'map'"):
         Direction.load(write(tmp_path / "c", version="2", map="shift"))
+
+
+def test_arithmetic():
+    """What the two add at their own strengths, hand-computed; other directions are not added."""
+    a, b = make(behaviour="a"), make(behaviour="b", strength=-2.0).scaled(3)
+    total, difference = a + b, a - b
+    for site, v in a.vectors.items():
+        torch.testing.assert_close(total[site], 0.3 * v - 6 * v)
+        torch.testing.assert_close(difference[site], 0.3 * v + 6 * v)
+        assert torch.equal((-a)[site], -v) and torch.equal((2 * a)[site], v * 2) and torch.equal((a * 0.5)[site], v / 2)
+    assert (total.strength, total.behaviour, difference.behaviour) == (1.0, "a + b", "a - b")
+    assert total.gate == a.gate and total.norms == a.norms and total.model_id == "pocket" and total.unit == "raw"
+    assert torch.equal(a[2], a.at(A)) and (2 * a).strength == a.strength
+    for wrong, message in [
+        (make(model_id="other"), "two models"),
+        (make(gate="all"), "gate"),
+        (make().only([2]), "sites"),
+        (make(map="ablate"), "map is ablate"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            a + wrong
+    with pytest.raises(UsageError, match="finite|NaN"):
+        a * math.inf
+    for wrong in (lambda: a + 1, lambda: a * "2", lambda: list(a)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_a_part_or_a_control_is_not_calibrated():
+    direction = make(unit="calibrated")
+    assert direction.only([2]).unit == direction.random_like(0).unit == (direction * 2).unit == "raw"
+    assert direction.only([2, 10]).unit == "calibrated"
+
+
+def test_repr_is_one_line():
+    text = repr(make(behaviour="a\nb", norms={A: 10.0, B: 20.0}))
+    assert "\n" not in text and len(text) < 200
+    assert "resid_post.2 ... resid_post.10 (2 sites)" in text and "dose" in text
+    assert repr(Direction({A: torch.ones(6)})) == (
+        "Direction(no behaviour, no method, no model: resid_post.2, raw, strength 1)"
+    )

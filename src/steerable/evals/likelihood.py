@@ -109,7 +109,7 @@ def divergence(
         steered, otherwise = logs
         return (steered.exp() * (steered - otherwise)).sum(-1).clamp(min=0)
 
-    with Handle(model, [steering, other], tokenizer, track=False).listening() as handle:
+    with Handle(model, [steering, other], tokenizer, track=False) as handle:
         ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
         passes = [[number] * len(ids) for number in range(2)]
         totals = _sums(score_tokens(model, ids, starts, kl, handle=handle, passes=passes, max_logits=max_logits))

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steerable.steering.gates import Gate, parse_gate, quoted
-from steerable.steering.maps import MAPS, Map, fitted, map_text, parse_map
+from steerable.steering.maps import MAPS, Map, Shift, fitted, map_text, parse_map
 from steerable.steering.plain import decoded, encoded
 from steerable.steering.schedule import SCHEDULES, Schedule, parse_schedule, schedule_text
 from steerable.steering.site import Site
@@ -36,9 +37,12 @@ _TEXT = ("model_id", "model_revision", "behaviour", "method", *_ABOUT)
 _V1 = ("map", "gate", "strength")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Direction:
     """Vectors at sites of one model; equal where all fields are, and so the files' bytes.
+
+    Directions that are added can be computed with: `-d` and `0.5 * d` have other vectors, `a + b` and `a - b` (of one
+    model, at the same sites) what the two add at their own strengths, at strength 1. `d[3]` is `d.at(3)`.
 
     Attributes:
         vectors: {site: float32 [d]}, or [k, d] for a subspace.
@@ -54,6 +58,8 @@ class Direction:
         >>> direction = st.Direction({st.Site("resid_post", 3): torch.ones(192)}, gate="thinking", strength=0.5)
         >>> str(direction.steering(where="answer"))
         '0.5 direction@answer'
+        >>> (2 * direction - direction)[3][:2]
+        tensor([0.5000, 0.5000])
     """
 
     vectors: dict[Site, Tensor]
@@ -103,6 +109,60 @@ class Direction:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Direction) and self.to_bytes() == other.to_bytes()
 
+    def __repr__(self) -> str:
+        sites, doses = list(self.vectors), self.dose().values()
+        where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)} sites)"
+        dose = f", dose {min(doses):.2g} to {max(doses):.2g}" if doses else ""
+        about = f"{self.behaviour or 'no behaviour'}, {self.method or 'no method'}, {self.model_id or 'no model'}"
+        return one_line(f"Direction({about}: {where}, {self.unit}, strength {self.strength:g}{dose})")
+
+    __iter__ = None  # with `__getitem__` alone it would count as a sequence
+
+    def __getitem__(self, where: Site | int) -> Tensor:
+        return self.at(where)
+
+    def __neg__(self) -> Direction:
+        return self * -1.0
+
+    def __mul__(self, factor: Any) -> Direction:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        if not isinstance(parse_map(self.map), Shift):
+            raise UsageError(f"only directions that are added can be computed with, and this one's map is {self.map}")
+        return self.scaled(float(factor))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Direction) -> Direction:
+        return self._plus(other, "+") if isinstance(other, Direction) else NotImplemented
+
+    def __sub__(self, other: Direction) -> Direction:
+        return self._plus(-other, "-") if isinstance(other, Direction) else NotImplemented
+
+    def _plus(self, other: Direction, sign: str) -> Direction:
+        """One direction that adds at strength 1 what the two add at their own strengths. sign: what its names say."""
+        a, b = self * self.strength, other * other.strength
+        if a.model_id and b.model_id and a.model_id != b.model_id:
+            raise UsageError(f"directions of two models cannot be added: {a.model_id!r} and {b.model_id!r}")
+        shapes = [{str(site): tuple(v.shape) for site, v in d.vectors.items()} for d in (a, b)]
+        differing = [key for key in ("map", "gate", "schedule", "rescale") if getattr(a, key) != getattr(b, key)]
+        if shapes[0] != shapes[1] or differing:
+            what = f"the {differing[0]}" if differing else "the sites or shapes of their vectors"
+            raise UsageError(f"two directions cannot be added where {what} differ: steer with both, in a list")
+        return Direction(
+            {site: v + b.vectors[site] for site, v in a.vectors.items()},
+            model_id=a.model_id or b.model_id,
+            model_revision=a.model_revision if a.model_revision == b.model_revision else "",
+            behaviour=f" {sign} ".join(d.behaviour or "unnamed" for d in (a, b)),
+            method=f" {sign} ".join(d.method or "unknown" for d in (a, b)),
+            map=a.map,
+            gate=a.gate,
+            schedule=a.schedule,
+            rescale=a.rescale,
+            norms={**b.norms, **a.norms},
+            licence=a.licence if a.licence == b.licence else "",
+        )
+
     @property
     def layers(self) -> list[int]:
         return sorted({site.layer for site in self.vectors})
@@ -120,7 +180,9 @@ class Direction:
         chosen = set(layers)
         if missing := sorted(chosen - set(self.layers)):
             raise UsageError(f"no vector at layer {missing[0]}: this direction has layers {self.layers}")
-        return self._with({site: v for site, v in self.vectors.items() if site.layer in chosen})
+        part = self._with({site: v for site, v in self.vectors.items() if site.layer in chosen})
+        is_less = self.unit == "calibrated" and part.layers != self.layers
+        return replace(part, unit="raw") if is_less else part
 
     def steering(
         self,
@@ -191,13 +253,15 @@ class Direction:
         return replace(self._with(scaled), unit="raw")
 
     def random_like(self, seed: int) -> Direction:
-        """The control: random vectors of the same norm at the same sites, drawn on the CPU from the seed."""
+        """The control: random vectors of the same norm, and so the same dose, at the same sites, drawn on the CPU from
+        the seed."""
         generator = torch.Generator().manual_seed(seed)
         random = {}
         for site, v in self.vectors.items():
             r = torch.randn(v.shape, generator=generator, dtype=torch.float64)
             random[site] = (r / r.norm(dim=-1, keepdim=True) * v.double().norm(dim=-1, keepdim=True)).float()
-        return replace(self._with(random), method=f"random({seed}) like {self.method}", stats={})
+        unit = "raw" if self.unit == "calibrated" else self.unit
+        return replace(self._with(random), method=f"random({seed}) like {self.method}", unit=unit, stats={})
 
     def cosine(self, other: Direction) -> dict[Site, float]:
         """Cosine at each site that both have; [k, d] vectors are taken as one. A zero vector gives 0."""

@@ -414,7 +414,7 @@ def test_a_site_that_never_ran(tiny_llama):
     [
         ({"directions": Direction({Site("resid_post", 1): torch.ones(9)})}, "width 9, but the model's"),
         ({"directions": Direction({Site("resid_post", 50): torch.ones(32)})}, "layers 0 to 3"),
-        ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)}, map="ablate")}, "must be independent"),
+        ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)}, map="ablate")}, "not independent"),
         ({"directions": []}, "one direction at least"),
         ({"layers": [7]}, "no vector at layer 7"),
         ({"strength": math.inf}, "finite"),
@@ -473,3 +473,24 @@ def test_static_cache_by_hand(tiny_llama, tokenizer):
             for t in range(6, 12)
         ]
     torch.testing.assert_close(torch.cat([first, *rest]), whole, **CLOSE_ENOUGH)
+
+
+def test_start_and_remove(tiny_llama):
+    """The same as a `with`, once; nothing stays behind."""
+    direction, ids = Direction({Site("resid_post", 1): torch.ones(32)}), torch.arange(4, 10)[None]
+    plain = tiny_llama(ids).logits
+    with steer(tiny_llama, direction):
+        steered = tiny_llama(ids).logits
+    handle = steer(tiny_llama, direction)
+    assert torch.equal(tiny_llama(ids).logits, plain)  # not yet
+    assert handle.start() is handle
+    assert torch.equal(tiny_llama(ids).logits, steered)
+    handle.remove()
+    handle.remove()
+    assert torch.equal(tiny_llama(ids).logits, plain)
+    with pytest.raises(UsageError, match="started before"):
+        handle.start()
+    head, row = str(handle.report()).splitlines()[1:]
+    assert head.split() == ["site", "tokens", "dose", "change", "angle"]
+    assert row.split()[:2] == ["resid_post.1", "6"] and len(row) == len(head)
+    assert "- " in str(steer(tiny_llama, direction).report())  # not measured

@@ -302,7 +302,7 @@ def test_each_row_has_its_own_program(tiny_llama, tokenizer, seed, cached):
     handle = Handle(tiny_llama, programs, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SteerableWarning)
-        with handle.listening():
+        with handle:
             handle.assign(index)
             handle.prompt_lengths([4] * len(index))
             if cached:
@@ -336,7 +336,7 @@ def test_shifts_of_many_rows(tiny_llama):
     with tap(tiny_llama, {SITE: lambda h: seen.__setitem__("h", h)}):
         tiny_llama(ids)
     h = seen["h"]
-    with handle.listening(), tap(tiny_llama, {SITE: lambda h: seen.__setitem__("new", h)}):
+    with handle, tap(tiny_llama, {SITE: lambda h: seen.__setitem__("new", h)}):
         handle.assign(index)
         tiny_llama(ids)
     for row, number in enumerate(index.tolist()):
@@ -347,7 +347,7 @@ def test_shifts_of_many_rows(tiny_llama):
 
 def test_assign_is_checked(tiny_llama):
     handle = Handle(tiny_llama, [program(), program("rotate")])
-    with handle.listening():
+    with handle:
         for wrong in (torch.tensor([2]), torch.tensor([-2]), torch.tensor([[0]])):
             with pytest.raises(UsageError, match="one of 2 programs"):
                 handle.assign(wrong)
@@ -400,7 +400,7 @@ def test_a_factor_for_each_request(wide):
     with tap(wide, {SITE: plain.append}):
         wide(ids)
     handle = Handle(wide, [steering])
-    with handle.listening(), tap(wide, {SITE: new.append}):
+    with handle, tap(wide, {SITE: new.append}):
         handle.assign(torch.zeros(3, dtype=torch.long), factor=torch.tensor([0.0, 1.0, -2.0]))
         wide(ids)
     vector = 0.8 * 2 * draw(2, D, seed=1).double().sum(0)

@@ -155,5 +155,5 @@ class TransformersEngine:
         if not numbers:
             yield None, programs
             return
-        with Handle(model, list(numbers), self.tokenizer, track=False).listening() as handle:
+        with Handle(model, list(numbers), self.tokenizer, track=False) as handle:
             yield handle, programs

@@ -2,21 +2,21 @@
 
     with steer(model, direction, strength=1.0, where="thinking", tokenizer=tokenizer) as handle:
         model.generate(**inputs)
-    handle.report()
+    print(handle.report())
 
 `where` other than "all" needs input_ids. Which of the tokens are prompt and which sequence a row goes on with is told
 from the cache (`sequences.py`): a call with an empty one starts new sequences. A loop without a cache, which feeds the
 whole text again and one token more, is recognised as the same sequence.
 
-Steering belongs to the thread that entered the `with`: passes of other threads are left alone.
+Steering belongs to the thread that entered the `with` or called `start`: passes of other threads are left alone.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import get_ident, local
 from typing import Any
@@ -44,7 +44,6 @@ Strength = float | Tensor
 Steers = Direction | Intervention | Steering | str
 
 
-@contextmanager
 def steer(
     model: nn.Module,
     directions: Steers | Sequence[Steers],
@@ -55,8 +54,8 @@ def steer(
     rescale: bool | None = None,
     tokenizer: Any = None,
     track: bool = True,
-) -> Iterator[Handle]:
-    """Steer every forward pass of the model inside the context.
+) -> Handle:
+    """Steer every forward pass of the model inside the `with`, or from `start()` to `remove()`.
 
     Args:
         model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
@@ -70,9 +69,10 @@ def steer(
         tokenizer: needed by the gates `thinking`, `answer` and `boundary`.
         track: measure the change for `Handle.report`; without it only the touched tokens are counted.
 
-    Yields:
-        A `Handle`: changes the strength, and reports per site the tokens touched, the mean relative change, the mean
-        angle in degrees and the dose ||s v|| / ||h||.
+    Returns:
+        A `Handle` that steers nothing yet: it enters a `with`, or is started and removed. It changes the strength, and
+        reports per site the tokens touched, the mean relative change, the mean angle in degrees and the dose
+        ||s v|| / ||h||.
 
     Raises:
         UsageError: before any forward pass, for a vector of another width, a layer out of range, a vector with NaN, a
@@ -85,6 +85,9 @@ def steer(
         ...     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         >>> handle.report()["resid_post.3"]["tokens"]
         7
+        >>> handle = st.steer(model, direction).start()  # without a `with`
+        >>> output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        >>> handle.remove()
     """
     model = models.unwrap(model)
     is_one = isinstance(directions, (Direction, Intervention, str, Program))
@@ -97,9 +100,7 @@ def steer(
     program: list[Intervention] = []
     for item in items:
         program += _interventions(model, item, chosen, gate, rescale, norms)
-    handle = Handle(model, [tuple(program)], tokenizer, track, strength=strength)
-    with rounding_watched(model, norms, program, strength), handle.listening(stacklevel=6):
-        yield handle
+    return Handle(model, [tuple(program)], tokenizer, track, strength=strength, norms=norms)
 
 
 def _interventions(
@@ -116,7 +117,7 @@ def _interventions(
         # widths are checked later: a model of another width is an error
         if not models.is_named(model, direction.model_id):
             text = f"this direction was made on {direction.model_id!r}, the model is {models.model_id(model)!r}: "
-            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=5)
+            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=4)
         norms.update({site: norm for site, norm in direction.norms.items() if norm > 0})
         return direction
 
@@ -136,13 +137,15 @@ def _interventions(
 
 
 class Handle:
-    """What `steer` yields: change the strength, tell what is fed, read what steering did.
+    """What `steer` returns: steers in a `with` or from `start()` to `remove()`, changes the strength, is told what is
+    fed, and says what steering did.
 
     programs: what may steer a row; by `assign` each row has one of them, and before it all rows have the first one.
+    norms: of ordinary tokens, where they are known; None: whether the model's type resolves the doses is not watched.
 
-    An engine with its own cache and rows makes a handle, enters `listening`, and calls `assign` when its rows change
-    and `feed` before each forward pass; it may skip the latter where `needs_tokens` is False. `new_state` is the state
-    of its sequences.
+    An engine with its own cache and rows makes a handle, enters it, and calls `assign` when its rows change and `feed`
+    before each forward pass; it may skip the latter where `needs_tokens` is False. `new_state` is the state of its
+    sequences.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Handle:
         track: bool = True,
         *,
         strength: Strength | None = None,
+        norms: Mapping[Site, float] | None = None,
     ) -> None:
         interventions = [i for program in programs for i in program]
         for i in dict.fromkeys(interventions):
@@ -181,15 +185,16 @@ class Handle:
             or any(getattr(i.map, "by_position", False) for i in interventions)
         )
         prompts = counts or any(g.uses("prompt", "generated", "last_prompt") for g in gates)
-        self._model = model
+        self._model, self._norms = model, norms
         self._follower = Follower(self.new_state, prompts)
         self._local = _Local()
-        self._threads = {get_ident()}
+        self._threads: set[int] = set()
         self._strange = 0  # passes of other threads
         self._refused: SteerableError | None = None  # what a thread of transformers was told, which keeps it to itself
         self._passes = WeakTensorKeyDictionary()  # of inputs that autograd may compute with once more
         self._hooks: list[Hook] = []
         self._hears_blocks = False
+        self._open = ExitStack()
         self._is_over = False
         self._is_fed = False
         self._fed = Count()
@@ -206,21 +211,37 @@ class Handle:
         """A state of sequences that follows what these programs ask of the tokens."""
         return SequenceState(self.tags, self.breaks, self.events)
 
-    @contextmanager
-    def listening(self, stacklevel: int = 4) -> Iterator[Handle]:
-        """With the hooks in place. At the end it says what went otherwise than intended, as `steer` does."""
+    def start(self) -> Handle:
+        """Steer the passes of this thread, until `remove`. Raises UsageError for a handle that was started before."""
+        if self._hooks:
+            raise UsageError("this handle was started before: call steer once more")
+        self._threads.add(get_ident())
         base = models.base(self._model)
-        self._hooks += [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
-        if base is not self._model:
-            self._hooks.append(Hook.before(self._model, self._before_logits))
-        try:
-            with self._taps:
-                yield self
-        finally:
-            self._is_over = True
-            for hook in self._hooks:
-                hook.remove()
-        self._check_end(stacklevel)
+        with ExitStack() as opened:
+            if self._norms is not None:
+                program = [i for program in self.programs for i in program]
+                opened.enter_context(rounding_watched(self._model, self._norms, program, self._strength))
+            opened.callback(self._unhook)
+            self._hooks += [Hook.before(base, self._before_forward), Hook.behind(base, self._after_forward)]
+            if base is not self._model:
+                self._hooks.append(Hook.before(self._model, self._before_logits))
+            opened.enter_context(self._taps)
+            self._open = opened.pop_all()
+        return self
+
+    def remove(self, *error: Any) -> None:
+        """Steer no longer, and warn of what went otherwise than intended. error: what a `with` was left by."""
+        if not self._is_over:
+            self._open.close()
+            if not any(error):
+                self._check_end()
+
+    __enter__, __exit__ = start, remove
+
+    def _unhook(self) -> None:
+        self._is_over = True
+        for hook in self._hooks:
+            hook.remove()
 
     def assign(self, index: Tensor | None, factor: Tensor | None = None) -> None:
         """Which program steers each row from the next forward pass on.
@@ -423,7 +444,7 @@ class Handle:
             self._fed.add(tokens.valid.sum())
         return Passing(self._plan, rows, length, tokens.valid, tokens)
 
-    def _check_end(self, stacklevel: int) -> None:
+    def _check_end(self) -> None:
         """Say what went otherwise than intended."""
         if self._refused is not None:
             raise self._refused
@@ -433,7 +454,7 @@ class Handle:
                     f"steering touched nothing: all {self._strange} forward passes came from threads other than the "
                     "`with`'s own; enter `handle.here()` in the thread that runs the model",
                     SteerableWarning,
-                    stacklevel=stacklevel,
+                    stacklevel=3,
                 )
             return
         idle = [s for s in self._sites.values() if s.was_on and not s.touched.total()]
@@ -442,7 +463,7 @@ class Handle:
             warnings.warn(
                 f"steering touched none of the {self.tokens_fed} tokens fed at {names}: no effect there",
                 SteerableWarning,
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
 

@@ -33,11 +33,19 @@ class Count:
 
 
 class Report(dict[str, dict[str, Any]]):
-    """What steering did at each site; `steering` is the text form of what was done."""
+    """What steering did at each site, which prints as a table; `steering` is the text form of what was done."""
 
     def __init__(self, sites: dict[str, dict[str, Any]], steering: str) -> None:
         super().__init__(sites)
         self.steering = steering
+
+    def __str__(self) -> str:
+        names = ("tokens", "dose", "relative_change", "angle")
+        heads = ("site", "tokens", "dose", "change", "angle")
+        rows = [(site, *("-" if done[n] is None else f"{done[n]:.4g}" for n in names)) for site, done in self.items()]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in (heads, *rows)]
+        return "\n".join([self.steering, *lines])
 
 
 class Meter:
