@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -62,7 +62,8 @@ COMMANDS = {
         for stage in STAGES
     },
     "chat": Command(
-        "conversation:chat", 'steerable chat "2*w + 8 = 30" --steer runs/pocket/vectors/backtracking.safetensors',
+        "conversation:chat",
+        'steerable chat "2*w + 8 = 30" --steer "0.5 a.safetensors - 0.2 b.safetensors@answer" --strength -1,0,1',
         ("prompt",),
     ),
     "fetch": Command("fetch:fetch_model", "steerable fetch smol", ("name",)),
@@ -143,10 +144,17 @@ def _help(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     return re.split(r"\n(?:Returns|Raises|Example):", text)[0], {name: one_line(about) for name, about in entries}
 
 
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
 def _kind(annotation: Any) -> Any:
     """The type of an option for a parameter; several values are an option that is repeated."""
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    kind: Any = next((kind for kind in (Path, bool, int, float, str) if kind in members), None)
+    members = _members(annotation)
+    kind: Any = next((kind for kind in (Path, bool, str, int, float) if kind in members), None)
+    sequences = [get_args(member)[0] for member in members if get_origin(member) is Sequence]
+    if kind is not None and any(kind in _members(item) for item in sequences):  # one or several
+        kind = list[kind]
     if kind is None:
         several = next(kind for kind in members if kind is not NoneType and get_origin(kind) is not Mapping)
         is_tuple = get_origin(several) is tuple

@@ -1,4 +1,13 @@
-"""One prompt, answered twice: the same seed, the same text where nothing steers, and a picture that fits."""
+"""One prompt, answered twice: the same seed, the same text where nothing steers, and a picture that fits; and
+conversations, typed and read."""
+
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -6,7 +15,9 @@ import torch
 from steerable.chains.generation import prompt_ids, split_chain
 from steerable.chains.records import LABELS
 from steerable.engines.base import Completion
-from steerable.jobs.conversation import COLOURS, chat
+from steerable.jobs.conversation import chat
+from steerable.jobs.dialogue import Dialogue, read_part
+from steerable.jobs.panels import COLOURS
 from steerable.models import loading as models
 from steerable.models.sources import pocket_path
 from steerable.steering.direction import Direction
@@ -121,3 +132,236 @@ def test_steering_as_text(file):
     assert list(thinking) == ["resid_post.3"]
     with pytest.raises(UsageError, match="cannot be read at column"):
         chat(PROMPT, steer=f"0.5 {file}@nowhere at all")
+
+
+def test_several_files_are_added_up(file, pocket):
+    """And a strength scales the whole: in the text form and as `--steer` given twice."""
+    dialogue = Dialogue(pocket)
+    dialogue.set_steering([read_part(f"0.5 {file}[2] - 0.2 {file}[3]@answer"), read_part(file, [3])])
+    dialogue.set_strengths("-2")
+    unsteered, steered = dialogue.sides
+    assert unsteered.steering is None
+    assert [(i.site.layer, i.strength, str(i.gate)) for i in steered.steering] == [
+        (2, -1.0, "all"),
+        (3, 0.4, "answer"),
+        (3, -2.0, "all"),
+    ]
+    twice = chat(PROMPT, steer=[file, file], max_new_tokens=20)["steered"]
+    assert twice == chat(PROMPT, steer=file, strength=2, max_new_tokens=20)["steered"]
+
+
+def test_a_file_says_its_strength(tmp_path, pocket):
+    direction = Direction({Site("resid_post", 2): torch.ones(192)}, model_id="pocket", strength=0.5)
+    dialogue = Dialogue(pocket)
+    dialogue.set_steering([read_part(direction.save(tmp_path / "d.safetensors"))])
+    assert [i.strength for i in dialogue.sides[1].steering] == [0.5]
+    dialogue.set_strengths(2)
+    assert [i.strength for i in dialogue.sides[1].steering] == [2.0]
+
+
+def test_several_strengths_equal_single_answers(file):
+    """Though they are computed together: the texts, and what is reported of each."""
+    together = chat(PROMPT, steer=file, strength="-1,0,2", seed=3, max_new_tokens=60)
+    assert set(together) == {"model", "prompt", "answers"}
+    assert [a["title"] for a in together["answers"]] == ["strength -1", "unsteered", "strength 2"]
+    assert len({a["thinking"] for a in together["answers"]}) == 3
+    for answer in together["answers"]:
+        alone = chat(PROMPT, steer=file, strength=answer["strength"] or 1, seed=3, max_new_tokens=60)
+        side = alone["steered" if answer["strength"] else "unsteered"]
+        assert {key: answer[key] for key in side} == side
+        if answer["strength"]:
+            assert list(answer["report"]) == list(alone["steering"])
+            for site, done in alone["steering"].items():
+                assert answer["report"][site] == pytest.approx(done, rel=1e-4)
+        else:
+            assert answer["report"] is None
+
+
+def test_an_answer_that_ends_first_is_reported_without_the_rest(file, pocket):
+    """Rows wait for the longest; what they are fed meanwhile is nobody's."""
+    dialogue = Dialogue(pocket, max_new_tokens=300)
+    dialogue.set_steering([read_part(file)])
+    dialogue.set_strengths("-1,0.5,1")
+    turn = dialogue.answer(PROMPT, lambda *text: None)
+    lengths = [answer["tokens"] for answer in turn["answers"]]
+    assert len(set(lengths)) > 1
+    fed = len(prompt_ids(pocket.tokenizer, PROMPT)) - 1  # the last token that is drawn is not fed
+    for answer in turn["answers"]:
+        assert answer["report"]["resid_post.2"]["tokens"] == fed + answer["tokens"]
+
+
+@pytest.mark.parametrize("strength", ["", "a", "1,,2", "1,inf", "nan"])
+def test_strengths_that_are_none(file, strength):
+    with pytest.raises(UsageError, match=f"--strength is {strength}: expected a number, or several as in -1,0,1"):
+        chat(PROMPT, steer=file, strength=strength)
+
+
+# --- conversations ---
+
+
+@pytest.fixture
+def talk(monkeypatch, pocket, steerable):
+    """`steerable chat` with these lines on standard input: what it said, and the prompts that the model was fed."""
+    model, _ = pocket
+    fed = []
+
+    def note(module, args, kwargs):
+        if (ids := kwargs["input_ids"]).shape[1] > 1:
+            fed.append(ids.tolist())
+
+    monkeypatch.setattr(models, "load", lambda *args, **options: pocket)
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+
+    def call(*arguments, lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        fed.clear()
+        return steerable("chat", *arguments), fed
+
+    yield call
+    hook.remove()
+
+
+def test_each_line_is_a_turn_behind_those_before_it(talk, pocket, file, tmp_path):
+    """The model is fed what the chat template makes of the conversation, in which the steered answer goes on."""
+    tokenizer = pocket.tokenizer
+    lines = ["Calculate 12 + 30.", "", "  And 7 + 7?  ", "/keep unsteered", "/system Be brief.", "Calculate 1 + 1."]
+    out = tmp_path / "turns.json"
+    said, fed = talk("--steer", file, "--strength", 0.1, "--json", "--out", out, lines=lines)
+    assert said.code == 0 and said.err == ""
+    document = json.loads(said.out)
+    assert json.loads(out.read_text()) == document and set(document) == {"model", "turns"}
+    turns = document["turns"]
+    prompts = [lines[0], lines[2].strip(), lines[5]]
+    assert [turn["prompt"] for turn in turns] == prompts
+    assert [turn["history"] for turn in turns] == [[], [0], [0, 1]]
+    assert [turn["continued"] for turn in turns] == [1, 0, 0]
+    messages = []
+    for number, turn in enumerate(turns):
+        if number == 2:
+            messages.insert(0, {"role": "system", "content": "Be brief."})
+        messages.append({"role": "user", "content": turn["prompt"]})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert fed[number] == [tokenizer(text, add_special_tokens=False)["input_ids"]] * 2
+        answer = turn["answers"][turn["continued"]]
+        thinking = f"<think>\n{answer['thinking']}</think>"  # the template drops it
+        messages.append({"role": "assistant", "content": thinking + answer["answer"]})
+        assert answer["answer"] and answer["thinking"] not in text
+
+
+def test_commands(talk, file, tmp_path):
+    lines = ["/strength 1", "/report", "/steer", f"/steer {file}", "/strength -1,0,1", PROMPT, "/report", "/strength 2"]
+    lines += ["/strength x", "/steer none.safetensors", "/seed -1", "/seed 4", "/keep steered", "/nothing", "/reset"]
+    lines += [PROMPT, "/task", "/help", "/quit", PROMPT]
+    said, fed = talk("--max-new-tokens", 12, "--out", tmp_path / "turns.json", lines=lines)
+    assert said.code == 0
+    errors = [
+        "/strength needs a direction",
+        "nothing has been steered yet",
+        "/steer needs a direction file",
+        "/strength is x: expected a number",
+        "there is no direction file none.safetensors",
+        "/seed is -1: expected a whole number",
+        "there is no command /nothing",
+    ]
+    for error, line in zip(errors, said.err.splitlines(), strict=True):
+        assert line.startswith(f"steerable: {error}")
+    turns = json.loads((tmp_path / "turns.json").read_text())["turns"]
+    assert [len(ids) for ids in fed] == [len(turn["answers"]) for turn in turns] == [3, 2, 2]
+    assert [turn["seed"] for turn in turns] == [0, 4, 4]
+    assert [turn["history"] for turn in turns] == [[], [], []]  # without answers, and behind /reset and /task
+    assert turns[1]["answers"][1]["strength"] == 2 and "correct" in turns[2]["answers"][0]
+    assert all(text in said.out for text in (" strength -1 ", " strength 1 ", "resid_post.2", "/seed N", "no answer"))
+
+
+def test_a_conversation_beyond_what_the_model_reads(pocket):
+    dialogue = Dialogue(pocket, max_new_tokens=300)
+    dialogue.answer(PROMPT, lambda *text: None)
+    assert dialogue.turns[0]["continued"] == 0
+    with pytest.raises(UsageError, match="the conversation has 1... tokens, the model reads 1024: begin a new one"):
+        dialogue.answer("1 " * 1100, lambda *text: None)
+    assert len(dialogue.turns) == 1
+    assert dialogue.answer("1 " * 960, lambda *text: None)["answers"][0]["tokens"] <= 1024 - 960
+
+
+def test_a_template_that_takes_no_system_message(tokenizer, tiny_llama):
+    tokenizer.chat_template, before = "{{ raise_exception('no roles') }}", tokenizer.chat_template
+    try:
+        with pytest.raises(UsageError, match="no roles"):
+            Dialogue(models.Loaded(tiny_llama, tokenizer), system="Be brief.")
+    finally:
+        tokenizer.chat_template = before
+
+
+class Terminal:
+    """`steerable chat` in a terminal of its own."""
+
+    CODE = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from steerable.cli import main; main()"
+
+    def __init__(self, *arguments):
+        import pty
+
+        self.here, there = pty.openpty()
+        environment = os.environ | {"COLUMNS": "130", "LINES": "40", "TERM": "xterm"}
+        command = [sys.executable, "-c", self.CODE, "chat", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=there, stdout=there, stderr=there, start_new_session=True, env=environment
+        )
+        os.close(there)
+        self.unread = ""
+
+    def type(self, text):
+        os.write(self.here, text.encode())
+
+    def until(self, text, seconds=90):
+        """What is shown up to where this text is."""
+        end = time.monotonic() + seconds
+        while text not in self.unread:
+            assert select.select([self.here], [], [], max(0, end - time.monotonic()))[0], self.unread
+            try:
+                self.unread += os.read(self.here, 65536).decode(errors="replace")
+            except OSError:  # the other end is closed
+                raise AssertionError(self.unread) from None
+        shown, _, self.unread = self.unread.partition(text)
+        return shown + text
+
+
+@pytest.mark.slow
+def test_a_conversation_on_a_terminal(pocket, tmp_path):
+    """Two turns, a command, Ctrl-C during an answer and at the prompt, the line before again, Ctrl-D."""
+    endless = -pocket.model.get_input_embeddings().weight[0]  # away from the token that ends a text
+    file = Direction({Site("resid_post", 5): endless}, model_id="pocket").save(tmp_path / "d.safetensors")
+    out = tmp_path / "turns.json"
+    terminal = Terminal("--steer", file, "--strength", "0.01", "--out", out, "--max-new-tokens", 20_000)
+    try:
+        terminal.until("/help lists the commands")
+        terminal.until("> ")
+        terminal.type(f"{PROMPT}\n")
+        first = terminal.until("the conversation goes on from: steered (/keep unsteered to change that)")
+        assert "\x1b[" in first and "writing ..." in first
+        terminal.until("> ")
+        terminal.type("/strength 1000\n")
+        terminal.until("the next answers: unsteered, steered")
+        terminal.until("> ")
+        terminal.type("And 7 + 7?\n")
+        terminal.until("writing ...")
+        time.sleep(1)
+        terminal.type("\x03")
+        terminal.until("not closed")
+        terminal.until("> ")
+        terminal.type("half a line\x03")
+        terminal.until("Ctrl-D or /quit ends the conversation")
+        terminal.until("> ")
+        terminal.type("\x1b[A\x1b[A\n")  # the history: the line before the last
+        terminal.until("the next answers: unsteered, steered")
+        terminal.until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.here)
+    turns = json.loads(out.read_text())["turns"]
+    assert [turn["prompt"] for turn in turns] == [PROMPT, "And 7 + 7?"]
+    assert turns[1]["history"] == [0]
+    stopped = turns[1]["answers"][1]
+    assert not stopped["closed"] and 0 < stopped["tokens"] < 20_000 and stopped["strength"] == 1000

@@ -185,12 +185,13 @@ def _answer(
     return chains
 
 
-def prompt_ids(tokenizer: Any, prompt: str, thinking: bool = True) -> list[int]:
-    """Token ids of a user's message in the model's chat template, up to where the model begins to speak.
+def prompt_ids(tokenizer: Any, prompt: str, thinking: bool = True, **more: Any) -> list[int]:
+    """Token ids of a user's message in the model's chat template, up to where the model begins to speak. more: `system`
+    and `history`, as for `think.render`.
 
     Special tokens are those that the template writes, so that none (the first one above all) comes twice.
     """
-    text = prompt_text(tokenizer, prompt, thinking)
+    text = render(tokenizer, prompt, thinking, **more)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,89 +1,81 @@
-"""One prompt, answered unsteered and steered, side by side in the terminal: what people try first."""
+"""`steerable chat`: a prompt, lines, or a conversation, answered unsteered and steered side by side: what people try
+first."""
 
 from __future__ import annotations
 
-import math
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.columns import Columns
-from rich.console import Console, Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.text import Text
-from tokenizers.decoders import DecodeStream
-
-from steerable.chains.generation import prompt_ids, split_chain
 from steerable.chains.records import Record
-from steerable.chains.tasks import correct, make_tasks
-from steerable.engines import transformers
-from steerable.engines.base import Completion
-from steerable.engines.sampling import Decoding, choose, decoding_of, mark
-from steerable.jobs.settings import LARGEST_SEED
+from steerable.chains.tasks import make_tasks
+from steerable.jobs.dialogue import Dialogue, read_part, read_strengths
+from steerable.jobs.panels import Screen
 from steerable.models import loading as models
-from steerable.models.loading import stop_ids
-from steerable.models.pocket import language
-from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
-from steerable.steering.spec import Program
-from steerable.steering.text import parse_steering
-from steerable.steering.think import think_tags_if_any
 from steerable.store.display import Display
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import file_target
 from steerable.store.run_folder import write_json
-from steerable.store.text import plural, printable
+from steerable.store.text import one_line
 
-# Colours that are told apart on dark and light terminals.
-COLOURS = {
-    "initializing": "dim",
-    "deduction": "default",
-    "adding-knowledge": "green",
-    "example-testing": "cyan",
-    "uncertainty-estimation": "yellow",
-    "backtracking": "red",
-}
+with suppress(ImportError):  # Windows has none
+    import readline  # noqa: F401  gives `input` its line editing and its history
 
 
 def chat(
     prompt: str | None = None,
     *,
     model: str = "pocket",
-    steer: str | Path | None = None,
-    strength: float | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    steer: str | Path | Sequence[str | Path] | None = None,
+    strength: float | str | None = None,
     layers: str | None = None,
     where: str | None = None,
+    system: str = "",
     seed: int = 0,
     greedy: bool = False,
     max_new_tokens: int = 500,
     out: Path | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """One prompt, unsteered and steered side by side, streamed, with the spans coloured by behaviour.
+    """One prompt, or a conversation, answered unsteered and steered side by side, streamed.
 
-    Both answers draw with the same seed, and nothing else in the process is drawn from.
+    Without a prompt it is a conversation: on a terminal until Ctrl-D (/help lists its commands), else each line of
+    standard input is a turn. Where there is no input either, the bundled model gets a task of its own kind. All answers
+    draw with the same seed, and nothing else in the process is drawn from. The bundled model's spans are coloured by
+    behaviour.
 
     Args:
-        prompt: The question; default: a task of the model's own kind.
+        prompt: The question.
         model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
-        steer: A direction file, or text like "0.5 a.safetensors@thinking - b"; default: the answer is unsteered.
-        strength: Default: what the file says.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Weights' type, e.g. bfloat16; default: the checkpoint's.
+        device: Device, e.g. cuda:0; default: CUDA, else MPS, else the CPU.
+        steer: A direction file, or text like "0.5 a.safetensors@thinking - b"; several are added up. Default: the
+            answer is unsteered.
+        strength: Strength of a file, and the factor of all terms of a text; several, as in -1,0,1, are answered side by
+            side (0 is unsteered). Default: what files and text say.
         layers: Layers of the file to use, e.g. 2,3; default: all in it.
         where: Tokens to steer, e.g. thinking; default: what the file says.
+        system: System message; default: none.
         seed: Seed of the sampling and of the task.
         greedy: Greedy decoding; default: the model's own.
         max_new_tokens: Longest answer, thinking included.
         out: Also write the answers to this JSON file.
-        display: Where the answers are shown; default: nowhere.
+        display: Where the answers are shown, and what is typed is read; default: nowhere.
 
     Returns:
         `{"model", "prompt", "unsteered": {"thinking", "answer", "closed", "tokens"}, "steered": ... or null,
-        "steering": what `Handle.report` says, or null}`; where a task was drawn, each answer also has `correct`.
+        "steering": what `Handle.report` says, or null}`; where a task was drawn, each answer also has `correct`. At
+        several strengths `{"model", "prompt", "answers"}`, of a conversation `{"model", "turns"}`: the records of
+        `Dialogue`.
 
     Raises:
         UsageError: an unknown model, file, layer or selector, before anything is generated.
@@ -93,161 +85,181 @@ def chat(
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}: expected 1 or more")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UsageError(f"--seed is {seed}: expected a whole number from 0 to {LARGEST_SEED}")
-    if steer is None and (strength, layers, where) != (None, None, None):
+    texts = [steer] if isinstance(steer, str | Path) else list(steer or ())
+    if not texts and (strength, layers, where) != (None, None, None):
         raise UsageError("--strength, --layers and --where need a direction file: give one with --steer")
-    if strength is not None and not math.isfinite(strength):
-        raise UsageError(f"--strength is {strength}: expected a finite number")
+    strengths = None if strength is None else read_strengths(strength)
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty: write one in quotes")
     if out is not None:
         file_target(out)
-    steering = () if steer is None else _read_steering(steer)
-    options: Any = {"strength": strength, "layers": parse_layers(layers), "where": where}
-    loaded = models.load(model)
-    task = None
-    if prompt is None:
-        if model != "pocket":
-            raise UsageError("no prompt was given: write one after `steerable chat`, in quotes")
-        task = make_tasks("pocket", 1, seed)[0]
-        prompt = task["prompt"]
-    ids = prompt_ids(loaded.tokenizer, prompt)
-    transformers.check_length(loaded.model, len(ids) + max_new_tokens)
-    steered_model = partial(transformers.steer, loaded.model, steering, tokenizer=loaded.tokenizer, **options)
-    if steer is not None:
-        with warnings.catch_warnings(action="ignore"), steered_model():
-            pass  # what does not fit this model is refused now, and not after the unsteered answer
-    is_pocket = models.model_id(loaded.model) == "pocket"
-    screen = _Screen(prompt, steer is not None, is_pocket, quiet=display is None or display.quiet)
-
-    def answer(side: int) -> dict[str, Any]:
-        chain = _stream(loaded, ids, seed, greedy, max_new_tokens, partial(screen.show, side))
-        right = {"correct": correct(task, chain["answer"] if chain["closed"] else "")} if task else {}
-        record = {key: chain[key] for key in ("thinking", "answer", "closed", "tokens")}
-        return record | {"answer": chain["answer"].strip()} | right
-
-    with screen:
-        plain = answer(0)
-        steered = report = None
-        if steer is not None:
-            with steered_model() as handle:
-                steered = answer(1)
-                report = handle.report()
-        screen.close(plain, steered)
-    result = {"model": model, "prompt": prompt, "unsteered": plain, "steered": steered, "steering": report}
+    parts = [read_part(text, parse_layers(layers), where) for text in texts]
+    lines = None if prompt is not None or display is None else _typed(display)
+    if prompt is None and lines is None and model != "pocket":
+        raise UsageError("no prompt was given: write one after `steerable chat`, in quotes")
+    loaded = models.load(model, revision=revision, dtype=dtype, device=device)
+    dialogue = Dialogue(loaded, system=system, seed=seed, greedy=greedy, max_new_tokens=max_new_tokens)
+    dialogue.strengths = strengths
+    dialogue.set_steering(parts)
+    screen = Screen(models.model_id(loaded.model) == "pocket", quiet=display is None or display.quiet)
+    result: dict[str, Any] = {"model": model}
+    if lines is not None:
+        result["turns"] = dialogue.turns
+        try:
+            Loop(dialogue, screen, is_terminal=sys.stdin.isatty()).run(lines)
+        finally:
+            if out is not None:
+                write_json(out, result)
+        return result
+    task = make_tasks("pocket", 1, seed)[0] if prompt is None else None
+    turn = _answer(dialogue, screen, task["prompt"] if task else str(prompt), task)
+    answers = turn["answers"]
+    result["prompt"] = turn["prompt"]
+    if strengths is not None and len(strengths) > 1:
+        result["answers"] = answers
+    else:
+        keys = ("thinking", "answer", "closed", "tokens", "correct")
+        plain, *steered = [{key: answer[key] for key in keys if key in answer} for answer in answers]
+        result["unsteered"], result["steered"] = plain, steered[0] if steered else None
+        result["steering"] = answers[-1]["report"]
     if out is not None:
         write_json(out, result)
     return result
 
 
-def _read_steering(text: str | Path) -> Direction | Program:
-    """A direction file by its path, or the text form of a steering."""
-    if os.path.lexists(text) or not set(str(text)) & set(" @|["):
-        return Direction.load(text)
-    return parse_steering(str(text))
-
-
-def _stream(
-    loaded: models.Loaded, prompt: list[int], seed: int, greedy: bool, max_new_tokens: int, show: Callable[..., None]
+def _answer(
+    dialogue: Dialogue, screen: Screen, prompt: str, task: Record | None = None, is_typed: bool = False
 ) -> Record:
-    """Generate after the prompt, calling `show` with thinking and answer so far at every token; returns the chain. A
-    model without a think block answers only."""
-    tags, ids = think_tags_if_any(loaded.tokenizer), []
-    decoder, text = _decoder(loaded.tokenizer), ""
-    stops = stop_ids(loaded.model)
-    for token in _draw(loaded.model, prompt, seed, decoding_of(loaded.model, greedy=greedy or None), max_new_tokens):
-        ids.append(token)
-        if token in stops:
-            break
-        text += decoder(token)
-        show(*(text.removeprefix(tags.texts[0]).partition(tags.texts[1])[::2] if tags else ("", text)))
-    completion = Completion(ids, finished=bool(ids) and ids[-1] in stops)
-    chain = split_chain(loaded.tokenizer, tags, completion, endless=not stops)
-    chain["thinking"] = chain["thinking"] if tags else ""
-    show(chain["thinking"], chain["answer"])
-    return chain
+    """One turn, shown as it comes. is_typed: the prompt stands on the terminal already, and Ctrl-C ends the answer."""
+    if not is_typed or task is not None:
+        screen.say(f"{prompt.strip()}\n", "bold")
+    with screen.growing([side.title for side in dialogue.sides]):
+        turn = dialogue.answer(prompt, screen.show, task=task, stoppable=is_typed)
+    screen.finish(turn["answers"])
+    return turn
 
 
-def _decoder(tokenizer: Any) -> Callable[[int], str]:
-    """A function that gives the text which each further token adds, without decoding those before it again."""
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        return lambda token: str(tokenizer.decode([token]))
-    stream = DecodeStream(skip_special_tokens=False)
-    return lambda token: stream.step(backend, token) or ""
+def _typed(display: Display) -> Iterator[str] | None:
+    """The lines of standard input; None where there are none, and on a terminal that is shown no answer."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        return None if display.quiet else _asked()
+    try:
+        first = sys.stdin.readline()
+    except OSError:  # closed
+        return None
+    return chain([first], sys.stdin) if first else None
 
 
-@torch.inference_mode()
-def _draw(model: Any, prompt: list[int], seed: int, decoding: Decoding, max_new_tokens: int) -> Iterator[int]:
-    """The tokens of one continuation, drawn by a generator of its own (`engines/sampling.py`)."""
-    fed, seeds, cache = torch.tensor([prompt], device=model.device), torch.tensor([seed], device=model.device), None
-    seen = None
-    if decoding.repetition_penalty != 1:
-        seen = mark(torch.zeros(1, models.vocabulary(model), dtype=torch.bool, device=model.device), fed)
-    for n in range(max_new_tokens):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        token = choose(output.logits[:, -1], decoding, seeds, torch.full_like(seeds, n), seen)
-        yield int(token)
-        fed, cache = token[:, None], output.past_key_values
-        if seen is not None:
-            mark(seen, fed)
+def _asked() -> Iterator[str]:
+    """What is typed on the terminal, until Ctrl-D."""
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print("\nCtrl-D or /quit ends the conversation")
+        except EOFError:
+            print()
+            return
 
 
-class _Screen:
-    """Two panels that grow as the text comes; plain text where the output is no terminal."""
+class Loop:
+    """A conversation line by line. A line that begins with / is a command: a method below, by its name."""
 
-    def __init__(self, prompt: str, two: bool, is_pocket: bool, quiet: bool):
-        self.is_pocket, self.quiet, self.two = is_pocket, quiet, two
-        self.console = Console(highlight=False)
-        self.answers = [("", ""), ("", "")]  # thinking and answer of either side
-        self.live: Live | None = None
-        if not quiet:
-            self.console.print(Text(printable(prompt.strip()), style="bold"), "\n")
+    COMMANDS = ("strength", "steer", "system", "seed", "keep", "task", "report", "reset", "help", "quit")
 
-    def __enter__(self) -> _Screen:
-        if not self.quiet and self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=12, vertical_overflow="visible", transient=True)
-            self.live.start()
-        return self
+    def __init__(self, dialogue: Dialogue, screen: Screen, is_terminal: bool) -> None:
+        self.dialogue, self.screen, self.is_terminal = dialogue, screen, is_terminal
+        self.is_over, self.tasks = False, 0
 
-    def __exit__(self, *exception: Any) -> None:
-        if self.live is not None:
-            self.live.stop()
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer every line, and do what the commands say. What is wrong with a line is one sentence on standard
+        error."""
+        if self.is_terminal:
+            self.screen.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation", "dim")
+            if self.screen.is_pocket:
+                self.screen.say("the bundled model answers single tasks: /task gives it one, /reset forgets it", "dim")
+        for line in map(str.strip, lines):
+            name, _, value = line.partition(" ")
+            try:
+                if name.removeprefix("/") in self.COMMANDS and name.startswith("/"):
+                    getattr(self, name.removeprefix("/"))(value.strip())
+                elif name.startswith("/"):
+                    raise UsageError(f"there is no command {one_line(name, 40)}: /help lists them")
+                elif line:
+                    self._turn(line)
+            except SteerableError as error:
+                print(f"steerable: {one_line(str(error))}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                if not self.is_terminal:
+                    raise
+            if self.is_over:
+                return
 
-    def show(self, side: int, thinking: str, answer: str) -> None:
-        """Replace what one side says."""
-        self.answers[side] = thinking, answer
-        if self.live is not None:
-            self.live.update(self._panels(["writing ...", "waiting ..." if side == 0 else "writing ..."]))
+    def _turn(self, prompt: str, task: Record | None = None) -> None:
+        turn = _answer(self.dialogue, self.screen, prompt, task, is_typed=self.is_terminal)
+        if turn["continued"] is None:
+            self.screen.say("there is no answer to go on from: the next turn will not know of this one", "dim")
+        elif len(turn["answers"]) > 1:
+            titles = [answer["title"] for answer in turn["answers"]]
+            continued = titles.pop(turn["continued"])
+            others = ", ".join(f"/keep {title.removeprefix('strength ')}" for title in titles)
+            self.screen.say(f"the conversation goes on from: {continued} ({others} to change that)", "dim")
 
-    def close(self, plain: dict[str, Any], steered: dict[str, Any] | None) -> None:
-        """The final picture, with what became of each."""
-        if self.live is not None:
-            self.live.stop()
-        if not self.quiet:
-            self.console.print(self._panels([_verdict(record) for record in (plain, steered) if record]))
-            if self.is_pocket:
-                self.console.print(Text.assemble(*((f"{label}  ", colour) for label, colour in COLOURS.items())))
+    def strength(self, value: str) -> None:
+        """/strength 0.5: beside the unsteered answer; /strength -1,0,1: one answer each (0 is unsteered)"""
+        self.dialogue.set_strengths(value, "/strength")
+        self._tell_sides()
 
-    def _panels(self, notes: list[str]) -> Any:
-        titles = ["unsteered", "steered"] if self.two else ["answer"]
-        width = self.console.width // len(titles) - 1 if self.console.width >= 80 else self.console.width
-        panels = [
-            Panel(self._coloured(*answer), title=title, subtitle=note, width=width)
-            for title, answer, note in zip(titles, self.answers, notes, strict=False)
-        ]
-        return Columns(panels, padding=(0, 1)) if self.console.width >= 80 else Group(*panels)
+    def steer(self, value: str) -> None:
+        """/steer FILE or TEXT: steer by this from now on"""
+        if not value:
+            raise UsageError("/steer needs a direction file, or a text like 0.5 a.safetensors@thinking - b")
+        self.dialogue.set_steering([read_part(value)])
+        self._tell_sides()
 
-    def _coloured(self, thinking: str, answer: str) -> Text:
-        text = Text(printable(thinking))  # as long as before: the spans' offsets stay true
-        if self.is_pocket:
-            for span in language.annotate({"task_id": "", "sample": 0, "thinking": thinking}):
-                text.stylize(COLOURS[span["label"]], span["start"], span["end"])
-        text.rstrip()
-        answer = printable(answer.strip())
-        return text.append("\n\n" if text else "").append(answer, style="bold") if answer else text
+    def system(self, value: str) -> None:
+        """/system TEXT: the system message; without a text there is none"""
+        self.dialogue.set_system(value)
 
+    def seed(self, value: str) -> None:
+        """/seed N: what the next answers draw with"""
+        self.dialogue.set_seed(value, "/seed")
 
-def _verdict(answer: dict[str, Any]) -> str:
-    mark = {True: ", right", False: ", wrong", None: ""}[answer.get("correct")]
-    return f"{answer['tokens']} {plural(answer['tokens'], 'token')}{'' if answer['closed'] else ', not closed'}{mark}"
+    def keep(self, value: str) -> None:
+        """/keep unsteered, /keep steered, /keep -1: the answer that the conversation goes on from"""
+        self.screen.say(f"the conversation goes on from: {self.dialogue.keep(value)}", "dim")
+
+    def task(self, value: str) -> None:
+        """/task: a new conversation with a task of the bundled model's kind"""
+        if not self.screen.is_pocket:
+            raise UsageError("/task is for the bundled model: type a question")
+        self.tasks += 1
+        task = make_tasks("pocket", self.tasks, self.dialogue.seed)[-1]
+        self.dialogue.reset()
+        self._turn(task["prompt"], task)
+
+    def report(self, value: str) -> None:
+        """/report: what steering did to the last answers"""
+        answers = self.dialogue.turns[-1]["answers"] if self.dialogue.turns else []
+        if not any(answer["report"] for answer in answers):
+            raise UsageError("nothing has been steered yet: /steer FILE, then a prompt")
+        self.screen.report(answers)
+
+    def reset(self, value: str) -> None:
+        """/reset: begin a new conversation"""
+        self.dialogue.reset()
+
+    def help(self, value: str) -> None:
+        """/help: this list"""
+        for name in self.COMMANDS:
+            self.screen.say(str(getattr(self, name).__doc__))
+
+    def quit(self, value: str) -> None:
+        """/quit, or Ctrl-D: end the conversation"""
+        self.is_over = True
+
+    def _tell_sides(self) -> None:
+        titles = [side.title for side in self.dialogue.sides]
+        self.screen.say(f"the next answers: {', '.join(titles)}", "dim")

@@ -325,10 +325,16 @@ def _opened_by_template(tokenizer: Any, tags: ThinkTags) -> bool:
     return tags.opened(render(tokenizer, "?"))
 
 
-def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "") -> str:
+def render(
+    tokenizer: Any,
+    prompt: str,
+    thinking: bool = True,
+    system: str = "",
+    history: Sequence[Mapping[str, str]] = (),
+) -> str:
     """A user's message in the chat template, up to where the model begins to speak. No system message is sent unless
     one is given, since some templates refuse it. thinking: what templates with a switch for it (`enable_thinking`,
-    `thinking`) are told; the others take no notice.
+    `thinking`) are told; the others take no notice. history: the messages of earlier turns.
 
     Raises UsageError for a tokenizer without a chat template, and for a template that does not take the message.
     """
@@ -340,8 +346,8 @@ def render(tokenizer: Any, prompt: str, thinking: bool = True, system: str = "")
             f"{name!r} has no chat template: choose a model with one, or, where the command has it, give --template, a "
             "text with {prompt}"
         )
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    messages: list[Mapping[str, str]] = [{"role": "system", "content": system}] if system else []
+    messages += [*history, {"role": "user", "content": prompt}]
     switches = {"enable_thinking": thinking, "thinking": thinking}
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
