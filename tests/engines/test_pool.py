@@ -5,12 +5,13 @@ import os
 import signal
 import threading
 import time
+import warnings
 
 import pytest
 import torch
 
 from steerable.engines.pool import default_threads, loader, map_blocks
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 
 def setup():
@@ -34,8 +35,19 @@ def misbehave(pid, block, report):
     return block
 
 
+def warn(pid, block, report):
+    warnings.warn("the vector is weak", SteerableWarning, stacklevel=1)
+    return block
+
+
 def children():
     return [p for p in multiprocessing.active_children() if p.is_alive()]
+
+
+@pytest.mark.slow
+def test_warnings_reach_the_caller():
+    with pytest.warns(SteerableWarning, match="^the vector is weak$"):
+        assert map_blocks(warn, [3, 1, 2], setup=setup, workers=2) == [3, 1, 2]
 
 
 @pytest.mark.slow

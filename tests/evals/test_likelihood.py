@@ -9,7 +9,7 @@ from tiny_families import tiny
 
 from steerable import Direction, Site, steer
 from steerable.evals.likelihood import divergence, perplexity, perplexity_ratio, surprisal
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2"]
 
@@ -58,7 +58,7 @@ def test_refused():
         surprisal(model, [[1]], [[]])
     with pytest.raises(UsageError, match="empty prompt or text"):
         surprisal(model, [[]], [[1]])
-    with pytest.raises(UsageError, match="token id 64 is not in the model's vocabulary of 64"):
+    with pytest.raises(UsageError, match="token ids from 0 to 63, the model's vocabulary, not \\[1, 64\\]"):
         surprisal(model, [[1]], [[64]])
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
@@ -174,6 +174,19 @@ def test_bad_input(tiny_llama, tokenizer, direction):
     assert divergence(tiny_llama, tokenizer, {}, [], direction.steering()) == []
     with pytest.raises(UsageError, match="no prompt"):
         divergence(tiny_llama, tokenizer, {}, CHAINS, direction.steering())
+    with pytest.raises(UsageError, match="a steering holds interventions"):
+        divergence(tiny_llama, tokenizer, PROMPTS, CHAINS, direction)
+    wide = Direction({Site("resid_post", 1): torch.ones(33)})
+    with pytest.raises(UsageError, match="has width 33"):
+        run(tiny_llama, tokenizer, wide)
+
+
+def test_a_direction_of_another_model(tiny_llama, tokenizer, direction, monkeypatch):
+    monkeypatch.setattr(tiny_llama.config, "_name_or_path", "this/one")
+    direction.model_id = "someone/else"
+    with pytest.warns(SteerableWarning, match="made on 'someone/else', the model is 'this/one'") as caught:
+        run(tiny_llama, tokenizer, direction)
+    assert caught[0].filename == __file__
 
 
 def test_two_steerings_of_one_model(tiny_llama, tokenizer, direction):

@@ -12,6 +12,7 @@ import pickle
 import signal
 import threading
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from steerable.models import loading as models
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 SMALL = 1_000_000_000
 """Models with fewer parameters run best with one thread a process on a CPU."""
@@ -255,6 +256,8 @@ def _distribute(pool: list[_Worker], start: Callable[[], _Worker], queue: Queue,
                 continue
             if kind == "report":
                 report(value)
+            elif kind == "warning":
+                warnings.warn(value, SteerableWarning, stacklevel=1)  # once, though every worker says it
             elif kind == "error":
                 raise value
             else:
@@ -276,6 +279,11 @@ def _serve(pipe: Connection, task: bytes) -> None:
     def send(kind: str, value: Any) -> None:
         pipe.send_bytes(pickle.dumps((kind, value)))
 
+    def told(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, SteerableWarning):
+            send("warning", str(message))
+
+    warnings.showwarning = told  # type: ignore[assignment]  # other packages' warnings are for developers
     try:
         work, setup, threads = pickle.loads(task)
         torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ workers and the order of the queue change nothing.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -68,6 +69,19 @@ class Decoding:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, most, expected in (
+            ("temperature", math.inf, "0 or more"),
+            ("top_p", 1.0, "0 to 1"),
+            ("min_p", 1.0, "0 to 1"),
+            ("repetition_penalty", math.inf, "more than 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                continue  # of several rows, see `together`
+            if not (math.isfinite(value) and 0 <= value <= most) or value == 0 and expected == "more than 0":
+                raise UsageError(f"{name} is {value}: expected {expected}")
 
     @property
     def greedy(self) -> bool:

@@ -403,6 +403,7 @@ def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site,
     for behaviour, direction in directions.items():
         if tuple(sorted(direction.vectors)) != sites:
             raise UsageError(f"all directions must hold the same sites, but {behaviour!r} holds others than the first")
+        models.warn_of_other(model, direction.model_id, direction.model_revision)
         stacked = [direction.vectors[site].squeeze(0) for site in sites]
         if any(v.ndim != 1 for v in stacked):
             raise UsageError(f"attribution needs one vector a site, but {behaviour!r} holds a subspace")

@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerable.chains.offsets import chain_tokens
-from steerable.engines.transformers import Handle, dtype_of, is_narrow, score_tokens
+from steerable.engines.transformers import Handle, check_ids, dtype_of, is_narrow, score_tokens
 from steerable.evals.intervals import Interval, difference_interval, mean_interval
-from steerable.models.loading import text_config, unwrap_to_run
+from steerable.models.loading import unwrap_to_run
 from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
@@ -57,9 +57,7 @@ def surprisal(
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
     if any(not prompt or not text for prompt, text in zip(prompts, texts, strict=True)):
         raise UsageError("there is an empty prompt or text: expected at least one token of each")
-    vocabulary = int(text_config(model).vocab_size)
-    if rows and (largest := max(map(max, rows))) >= vocabulary:
-        raise UsageError(f"the token id {largest} is not in the model's vocabulary of {vocabulary}")
+    check_ids(model, rows)
 
     starts = [len(prompt) for prompt in prompts]
     return [-total for total in _sums(score_tokens(model, rows, starts, max_logits=max_logits, progress=progress))]

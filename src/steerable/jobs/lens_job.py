@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from steerable.pages.lens_page import page, tables
 from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
-from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.errors import UsageError
 from steerable.store.files import file_target, folder_target, write_atomic
 from steerable.store.run_folder import read_json, sha256, write_json
 
@@ -254,10 +253,7 @@ def _check_model(model: Any, direction: Direction, width: int) -> None:
         raise UsageError(
             f"the vectors have width {width}, but the model's residual stream {expected}: use the model they belong to"
         )
-    name = models.model_id(model)
-    if not models.is_named(model, direction.model_id):
-        text = f"this direction was made on {direction.model_id!r}, the model is {name!r}: its tokens may mean nothing"
-        warnings.warn(text, SteerableWarning, stacklevel=3)
+    models.warn_of_other(model, direction.model_id, direction.model_revision)
 
 
 def _random_scores(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -313,6 +314,28 @@ def is_named(model: nn.Module, name: str) -> bool:
     if not this or not other or this == other:
         return True
     return not ("/" in this and "/" in other) and this.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def warn_of_other(model: nn.Module, name: str, revision: str = "") -> None:
+    """SteerableWarning where a direction that was made on the model `name`, at a hub commit, meets another one; empty
+    texts are not known. It points at the line outside of this package, so that Python shows it once for each."""
+    here, commit = model_id(model), model_revision(model)
+    if not is_named(model, name):
+        made, this = repr(name), repr(here)
+    elif revision and commit and revision != commit:
+        made, this = f"{name!r} at revision {revision}", f"at revision {commit}"
+    else:
+        return
+    text = f"this direction was made on {made}, the model is {this}: it may do nothing here"
+    frame: Any = sys._getframe()
+    level = 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "steerable",
+        "contextlib",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, SteerableWarning, stacklevel=level)
 
 
 def model_revision(model: nn.Module) -> str:

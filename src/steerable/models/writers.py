@@ -18,7 +18,6 @@ that of a checkpoint which holds the rounded bias.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -33,7 +32,7 @@ from steerable.models import loading as models
 from steerable.models.taps import check_site
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.errors import UsageError
 
 AFTER = ("attention", "mlp")
 _AFTER = {"resid_post": "mlp", "mlp_out": "mlp", "resid_mid": "attention", "attn_out": "attention"}
@@ -127,10 +126,7 @@ def placed(model: nn.Module, direction: Direction, strength: float | None = None
     other = not_added(direction) or (None if direction.gate == "all" else f"has the gate '{direction.gate}'")
     if other is not None:
         raise UsageError(f"a bias adds the same vector at every token, but this direction {other}: use a hook")
-    if not models.is_named(model, direction.model_id):
-        name = models.model_id(model)
-        text = f"this direction was made on {direction.model_id!r}, the model is {name!r}: it may do nothing here"
-        warnings.warn(text, SteerableWarning, stacklevel=3)
+    models.warn_of_other(model, direction.model_id, direction.model_revision)
     factor = direction.strength if strength is None else float(strength)
     biases: dict[Place, Tensor] = {}
     for at, vector in direction.vectors.items():

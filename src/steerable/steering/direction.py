@@ -206,12 +206,10 @@ class Direction:
         chosen = self if layers is None else self.only([layers] if isinstance(layers, int) else layers)
         phi = parse_map(self.map if map is None else map)
         gate = parse_gate(self.gate if where is None else where)
-        text = name or quoted(self.behaviour or "direction")
-        if layers is not None and chosen.layers != self.layers:
-            text += f"[{', '.join(str(layer) for layer in chosen.layers)}]"
-        if map_text(phi) != self.map:
-            text += f"|{map_text(phi)}"
-        source = Source(text, str(self.gate), str(self.schedule), self.rescale)
+        source = Source(
+            name or quoted(self.behaviour or "direction"), map_text(phi) if map_text(phi) != self.map else "",
+            tuple(self.layers), str(self.gate), str(self.schedule), self.rescale, self.model_id, self.model_revision,
+        )  # fmt: skip
         return Program(
             Intervention(
                 site,

@@ -68,6 +68,10 @@ class Reading:
     def site(self) -> Site:
         return self.vectors[0][0]
 
+    @property
+    def width(self) -> int:
+        return len(self.vectors[0][1]) // 4
+
     def weight(self) -> Tensor:
         """[d] float64: the reading is <h, weight> + bias."""
         v = _vector(self.vectors[0][1])

@@ -12,7 +12,7 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,13 +30,20 @@ from steerable.store.files import strict_json
 
 @dataclass(frozen=True)
 class Source:
-    """Where an intervention came from: how text names its direction, and what that direction says by itself. Text
-    (`format_steering`) gives the name and what differs."""
+    """Where an intervention came from: how text names its direction and, where it is not the direction's own, its map;
+    and what that direction says by itself. Text (`format_steering`) gives the names and what differs.
 
-    text: str = "direction"
+    layers: all that the direction has; empty: not known. model_id, model_revision: the model that it was made on.
+    """
+
+    name: str = "direction"
+    map: str = ""
+    layers: tuple[int, ...] = ()
     gate: str = "all"
     schedule: str = "constant"
     rescale: bool = False
+    model_id: str = ""
+    model_revision: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +156,15 @@ Steering = tuple[Intervention, ...]
 """What steers a run. Interventions at one site act in this order."""
 
 
+def steering_of(given: Any) -> Steering:
+    """A steering as engines take it. Raises UsageError for what is none, an intervention or a direction alone, too."""
+    parts = tuple(given) if isinstance(given, (tuple, list)) else (None,)
+    if odd := [part for part in parts if not isinstance(part, Intervention)]:
+        kind = type(given if odd == [None] else odd[0]).__name__
+        raise UsageError(f"a steering holds interventions, as `direction.steering(0.5)` and text give them, no {kind}")
+    return parts
+
+
 class Program(tuple[Intervention, ...]):
     """A Steering whose `str` is its text form."""
 
@@ -185,17 +201,20 @@ def scaled(steering: Iterable[Intervention], factor: float) -> Program:
 
 def format_steering(steering: Sequence[Intervention]) -> str:
     """The text form, "0.5 happy@thinking - 0.2 verbose@answer & ~boundary"; `parse_steering` reads it back."""
-    terms: list[tuple[Any, Site]] = []
+    terms: list[tuple[Any, list[Site]]] = []
     for i in steering:
         term = (i.source, i.strength, str(i.gate), schedule_text(i.schedule), i.rescale)
-        if terms and terms[-1][0] == term and terms[-1][1] < i.site:
-            terms[-1] = (term, i.site)
+        if terms and terms[-1][0] == term and terms[-1][1][-1] < i.site:
+            terms[-1][1].append(i.site)
         else:
-            terms.append((term, i.site))
+            terms.append((term, [i.site]))
     text = ""
-    for (source, strength, gate, schedule, is_rescaled), _ in terms:
+    for (source, strength, gate, schedule, is_rescaled), sites in terms:
         sign = "- " if strength < 0 or math.copysign(1, strength) < 0 else "+ "
-        text += f" {sign if text else sign.strip().removeprefix('+')}{number_text(abs(strength))} {source.text}"
+        text += f" {sign if text else sign.strip().removeprefix('+')}{number_text(abs(strength))} {source.name}"
+        layers = sorted({site.layer for site in sites})
+        text += f"[{', '.join(map(str, layers))}]" * (tuple(layers) != (source.layers or tuple(layers)))
+        text += f"|{source.map}" * bool(source.map)
         text += f"|{schedule}" * (schedule != source.schedule)
         text += ("|rescale" if is_rescaled else "|rescale(off)") * (is_rescaled != source.rescale)
         text += f"@{gate}" * (gate != source.gate)
@@ -254,7 +273,7 @@ def to_json(steering: Iterable[Intervention]) -> str:
                 "schedule": encoded(i.schedule, SCHEDULES),
                 "strength": i.strength,
                 "rescale": i.rescale,
-                "source": [i.source.text, i.source.gate, i.source.schedule, i.source.rescale],
+                "source": asdict(i.source),
             }
             for i in steering
         ],
@@ -273,6 +292,7 @@ def from_json(text: str) -> Program:
 
 def _intervention(data: dict[str, Any]) -> Intervention:
     d, k = data["basis"]["shape"]
+    source = data.get("source", {})
     content = bytearray(base64.b64decode(data["basis"]["float64"], validate=True))
     return Intervention(
         Site.parse(data["site"]),
@@ -282,5 +302,5 @@ def _intervention(data: dict[str, Any]) -> Intervention:
         decoded(data["schedule"], SCHEDULES, "schedule"),
         data["strength"],
         bool(data["rescale"]),
-        Source(*data.get("source", ())),
+        Source(**source | {"layers": tuple(source.get("layers", ()))}),
     )

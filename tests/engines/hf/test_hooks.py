@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from steerable.engines.hf.hooks import steer
 from steerable.models import loading as models
 from steerable.models.taps import tap, width_at
 from steerable.steering.direction import Direction
-from steerable.steering.gates import selectors
+from steerable.steering.gates import selectors, when
 from steerable.steering.maps import Clip
 from steerable.steering.site import KINDS, Site
 from steerable.steering.spec import Intervention, shift
@@ -39,6 +40,7 @@ def text(seed, length=12):
 
 
 PROMPTS = [6, 4, 5]
+DIRECTION = Direction({Site("resid_post", 1): torch.ones(32), Site("resid_post", 2): torch.ones(32)}, behaviour="happy")
 ROWS = [text(seed, 12 - seed) for seed in range(3)]
 
 
@@ -416,8 +418,19 @@ def test_a_site_that_never_ran(tiny_llama):
         ({"directions": Direction({Site("resid_post", 50): torch.ones(32)})}, "layers 0 to 3"),
         ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)}, map="ablate")}, "not independent"),
         ({"directions": []}, "one direction at least"),
+        ({"directions": ()}, "one direction at least"),
+        ({"directions": [()]}, "one direction at least"),
+        ({"directions": {}}, "a steering holds interventions"),
+        ({"directions": Path("happy.safetensors")}, "a steering holds interventions"),
+        ({"directions": [[DIRECTION]]}, "no Direction"),
         ({"layers": [7]}, "no vector at layer 7"),
+        ({"directions": DIRECTION.steering(), "layers": [7]}, "no vector at layer 7"),
+        ({"directions": [*DIRECTION.steering()], "layers": [1, 7]}, "no vector at layer 7"),
+        ({"where": when({Site("resid_post", 0): torch.ones(9)}, ">", 0.1)}, "width 9, but the model's"),
+        ({"where": when({Site("mlp_act", 0): torch.ones(32)}, ">", 0.1)}, "width 32, but the model's"),
+        ({"where": 3}, "a gate is a text"),
         ({"strength": math.inf}, "finite"),
+        ({"strength": "1"}, "a number or a tensor"),
         ({"strength": torch.ones(2, 2)}, "shape"),
         ({"where": "thinking"}, "needs the tokenizer"),
         ({"where": "~boundary"}, "needs the tokenizer"),
@@ -429,6 +442,13 @@ def test_errors_before_any_forward(tiny_llama, change, message):
     with pytest.raises(UsageError, match=message), steer(tiny_llama, **arguments):
         pytest.fail("steering began")
     assert not tiny_llama.model._forward_pre_hooks
+
+
+def test_the_report_names_the_layers_that_were_steered(tiny_llama):
+    for directions in (DIRECTION, DIRECTION.steering(), list(DIRECTION.steering())):
+        with steer(tiny_llama, directions, layers=2, where="all", strength=0.5) as handle:
+            logits(tiny_llama, ROWS[0])
+        assert handle.report().steering == "0.5 happy[2]" and list(handle.report()) == ["resid_post.2"]
 
 
 def test_vectors_with_nan_are_refused(tiny_llama):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,11 +11,12 @@ from tiny_families import tiny
 
 import steerable as st
 from steerable.engines.base import Continuation
+from steerable.engines.hf.hooks import Handle
 from steerable.engines.sampling import Decoding
 from steerable.steering import maps
 from steerable.steering.gates import parse_gate, when
 from steerable.steering.site import Site
-from steerable.steering.spec import Intervention, shift
+from steerable.steering.spec import Intervention, from_json, shift, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:steering touched none")  # some gates do not open
 OPEN = 1
@@ -141,6 +143,76 @@ def test_a_gate_that_never_opens_is_told(tokenizer):
     never = (shift(Site("resid_post", 1), torch.ones(32), 1.0, "tokens(62)"),)
     with pytest.warns(st.SteerableWarning, match="touched none of the"):
         engine.generate([st.Request([3, 4], steering=never)], max_new_tokens=2)
+
+
+USES = {
+    "steer": lambda model, steering: st.steer(model, steering).__enter__(),
+    "generate": lambda model, steering: st.TransformersEngine(model).generate(
+        [st.Request([3], steering=steering)], max_new_tokens=1
+    ),
+    "logprobs": lambda model, steering: st.TransformersEngine(model).logprobs([Continuation([3], [4], steering)]),
+    "a handle": lambda model, steering: Handle(model, [(), steering]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_direction_of_another_model(use):
+    """Another name, or another commit of the same one, is warned of alike; another width or depth is an error."""
+    model, vector = build(), torch.ones(32)
+    model.config._name_or_path, model.config._commit_hash = "this/one", "abc"
+    for about, why in (
+        ({"model_id": "someone/else"}, "made on 'someone/else', the model is 'this/one'"),
+        ({"model_id": "one", "model_revision": "def"}, "'one' at revision def, the model is at revision abc"),
+    ):
+        steering = st.Direction({Site("resid_post", 1): vector}, **about).steering()
+        with pytest.warns(st.SteerableWarning, match=why) as caught:
+            USES[use](model, steering)
+        assert caught[0].filename == __file__
+        with pytest.warns(st.SteerableWarning, match=why):
+            USES[use](model, from_json(to_json(steering)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = {"model_id": "this/one", "model_revision": "abc"}
+        USES[use](model, st.Direction({Site("resid_post", 1): vector}, **same).steering())
+    for site, v, why in (
+        (Site("resid_post", 1), torch.ones(9), "has width 9"),
+        (Site("mlp_out", 50), vector, "layer 50"),
+    ):
+        with pytest.raises(st.UsageError, match=why):
+            USES[use](model, st.Direction({site: v}).steering())
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        ({"prompt_ids": "w3 w4"}, "expected token ids from 0 to 63"),
+        ({"prompt_ids": [3, 64]}, "vocabulary, not \\[3, 64"),
+        ({"prompt_ids": [-1]}, "expected token ids"),
+        ({"prompt_ids": torch.tensor([[3, 4]])}, "expected token ids"),
+        ({"steering": st.Direction({Site("resid_post", 1): torch.ones(32)})}, "no Direction"),
+        ({"steering": "0.5 happy"}, "no str"),
+        ({"steering": shift(Site("resid_post", 1), torch.ones(32))}, "no Intervention"),
+        ({"steering": None}, "no NoneType"),
+    ],
+)
+def test_bad_requests(request_, why):
+    request = {"prompt_ids": [3], "steering": ()} | request_
+    engine = st.TransformersEngine(build())
+    for run in (
+        lambda: engine.generate([st.Request(**request)], max_new_tokens=1),
+        lambda: engine.logprobs([Continuation(ids=[4], **request)]),
+    ):
+        with pytest.raises(st.UsageError, match=why):
+            run()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0}],
+)
+def test_bad_decodings(bad):
+    with pytest.raises(st.UsageError, match=f"{next(iter(bad))} is"):
+        Decoding(**bad)
 
 
 def test_capture_is_that_of_the_library(tokenizer):

@@ -21,7 +21,7 @@ from steerable.engines.hf.batching import Batch, model_device
 from steerable.engines.hf.fallback import in_batches
 from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
-from steerable.engines.hf.routes import check_length, is_bound, route
+from steerable.engines.hf.routes import check_ids, check_length, is_bound, route
 from steerable.engines.hf.scoring import score_tokens
 from steerable.engines.hf.slots import ATTENTION
 from steerable.engines.memory import check_memory
@@ -29,7 +29,7 @@ from steerable.engines.pool import is_small
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.copies import private_copy
 from steerable.models.loading import stop_ids, unwrap_to_run
-from steerable.steering.spec import Steering
+from steerable.steering.spec import Steering, steering_of
 from steerable.store.errors import UsageError
 
 
@@ -65,9 +65,10 @@ class TransformersEngine:
         ones depend on the request's seed and not on the other rows, up to the rounding of differently shaped matrix
         products, which now and then tips a draw that lies on a boundary.
 
-        Raises UsageError for an empty prompt, for texts beyond the model's learned positions, for settings of the
-        `generation_config` that this engine lacks, and for steerings that do not fit the model; SteerableError when the
-        model's logits are not finite. Warns (SteerableWarning) about steerings that touched no token.
+        Raises UsageError for an empty prompt, for what is no token of the model, for texts beyond its learned
+        positions, for settings of the `generation_config` that this engine lacks, and for steerings that do not fit the
+        model; SteerableError when the model's logits are not finite. Warns (SteerableWarning) about steerings that
+        touched no token, and about directions of another model.
         """
         if not requests:
             return []
@@ -79,6 +80,7 @@ class TransformersEngine:
             raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({rows}) must be at least 1")
         if any(len(request.prompt_ids) == 0 for request in requests):
             raise UsageError("a prompt is empty: every request needs at least one token")
+        check_ids(model, [request.prompt_ids for request in requests])
         longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
         check_length(model, longest)
         longest -= 1  # the last new token is never fed
@@ -122,14 +124,15 @@ class TransformersEngine:
         """The log-probability of each token of each continuation, given what stands before it and under the sequence's
         own steering: float32 `[tokens]` on the CPU, in the order of the sequences.
 
-        Raises UsageError for an empty prompt and for steerings that do not fit the model.
+        Raises UsageError for an empty prompt, for what is no token of the model and for steerings that do not fit it.
         """
         if any(len(sequence.prompt_ids) == 0 for sequence in sequences):
             raise UsageError("a prompt is empty: every sequence needs at least one token")
         model = self._runnable()
+        texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
+        check_ids(model, texts)
         if not is_bound(model):
             model = private_copy(model)
-        texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
         starts = [len(sequence.prompt_ids) for sequence in sequences]
         with self._steered(model, [sequence.steering for sequence in sequences]) as (handle, programs):
             scores = score_tokens(model, texts, starts, handle=handle, passes=[programs])
@@ -150,7 +153,7 @@ class TransformersEngine:
         numbers: dict[Steering, int] = {}
         programs = [
             numbers.setdefault(steering, len(numbers)) if any(not i.is_identity for i in steering) else -1
-            for steering in map(tuple, steerings)
+            for steering in map(steering_of, steerings)
         ]
         if not numbers:
             yield None, programs

@@ -34,7 +34,7 @@ from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Gate, parse_gate, resolve, selectors
 from steerable.steering.site import Site
-from steerable.steering.spec import Intervention, Program, Steering, format_steering
+from steerable.steering.spec import Intervention, Steering, format_steering, steering_of
 from steerable.steering.text import named_direction, parse_steering
 from steerable.steering.think import think_tags
 from steerable.steering.tokens import CLOSING, SequenceState, Tokens
@@ -90,21 +90,21 @@ def steer(
         >>> handle.remove()
     """
     model = models.unwrap(model)
-    is_one = isinstance(directions, (Direction, Intervention, str, Program))
-    items: list[Any] = [directions] if is_one else list(directions)  # type: ignore[arg-type]
-    if not items:
-        raise UsageError("steer needs one direction at least")
+    items: list[Any] = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     chosen = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
     gate = None if where is None else parse_gate(where)
     norms: dict[Site, float] = {}
     program: list[Intervention] = []
     for item in items:
-        program += _interventions(model, item, chosen, gate, rescale, norms)
+        program += _interventions(item, chosen, gate, rescale, norms)
+    if not program and not chosen:
+        raise UsageError("steer needs one direction at least, at one layer")
+    if missing := sorted({*(chosen or ())} - {i.site.layer for i in program}):
+        raise UsageError(f"no vector at layer {missing[0]}: nothing would be done there")
     return Handle(model, [tuple(program)], tokenizer, track, strength=strength, norms=norms)
 
 
 def _interventions(
-    model: nn.Module,
     item: Steers,
     layers: list[int] | None,
     gate: Gate | None,
@@ -114,25 +114,16 @@ def _interventions(
     """What an argument of `steer` does. The norms that its directions know are put into `norms`."""
 
     def heard(direction: Direction) -> Direction:
-        # widths are checked later: a model of another width is an error
-        if not models.is_named(model, direction.model_id):
-            text = f"this direction was made on {direction.model_id!r}, the model is {models.model_id(model)!r}: "
-            warnings.warn(text + "it may do nothing here", SteerableWarning, stacklevel=4)
         norms.update({site: norm for site, norm in direction.norms.items() if norm > 0})
         return direction
 
     if isinstance(item, Direction):
         return heard(item).steering(None, layers, gate, rescale)
     if isinstance(item, str):
-        named: dict[str, Direction] = {}
-        item = parse_steering(item, lambda name: named.setdefault(name, named_direction(name)))
-        for direction in named.values():
-            heard(direction)
+        item = parse_steering(item, lambda name: heard(named_direction(name)))
     changes: dict[str, Any] = {} if gate is None else {"gate": gate}
     changes |= {} if rescale is None else {"rescale": rescale}
-    steering = (item,) if isinstance(item, Intervention) else item
-    if not all(isinstance(i, Intervention) for i in steering):
-        raise UsageError(f"steer takes directions, interventions, steerings and texts, not {type(item).__name__}")
+    steering = (item,) if isinstance(item, Intervention) else steering_of(item)
     return tuple(replace(i, **changes) for i in steering if layers is None or i.site.layer in layers)
 
 
@@ -158,14 +149,19 @@ class Handle:
         strength: Strength | None = None,
         norms: Mapping[Site, float] | None = None,
     ) -> None:
+        programs = [steering_of(program) for program in programs]
         interventions = [i for program in programs for i in program]
-        for i in dict.fromkeys(interventions):
-            check_site(model, i.site)
-            if (d := len(i.basis)) != (expected := width_at(model, i.site.kind, i.site.layer)):
+        vectors = [(i.site, len(i.basis)) for i in interventions]
+        vectors += [(leaf.args[0].site, leaf.args[0].width) for i in interventions for leaf in i.gate.readings]  # type: ignore[index]
+        for site, d in dict.fromkeys(vectors):
+            check_site(model, site)
+            if d != (expected := width_at(model, site.kind, site.layer)):
                 raise UsageError(
-                    f"the vector at {i.site} has width {d}, but the model's width there is {expected}: "
+                    f"the vector at {site} has width {d}, but the model's width there is {expected}: "
                     "use a direction made on this model"
                 )
+        for made_on in dict.fromkeys((i.source.model_id, i.source.model_revision) for i in interventions):
+            models.warn_of_other(model, *made_on)
         gates = list(dict.fromkeys(i.gate for i in interventions))
         schedules = list(dict.fromkeys(i.schedule for i in interventions))
         events = dict.fromkeys(s.event for s in schedules if s.event is not None)
@@ -285,7 +281,10 @@ class Handle:
         """The strength of everything from the next forward pass on: a number or a tensor [B], one a row; None: what
         each intervention says. Schedules go on."""
         if strength is not None:
-            numbers = torch.as_tensor(strength)
+            try:
+                numbers = torch.as_tensor(strength, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise UsageError(f"the strength must be a number or a tensor [B], not {strength!r}") from None
             if not bool(torch.isfinite(numbers).all()):
                 raise UsageError(f"the strength must be a finite number, not {strength}")
             if isinstance(strength, Tensor) and strength.dim() != 1:

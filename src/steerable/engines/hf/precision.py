@@ -78,7 +78,8 @@ def _length(intervention: Intervention, strength: float | Tensor | None) -> floa
     how much."""
     if (vector := intervention.vector) is None:
         return 0.0
-    strengths = torch.as_tensor(intervention.strength if strength is None else strength).abs().reshape(-1)
+    given = intervention.strength if strength is None else strength
+    strengths = torch.as_tensor(given, dtype=torch.float64).abs().reshape(-1)
     strengths = strengths[strengths > 0]
     return float(strengths.min() * vector.norm()) if len(strengths) else 0.0
 

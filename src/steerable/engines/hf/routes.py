@@ -8,13 +8,16 @@ take a ready mask: those that were tested, and only they (`Family.route`). Every
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from steerable.models.families import FAMILIES
-from steerable.models.loading import text_config, unwrap
+from steerable.models.loading import text_config, unwrap, vocabulary
 from steerable.store.errors import UsageError
+from steerable.store.text import one_line
 
 _ATTENTION = ("sdpa", "eager")  # implementations that take a mask of numbers to add
 
@@ -101,6 +104,20 @@ def check_length(model: Any, longest: int) -> None:
             f"the model has learned positions for {limit} tokens, but prompt and continuation may reach {longest}: "
             "lower max_new_tokens"
         )
+
+
+def check_ids(model: Any, texts: Iterable[Sequence[int]]) -> None:
+    """Raises UsageError for a text that is no sequence of the model's token ids."""
+    size = vocabulary(model)
+    for ids in texts:
+        try:
+            is_sound = all(0 <= index(i) < size for i in ids)
+        except TypeError:
+            is_sound = False
+        if not is_sound:
+            raise UsageError(
+                f"expected token ids from 0 to {size - 1}, the model's vocabulary, not {one_line(repr(ids), 80)}"
+            )
 
 
 def positions(model: Any) -> int | None:
