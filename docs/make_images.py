@@ -18,7 +18,8 @@ import steerable.pages
 from steerable.pages import words
 from steerable.pages.figures import Panel
 from steerable.pages.html import environment
-from steerable.pages.run_page import fraction_panels, layer_panel, method_sign, methods_of, vectors_of
+from steerable.pages.run_page import fraction_panels, layer_panel, method_sign, methods_of
+from steerable.pages.vectors import vectors_of
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json, sha256
 

@@ -90,7 +90,19 @@ def _cells() -> list[dict[str, Any]]:
             if abs(strength) == 1:
                 cells.append(_cell(behaviour, "random", strength, [layer], base * (1.08 if strength > 0 else 0.97)))
                 cells.append(_cell(behaviour, "shuffled", strength, [layer], base * (1.2 if strength > 0 else 0.9)))
+    for cell in cells:
+        cell["difference"] = _difference(cell, cells[0]) if cell["strength"] else None
+        cell["wrong_way"] = {"fraction": [0.12, 0.04, 0.22], "accuracy": [0.3, 0.18, 0.42]} if cell["strength"] else {}
     return cells
+
+
+def _difference(cell: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    def gap(after: list[float], before: list[float], width: float) -> list[float]:
+        return [after[0] - before[0] + end for end in (0.0, -width, width)]
+
+    shares = {label: gap(cell["fractions"][label], base["fractions"][label], 0.01) for label in LABELS}
+    metrics = {"accuracy": 0.06, "tokens": 7.0, "loops": 0.004, "unclosed": 0.01}
+    return {name: gap(cell[name], base[name], width) for name, width in metrics.items()} | {"fractions": shares}
 
 
 def _chain(letters: str, correct: bool) -> dict[str, Any]:
@@ -166,6 +178,9 @@ def fake_report(layers: int = 6) -> dict[str, Any]:
             "model": "pocket",
             "tasks": 300,
             "seed": 0,
+            "dtype": None,
+            "attention": None,
+            "window": None,
             "greedy": False,
             "strengths": [-1.0, -0.5, 0.0, 0.5, 1.0],
         },
@@ -176,6 +191,9 @@ def fake_report(layers: int = 6) -> dict[str, Any]:
             "width": 192,
             "parameters": 2703744,
             "sha256": "3f" * 32,
+            "dtype": "float32",
+            "device": "cpu",
+            "attention": "sdpa",
         },
         "hashes": {
             "tasks.jsonl": "a1" * 32,
@@ -192,7 +210,7 @@ def fake_report(layers: int = 6) -> dict[str, Any]:
         },
         "norms": {str(i): {"mean_norm": 44.0 + 31 * i, "norm_of_mean": 10.0 + 6.5 * i} for i in range(layers)},
         "cosines": {
-            "selected": {"labels": list(STEERED), "matrix": matrix},
+            "selected": {"labels": list(STEERED), "layers": [EFFECTS[b][3] for b in STEERED], "matrix": matrix},
             "overall_vs_pooled": {b: dict(windows) for b in STEERED},
             "windows": {b: {"published~span": 0.91, "published~onset": 0.38, "span~onset": 0.33} for b in STEERED},
         },
@@ -203,6 +221,7 @@ def fake_report(layers: int = 6) -> dict[str, Any]:
             {
                 "behaviour": behaviour,
                 "task_id": f"countdown-9000{i}-{i}",
+                "rule": "nearest to the means",
                 "prompt": PROMPT,
                 "unsteered": _chain(CHAINS["unsteered"], True),
                 "plus": _chain(

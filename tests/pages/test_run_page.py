@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,9 +11,12 @@ from html.parser import HTMLParser
 import pytest
 from labels import check_labels
 
+from steerable.models import loading as models
 from steerable.pages import render, words, write_report
 from steerable.pages.examples import Segment, columns, segments, shares
 from steerable.pages.words import Interval
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -77,6 +81,95 @@ def test_the_headline_counts_what_stands_beyond_the_controls(report):
     assert "at −1, 3 of 4 vectors lower their behaviour beyond both controls (×0.28 to ×0.73)" in text
     assert "no clear difference from the controls" in text
     assert "Rank correlation with exact" in text
+
+
+def test_the_cost_is_the_worst_paired_change(report):
+    """By the fixture, a vector's accuracy changes by 0.024 (its place - 1.5) s - 0.13 max(s, 0)."""
+    text = " ".join(Sound(render(report)).words)
+    assert "Cost, at its worst: at +1 accuracy −16.6 points (−22.6 to −10.6) for backtracking" in text
+    assert "at −1 accuracy −3.6 points (−9.6 to +2.4) for adding knowledge" in text
+    for cell in report["cells"]:
+        cell["difference"] = None
+    assert "Cost" not in " ".join(Sound(render(report)).words)
+
+
+def test_beside_the_means_stand_the_tasks_that_moved_the_other_way(report):
+    page = render(report)
+    assert page.count("the wrong way on 12.0% (4.0 to 22.0) of the tasks") == 2 * 4
+    head = rows(page, "Every setting")[0]
+    assert head[head.index("Fraction") + 1] == "Tasks the wrong way"
+    assert head[head.index("Accuracy") + 1] == "Tasks answered worse"
+    unsteered, steered = rows(page, "Every setting")[1:3]
+    place = head.index("Tasks the wrong way")
+    assert (unsteered[place], steered[place]) == ("", "12.0% (4.0 to 22.0)")
+
+
+def rows(page, before):
+    """The texts of the first table after some words."""
+    table = page.split(before, 1)[1].split("<table", 1)[1].split("</table>")[0]
+    lines = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL) for line in table.split("<tr")[1:])
+    return [[" ".join(re.sub("<[^>]+>", " ", cell).split()) for cell in line] for line in lines if line]
+
+
+def test_what_each_vector_does_to_every_label(report):
+    up = next(c for c in report["cells"] if c["behaviour"] == "backtracking" and c["strength"] == 1)
+    up["difference"]["fractions"] |= {"deduction": [-0.08, -0.09, -0.07], "initializing": [0.02, -0.01, 0.05]}
+    page = render(report)
+    head, *body = rows(page, "What they do to every label")
+    assert [row[0] for row in body[:2]] == ["backtracking +1", "backtracking −1"] and len(body) == 2 * 4
+    row = dict(zip(head, body[0], strict=True))
+    assert (row["deduction"], row["initializing"], row["backtracking"]) == ("−8.0", "+2.0", "+15.3")
+    assert 'title="−8.0 points (−9.0 to −7.0)"' in page and 'class="down clear"' in page
+    assert 'class="unclear" title="+2.0 points (−1.0 to +5.0)"' in page and 'class="up clear own"' in page
+
+
+def test_cosines_are_symmetric_with_a_diagonal_of_one(report):
+    head, *body = rows(render(report), "Cosines of the vectors that were used")
+    matrix = [[float(x.replace("−", "-")) for x in row[1:]] for row in body]
+    assert matrix == [list(column) for column in zip(*matrix, strict=True)]
+    assert [row[i] for i, row in enumerate(matrix)] == [1.0] * 4
+    assert [row[0] for row in body] == [f"{name} layer {n}" for name, n in zip(head[1:], (3, 3, 2, 3), strict=True)]
+
+
+def test_an_option_left_unset_is_recorded_with_what_was_used(report):
+    record = dict(rows(render(report), "<summary>Configuration"))
+    assert (record["dtype"], record["attention"], record["window"]) == ("default: float32", "default: sdpa", "default")
+    assert words.MISSING not in record.values()
+
+
+def test_a_look_says_so_at_the_top(report):
+    assert "A quick look" not in render(report)
+    page = render(report | {"look": True})
+    assert page.index("A quick look") < page.index("At +1, all 4 vectors")
+
+
+def test_no_ratio_to_a_share_that_may_be_zero(report):
+    report["cells"][0]["fractions"]["backtracking"] = [0.01, 0.0, 0.03]
+    page = render(report)
+    assert page.count("no ratio, as the unsteered share may be zero") == 2 and page.count('"ratio">–<') == 2
+
+
+def test_the_use_of_a_vector_runs_as_it_stands(report, tmp_path, monkeypatch, capfd, steerable):
+    vector = models.load("pocket").model.model.layers[3].mlp.down_proj.weight[:, 0]
+    Direction({Site("resid_post", 3): vector}, model_id="pocket").save(tmp_path / "vectors/backtracking.safetensors")
+    report["config"]["max_new_tokens"] = 4
+    code, *commands = (Sound(text).words[0] for text in re.findall("<pre.*?</pre>", render(report), re.DOTALL))
+    assert commands[0] == "steerable chat --model pocket --steer vectors/backtracking.safetensors --strength 1"
+    assert len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "2*w + 8 = 30" in capfd.readouterr().out
+    said = steerable(*shlex.split(commands[0])[1:], "--max-new-tokens", 4)
+    assert said.code == 0, said.err
+
+
+def test_where_the_vector_was_added_is_in_its_use(report):
+    for cell in report["cells"]:
+        cell["where"] = "thinking" if cell["strength"] else "all"
+    report["model"]["name"] = 'it\'s "mine"'
+    code, command, *_ = (Sound(text).words[0] for text in re.findall("<pre.*?</pre>", render(report), re.DOTALL))
+    assert 'st.load("it\'s \\"mine\\"")' in code and 'strength=1, where="thinking", tokenizer' in code
+    assert shlex.split(command)[3] == report["model"]["name"] and command.endswith("--where thinking")
 
 
 def test_without_controls_the_headline_claims_nothing(report):
@@ -154,6 +247,7 @@ def test_text_of_the_model_cannot_become_markup(report):
     report["examples"][0]["plus"]["thinking"] = attack
     report["examples"][0]["prompt"] = attack
     report["model"]["name"] = attack
+    report["examples"][0]["rule"] = attack
     report["lens"]["backtracking"]["top"][0][0] = attack
     assert Sound(render(report)).fetched == []
 

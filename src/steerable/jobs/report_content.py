@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steerable.chains.records import Record, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
+from steerable.engines.hf.routes import route
 from steerable.evals.logit_lens import lens
 from steerable.evals.metrics import all_metrics
 from steerable.jobs.selection import read_selection
@@ -29,6 +33,10 @@ _HASHED = (
     "vectors/shuffled",
     "steered",
     "steered_spans",
+)
+_RULE = (
+    "of the tasks and samples whose three chains all end, those with the most right answers; of these, those on which "
+    "the behaviour's share differs between up and down as the cells' means do; of these, the one nearest to the means"
 )
 _PACKAGES = ("steerable", "torch", "transformers", "reasoning-gym", "numpy", "safetensors")
 
@@ -78,7 +86,7 @@ def assemble(
 
 
 def describe_model(model: Any, name: str, weights: str) -> dict[str, Any]:
-    """What the report says of the model; `weights` tells two of one name apart."""
+    """What the report says of the model as it ran in this process; `weights` tells two of one name apart."""
     return {
         "name": name,
         "architecture": type(model).__name__,
@@ -87,6 +95,10 @@ def describe_model(model: Any, name: str, weights: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": weights,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted({str(p.device) for p in model.parameters()})),
+        "attention": models.text_config(model)._attn_implementation,
+        "generation": route(model).name,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -115,7 +127,7 @@ def _cosines(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _example(folder: Path, tasks: Mapping[str, Record], behaviour: str, strength: float) -> dict[str, Any] | None:
-    """One task unsteered, up and down: the one whose three chains show the behaviour nearest to the cells' means."""
+    """One task unsteered, up and down, chosen by `_RULE`."""
     files = {"unsteered": "unsteered", "plus": f"{behaviour}.{strength:+g}", "minus": f"{behaviour}.{-strength:+g}"}
     # These cells have one part, so task and sample tell a chain.
     chains: dict[str, dict[tuple[str, int], Record]] = {}
@@ -129,9 +141,20 @@ def _example(folder: Path, tasks: Mapping[str, Record], behaviour: str, strength
     shown = [key for key in chains["unsteered"] if all(key in cell and cell[key]["closed"] for cell in chains.values())]
     if not shown:
         return None
-    key = min(shown, key=lambda key: sum(abs(shares[name][key] - means[name]) for name in shares))
+
+    @cache
+    def right(key: tuple[str, int]) -> int:
+        return sum(correct(tasks[key[0]], cell[key]["answer"]) or 0 for cell in chains.values())
+
+    def order(key: tuple[str, int]) -> tuple[bool, float]:
+        is_as_mean = (shares["plus"][key] - shares["minus"][key]) * (means["plus"] - means["minus"]) > 0
+        return not is_as_mean, sum(abs(shares[name][key] - means[name]) for name in shares)
+
+    nearest = sorted(shown, key=order)
+    # Judging can take long: it stops at the first with three right answers.
+    key = next(key for least in (3, 2, 1, 0) for key in nearest if right(key) >= least)
     task = tasks[key[0]]
-    about = {"behaviour": behaviour, "task_id": key[0], "sample": key[1], "prompt": task["prompt"]}
+    about = {"behaviour": behaviour, "task_id": key[0], "sample": key[1], "rule": _RULE, "prompt": task["prompt"]}
     return about | {name: _shown(task, cell[key]) for name, cell in chains.items()}
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from steerable.pages import cells as ask
 from steerable.pages import words
-from steerable.pages.cells import CONTROLS, Cell, Effect, Setting
-from steerable.pages.examples import columns, labels_in
+from steerable.pages.cells import CONTROLS
+from steerable.pages.examples import columns
 from steerable.pages.figures import (
     SHAPES,
     Panel,
@@ -26,19 +28,12 @@ from steerable.pages.figures import (
     step_scale,
 )
 from steerable.pages.html import render as render_template
+from steerable.pages.vectors import CHAINS, Report, Vector, labels_of, vectors_of, whole
 from steerable.pages.words import Interval
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import read_json
 from steerable.store.text import plural
-
-Report = Mapping[str, Any]
-_EMPTY: dict[str, Any] = {
-    **dict.fromkeys(("config", "versions", "model", "hashes", "coverage", "norms", "cosines", "attribution"), {}),
-    **dict.fromkeys(("selection", "missing", "lens"), {}),
-    **dict.fromkeys(("cells", "examples"), ()),
-}
-_CHAINS = {"unsteered": "Unsteered", "plus": "Steered up", "minus": "Steered down"}
 
 
 def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
@@ -57,8 +52,8 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
     Example:
         >>> page = render(json.loads(Path("runs/pocket/report.json").read_text()))
     """
-    report = _whole(report)
-    vectors, labels, methods = vectors_of(report), _labels(report), methods_of(report)
+    report = whole(report)
+    vectors, labels, methods = vectors_of(report), labels_of(report), methods_of(report)
     metrics = ask.metrics_of(report, report["cells"])
     judged = [(c["tasks"], c.get("samples") or 1) for c in report["cells"] if c.get("tasks") and not c.get("control")]
     return render_template(
@@ -68,7 +63,12 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         judged=max(judged, default=None),
         vectors=vectors,
         hues={label: words.hue(label, labels) for label in labels},
+        settings=words.settings(report["config"], report["model"]),
         metrics=metrics,
+        columns=_columns(metrics),
+        read=ask.measured,
+        label_changes=_label_changes(vectors, labels),
+        usage=[_usage(report, v) for v in vectors if v.setting],
         methods=methods,
         headline=_headline([v for v in vectors if v.setting]),
         cost=_cost([v for v in vectors if v.setting]),
@@ -81,7 +81,7 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         method_legend=[(name.replace("_", " "), *method_sign(name, "hue-any")) for name in methods],
         layer_effects=[layer_panel(report, v, methods) for v in vectors],
         norms=_norms(report["norms"]),
-        examples=[(example, columns(example, _CHAINS, labels)) for example in report["examples"]],
+        examples=[(example, columns(example, CHAINS, labels)) for example in report["examples"]],
     )
 
 
@@ -108,109 +108,6 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     return write_atomic(folder / "report.html", render(read_json(folder / "report.json", dict), timings))
 
 
-def _whole(report: Report) -> dict[str, Any]:
-    """The report with an empty part for each that is missing or null."""
-    return _EMPTY | {name: part for name, part in report.items() if part is not None}
-
-
-def _labels(report: Report) -> list[str]:
-    """Every label that occurs."""
-    fractions = (label for cell in report["cells"] for label in cell.get("fractions") or {})
-    behaviours = (cell["behaviour"] for cell in report["cells"] if cell.get("behaviour"))
-    return words.ordered([*report["selection"], *behaviours, *fractions, *labels_in(report["examples"], _CHAINS)])
-
-
-class Vector(NamedTuple):
-    """A behaviour's vector with all cells, the setting that the figures show, and its entry of `selection`."""
-
-    behaviour: str
-    hue: str
-    cells: Sequence[Cell]
-    setting: Setting | None
-    selection: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The behaviour in figures and tables."""
-        return words.short(self.behaviour)
-
-    @property
-    def strengths(self) -> tuple[float, float]:
-        """Down and up: what the headline names."""
-        return ask.extremes(self.cells, self.behaviour, self.setting) if self.setting else (-1.0, 1.0)
-
-    @property
-    def effects(self) -> list[Effect]:
-        """Up, then down."""
-        place = self.setting
-        return [ask.effect(self.cells, self.behaviour, place, s) for s in self.strengths[::-1]] if place else []
-
-    @property
-    def dose(self) -> Mapping[str, float] | None:
-        """The relative dose of the upper strength, by layer."""
-        by_strength = ask.doses(self.cells, self.behaviour, None, self.setting) if self.setting else {}
-        return next((c["dose"] for c in by_strength.get(self.strengths[1], []) if c.get("dose")), None)
-
-    @property
-    def candidates(self) -> list[Mapping[str, Any]]:
-        """What was tried on the validation tasks."""
-        return self.selection.get("candidates") or []
-
-    def is_chosen(self, candidate: Mapping[str, Any]) -> bool:
-        """Whether a candidate is the one that was selected."""
-        keys = ("window", "baseline", "layer", "strength")
-        shared = [key for key in keys if key in candidate and self.selection.get(key) is not None]
-        return bool(shared) and all(candidate[key] == self.selection[key] for key in shared)
-
-    def effects_by(self, methods: Sequence[str], report: Report) -> list[list[tuple[float | None, float | None]]]:
-        """(mean, standard deviation) of every layer by each attribution method."""
-        curves = (report.get("attribution") or {}).get(self.behaviour) or {}
-        effects = [curves.get(method) or {} for method in methods]
-        means = [effect.get("mean") or [] for effect in effects]
-        stds = [effect.get("std") or [None] * len(mean) for effect, mean in zip(effects, means, strict=True)]
-        return [list(zip(mean, std, strict=True)) for mean, std in zip(means, stds, strict=True)]
-
-    def base(self, metric: str = "") -> Interval | None:
-        """A metric of the unsteered model, by default the behaviour's fraction."""
-        return ask.measured(ask.unsteered(self.cells, self.behaviour), metric or f"fractions.{self.behaviour}")
-
-    def curve(
-        self, metric: str = "", control: str | None = None, setting: Setting | None = None
-    ) -> dict[float, Interval]:
-        """A metric, by default the behaviour's fraction, by strength; by default in the main setting."""
-        place, metric = setting or self.setting, metric or f"fractions.{self.behaviour}"
-        return ask.curve(self.cells, self.behaviour, control, place, metric) if place else {}
-
-    def rows(self, main_only: bool) -> list[Cell]:
-        """The cells behind the figures, the unsteered one first: all, or those of the main setting without controls."""
-        places = ask.settings(self.cells, self.behaviour)
-        rows = [
-            (place != self.setting, place, (None, *CONTROLS).index(c.get("control")), c["strength"], i)
-            for i, c in enumerate(self.cells)
-            for place in [ask.setting_of(c)]
-            if c.get("strength")
-            and (c.get("behaviour") == self.behaviour or (c.get("behaviour") is None and place in places))
-            and not (main_only and (c.get("control") or place != self.setting))
-        ]
-        return [*ask.unsteered(self.cells, self.behaviour), *(self.cells[i] for *_, i in sorted(rows))]
-
-    def panel(self, figure: Markup | None, note: str | None = None) -> Panel:
-        """A figure of this vector; below it stands where it was added."""
-        place = words.setting(self.setting) if self.setting else ""
-        return Panel(self.name, figure, place if note is None else note, self.hue)
-
-
-def vectors_of(report: Report) -> list[Vector]:
-    """The behaviours that have a vector, in the order of the selection, then of the cells."""
-    report = _whole(report)
-    cells, selection, labels = report["cells"], report["selection"], _labels(report)
-    steered = [c["behaviour"] for c in cells if c.get("behaviour") and c.get("strength")]
-    return [
-        Vector(b, words.hue(b, labels), cells, ask.main_setting(cells, b, selection.get(b)), selection.get(b) or {})
-        for b in dict.fromkeys([*selection, *steered])
-    ]
-
-
 def _headline(vectors: Sequence[Vector]) -> str:
     """One or two sentences that say what the vectors did and whether it stands beside the controls."""
     if not vectors:
@@ -232,21 +129,64 @@ def _headline(vectors: Sequence[Vector]) -> str:
 
 
 def _cost(vectors: Sequence[Vector]) -> str:
-    """The price of the headline's effects, at its worst: accuracy, loops, unclosed chains."""
+    """The price of the headline's effects: the worst change of accuracy and of loops, paired with unsteered."""
     sentences = []
     for side in (1, 0):
-        reads = [(v.curve("accuracy").get(v.strengths[side]), v.base("accuracy")) for v in vectors]
-        changes = [words.signed(round(100 * x, 1)) for x in sorted(a.mean - b.mean for a, b in reads if a and b)]
-        loops = [read.mean for v in vectors if (read := v.curve("loops").get(v.strengths[side]))]
-        if changes:
-            span = changes[0] if changes[0] == changes[-1] else f"{changes[0]} to {changes[-1]}"
-            most = f", loops at most {words.percent(max(loops))}" if loops else ""
+        worst = []
+        for metric, end in (("accuracy", min), ("loops", max)):
+            changes = [(change, v.name) for v in vectors if (change := v.change(metric, v.strengths[side]))]
+            if changes:
+                change, name = end(changes)
+                worst.append(f"{metric} {words.change(change, 'share')} for {name}")
+        if worst:
             strengths = "/".join(sorted({words.signed(v.strengths[side]) for v in vectors}))
-            sentences.append(f"at {strengths} accuracy changes by {span} points{most}")
-    parts = [f"Cost: {'; '.join(sentences)}."] if sentences else []
+            sentences.append(f"at {strengths} {', '.join(worst)}")
+    parts = [f"Cost, at its worst: {'; '.join(sentences)}."] if sentences else []
     if failed := [v.name for v in vectors if v.selection.get("passed") is False]:
         parts.append(f"No candidate for {', '.join(failed)} kept its loops within the limit on the validation tasks.")
     return " ".join(parts)
+
+
+def _columns(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Title, unit and place in a cell of what a table of cells shows; "{}" is the vector's behaviour."""
+    columns = [("Fraction", "share", "fractions.{}"), ("Tasks the wrong way", "share", "wrong_way.fraction")]
+    for name, metric in metrics.items():
+        columns.append((metric["title"], metric["unit"], name))
+        if name == "accuracy":
+            columns.append(("Tasks answered worse", "share", "wrong_way.accuracy"))
+    return columns
+
+
+def _label_changes(
+    vectors: Sequence[Vector], labels: Sequence[str]
+) -> list[tuple[Vector, float, list[tuple[str, Interval | None]]]]:
+    """What each vector, up and down, does to the share of every label: rows of vector, strength, changes by label."""
+    rows = [
+        (v, s, [(label, v.change(f"fractions.{label}", s)) for label in labels])
+        for v in vectors
+        if v.setting
+        for s in v.strengths[::-1]
+    ]
+    return [row for row in rows if any(change for _, change in row[2])]
+
+
+def _usage(report: Report, v: Vector) -> tuple[str, str]:
+    """The command and the Python code that steer with a vector, for the folder that holds the page."""
+    name, path = report["model"].get("name") or "pocket", f"vectors/{v.behaviour}.safetensors"
+    strength, where = f"{v.strengths[1]:g}", v.setting.where if v.setting else "all"
+    options = ["--model", name, "--steer", path, "--strength", strength, *(["--where", where] * (where != "all"))]
+    model, file, gate = (json.dumps(text, ensure_ascii=False) for text in (name, path, where))
+    code = f"""\
+import steerable as st
+
+model, tokenizer = st.load({model})
+direction = st.Direction.load({file})
+prompt = [{{"role": "user", "content": "Find the value of w in the equation: 2*w + 8 = 30"}}]
+inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+with st.steer(model, direction, strength={strength}{f", where={gate}" if where != "all" else ""}, tokenizer=tokenizer):
+    chain = model.generate(**inputs.to(model.device), max_new_tokens={report["config"].get("max_new_tokens") or 500})
+print(tokenizer.decode(chain[0]))"""
+    return shlex.join(["steerable", "chat", *options]), code
 
 
 def _point(x: float, read: Interval, what: str, unit: str = "share") -> Point:

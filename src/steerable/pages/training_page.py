@@ -57,7 +57,7 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
         kicker="Training on own first tokens" if "prefix_tokens" in config else "Reinforcement learning",
         report=report,
         config=config,
-        settings={name: "default" if value in (None, "") else value for name, value in config.items()},
+        settings=words.settings(config, report.get("model") or {}),
         tasks=Path(str(config["tasks"])).name if config.get("tasks") else "",
         headline=headline(report),
         decodings=DECODINGS,

@@ -140,7 +140,7 @@ def change(value: Any, unit: str, points: str = " points") -> str:
     if unit != "share":
         mean, low, high = map(signed, read)
         return f"{mean} ({low} to {high})"
-    mean, low, high = (fixed(100 * x, "+.1f") if x else "0" for x in read)
+    mean, low, high = (fixed(100 * x, "+.1f") if abs(x) >= 5e-4 else "0" for x in read)
     return f"{mean}{points} ({low} to {high})"
 
 
@@ -188,7 +188,13 @@ def value(anything: Any) -> str:
         return ", ".join(value(x) for x in anything) or "none"
     if isinstance(anything, dict):
         return ", ".join(f"{key} {value(x)}" for key, x in anything.items()) or "none"
-    return str(anything)
+    return str(anything) or "none"
+
+
+def settings(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration; an option that was left unset is "default", with what was used where the model tells it."""
+    used = {name: f"default: {model[name]}" for name in ("dtype", "device", "attention") if model.get(name)}
+    return {name: used.get(name, "default") if setting is None else setting for name, setting in config.items()}
 
 
 def flat(mapping: Mapping[str, Any] | None, prefix: str = "") -> Iterator[tuple[str, str]]:
