@@ -243,9 +243,10 @@ class Loop:
     def report(self, value: str) -> None:
         """/report: what steering did to the last answers"""
         answers = self.dialogue.turns[-1]["answers"] if self.dialogue.turns else []
-        if not any(answer["report"] for answer in answers):
+        reports = [answer["report"] for answer in answers if answer["report"]]
+        if not reports:
             raise UsageError("nothing has been steered yet: /steer FILE, then a prompt")
-        self.screen.report(answers)
+        self.screen.say("\n\n".join(map(str, reports)))
 
     def reset(self, value: str) -> None:
         """/reset: begin a new conversation"""

@@ -96,8 +96,7 @@ class Dialogue:
         UsageError for what does not fit this one."""
         model, tokenizer = self.loaded
         for part in parts:
-            with transformers.steer(model, part.steering, tokenizer=tokenizer):
-                pass  # refuses what does not fit
+            transformers.steer(model, part.steering, tokenizer=tokenizer)  # refuses what does not fit
             for direction in part.directions:
                 if not models.is_named(model, direction.model_id):
                     warnings.warn(

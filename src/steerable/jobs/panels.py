@@ -10,7 +10,6 @@ from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from steerable.models.pocket import language
@@ -66,17 +65,6 @@ class Screen:
         if not self._is_explained:
             self.console.print(Text.assemble(*((f"{label}  ", colour) for label, colour in COLOURS.items())))
             self._is_explained = True
-
-    def report(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """What steering did to each answer, a row for each site."""
-        table = Table("answer", "site", "tokens", "dose", "relative change", "angle")
-        for answer in answers:
-            for site, done in (answer["report"] or {}).items():
-                numbers = [done["dose"], done["relative_change"], done["angle"]]
-                shown = ["-" if number is None else f"{number:.3g}" for number in numbers]
-                table.add_row(answer["title"], site, str(done["tokens"]), *shown)
-        if not self.quiet:
-            self.console.print(table)
 
     def _drawn_so_far(self) -> Any:
         return self._panels(["writing ..." for _ in self._titles], height=self.console.height)
