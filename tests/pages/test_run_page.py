@@ -314,6 +314,8 @@ def test_columns_leave_out_a_missing_chain():
         (words.number(2703744), "2\u202f703\u202f744"),
         (words.number(0.00001234), "1.23e−05"),
         (words.times(0.284), "×0.28"),
+        (words.points(-0.00049), "0"),
+        (words.points(-0.0005), "−0.1"),
         (words.times(None), "not measured"),
         (words.layers([2, 3, 4]), "layers 2–4"),
         (words.layers([1, 4]), "layers 1, 4"),

@@ -364,7 +364,7 @@ def tables(result: Mapping[str, Any]) -> list[Any]:
     """rich tables for a terminal: accuracy of every setting, the pairs, the sibling."""
     printed = [_accuracies(result)]
     if result["pairs"]:
-        caption = "gain: what the pair adds to the better one, as a share of what all add"
+        caption = "gain: what the pair adds to the better one, as a share of what all add; -: that may be nothing"
         table = Table("pair", "adjacent", "over the better", "room", "gain", title="Pairs", caption=caption)
         for pair in result["pairs"]:
             adjacent = {True: "yes", False: "no", None: "-"}[pair["adjacent"]]

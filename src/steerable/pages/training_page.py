@@ -172,8 +172,7 @@ def _amplified(report: Report, labels: Sequence[str]) -> str:
     parts = []
     for name, group in groups.items():
         ratios = {
-            label: _ratio(report, "sampled", label, f"{words.fixed(100 * gaps[label].mean, '+.1f')} points")
-            for label in group
+            label: _ratio(report, "sampled", label, f"{words.points(gaps[label].mean)} points") for label in group
         }
         named = [f"{words.short(label)} ({ratio})" for label, ratio in ratios.items()]
         parts += [f"{name}: {', '.join(named)}"] if named else []

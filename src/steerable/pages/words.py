@@ -133,15 +133,20 @@ def with_interval(value: Any, unit: str) -> str:
     return f"{mean} ({low.removesuffix('%')} to {high.removesuffix('%')})"
 
 
-def change(value: Any, unit: str, points: str = " points") -> str:
+def points(difference: float) -> str:
+    """A difference of shares in points with one decimal: +21.3, 0."""
+    return fixed(100 * difference, "+.1f") if abs(difference) >= 5e-4 else "0"
+
+
+def change(value: Any, unit: str, unit_name: str = " points") -> str:
     """A difference `[mean, low, high]` as `+21.3 points (+17.3 to +25.3)` where the unit is `share`."""
     if (read := Interval.of(value)) is None:
         return MISSING
     if unit != "share":
         mean, low, high = map(signed, read)
         return f"{mean} ({low} to {high})"
-    mean, low, high = (fixed(100 * x, "+.1f") if abs(x) >= 5e-4 else "0" for x in read)
-    return f"{mean}{points} ({low} to {high})"
+    mean, low, high = map(points, read)
+    return f"{mean}{unit_name} ({low} to {high})"
 
 
 def size(count: float) -> str:
