@@ -427,6 +427,20 @@ def test_labels_of_ones_own_on_a_model_without_a_think_block(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_shorter_reasoning(tiny, tmp_path, steerable):
+    out = tmp_path / "run"
+    options = ("--annotator", "length", "--behaviours", "short", "--max-new-tokens", 300, "--limit", 30, "--samples", 4)
+    said = steerable("run", *tiny, *options, "--window", "span", "--out", out)
+    assert said.code == 0, said.err
+    coverage, report = read_json(out / "coverage.json"), read_json(out / "report.json")
+    assert coverage["chains"] == 120 and coverage["spans"]["short"] == coverage["spans"]["long"] >= 5
+    assert list(report["selection"]) == ["short"] and report["selection"]["short"]["window"] == "span"
+    lengths = [chain["thinking_tokens"] for chain in read_jsonl(out / "steered/unsteered.jsonl")]
+    share = sum(length < coverage["reference"] for length in lengths) / len(lengths)
+    assert report["cells"][0]["fractions"]["short"][0] == pytest.approx(share)
+
+
+@pytest.mark.slow
 def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator):
     option = annotator("return [span for span in pocket(chain) if span['label'] != 'backtracking']")
     assert (copy / "vectors/backtracking.safetensors").exists()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from steerable.chains.annotators import llm, marks, placement
+from steerable.chains.annotators import length, llm, marks, placement
 from steerable.chains.annotators import probe as probes
+from steerable.chains.annotators.length import length_pairs, length_spans
 from steerable.chains.annotators.llm import LABEL_TEXTS
 from steerable.chains.annotators.stability import stable
 from steerable.chains.endpoint import Endpoint
@@ -44,15 +45,19 @@ def annotate(
     *,
     replies: Path,
     display: Display,
+    reference: float | None = None,
 ) -> Annotated:
     """Annotate chains that answer these tasks by the annotator that the settings name.
 
-    replies: a folder that keeps what a language model answered by content, so that no text is paid for twice. Raises
-    SteerableError for an annotator that breaks a promise.
+    reference: the length of a chain, in tokens of thinking, that tells `short` from `long`; None: chains of one task
+    are compared. replies: a folder that keeps what a language model answered by content, so that no text is paid for
+    twice. Raises SteerableError for an annotator that breaks a promise.
     """
     account: dict[str, Any] = {}
     per_chain: Iterable[Iterable[Record] | None]
-    if (function := config.annotate) is not None:
+    if config.annotator == "length":
+        per_chain = length_pairs(tasks, chains) if reference is None else length_spans(chains, reference)
+    elif (function := config.annotate) is not None:
         per_chain = (_call(config.annotator, function, chain) for chain in chains)
     else:
         display.start("annotating", len(chains))
@@ -85,6 +90,8 @@ def labels_of(config: Config) -> tuple[str, ...] | None:
         return probes.Probe.load(config.probe).labels
     if (texts := config.label_texts) is not None:
         return tuple(texts)
+    if config.annotator == "length":
+        return length.LABELS
     if config.annotate is None or config.annotator in ANNOTATORS:
         return LABELS
     labels = getattr(config.annotate, "labels", None)
@@ -196,6 +203,8 @@ def keep_stable(
 
 def sources(config: Config) -> list[Path]:
     """The files on which the annotator's answers depend."""
+    if config.annotator == "length":
+        return [Path(str(length.__file__))]
     files = [] if config.annotator_file is None else [config.annotator_file]
     function = config.annotate
     if function is None and config.probe is None:

@@ -190,7 +190,10 @@ def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], kee
 def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Path | None = None) -> list[Measured]:
     """Annotate and measure the chains of a cell. spans_to: a file for their spans."""
     tasks = run.tasks(split)
-    spans = annotate(run.config, chains, tasks, run.loaded, replies=run.folder / "replies", display=run.display).spans
+    spans = annotate(
+        run.config, chains, tasks, run.loaded,
+        replies=run.folder / "replies", display=run.display, reference=run.reference,
+    ).spans  # fmt: skip
     if spans_to is not None:
         rows = zip(chains, spans, strict=True)
         write_jsonl(spans_to, ({**span, "part": chain["part"]} for chain, some in rows for span in some or ()))

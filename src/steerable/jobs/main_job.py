@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import LABELS, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits
-from steerable.chains.windows import WINDOWS, AlignedChain
+from steerable.chains.windows import AlignedChain
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 from steerable.evals.attribution import attribute
@@ -76,8 +77,8 @@ def make_tasks(run: Run, partial: Path) -> None:
 
 
 def generate(run: Run, partial: Path) -> None:
-    """One unsteered chain for every extraction task."""
-    cell = Cell("chains", (), 0.0, (Part((0,)),))
+    """One unsteered chain for every extraction task, several for an annotator that compares them."""
+    cell = Cell("chains", (), 0.0, (Part(tuple(run.config.extraction_samples)),))
     chains = generate_cells(run, [cell], run.tasks("extraction"), partial)["chains"]
     write_jsonl(run.folder / "chains.jsonl", chains)
 
@@ -119,6 +120,7 @@ def annotate(run: Run, partial: Path) -> None:
             "unstable": sum(len(some or ()) for some in spans) - len(flat),
             "spans": {label: counts[label] for label in labels},
             "annotator": account,
+            **({"reference": reference_length(chains)} if run.config.annotator == "length" else {}),
         },
     )
 
@@ -163,7 +165,7 @@ def extract(run: Run, partial: Path) -> None:
     estimate = _estimator(run, chains, means)
     for label in (label for label in labels if means.count(label) and label not in missing):
         directions = {}
-        for window in WINDOWS:
+        for window in c.windows:
             for baseline in BASELINES:
                 direction = replace(estimate(label, window, baseline, 0), map=c.map, **origin)
                 direction.save(run.folder / candidate_path(window, baseline, label))
@@ -172,11 +174,12 @@ def extract(run: Run, partial: Path) -> None:
                     control = replace(estimate(label, window, baseline, k + 1), map=c.map)
                     control.save(run.folder / shuffled_path(window, baseline, label, k))
         cosines["overall_vs_pooled"][label] = {
-            window: _mean_cosine(directions[window, "overall"], directions[window, "pooled"]) for window in WINDOWS
+            window: _mean_cosine(directions[window, "overall"], directions[window, "pooled"]) for window in c.windows
         }
         cosines["windows"][label] = {
             f"{a}~{b}": _mean_cosine(directions[a, c.baseline], directions[b, c.baseline])
             for a, b in (("published", "onset"), ("published", "span"), ("span", "onset"))
+            if {a, b} <= {*c.windows}
         }
     write_json(run.folder / "cosines.json", cosines)
     lengths = zip(means.sites, means.norms.tolist(), means.overall.norm(dim=1).tolist(), strict=True)
@@ -192,7 +195,7 @@ def _estimator(run: Run, chains: Sequence[AlignedChain], means: SpanMeans) -> Ca
         return means.direction
     spans = {
         window: span_activations(run.loaded.model, chains, window, shuffles=run.config.controls, seed=run.config.seed)
-        for window in WINDOWS
+        for window in run.config.windows
     }
     return lambda label, window, baseline, shuffle: spans[window].direction(function, means, label, shuffle)
 
@@ -206,7 +209,7 @@ def attribute_layers(run: Run, partial: Path) -> None:
     """The effect of every layer, behaviour and window by all metrics."""
     c, chains = run.config, run.aligned()
     effects = {}
-    for window in [c.window] if c.window else WINDOWS:
+    for window in [c.window] if c.window else c.windows:
         paths = {b: run.folder / candidate_path(window, c.baseline, b) for b in run.behaviours}
         directions = {b: Direction.load(path) for b, path in paths.items() if path.exists()}
         effect = attribute(
@@ -327,6 +330,8 @@ def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
         settings["tasks_sha256"] = sha256(Path(run.config.tasks))
     if "annotator" in settings:
         settings["annotator_sha256"] = [sha256(source) for source in annotation.sources(run.config)]
+    if stage.name == "generate" and len(run.config.extraction_samples) > 1:
+        settings["extraction_samples"] = len(run.config.extraction_samples)
     if stage.name == "evaluate":
         settings["metrics"] = sorted(all_metrics())
     if "llm" not in (settings.get("annotator"), settings.get("tasks")):

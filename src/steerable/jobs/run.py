@@ -100,6 +100,12 @@ class Run:
         return list(read_json(self.folder / "coverage.json", dict)["spans"])
 
     @property
+    def reference(self) -> float | None:
+        """The length of a chain against which others are `short` or `long`, where the annotator is `length`."""
+        value = read_json(self.folder / "coverage.json", dict).get("reference")
+        return None if value is None else float(value)
+
+    @property
     def behaviours(self) -> list[str]:
         """The labels to be steered: those that were asked for, else the paper's four, or all of another set. Raises
         UsageError for one that the annotator does not have."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from steerable.chains.annotators.cue_files import LABEL_SETS, read_cues, read_labels
 from steerable.chains.records import is_label
+from steerable.chains.windows import WINDOWS
 from steerable.store.errors import UsageError
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
@@ -146,7 +147,7 @@ class Config(Settings):
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
     annotator: str = Field(
         "auto",
-        description="pocket, keywords, llm, llm:<file of labels>, cues:<file> (or cues:seal), probe:<file>, or "
+        description="pocket, keywords, length, llm, llm:<file of labels>, cues:<file> (or cues:seal), probe:<file>, or "
         "module:function of your own, chain -> spans; auto: pocket for the bundled model, else keywords.",
     )
     stability: float = Field(
@@ -162,7 +163,9 @@ class Config(Settings):
     limit: int = Field(300, ge=1, description="Tasks to extract from.")
     validation: int = Field(40, ge=1, description="Tasks set apart for choosing window and layer.")
     evaluation: int = Field(50, ge=1, description="Unseen tasks to judge steering on.")
-    samples: int = Field(4, ge=1, description="Chains a task in the main cells (one when --greedy).")
+    samples: int = Field(
+        4, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
+    )
     side_tasks: int = Field(25, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
@@ -222,6 +225,9 @@ class Config(Settings):
             "annotator": "pocket" if is_pocket else "keywords",
             "baseline": "overall" if values.get("window") == "published" else "pooled",  # as published
         }
+        if values.get("annotator") == "length":  # chains of one task begin alike
+            defaults["window"] = "span"
+            values = {**values, "window": values.get("window") or "auto"}
         return {**values, **{name: value for name, value in defaults.items() if values.get(name, "auto") == "auto"}}
 
     @model_validator(mode="after")
@@ -277,6 +283,16 @@ class Config(Settings):
         return int(self.layers)
 
     @property
+    def extraction_samples(self) -> range:
+        """The samples of each task that vectors are extracted from: several where chains of one task are compared."""
+        return range(self.samples if self.annotator == "length" else 1)
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """The windows of which vectors are made. Chains of one task begin alike, so that their onsets do not differ."""
+        return tuple(window for window in WINDOWS if window != "onset" or self.annotator != "length")
+
+    @property
     def annotator_file(self) -> Path | None:
         """The file that the annotator reads: a probe, cue words, or labels for a language model."""
         kind, _, path = self.annotator.partition(":")
@@ -299,13 +315,13 @@ class Config(Settings):
         """The annotator as a function `chain -> spans`, None where it is none."""
         if self.annotator.startswith("cues:") and (file := self.annotator_file) is not None:
             return read_cues(file)
-        if self.annotator == "llm" or self.label_texts is not None:
+        if self.annotator in ("llm", "length") or self.label_texts is not None:
             return None
         if (file := self.probe) is not None:
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        choices = f"{', '.join(ANNOTATORS)}, llm, llm:<file>, cues:<file>, probe:<file> or module:function"
+        choices = f"{', '.join(ANNOTATORS)}, length, llm, llm:<file>, cues:<file>, probe:<file> or module:function"
         return self._imported("annotator", ANNOTATORS, choices, "chain -> spans")
 
     @property
