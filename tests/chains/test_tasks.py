@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from steerable.chains.records import content_hash, write_jsonl
-from steerable.chains.tasks import correct, extract_answer, make_splits, make_tasks, score
+from steerable.chains.tasks import correct, extract_answer, make_splits, make_tasks, score, unmet
 from steerable.models.pocket.families import FAMILIES, held_out
 from steerable.store.errors import UsageError
 
@@ -108,3 +108,11 @@ def test_plain_answers(wanted, given, mark):
 
 def test_a_task_without_a_reference_is_not_scored():
     assert score({"id": "a", "prompt": "b"}, "c") is None and correct({"id": "a"}, "c") is None
+
+
+def test_references_that_no_plain_answer_can_meet():
+    proof = "Suppose that the square of the sum were even and consider both of its parts in turn. " * 3
+    references = ["4", "$\\frac{3}{4}$", "#### 12", "1, 2 and 3", "Paris", " ", proof]
+    tasks = [{"id": str(i), "prompt": "?", "answer": text} for i, text in enumerate(references)]
+    assert [task["id"] for task in unmet([*tasks, {"id": "open", "prompt": "?"}])] == ["5", "6"]
+    assert unmet(make_tasks("reasoning-gym:countdown,gcd,word_sorting", 6)) == []

@@ -426,6 +426,14 @@ def test_labels_of_ones_own_on_a_model_without_a_think_block(tmp_path, monkeypat
     assert said.code == 2 and "--behaviours has 'third', which is no label of --annotator halves:spans" in said.err
 
 
+def test_tasks_that_nobody_can_answer(tmp_path, steerable):
+    tasks = [{"id": f"t{i}", "prompt": f"Why is {i} so?", "answer": f"because of {i} " * 20} for i in range(12)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    sizes = ("--limit", 8, "--validation", 2, "--evaluation", 2)
+    said = steerable("tasks", "--tasks", tmp_path / "tasks.jsonl", *sizes, "--out", tmp_path / "run")
+    assert said.code == 0 and "the references of 12 of 12 tasks are met by no plain answer" in said.err
+
+
 @pytest.mark.slow
 def test_shorter_reasoning(tiny, tmp_path, steerable):
     out = tmp_path / "run"

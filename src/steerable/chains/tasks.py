@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from steerable.chains import gym, tables, written
 from steerable.chains.duplicates import task_key
 from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import GYM
-from steerable.chains.judging import Verdict, correct, extract_answer, judge, score
+from steerable.chains.judging import Verdict, correct, extract_answer, final_answer, judge, score
 from steerable.chains.records import Record, content_hash
 from steerable.models.pocket.families import FAMILIES
 from steerable.store.errors import UsageError
 from steerable.store.text import plural
 
-__all__ = ["GYM", "Verdict", "correct", "extract_answer", "judge", "make_splits", "make_tasks", "score"]
+_LONGEST = 30  # words of a reference that an answer may repeat
+
+__all__ = ["GYM", "Verdict", "correct", "extract_answer", "judge", "make_splits", "make_tasks", "score", "unmet"]
 
 
 def make_tasks(
@@ -81,6 +84,25 @@ def make_splits(
     """
     drawn = _draw(source, list(sizes.values()), seed, set(), endpoint, cache, progress)
     return [{**task, "split": split} for split, tasks in zip(sizes, drawn, strict=True) for task in tasks]
+
+
+def unmet(tasks: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The tasks whose reference no plain answer can meet: it is not judged right when it is itself the answer, or it is
+    a text of more than 30 words, which nobody writes again word by word.
+
+    Example:
+        >>> unmet([{"id": "a", "prompt": "2 + 2?", "answer": "4"}, {"id": "b", "prompt": "Why?", "answer": " "}])
+        [{'id': 'b', 'prompt': 'Why?', 'answer': ' '}]
+    """
+    return [task for task in tasks if not _can_be_met(task)]
+
+
+def _can_be_met(task: Mapping[str, Any]) -> bool:
+    reference = str((task.get("entry") or task).get("answer", ""))
+    if "entry" not in task and len(final_answer(reference).split()) > _LONGEST:
+        return False
+    answers = f"The answer is {reference}.", f"\\boxed{{{reference}}}", reference
+    return any(correct(task, answer) is not False for answer in answers)
 
 
 def _draw(

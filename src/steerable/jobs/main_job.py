@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import LABELS, read_jsonl, write_jsonl
-from steerable.chains.tasks import make_splits
+from steerable.chains.tasks import make_splits, unmet
 from steerable.chains.windows import AlignedChain
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
@@ -65,6 +65,9 @@ from steerable.store.files import sha256, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
 from steerable.store.text import counted
 
+UNMET = 0.05
+"""Share of tasks without a possible right answer from which on a run says so."""
+
 
 def make_tasks(run: Run, partial: Path) -> None:
     """Tasks of the three splits, disjoint by content."""
@@ -73,7 +76,15 @@ def make_tasks(run: Run, partial: Path) -> None:
     written: dict[str, Any] = {}
     if c.tasks.partition(":")[0] == "llm":
         written = {"endpoint": annotation.endpoint(c) if c.tasks == "llm" else None, "cache": run.folder / "replies"}
-    write_jsonl(run.folder / "tasks.jsonl", make_splits(c.tasks, sizes, c.seed, **written))
+    tasks = make_splits(c.tasks, sizes, c.seed, **written)
+    if len(wrong := unmet(tasks)) > UNMET * len(tasks):
+        warnings.warn(
+            f"the references of {len(wrong)} of {counted(len(tasks), 'task')} are met by no plain answer, not even by "
+            f"themselves (e.g. that of {wrong[0]['id']!r}): such tasks count as wrong whatever is answered",
+            SteerableWarning,
+            stacklevel=2,
+        )
+    write_jsonl(run.folder / "tasks.jsonl", tasks)
 
 
 def generate(run: Run, partial: Path) -> None:
