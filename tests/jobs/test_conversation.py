@@ -43,8 +43,8 @@ def file(tmp_path_factory):
 
 def test_unsteered():
     said = chat(PROMPT, max_new_tokens=30)
-    assert set(said) == {"model", "prompt", "unsteered", "steered", "steering"}
-    assert said["steered"] is said["steering"] is None
+    assert set(said) == {"model", "prompt", "unsteered", "steered", "steering", "steering_text"}
+    assert said["steered"] is said["steering"] is said["steering_text"] is None
     assert set(said["unsteered"]) == {"thinking", "answer", "closed", "tokens"}
     assert "<think>" not in said["unsteered"]["thinking"]
 
@@ -128,7 +128,12 @@ def test_steering_as_text(file):
         chat(PROMPT, max_new_tokens=20, **how) for how in ({"steer": file, "strength": 2}, {"steer": f"2 {file}"})
     ]
     assert answers[0] == answers[1]
-    thinking = chat(PROMPT, steer=f"0.5 {file}[3]@thinking", max_new_tokens=5)["steering"]
+    said = chat(PROMPT, steer=f"0.5 {file}[3]@thinking", max_new_tokens=5)
+    assert said["steering_text"] == f'0.5 "{file}"[3]@thinking'
+    assert chat(PROMPT, steer=file.with_suffix(""), strength=2, max_new_tokens=20)["steered"] == answers[0]["steered"]
+    with pytest.raises(UsageError, match="no vector at layer 5"):
+        chat(PROMPT, steer=f"0.5 {file}", layers="3,5")
+    thinking = said["steering"]
     assert list(thinking) == ["resid_post.3"]
     with pytest.raises(UsageError, match="cannot be read at column"):
         chat(PROMPT, steer=f"0.5 {file}@nowhere at all")

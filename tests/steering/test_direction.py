@@ -292,7 +292,8 @@ def test_equality_is_by_value():
 def test_unit_after_scaling():
     """A vector of another length is no longer as long as the mean activation."""
     direction = make(unit="mean activation")
-    assert direction.only(direction.layers[:1]).unit == "mean activation" and direction.scaled(2).unit == "raw"
+    assert direction.only(direction.layers[:1]).unit == (-direction).unit == "mean activation"
+    assert direction.scaled(2).unit == "raw"
 
 
 def test_texts_must_be_unicode():

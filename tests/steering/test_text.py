@@ -63,6 +63,8 @@ def test_what_is_left_out_is_the_directions_own():
     (first, *_) = parse_steering("verbose", KNOWN)
     assert (str(first.gate), first.rescale, first.schedule) == ("thinking & ~boundary", True, Until(9))
     assert parse_steering("happy", KNOWN) == KNOWN["happy"].steering()
+    plain, in_quotes = (parse_steering(f"2 {name}", lambda _: KNOWN["happy"]) for name in ("a/b-1", '"a/b-1"'))
+    assert str(plain) == str(in_quotes) == '2 "a/b-1"'
     assert [i.site for i in parse_steering("happy[5, 1]", KNOWN)] == [SITES[0], SITES[2]]
 
 

@@ -73,9 +73,9 @@ def chat(
 
     Returns:
         `{"model", "prompt", "unsteered": {"thinking", "answer", "closed", "tokens"}, "steered": ... or null,
-        "steering": what `Handle.report` says, or null}`; where a task was drawn, each answer also has `correct`. At
-        several strengths `{"model", "prompt", "answers"}`, of a conversation `{"model", "turns"}`: the records of
-        `Dialogue`.
+        "steering": what `Handle.report` says, or null, "steering_text": the text of what steered, or null}`; where a
+        task was drawn, each answer also has `correct`. At several strengths `{"model", "prompt", "answers"}`, of a
+        conversation `{"model", "turns"}`: the records of `Dialogue`.
 
     Raises:
         UsageError: an unknown model, file, layer or selector, before anything is generated.
@@ -121,7 +121,7 @@ def chat(
         keys = ("thinking", "answer", "closed", "tokens", "correct")
         plain, *steered = [{key: answer[key] for key in keys if key in answer} for answer in answers]
         result["unsteered"], result["steered"] = plain, steered[0] if steered else None
-        result["steering"] = answers[-1]["report"]
+        result["steering"], result["steering_text"] = answers[-1]["report"], answers[-1]["steering"]
     if out is not None:
         write_json(out, result)
     return result

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +28,7 @@ from steerable.steering.gates import parse_gate, quoted
 from steerable.steering.spec import Program, format_steering, scaled
 from steerable.steering.text import named_direction, parse_steering
 from steerable.steering.think import think_tags_if_any
-from steerable.store.errors import SteerableError, SteerableWarning, UsageError
+from steerable.store.errors import SteerableError, UsageError
 from steerable.store.text import one_line
 
 Show = Callable[[int, str, str], None]
@@ -45,11 +44,10 @@ class Side(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What steers at strength 1, the strength that it says, and the directions in it."""
+    """What steers at strength 1, and the strength that it says."""
 
     steering: Program
     strength: float
-    directions: tuple[Direction, ...]
 
 
 class Dialogue:
@@ -97,14 +95,6 @@ class Dialogue:
         model, tokenizer = self.loaded
         for part in parts:
             transformers.steer(model, part.steering, tokenizer=tokenizer)  # refuses what does not fit
-            for direction in part.directions:
-                if not models.is_named(model, direction.model_id):
-                    warnings.warn(
-                        f"this direction was made on {direction.model_id!r}, the model is {models.model_id(model)!r}: "
-                        "it may do nothing here",
-                        SteerableWarning,
-                        stacklevel=2,
-                    )
         self._parts = tuple(parts)
 
     @property
@@ -210,16 +200,14 @@ def read_part(text: str | Path, layers: Sequence[int] | None = None, where: str 
     """A direction file, whose strength is what it says, or a text like "0.5 a.safetensors@thinking - b", whose strength
     is 1. layers, where: instead of theirs. Raises UsageError."""
     if os.path.lexists(text) or not set(str(text)) & set(" @|["):
-        direction = Direction.load(text)
-        steering = direction.steering(1.0, layers, where, name=quoted(str(text)))
-        return Part(steering, direction.strength, (direction,))
-    named: dict[str, Direction] = {}
-    program = parse_steering(str(text), lambda name: named.setdefault(name, named_direction(name)))
+        direction = Direction.load(text) if os.path.lexists(text) else named_direction(str(text))
+        return Part(direction.steering(1.0, layers, where, name=quoted(str(text))), direction.strength)
+    program = parse_steering(str(text))
     changes: dict[str, Any] = {} if where is None else {"gate": parse_gate(where)}
-    steering = Program(replace(i, **changes) for i in program if layers is None or i.site.layer in layers)
-    if not steering:
-        raise UsageError(f"--layers leaves nothing of {one_line(str(text), 200)!r}: give layers of its directions")
-    return Part(steering, 1.0, tuple(named.values()))
+    having = sorted({i.site.layer for i in program})
+    if missing := sorted({*(layers or ())} - {*having}):
+        raise UsageError(f"no vector at layer {missing[0]}: {one_line(str(text), 200)!r} has layers {having}")
+    return Part(Program(replace(i, **changes) for i in program if layers is None or i.site.layer in layers), 1.0)
 
 
 def _stream(

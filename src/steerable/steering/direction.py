@@ -224,7 +224,8 @@ class Direction:
         )
 
     def scaled(self, factor: float) -> Direction:
-        return replace(self._with({site: v * factor for site, v in self.vectors.items()}), unit="raw")
+        unit = self.unit if abs(factor) == 1 else "raw"
+        return replace(self._with({site: v * factor for site, v in self.vectors.items()}), unit=unit)
 
     def dose(self, strength: float | None = None) -> dict[Site, float]:
         """The relative dose ||s v|| / ||h|| at each site whose norm is known, h being an ordinary token's activation.

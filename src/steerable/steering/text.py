@@ -92,11 +92,8 @@ class _Reader:
         start = self.place
         if (name := self._take(_NAME)) is None:
             raise self._wrong("expected the name of a direction, as in 0.5 happy@thinking")
-        title = written = name[0]
         try:
-            if written.startswith('"'):
-                title = json.loads(written, strict=False)
-                written = quoted(title)
+            title = json.loads(name[0], strict=False) if name[0].startswith('"') else name[0]
             direction = self.direction(title)
         except (SteerableError, ValueError) as error:
             raise self._wrong(str(error), start) from error
@@ -116,7 +113,7 @@ class _Reader:
         strength = sign * (float(number[0]) if number else direction.strength)
         chosen = [int(n) for n in layers[1].split(",")] if layers else None
         try:
-            return direction.steering(strength, chosen, name=written, **given)
+            return direction.steering(strength, chosen, name=quoted(title), **given)
         except UsageError as error:
             raise self._wrong(str(error), start) from error
 
