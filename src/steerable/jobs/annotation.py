@@ -1,4 +1,4 @@
-"""The annotator that a run names, applied to chains: `pocket`, `keywords`, `llm`, `probe:<file>`, or a function of
+"""The annotator that a run names, applied to chains: `pocket`, `keywords`, `llm`, `probe:FILE`, or a function of
 the user's own. All of them keep the same promises, which are checked here."""
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Config(Settings):
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
     annotator: str = Field(
         "auto",
-        description="pocket, keywords, length, llm, llm:<file of labels>, cues:<file> (or cues:seal), probe:<file>, or "
+        description="pocket, keywords, length, llm, llm:FILE, cues:FILE (or cues:seal), probe:FILE, or "
         "module:function of your own, chain -> spans; auto: pocket for the bundled model, else keywords.",
     )
     stability: float = Field(
@@ -321,7 +321,7 @@ class Config(Settings):
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        choices = f"{', '.join(ANNOTATORS)}, length, llm, llm:<file>, cues:<file>, probe:<file> or module:function"
+        choices = f"{', '.join(ANNOTATORS)}, length, llm, llm:FILE, cues:FILE, probe:FILE or module:function"
         return self._imported("annotator", ANNOTATORS, choices, "chain -> spans")
 
     @property
