@@ -165,6 +165,7 @@ def test_random_programs(seed):
         ("plane|clip([[1, 2]])", 7, "a number or a list"),
         ("plane|rotate(30, yes)", 7, "True or False"),
         ("happy|until(0)", 7, "a number of tokens"),
+        (f"happy|ramp({10**400}, 1, 2)", 7, "too large"),
         ("happy|ablate|floor(1)", 14, "the map is given twice"),
         ("happy[3]", 1, "no vector at layer 3"),
         ("happy@when(nobody > 0.1)", 7, "no direction is known as 'nobody'"),
@@ -244,6 +245,8 @@ def reading(vector):
         (lambda i: i["map"].update(colour=1), "no parameter 'colour'"),
         (lambda i: i["basis"].update(shape=[3, 1]), "no steering"),
         (lambda i: i["basis"].update(float64="?"), "no steering"),
+        (lambda i: i["basis"].update(shape=[10**30, 1]), "no steering"),
+        (lambda i: i["schedule"].update(type="per_request", default=10**400), "no steering"),
         (lambda i: i.update(site="nowhere.1"), "unknown site"),
         (lambda i: i.update(strength="many"), "one number"),
         (lambda i: i.update(strength=1e999), "no steering|finite"),
@@ -259,8 +262,9 @@ def reading(vector):
 def test_bad_json(change, why):
     data = json.loads(to_json((shift(SITES[0], draw(6)),)))
     change(data[0])
-    with pytest.raises(UsageError, match=why):
+    with pytest.raises(UsageError, match=why) as error:
         from_json(json.dumps(data))
+    assert "\n" not in str(error.value)
 
 
 def test_bad_interventions():

@@ -324,7 +324,9 @@ def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
         basis, frame = torch.linalg.qr(wide.T)
         sign = torch.where(frame.diagonal() < 0, -1.0, 1.0)
         basis, frame = basis * sign, frame * sign[:, None]
-    if not bool((frame.diagonal() > 1e-9 * wide.norm(dim=-1).max().clamp_min(1e-300)).all()):
+    if len(wide) > wide.shape[1] or not bool(
+        (frame.diagonal() > 1e-9 * wide.norm(dim=-1).max().clamp_min(1e-300)).all()
+    ):
         what = f"the {k} rows are not independent" if k > 1 else "the vector is zero, or too long"
         raise UsageError(f"{what}: {map_text(map)} acts in the {k} {plural(k, 'dimension')} that they span")
     if not isinstance(map, Shift) and bool((frame - torch.eye(k, dtype=frame.dtype)).abs().max() < 1e-6):

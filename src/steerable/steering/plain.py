@@ -135,7 +135,7 @@ def made(name: str, make: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         raise UsageError(f"{name} takes ({', '.join(takes.parameters)}), not {values}") from None
     try:
         return make(*arguments)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise UsageError(f"{name} does not take these values: {error}") from None
 
 

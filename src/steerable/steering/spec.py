@@ -26,6 +26,7 @@ from steerable.steering.schedule import SCHEDULES, Constant, Schedule, schedule_
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 from steerable.store.files import strict_json
+from steerable.store.text import one_line
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,8 @@ def from_json(text: str) -> Program:
     """The inverse of `to_json`. Raises UsageError for what is no steering."""
     try:
         return Program(_intervention(entry) for entry in strict_json(text))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"this JSON is no steering: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"this JSON is no steering: {one_line(str(error), 200)}") from error
 
 
 def _intervention(data: dict[str, Any]) -> Intervention:

@@ -417,6 +417,7 @@ def test_a_site_that_never_ran(tiny_llama):
         ({"directions": Direction({Site("resid_post", 1): torch.ones(9)})}, "width 9, but the model's"),
         ({"directions": Direction({Site("resid_post", 50): torch.ones(32)})}, "layers 0 to 3"),
         ({"directions": Direction({Site("resid_post", 1): torch.ones(2, 32)}, map="ablate")}, "not independent"),
+        ({"directions": Direction({Site("resid_post", 1): torch.ones(33, 32)}, map="ablate")}, "not independent"),
         ({"directions": []}, "one direction at least"),
         ({"directions": ()}, "one direction at least"),
         ({"directions": [()]}, "one direction at least"),
