@@ -15,6 +15,19 @@ _HOOKS = (
 )
 
 
+def restart_rope(model: Any) -> None:
+    """Forget how long the texts were that a model has read: dynamic rotary embeddings keep the frequencies of the
+    longest one for shorter ones that follow."""
+    for module in model.modules():
+        if (length := getattr(module, "original_max_seq_len", None)) is None:
+            continue
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, length)
+        for name in [name for name in module._buffers if name.endswith("inv_freq")]:
+            if (original := getattr(module, name.replace("inv_freq", "original_inv_freq"), None)) is not None:
+                module._buffers[name] = original.to(module._buffers[name].device)
+
+
 def private_copy(model: Any, *, block: Callable[..., Any] | None = None, **config: Any) -> Any:
     """A model of the same parameters and buffers, with modules, hooks and configs of its own.
 
@@ -37,12 +50,14 @@ def private_copy(model: Any, *, block: Callable[..., Any] | None = None, **confi
             copies[id(module)] = new = copy(module)
             for name in _HOOKS:
                 setattr(new, name, getattr(module, name).copy())
+            new._buffers = module._buffers.copy()  # some rotary embeddings replace theirs as texts grow
             new._modules = {name: part and double(part) for name, part in module._modules.items()}
             if (its_config := getattr(module, "config", None)) is not None:
                 new.config = configs.get(id(its_config), its_config)
         return copies[id(module)]
 
     result = double(model)
+    restart_rope(result)
     if block is not None:
         for part in blocks(result):
             part.forward = partial(block, part.forward)

@@ -138,6 +138,36 @@ def test_threads_share_a_model_that_stays_as_it_is(attention, tokenizer):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.5, 3.0, 6.0, 9.0],
+            "original_max_position_embeddings": 12,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_that_change_with_the_length(rope, tokenizer):
+    """No text depends on what is computed before it, beside it or in another thread, and the model keeps its own."""
+    model = tiny("llama", max_position_embeddings=12, rope_parameters=rope)
+    engine, rng = st.TransformersEngine(model, tokenizer), random.Random(0)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    requests = [st.Request([rng.randrange(3, 60) for _ in range(n)], n, steering(n)) for n in (3, 20, 16, 14, 5, 18)]
+    alone = [engine.generate([request], max_new_tokens=6)[0] for request in requests]
+    assert engine.generate(requests, max_new_tokens=6) == alone
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda r: engine.generate([r], max_new_tokens=6)[0], requests * 4)) == alone * 4
+    texts = [Continuation(r.prompt_ids, c.ids, r.steering) for r, c in zip(requests, alone, strict=True)]
+    for together, text in zip(engine.logprobs(texts), texts, strict=True):
+        torch.testing.assert_close(together, engine.logprobs([text])[0], atol=1e-5, rtol=0)
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in model.named_buffers())
+
+
 def test_a_gate_that_never_opens_is_told(tokenizer):
     engine = st.TransformersEngine(build(), tokenizer)
     never = (shift(Site("resid_post", 1), torch.ones(32), 1.0, "tokens(62)"),)

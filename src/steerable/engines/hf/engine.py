@@ -88,7 +88,7 @@ class TransformersEngine:
         if way.name == "slots":
             model = private_copy(model, _attn_implementation=ATTENTION)
             fuse(model)
-        elif way.slots and not is_bound(model):
+        elif not is_bound(model):
             model = private_copy(model)
         default = Decoding()
         if any(request.decoding is None for request in requests):

@@ -16,6 +16,7 @@ from steerable.engines.hf.batching import model_device
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.memory import in_halves
 from steerable.engines.sampling import Decoding, choose, mark, signed, together
+from steerable.models.copies import restart_rope
 from steerable.models.loading import stop_ids
 from steerable.store.errors import SteerableError
 
@@ -68,6 +69,7 @@ def _continue(
     model: Any, requests: Sequence[Request], limit: int, decoding: Decoding, handle: Handle | None, pad: int
 ) -> list[list[int]]:
     """One batch by one call of `model.generate`."""
+    restart_rope(model)
     device, eos = model_device(model), stop_ids(model)
     width = max(len(r.prompt_ids) for r in requests)
     ids = torch.full((len(requests), width), pad, dtype=torch.long)

@@ -47,7 +47,7 @@ def route(model: Any, longest: int = 0) -> Route:
     inner: Any = unwrap(model)
     config = inner.config.get_text_config()
     kind, attention = config.model_type, config._attn_implementation
-    if (limit := _changing_rope(config)) is not None and longest > limit:
+    if (limit := changing_rope(config)) is not None and longest > limit:
         return Route("one by one", f"its rotary embedding changes for the whole batch beyond {limit} tokens")
     way = FAMILIES[kind].route if kind in FAMILIES else None
     if way is None or not type(inner).__module__.startswith("transformers."):
@@ -81,7 +81,7 @@ def window(config: Any) -> int | None:
     return int(size) if size and getattr(config, "use_sliding_window", True) else None
 
 
-def _changing_rope(config: Any) -> int | None:
+def changing_rope(config: Any) -> int | None:
     """The length from which on all rotary frequencies depend on the longest row of a batch (LongRoPE and dynamic
     scaling); None: they never do."""
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

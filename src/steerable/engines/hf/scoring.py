@@ -10,7 +10,9 @@ from torch import Tensor
 
 from steerable.engines.activations import batch_tokens, length_batches, pad
 from steerable.engines.hf.hooks import Handle
+from steerable.engines.hf.routes import changing_rope
 from steerable.engines.memory import in_halves
+from steerable.models.copies import restart_rope
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
 from steerable.models.reading import new_cache, pieces
@@ -69,6 +71,7 @@ def score_tokens(
         is_whole = longest <= most or len(batch) > 1
         caches = [None if is_whole else new_cache(model, longest) for _ in passes]
         values = torch.zeros(predicts.shape, dtype=torch.float64, device=wide_device(device))
+        restart_rope(model)
         for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
             fed = state.advance(ids[:, start:stop], valid[:, start:stop])
             read = predicts[:, start:stop]
@@ -92,5 +95,9 @@ def score_tokens(
         if progress:
             progress(len(batch), sum(len(texts[i]) - starts[i] for i in batch))
 
-    in_halves(length_batches([len(text) for text in texts], most), score)
+    batches = length_batches([len(text) for text in texts], most)
+    if (limit := changing_rope(text_config(model))) is not None:  # a long text would change the others
+        parts = ([[i] for i in b] if max(len(texts[i]) for i in b) > limit else [b] for b in batches)
+        batches = [batch for part in parts for batch in part]
+    in_halves(batches, score)
     return scores
