@@ -28,6 +28,8 @@ _EXPORTS = {
     "capture": "engines.activations",
     "difference_of_means": "methods.contrasts",
     "pca": "methods.contrasts",
+    "contrast": "methods.text_pairs",
+    "calibrate": "evals.calibration",
     "SpanMeans": "methods.span_statistics",
     "span_means": "methods.span_statistics",
     "attribute": "evals.attribution",
@@ -46,8 +48,10 @@ if TYPE_CHECKING:
     from .engines.base import Request as Request
     from .engines.hf.engine import TransformersEngine as TransformersEngine
     from .engines.hf.hooks import steer as steer
+    from .evals.calibration import calibrate as calibrate
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca
+    from .methods.text_pairs import contrast as contrast
     from .models.loading import Loaded as Loaded
     from .models.loading import load as load
     from .models.taps import tap as tap

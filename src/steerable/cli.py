@@ -67,6 +67,11 @@ COMMANDS = {
         ("prompt",),
     ),
     "fetch": Command("fetch:fetch_model", "steerable fetch smol", ("name",)),
+    "contrast": Command(
+        "contrast_job:contrast_file",
+        'steerable contrast --persona happy --opposite sad --model smol --out happy.safetensors --ask "How are you?"',
+        ("pairs",),
+    ),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),
     "compose": Command("additivity:compose", "steerable compose a.safetensors b.safetensors --tasks auto", ("files",)),

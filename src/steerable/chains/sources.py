@@ -50,10 +50,10 @@ def read_rows(place: str, options: Mapping[str, str]) -> tuple[Iterable[Row], st
         return _from_hub(match["id"], chosen), match["id"].rpartition("/")[2]
     if path.is_dir():
         return _from_folder(path, options), path.name
-    if (read := _READERS.get(path.suffix.lower())) is None:
+    if (read := READERS.get(path.suffix.lower())) is None:
         raise UsageError(
             f"unknown task source {place!r}: expected pocket, reasoning-gym, reasoning-gym:<family>,..., llm, "
-            f"{', '.join(HUB)}, hf:<data set>, a folder, or a path ending in {', '.join(_READERS)}"
+            f"{', '.join(HUB)}, hf:<data set>, a folder, or a path ending in {', '.join(READERS)}"
         )
     if not path.exists():
         raise UsageError(f"there is no file {path}: expected one with a task in each record")
@@ -107,7 +107,8 @@ def _arrow(path: Path) -> list[Row]:
     return _rows(path, lambda d: d.Dataset.from_file(str(path)))
 
 
-_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
+#: By the end of a file's name.
+READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": _json,

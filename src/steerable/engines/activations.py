@@ -324,6 +324,32 @@ class NormSums:
         return result
 
 
+@torch.no_grad()
+def mean_norms(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[Site]) -> dict[Site, float]:
+    """Mean ||h|| at sites over the ordinary tokens of texts, given as token ids; attention sinks are left out.
+
+    Raises UsageError where a site has no ordinary token.
+    """
+    vocabulary = models.vocabulary(model)
+    result: dict[Site, float] = {}
+    longer = [[*row, *attention_sinks.company(list(row), vocabulary)] for row in rows]
+
+    def batches() -> Iterator[Batch]:
+        for indices in length_batches([len(row) for row in longer], batch_tokens(model)):
+            batch, alone = pad([longer[i] for i in indices]), pad([rows[i] for i in indices]).valid()
+            batch.weights = nn.functional.pad(alone, (0, batch.ids.shape[1] - alone.shape[1]))[None].double()
+            yield batch
+
+    for kind in dict.fromkeys(site.kind for site in sites):
+        here = [site for site in sites if site.kind == kind]
+        norms = NormSums(len(here), models.device(model), group=0)
+        stream(model, batches(), [norms], kind=kind, layers=[site.layer for site in here])
+        result |= dict(zip(here, norms.means().tolist(), strict=True))
+    if bare := [site for site, norm in result.items() if norm != norm]:
+        raise UsageError(f"the texts have no ordinary token at {bare[0]}, only attention sinks: give longer ones")
+    return result
+
+
 class Captured(dict[Site, Tensor]):
     """Activations by site, as `capture` returns them.
 
@@ -342,7 +368,7 @@ def capture(
     *,
     sites: Sequence[Site | str],
     where: str | Selector = selectors.all,
-    reduce: Literal["mean", "last", "none"] = "mean",
+    reduce: Literal["mean", "last", "none"] | int = "mean",
     sinks: Sinks = "drop",
     max_tokens: int | None = None,
     chunk: int = CHUNK,
@@ -358,7 +384,8 @@ def capture(
         texts: the texts, in a list.
         sites: sites or their names, e.g. "resid_post.3".
         where: which tokens; a selector or its text.
-        reduce: "mean" over a text's tokens (in float64), the "last" of them, or "none": all of them.
+        reduce: "mean" over a text's tokens (in float64), over the last n of them for a number n, the "last" of them, or
+            "none": all of them.
         sinks: "drop" leaves attention sinks (`models.sinks`: in most pretrained models the first token, whose
             activation is massive) out of the means, with a SteerableWarning that says how many; "keep" takes them in.
             A last token that is one is only warned of, and "none" returns every token: the estimators then leave
@@ -380,8 +407,8 @@ def capture(
     places = sorted({Site.parse(s) if isinstance(s, str) else s for s in sites})
     for site in places:
         check_site(model, site)
-    if reduce not in ("mean", "last", "none"):
-        raise UsageError(f"unknown reduce {reduce!r}: expected 'mean', 'last' or 'none'")
+    if reduce not in ("mean", "last", "none") and not (isinstance(reduce, int) and reduce > 0):
+        raise UsageError(f"unknown reduce {reduce!r}: expected 'mean', 'last', 'none' or a number of last tokens")
     attention_sinks.check(sinks)
     if not texts or not places:
         raise UsageError("capture needs one text and one site at least")
@@ -403,10 +430,12 @@ def capture(
             if not mask.any(1).all():
                 missing = indices[int((~mask.any(1)).nonzero()[0, 0])]
                 raise UsageError(f"text {missing} has no token where {selector}")
+            if isinstance(reduce, int):
+                mask = mask & (mask.flip(1).cumsum(1).flip(1) <= reduce)
             mask = nn.functional.pad(mask, (0, batch.ids.shape[1] - mask.shape[1]))
             yield Batch(batch.ids, batch.mask, mask[None], tuple(indices))
 
-    readers = {site: _Texts(len(texts), reduce) for site in places}
+    readers = {site: _Texts(len(texts), "mean" if isinstance(reduce, int) else reduce) for site in places}
     _run(model, batches(), {site: reader.add for site, reader in readers.items()}, chunk, sinks if drops else "keep")
     result = Captured({site: reader.result(site) for site, reader in readers.items()})
     result.sinks = {site: summary for site, reader in readers.items() if (summary := reader.tally.summary(0))}

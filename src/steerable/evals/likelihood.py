@@ -63,6 +63,12 @@ def surprisal(
     return [-total for total in _sums(score_tokens(model, rows, starts, max_logits=max_logits, progress=progress))]
 
 
+def kl(logs: list[Tensor], came: Tensor) -> Tensor:
+    """KL(first || second) of two passes' distributions [n, vocabulary] at each token, in nats; for `score_tokens`."""
+    steered, otherwise = logs
+    return (steered.exp() * (steered - otherwise)).sum(-1).clamp(min=0)
+
+
 def divergence(
     model: nn.Module,
     tokenizer: Any,
@@ -102,11 +108,6 @@ def divergence(
     tokens = chain_tokens(tokenizer, chains, prompts)
     counts = [len(chain.ids) - max(1, chain.prompt) for chain in tokens]
     model = unwrap_to_run(model)
-
-    def kl(logs: list[Tensor], came: Tensor) -> Tensor:
-        steered, otherwise = logs
-        return (steered.exp() * (steered - otherwise)).sum(-1).clamp(min=0)
-
     with Handle(model, [steering, other], tokenizer, track=False) as handle:
         ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
         passes = [[number] * len(ids) for number in range(2)]

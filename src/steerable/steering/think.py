@@ -338,6 +338,13 @@ def render(
 
     Raises UsageError for a tokenizer without a chat template, and for a template that does not take the message.
     """
+    messages: list[Mapping[str, str]] = [{"role": "system", "content": system}] if system else []
+    return render_messages(tokenizer, [*messages, *history, {"role": "user", "content": prompt}], thinking)
+
+
+def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> str:
+    """Messages in the chat template, up to where the model begins to speak if the last one is the user's. Raises
+    UsageError as `render`."""
     from jinja2 import TemplateError
 
     name = tokenizer.name_or_path or "this model"
@@ -346,12 +353,10 @@ def render(
             f"{name!r} has no chat template: choose a model with one, or, where the command has it, give --template, a "
             "text with {prompt}"
         )
-    messages: list[Mapping[str, str]] = [{"role": "system", "content": system}] if system else []
-    messages += [*history, {"role": "user", "content": prompt}]
-    switches = {"enable_thinking": thinking, "thinking": thinking}
+    options = {"enable_thinking": thinking, "thinking": thinking, "tokenize": False}
+    options["add_generation_prompt"] = messages[-1]["role"] == "user"
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except TemplateError as error:
-        what = "a system message" if system else "a user's message"
-        raise UsageError(f"the chat template of {name!r} refuses {what} ({error}): mend it") from error
-    return str(text)
+        roles = " and ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        raise UsageError(f"the chat template of {name!r} refuses {roles} messages ({error}): mend it") from error

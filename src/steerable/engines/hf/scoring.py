@@ -20,7 +20,8 @@ from steerable.steering.float64 import wide, wide_device
 from steerable.steering.tokens import SequenceState
 
 Compare = Callable[[list[Tensor], Tensor], Tensor]
-"""Log-probabilities [n, vocabulary], one tensor a pass, and the tokens [n] that came -> a value [n] of each."""
+"""Log-probabilities [n, vocabulary], one tensor a pass, and the tokens [n] that came -> a value [n] of each, or
+several [n, k]."""
 
 MAX_LOGITS = 2**26  # held at a time
 
@@ -42,7 +43,8 @@ def score_tokens(
     max_logits: int = MAX_LOGITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """The values of `compare` at the tokens of each text from its start on: float64 `[tokens]` on the CPU.
+    """The values of `compare` at the tokens of each text from its start on: float64 `[tokens]` on the CPU, or
+    `[tokens, k]`.
 
     The passes go through a batch side by side, so that no logits have to be kept. A text with more logits than
     `max_logits` is a batch by itself, which is read in pieces behind a cache.
@@ -70,7 +72,7 @@ def score_tokens(
         state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
         is_whole = longest <= most or len(batch) > 1
         caches = [None if is_whole else new_cache(model, longest) for _ in passes]
-        values = torch.zeros(predicts.shape, dtype=torch.float64, device=wide_device(device))
+        values = torch.zeros(0)
         restart_rope(model)
         for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
             fed = state.advance(ids[:, start:stop], valid[:, start:stop])
@@ -88,7 +90,9 @@ def score_tokens(
                 ).logits
                 logs.append(logits[read.to(logits.device)].float().log_softmax(-1))
             came = ids.roll(-1, dims=1)[:, start:stop][read]
-            compared = wide(compare(logs, came.to(logs[0].device))).to(values.device)
+            compared = wide(compare(logs, came.to(logs[0].device))).to(wide_device(device))
+            if not start:
+                values = torch.zeros(*predicts.shape, *compared.shape[1:], dtype=torch.float64, device=compared.device)
             values[:, start:stop][read.to(values.device)] = compared
         for i, row, first in zip(batch, values.cpu(), firsts.tolist(), strict=True):
             scores[i] = row[first - 1 : max(first, len(texts[i])) - 1]

@@ -1,0 +1,150 @@
+"""`steerable contrast`: from pairs of texts, or from two kinds of person, to a calibrated direction file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from steerable.chains.everyday import QUESTIONS
+from steerable.chains.generation import prompt_ids
+from steerable.chains.text_pairs import read_pairs
+from steerable.engines.base import Request
+from steerable.engines.transformers import TransformersEngine
+from steerable.evals.calibration import BUDGET
+from steerable.methods.personas import check_persona, persona_pairs
+from steerable.methods.text_pairs import contrast
+from steerable.models import loading as models
+from steerable.steering.direction import Direction
+from steerable.steering.site import parse_layers
+from steerable.steering.vocabulary import encode
+from steerable.store.display import Display
+from steerable.store.errors import UsageError
+from steerable.store.files import file_target
+from steerable.store.text import one_line
+
+
+def contrast_file(
+    pairs: Path | None = None,
+    *,
+    model: str = "pocket",
+    out: Path,
+    persona: str | None = None,
+    opposite: str | None = None,
+    prompts: int = 40,
+    behaviour: str = "",
+    method: str = "difference_of_means",
+    layers: str | None = None,
+    site: str = "resid_post",
+    where: str = "all",
+    reduce: str = "mean",
+    budget: float | None = None,
+    ask: str | None = None,
+    max_new_tokens: int = 60,
+    seed: int = 0,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Pairs of texts, or two kinds of person, in; a direction out whose strength 1 means the same everywhere.
+
+    The direction is taken at the layers that tell held-out pairs apart best, and made as long as moves the model by a
+    stated KL divergence from itself. With --ask it answers at once, at strengths -1, 0 and 1.
+
+    Args:
+        pairs: A .jsonl, .json or .csv file with `positive` and `negative` in each record: texts, or chat messages.
+        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        out: The direction file to write.
+        persona: Instead of a file: the kind of person at strength 1, e.g. happy; everyday questions are asked.
+        opposite: The kind of person at strength -1, e.g. sad.
+        prompts: How many questions are asked of a persona.
+        behaviour: What the direction does; default: the persona, or the file's name.
+        method: difference_of_means or pca.
+        layers: Layers, e.g. 12,13; default: the band that tells held-out pairs apart best.
+        site: The kind of site.
+        where: Tokens of a text that are read.
+        reduce: mean over them, last, or a number: the mean over so many last ones.
+        budget: KL in nats a token at strength 1; default 0.5.
+        ask: Also answer this prompt at strengths -1, 0 and 1.
+        max_new_tokens: Longest answer to --ask.
+        seed: Seed of the answers.
+        display: Where progress and answers are shown; default: nowhere.
+
+    Returns:
+        `{"out", "model", "behaviour", "pairs", "layers", "unit", "separation", "calibration", "answers"}`, the last
+        `{"-1": text, "0": ..., "1": ...}` or null.
+
+    Raises:
+        UsageError: neither pairs nor a persona, or a file that is none, before the model is loaded. SteerableError: the
+            budget is not reached. Nothing is written then.
+
+    Example:
+        >>> contrast_file(persona="happy", opposite="sad", model="smol", out="happy.safetensors", ask="How are you?")
+    """
+    display = display or Display(quiet=True)
+    if (pairs is None) == (persona is None):
+        raise UsageError("give a file of pairs, or --persona and --opposite")
+    if (persona is None) != (opposite is None):
+        raise UsageError("--persona and --opposite belong together, as in --persona happy --opposite sad")
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}: expected 1 or more")
+    if ask is not None and not ask.strip():
+        raise UsageError("--ask is empty: write a prompt in quotes")
+    number = int(reduce) if reduce.isascii() and reduce.isdigit() else 0
+    if reduce not in ("mean", "last") and not number:
+        raise UsageError(f"--reduce is {reduce!r}: expected mean, last or a number of last tokens")
+    if pairs is not None and file_target(out) == file_target(pairs):
+        raise UsageError(f"--out is the file of pairs, {pairs}: name another file")
+    file_target(out)
+    chosen = parse_layers(layers)
+    sides: Any = None if pairs is None else read_pairs(pairs)
+    if persona is not None and opposite is not None:
+        check_persona(persona, opposite, prompts)
+    loaded = models.load(model)
+    if persona is not None and opposite is not None:
+        sides = persona_pairs(loaded.tokenizer, persona, opposite, prompts)
+    direction = contrast(
+        *loaded,
+        *sides,
+        method=method,
+        layers=chosen,
+        site=site,
+        where=where,
+        reduce=number or reduce,  # type: ignore[arg-type]
+        behaviour=behaviour or persona or one_line(pairs.stem if pairs else "", 100),
+        budget=BUDGET if budget is None else budget,
+        progress=display.say,
+    )
+    direction.save(out)
+    display.tell(f"{out}: {direction!r}")
+    answers = None
+    if ask is not None:
+        answers = _answers(loaded, direction, ask, max_new_tokens, seed)
+        table = Table("strength", "answer", title=one_line(ask))
+        for strength, text in answers.items():
+            table.add_row(strength, text)
+        display.show(table)
+    else:
+        display.tell(f"try: steerable chat {QUESTIONS[0]!r} --model {model} --steer {out}")
+    return {
+        "out": str(out),
+        "model": model,
+        "behaviour": direction.behaviour,
+        "pairs": direction.stats["pairs"],
+        "layers": direction.layers,
+        "unit": direction.unit,
+        "separation": direction.stats["separation"],
+        "calibration": direction.stats["calibration"],
+        "answers": answers,
+    }
+
+
+def _answers(
+    loaded: models.Loaded, direction: Direction, prompt: str, max_new_tokens: int, seed: int
+) -> dict[str, str]:
+    """What the model answers at strengths -1, 0 and 1, drawn with one seed."""
+    chats = bool(getattr(loaded.tokenizer, "chat_template", None))
+    ids = prompt_ids(loaded.tokenizer, prompt) if chats else encode(loaded.tokenizer, prompt)
+    requests = [Request(ids, seed, direction.steering(s) if s else ()) for s in (-1, 0, 1)]
+    completions = TransformersEngine(*loaded).generate(requests, max_new_tokens=max_new_tokens)
+    texts = [loaded.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
+    return dict(zip(("-1", "0", "1"), texts, strict=True))

@@ -1,0 +1,199 @@
+"""From pairs of texts to a direction: read both sides, take their difference where it separates best, and give it a
+length that means the same everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from steerable import __version__
+from steerable.chains.records import dump
+from steerable.chains.text_pairs import Messages, check_text
+from steerable.engines.activations import capture, mean_norms
+from steerable.engines.base import Continuation
+from steerable.evals.calibration import BUDGET, calibrate
+from steerable.methods.contrasts import difference_of_means, pca
+from steerable.methods.estimators import Estimator
+from steerable.models import loading as models
+from steerable.models import sinks as attention_sinks
+from steerable.models.taps import missing
+from steerable.steering.direction import Direction
+from steerable.steering.gates import Selector
+from steerable.steering.site import Site
+from steerable.steering.think import render_messages
+from steerable.steering.vocabulary import encode, text_list
+from steerable.store.errors import SteerableWarning, UsageError
+
+ESTIMATORS: dict[str, Estimator] = {"difference_of_means": difference_of_means, "pca": pca}
+_FEWEST = 4  # pairs, of which two halves can be made
+
+
+def contrast(
+    model: Any,
+    tokenizer: Any,
+    positive: Sequence[str | Messages],
+    negative: Sequence[str | Messages],
+    *,
+    method: str | Estimator = "difference_of_means",
+    layers: int | Sequence[int] | None = None,
+    site: str = "resid_post",
+    where: str | Selector = "all",
+    reduce: Literal["mean", "last"] | int = "mean",
+    budget: float | None = BUDGET,
+    texts: Sequence[str | Continuation] | None = None,
+    behaviour: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> Direction:
+    """A calibrated direction from pairs of texts that differ in what is to be steered.
+
+    Each text is one activation at each layer, and `method` makes a direction of the two groups. Rimsky et al. 2023,
+    "Steering Llama 2 via Contrastive Activation Addition" (arXiv 2312.06681); Zou et al. 2023 (arXiv 2310.01405).
+
+    Args:
+        model: a transformers model, or what wraps one.
+        tokenizer: its tokenizer.
+        positive: texts, or chats as lists of messages, which are rendered by the chat template, up to where the model
+            begins to speak if the last message is the user's.
+        negative: the pairs' other halves, as many.
+        method: "difference_of_means", "pca", or a function of two groups of activations {site: [n, d]} that returns a
+            `Direction`.
+        layers: which; None: the band of a third of all layers, in the middle half, at which the two sides of held-out
+            pairs lie furthest apart (d'; needs four pairs, else the middle of the model is taken).
+        site: the kind of site.
+        where: which tokens of a text are read; a selector or its text.
+        reduce: "mean" over these, a number n for the mean over the last n of them, or "last".
+        budget: nats a token at strength 1, see `calibrate`; None: the vectors stay as the method made them.
+        texts: what is calibrated on; None: the unsteered model's own replies to everyday questions.
+        behaviour: what the direction does, for reports.
+        progress: called with a sentence now and then.
+
+    Returns:
+        The direction, whose strength 1 is the dose at which the KL budget is reached. `stats` hold the number of pairs,
+        the d' of each layer that was looked at ("separation"), and the calibration; `data_sha256` is that of the pairs
+        as JSON lines.
+
+    Raises:
+        UsageError: a single text instead of a list, unequal numbers, an empty text, two sides that are the same, an
+            unknown method, or layers that the model does not have. SteerableError: the budget is not reached.
+
+    Example:
+        >>> happy, sad = ["What a lovely day!", "I am so glad!"], ["What an awful day.", "I am so sad."]
+        >>> direction = st.contrast(model, tokenizer, happy, sad, layers=3, budget=0.05, behaviour="happy")
+        >>> with st.steer(model, direction, strength=1):
+        ...     output = model.generate(**inputs, max_new_tokens=8)
+    """
+    say = progress or (lambda text: None)
+    estimator = _estimator(method)
+    if reduce == "none":
+        raise UsageError("contrast needs one activation a text: reduce is 'mean', 'last' or a number of last tokens")
+    sides = [_rendered(tokenizer, side, name) for side, name in ((positive, "positive"), (negative, "negative"))]
+    if len(sides[0]) != len(sides[1]):
+        raise UsageError(f"{len(sides[0])} positive and {len(sides[1])} negative texts make no pairs: give as many")
+    if sides[0] == sides[1]:
+        raise UsageError("the positive texts are the same as the negative ones" if sides[0] else "there are no pairs")
+    chosen = _sites(model, site, layers)
+    count = len(sides[0])
+    say(f"reading {count} pairs at {len(chosen)} layers")
+    with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # left-out sinks are in the stats
+        captured = capture(model, tokenizer, [*sides[0], *sides[1]], sites=chosen, where=where, reduce=reduce)
+    groups = [{s: h[:count] for s, h in captured.items()}, {s: h[count:] for s, h in captured.items()}]
+    scores: dict[Site, float] = {}
+    if count >= _FEWEST:
+        scores = separation(estimator, *groups)
+    if layers is None:
+        chosen = _band(chosen, scores, models.n_layers(model))
+        groups = [{s: group[s] for s in chosen} for group in groups]
+    direction = _applied(estimator, *groups)
+    about = {
+        "pairs": count,
+        "reduce": reduce,
+        "separation": {str(s): round(score, 4) for s, score in scores.items()},
+        **attention_sinks.stats({s: about for s, about in captured.sinks.items() if s in chosen}),
+    }
+    pairs = b"".join(dump({"positive": a, "negative": b}) + b"\n" for a, b in zip(positive, negative, strict=True))
+    rows = [encode(tokenizer, text) for side in sides for text in side]
+    direction = replace(
+        direction,
+        model_id=models.model_id(model),
+        model_revision=models.model_revision(model),
+        behaviour=behaviour or direction.behaviour,
+        method=direction.method or getattr(estimator, "__name__", "contrast"),
+        norms={} if budget is not None else mean_norms(model, rows, chosen),
+        stats={**direction.stats, **about},
+        data_sha256=hashlib.sha256(pairs).hexdigest(),
+        created_by=f"steerable {__version__} contrast",
+    )
+    if budget is None:
+        return direction
+    return calibrate(model, tokenizer, direction, texts, budget=budget, progress=progress)
+
+
+def separation(
+    estimator: Estimator, positive: Mapping[Site, Tensor], negative: Mapping[Site, Tensor]
+) -> dict[Site, float]:
+    """How far apart the two sides of pairs lie along directions that were made without them: d' at each site, the mean
+    of two halves.
+
+        d' = (mean a - mean b) / sqrt((var a + var b) / 2)
+
+    with a, b the projections of the pairs of one half on the estimator's direction of the other half.
+    """
+    scores = dict.fromkeys(positive, 0.0)
+    for half in range(2):
+        fit, held = slice(half, None, 2), slice(1 - half, None, 2)
+        direction = _applied(
+            estimator, {s: h[fit] for s, h in positive.items()}, {s: h[fit] for s, h in negative.items()}
+        )
+        for site, vector in direction.vectors.items():
+            line = vector.double().reshape(-1, vector.shape[-1]).sum(0)
+            a, b = (group[site][held].double() @ line for group in (positive, negative))
+            spread = math.sqrt(float(a.var() + b.var()) / 2)
+            scores[site] += float(a.mean() - b.mean()) / max(spread, 1e-12) / 2
+    return scores
+
+
+def _applied(estimator: Estimator, positive: dict[Site, Tensor], negative: dict[Site, Tensor]) -> Direction:
+    direction = estimator(positive, negative)
+    if not isinstance(direction, Direction) or set(direction.vectors) != set(positive):
+        raise UsageError("the method must return a Direction with vectors at the sites that it was given")
+    return direction
+
+
+def _estimator(method: str | Estimator) -> Estimator:
+    if not isinstance(method, str):
+        return method
+    if method not in ESTIMATORS:
+        raise UsageError(f"unknown method {method!r}: expected {', '.join(ESTIMATORS)} or a function")
+    return ESTIMATORS[method]
+
+
+def _rendered(tokenizer: Any, side: Sequence[str | Messages], name: str) -> list[str]:
+    """The texts of one side, chats through the template."""
+    items = text_list(side, "contrast")
+    for number, item in enumerate(items):
+        check_text(item, f"the {name} text {number}")
+    return [item if isinstance(item, str) else render_messages(tokenizer, item) for item in items]
+
+
+def _sites(model: Any, kind: str, layers: int | Sequence[int] | None) -> list[Site]:
+    """The sites that are read: at the layers given, else in the middle half of the model, where it has them."""
+    if layers is not None:
+        return sorted({Site(kind, layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+    total = models.n_layers(model)
+    sites = [Site(kind, layer) for layer in range(total // 4, max(total * 3 // 4, total // 4 + 1))]
+    return [s for s in sites if missing(model, s) is None] or sites[:1]
+
+
+def _band(sites: list[Site], scores: Mapping[Site, float], total: int) -> list[Site]:
+    """The run of a third of all layers with the highest mean score; without scores the middle one."""
+    width = min(len(sites), max(1, total // 3))
+    bands = [sites[i : i + width] for i in range(len(sites) - width + 1)]
+    if not scores:
+        return bands[len(bands) // 2]
+    return max(bands, key=lambda band: sum(scores[s] for s in band))
