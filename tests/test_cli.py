@@ -15,7 +15,8 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-TABLE = ["run", *STAGES, "chat", "fetch", "probe", "lens", "compose", "passk", "import", "export", "validate"]
+TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "probe", "lens", "compose", "passk"]
+TABLE += ["import", "export", "validate"]
 GROUPS = ["train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
 COMMANDS = [*TABLE, *GROUPS]
 

@@ -36,6 +36,8 @@ NOT_RUN = {
     "export OPENAI_API_KEY": "is a key",
     "steerable fetch smol": "downloads",
     "steerable chat --model smol": "needs what `fetch` downloads",
+    "steerable contrast --persona happy": "needs what `fetch` downloads",
+    "steerable contrast examples": "needs what `fetch` downloads",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",

@@ -31,7 +31,7 @@ def test_a_file_of_pairs(steerable, pairs, tmp_path):
     assert document["layers"] == direction.layers and document["unit"] == direction.unit == "calibrated"
     assert document["calibration"] == direction.stats["calibration"] and direction.model_id == "pocket"
     assert document["calibration"]["kl"] == pytest.approx(0.1, rel=0.01)
-    assert set(document["answers"]) == {"-1", "0", "1"} and all(document["answers"].values())
+    assert [(a["strength"], a["tokens"]) for a in document["answers"]] == [(-1, 8), (0, 8), (1, 8)]
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 

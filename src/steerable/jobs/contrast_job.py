@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from steerable.chains.everyday import QUESTIONS
-from steerable.chains.generation import prompt_ids
 from steerable.chains.text_pairs import read_pairs
-from steerable.engines.base import Request
-from steerable.engines.transformers import TransformersEngine
 from steerable.evals.calibration import BUDGET
+from steerable.jobs.conversation import answer
+from steerable.jobs.dialogue import Dialogue, read_part
+from steerable.jobs.panels import Screen
 from steerable.methods.personas import check_persona, persona_pairs
 from steerable.methods.text_pairs import contrast
 from steerable.models import loading as models
-from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
-from steerable.steering.vocabulary import encode
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target
@@ -29,6 +25,9 @@ def contrast_file(
     pairs: Path | None = None,
     *,
     model: str = "pocket",
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
     out: Path,
     persona: str | None = None,
     opposite: str | None = None,
@@ -53,6 +52,9 @@ def contrast_file(
     Args:
         pairs: A .jsonl, .json or .csv file with `positive` and `negative` in each record: texts, or chat messages.
         model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Weights' type, e.g. bfloat16; default: the checkpoint's.
+        device: Device, e.g. cuda:0; default: CUDA, else MPS, else the CPU.
         out: The direction file to write.
         persona: Instead of a file: the kind of person at strength 1, e.g. happy; everyday questions are asked.
         opposite: The kind of person at strength -1, e.g. sad.
@@ -71,7 +73,7 @@ def contrast_file(
 
     Returns:
         `{"out", "model", "behaviour", "pairs", "layers", "unit", "separation", "calibration", "answers"}`, the last
-        `{"-1": text, "0": ..., "1": ...}` or null.
+        as `chat` at several strengths gives them, or null.
 
     Raises:
         UsageError: neither pairs nor a persona, or a file that is none, before the model is loaded. SteerableError: the
@@ -99,7 +101,8 @@ def contrast_file(
     sides: Any = None if pairs is None else read_pairs(pairs)
     if persona is not None and opposite is not None:
         check_persona(persona, opposite, prompts)
-    loaded = models.load(model)
+    loaded = models.load(model, revision=revision, dtype=dtype, device=device)
+    dialogue = None if ask is None else Dialogue(loaded, seed=seed, max_new_tokens=max_new_tokens)
     if persona is not None and opposite is not None:
         sides = persona_pairs(loaded.tokenizer, persona, opposite, prompts)
     direction = contrast(
@@ -117,14 +120,13 @@ def contrast_file(
     direction.save(out)
     display.tell(f"{out}: {direction!r}")
     answers = None
-    if ask is not None:
-        answers = _answers(loaded, direction, ask, max_new_tokens, seed)
-        table = Table("strength", "answer", title=one_line(ask))
-        for strength, text in answers.items():
-            table.add_row(strength, text)
-        display.show(table)
+    if dialogue is not None and ask is not None:
+        dialogue.set_steering([read_part(out)])
+        dialogue.set_strengths("-1,0,1")
+        screen = Screen(models.model_id(loaded.model) == "pocket", display.quiet)
+        answers = answer(dialogue, screen, ask)["answers"]
     else:
-        display.tell(f"try: steerable chat {QUESTIONS[0]!r} --model {model} --steer {out}")
+        display.tell(f"try: steerable chat {QUESTIONS[0]!r} --model {model} --steer {out} --strength -1,0,1")
     return {
         "out": str(out),
         "model": model,
@@ -136,15 +138,3 @@ def contrast_file(
         "calibration": direction.stats["calibration"],
         "answers": answers,
     }
-
-
-def _answers(
-    loaded: models.Loaded, direction: Direction, prompt: str, max_new_tokens: int, seed: int
-) -> dict[str, str]:
-    """What the model answers at strengths -1, 0 and 1, drawn with one seed."""
-    chats = bool(getattr(loaded.tokenizer, "chat_template", None))
-    ids = prompt_ids(loaded.tokenizer, prompt) if chats else encode(loaded.tokenizer, prompt)
-    requests = [Request(ids, seed, direction.steering(s) if s else ()) for s in (-1, 0, 1)]
-    completions = TransformersEngine(*loaded).generate(requests, max_new_tokens=max_new_tokens)
-    texts = [loaded.tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in completions]
-    return dict(zip(("-1", "0", "1"), texts, strict=True))

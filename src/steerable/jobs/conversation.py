@@ -112,7 +112,7 @@ def chat(
                 write_json(out, result)
         return result
     task = make_tasks("pocket", 1, seed)[0] if prompt is None else None
-    turn = _answer(dialogue, screen, task["prompt"] if task else str(prompt), task)
+    turn = answer(dialogue, screen, task["prompt"] if task else str(prompt), task)
     answers = turn["answers"]
     result["prompt"] = turn["prompt"]
     if strengths is not None and len(strengths) > 1:
@@ -127,7 +127,7 @@ def chat(
     return result
 
 
-def _answer(
+def answer(
     dialogue: Dialogue, screen: Screen, prompt: str, task: Record | None = None, is_typed: bool = False
 ) -> Record:
     """One turn, shown as it comes. is_typed: the prompt stands on the terminal already, and Ctrl-C ends the answer."""
@@ -198,7 +198,7 @@ class Loop:
                 return
 
     def _turn(self, prompt: str, task: Record | None = None) -> None:
-        turn = _answer(self.dialogue, self.screen, prompt, task, is_typed=self.is_terminal)
+        turn = answer(self.dialogue, self.screen, prompt, task, is_typed=self.is_terminal)
         if turn["continued"] is None:
             self.screen.say("there is no answer to go on from: the next turn will not know of this one", "dim")
         elif len(turn["answers"]) > 1:
