@@ -120,6 +120,8 @@ def test_as_a_module():
         ("pocket", "Missing command"),
         ("run --limit 0", "--limit is 0: expected 1 or more"),
         ("run --workers 0", "--workers is 0"),
+        ("run --map rotate(30)", "rotate needs a plane"),
+        ("run --map set([1,2])", "has 2 numbers, but there are 1 rows"),
         ("run --engine jax", "--engine is 'jax': expected one of transformers"),
         ("run --window wide", "--window is 'wide': expected one of published, span, onset"),
         ("run --baseline none", "--baseline is 'none'"),

@@ -256,6 +256,9 @@ def reading(vector):
         (lambda i: i.update(gate=reading("AAAAAA==")), "other than zero"),
         (lambda i: i.update(gate=reading("AADAfw==")), "one finite vector"),
         (lambda i: i.update(site="resid_post.01"), "not a site"),
+        (lambda i: i.update(colour=1), "unknown key 'colour'"),
+        (lambda i: i.update(rescale="no"), "true or false"),
+        (lambda i: i["source"].update(colour=1), "no steering"),
         (lambda i: i["schedule"].update(type="never"), "unknown schedule"),
     ],
 )

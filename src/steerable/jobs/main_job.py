@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import LABELS, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits, unmet
@@ -58,7 +60,7 @@ from steerable.methods.span_statistics import SpanMeans, span_means
 from steerable.pages.run_page import render
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate
-from steerable.steering.maps import parse_map
+from steerable.steering.maps import fitted, parse_map
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import sha256, write_atomic
@@ -425,7 +427,7 @@ def run(
     given = (PAPER if paper else {}) | settings
     final = Config(recorded.keys() - given.keys(), **recorded | given)
     final = final.quick() if quick else final
-    parse_map(final.map), parse_gate(final.gate)
+    fitted(torch.ones(1, 1), parse_map(final.map)), parse_gate(final.gate)  # what no vector could be steered by
     folder.refuse_other("run", final.model, final.revision, overwrite)
     if stage is not None and recorded:
         changed = {name for name in settings if recorded.get(name) != getattr(final, name)}

@@ -292,6 +292,10 @@ def from_json(text: str) -> Program:
 
 
 def _intervention(data: dict[str, Any]) -> Intervention:
+    if unknown := sorted(set(data) - {f.name for f in fields(Intervention)}):
+        raise UsageError(f"unknown key {unknown[0]!r} in an intervention")
+    if not isinstance(data["rescale"], bool):
+        raise UsageError(f"rescale is true or false, not {data['rescale']!r}")
     d, k = data["basis"]["shape"]
     source = data.get("source", {})
     content = bytearray(base64.b64decode(data["basis"]["float64"], validate=True))
@@ -302,6 +306,6 @@ def _intervention(data: dict[str, Any]) -> Intervention:
         gate_from_json(data["gate"]),
         decoded(data["schedule"], SCHEDULES, "schedule"),
         data["strength"],
-        bool(data["rescale"]),
+        data["rescale"],
         Source(**source | {"layers": tuple(source.get("layers", ()))}),
     )
