@@ -73,13 +73,17 @@ def test_thinking_only(cells):
 
 
 def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
-    assert set(cells["random.layer2.+1"].behaviours) == set(STEERABLE[:3])
-    assert cells["random.layer4.-1"].behaviours == STEERABLE[3:]
-    for name in ("random.layer2.+1", "backtracking.+1.shuffled"):
-        parts = cells[name].parts
-        assert len({part.steering for part in parts}) == CONFIG.controls
-        # The unsteered cell has the same samples, so that the control is compared in pairs.
-        assert {s for part in parts for s in part.samples} == {0, 1}
+    assert set(cells["random.layer2.1"].behaviours) == set(STEERABLE[:3])
+    assert cells["random.layer4.1"].behaviours == STEERABLE[3:]
+    parts = cells["random.layer2.1"].parts
+    assert cells["random.layer2.1"].both_signs and len({part.steering for part in parts}) == 2 * CONFIG.controls
+    # The unsteered cell has the same samples, so that the control is compared in pairs.
+    assert {s for part in parts for s in part.samples} == {0, 1, 2, 3}
+    signs = Counter(part.steering[0].strength for part in parts for _ in range(50)[part.tasks])
+    assert signs == {1.0: 100, -1.0: 100}, "added as often as subtracted"
+    shuffled = cells["backtracking.+1.shuffled"]
+    assert not shuffled.both_signs and len({part.steering for part in shuffled.parts}) == CONFIG.controls
+    assert {s for part in shuffled.parts for s in part.samples} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("tasks", [50, 7])
@@ -90,9 +94,9 @@ def test_directions_of_a_control_take_turns(cells, tasks):
         for sample in part.samples
         for task in range(tasks)[part.tasks]
     ]
-    assert sorted((task, sample) for task, sample, _ in met) == [(t, s) for t in range(tasks) for s in (0, 1)]
+    assert sorted((task, sample) for task, sample, _ in met) == [(t, s) for t in range(tasks) for s in (0, 1, 2)]
     by_task = {t: {steering for task, _, steering in met if task == t} for t in range(tasks)}
-    assert all(len(directions) == 2 for directions in by_task.values())
+    assert all(len(directions) == 3 for directions in by_task.values())
     counts = Counter(steering for _, _, steering in met)
     assert len(counts) == CONFIG.controls and max(counts.values()) - min(counts.values()) <= 2
 

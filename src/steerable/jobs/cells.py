@@ -46,7 +46,8 @@ class Cell:
     """One row of the report.
 
     strength: the nominal coefficient, the sum over layers. behaviours: those that the cell speaks about. tasks: how
-    many of the split's tasks it is generated on, None for all.
+    many of the split's tasks it is generated on, None for all. both_signs: half of its chains have the opposite
+    strength, for which it stands, too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Cell:
     control: str | None = None
     where: str = "all"
     tasks: int | None = None
+    both_signs: bool = False
 
 
 def _part(direction: Direction, samples: Sequence[int], strength: float, layers: Sequence[int], where: str) -> Part:
@@ -96,8 +98,9 @@ def evaluation_cells(
     """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
     `strength` of each behaviour).
 
-    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples; their controls have
-    all tasks and `control_samples`; the side cells (several layers, thinking only, the sweep) have `side_tasks` and
+    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples, and so do random
+    directions, which are added and subtracted in turn: they have no sign. Shuffled labels have all tasks and
+    `control_samples`; the side cells (several layers, thinking only, the sweep) have `side_tasks` and
     `side_samples`. A model that `thinks` has cells that are steered inside its think block alone.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
@@ -134,20 +137,29 @@ def evaluation_cells(
         layer, size = (place[0],), place[1]
         here = tuple(b for b in behaviours if places[b] == place)
         directions = [load(random_path(place[0], k)) for k in range(config.controls)]
-        for s in (-size, size):
-            parts = _control(directions, turns, s, layer, where)
-            cells.append(Cell(f"random.layer{place[0]}.{s:+g}", here, s, parts, layer, "random", where))
+        parts = _control(directions, main, size, layer, where, both_signs=True)
+        name = f"random.layer{place[0]}.{size:g}"
+        cells.append(Cell(name, here, size, parts, layer, "random", where, both_signs=True))
     return cells
 
 
 def _control(
-    directions: Sequence[Direction], samples: Sequence[int], strength: float, layer: tuple[int, ...], where: str
+    directions: Sequence[Direction],
+    samples: Sequence[int],
+    strength: float,
+    layer: tuple[int, ...],
+    where: str,
+    both_signs: bool = False,
 ) -> tuple[Part, ...]:
     """A control is the mean over several directions, which take turns: sample j of task i meets direction
-    (i + j) mod n of the n, so that each meets as many tasks as any other."""
+    (i + j) mod n of the n, so that each meets as many tasks as any other. both_signs: every other time it is
+    subtracted."""
     n = len(directions)
     return tuple(
-        replace(_part(direction, (sample,), strength, layer, where), tasks=slice((k - j) % n, None, n))
+        replace(
+            _part(direction, (sample,), -strength if both_signs and (k + j) % 2 else strength, layer, where),
+            tasks=slice((k - j) % n, None, n),
+        )
         for k, direction in enumerate(directions)
         for j, sample in enumerate(samples)
     )
@@ -224,9 +236,11 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[st
             "kl": _divergence(run, cell, chains),
             "difference": differences(measured, base, seed, run.labels) if cell.strength else None,
         }
-        for b in cell.behaviours:
-            wrong = wrong_way(measured, base, b, cell.strength, seed)
-            rows.append({"name": cell.name, "behaviour": b, **content, "wrong_way": wrong})
+        for strength in (-cell.strength, cell.strength) if cell.both_signs else (cell.strength,):
+            for b in cell.behaviours:
+                wrong = wrong_way(measured, base, b, strength, seed)
+                about = {"name": cell.name, "behaviour": b} | content | {"strength": strength}
+                rows.append({**about, "wrong_way": wrong})
     return rows
 
 
@@ -247,7 +261,7 @@ def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] |
 
 
 def _dose(cell: Cell) -> dict[str, float]:
-    """The relative dose at each layer where the cell adds a vector; of several parts, the mean."""
+    """The relative dose at each layer where the cell adds or subtracts a vector; of several parts, the mean."""
     doses = [part.dose for part in cell.parts if part.steering]
     layers = {layer: [one[layer] for one in doses if layer in one] for layer in (doses[0] if doses else ())}
     return {str(layer): sum(values) / len(values) for layer, values in layers.items()}

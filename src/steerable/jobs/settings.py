@@ -194,7 +194,7 @@ class Config(Settings):
     tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
     sweep: str = Field("-0.5,0.5,1.5", description="Further strengths for the dose-response curves; '' for none.")
     controls: int = Field(5, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
-    control_samples: int = Field(2, ge=1, description="Chains a task in each control; its directions take turns.")
+    control_samples: int = Field(3, ge=1, description="Chains a task with shuffled labels; their vectors take turns.")
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
