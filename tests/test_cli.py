@@ -412,7 +412,7 @@ def test_out_that_is_a_link(steerable, tmp_path):
 @pytest.mark.parametrize("command", ["run", "generate", "report"])
 def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tmp_path, command):
     copy = shutil.copytree(finished, tmp_path / "run")
-    options = tiny[2:] if command == "run" else []
+    options = tiny[1:] if command == "run" else []
     said = steerable(command, "--out", copy, *options, "--model", tmp_path / "other")
     assert_refused(said, 2, "results of another model, 'pocket' and not", "another --out, or --overwrite")
     for path in finished.rglob("*"):

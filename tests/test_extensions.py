@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import steerable as st
 
 PACKAGE = '''
 from dataclasses import dataclass
@@ -69,95 +72,59 @@ waits = bolted_on:waits
 [steerable.formats]
 lines = bolted_on:lines
 """
-_SIZES = {
-    "limit": 32,
-    "validation": 2,
-    "evaluation": 3,
-    "samples": 1,
-    "side-samples": 1,
-    "side-tasks": 2,
-    "tried": 1,
-    "controls": 1,
-    "attributed": 4,
-    "patched": 2,
-    "compared": 2,
-    "max-new-tokens": 250,
-    "workers": 1,
-}
-SMALL = [word for name, value in _SIZES.items() for word in (f"--{name}", str(value))]
-STEERED = """
-import torch
-import steerable as st
-from bolted_on import Push
-
-model, tokenizer = st.load("pocket")
-vector = torch.nn.functional.normalize(torch.randn(192, generator=torch.Generator().manual_seed(1)), dim=0)
-st.Direction({st.Site("resid_post", 3): vector}, map="push(2)", gate="every(2)").save("push.safetensors")
-ids = tokenizer("2*w + 8 = 30", return_tensors="pt").input_ids
-blocks = st.capture(model, tokenizer, ["2*w + 8 = 30"], sites=["resid_post.3"], reduce="none")
-with st.steer(model, "0.5 push.safetensors", tokenizer=tokenizer) as handle, torch.no_grad():
-    steered = model(ids, output_hidden_states=True).hidden_states[4][0]
-h = blocks[st.Site("resid_post", 3)]
-x = (h @ vector)[:, None]
-expected = h + 0.5 * (Push(2.0)(x) - x) * vector
-rows = torch.arange(len(h)) % 2 == 0
-torch.testing.assert_close(steered[rows], expected[rows], atol=1e-4, rtol=1e-4)
-assert torch.equal(steered[~rows], h[~rows])
-print(handle.report().steering)
-"""
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Runs Python with the package installed, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("bolted_on")
-    (folder / "bolted_on.py").write_text(PACKAGE)
-    info = folder / "bolted_on-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bolted-on\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+@pytest.fixture
+def bolted_on(install, tmp_path, monkeypatch):
+    """The package is installed, and the working folder is empty."""
+    install("bolted_on", PACKAGE, ENTRY_POINTS)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
 
-    def call(*arguments, fails=False):
-        command = [sys.executable, *arguments]
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr if fails else done.stdout
 
-    call.folder = folder
-    return call
+def test_steer(bolted_on):
+    from bolted_on import Push
+
+    model, tokenizer = st.load("pocket")
+    vector = torch.nn.functional.normalize(torch.randn(192, generator=torch.Generator().manual_seed(1)), dim=0)
+    st.Direction({st.Site("resid_post", 3): vector}, map="push(2)", gate="every(2)").save("push.safetensors")
+    ids = tokenizer("2*w + 8 = 30", return_tensors="pt").input_ids
+    blocks = st.capture(model, tokenizer, ["2*w + 8 = 30"], sites=["resid_post.3"], reduce="none")
+    with st.steer(model, "0.5 push.safetensors", tokenizer=tokenizer) as handle, torch.no_grad():
+        steered = model(ids, output_hidden_states=True).hidden_states[4][0]
+    h = blocks[st.Site("resid_post", 3)]
+    x = (h @ vector)[:, None]
+    expected = h + 0.5 * (Push(2.0)(x) - x) * vector
+    rows = torch.arange(len(h)) % 2 == 0
+    torch.testing.assert_close(steered[rows], expected[rows], atol=1e-4, rtol=1e-4)
+    assert torch.equal(steered[~rows], h[~rows])
+    assert handle.report().steering == "0.5 push.safetensors"
 
 
 @pytest.mark.slow
-def test_steer(run):
-    assert run("-c", STEERED).strip() == "0.5 push.safetensors"
-
-
-@pytest.mark.slow
-def test_main_job(run):
-    options = ["--estimator", "bolted_on:medians", "--map", "push(0.5)", "--gate", "every(2)", "--sweep", ""]
-    run("-m", "steerable", "run", "--out", "run", *SMALL, *options)
-    report = json.loads((run.folder / "run/report.json").read_text())
+def test_main_job(bolted_on, tiny, steerable):
+    """In a process of its own, which has the package from its start."""
+    options = ["--estimator", "bolted_on:medians", "--map", "push(0.5)", "--gate", "every(2)"]
+    command = [sys.executable, "-m", "steerable", "run", "--out", "run", "--workers", "1", *tiny, *options]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    report = json.loads((bolted_on / "run/report.json").read_text())
     steered = [cell for cell in report["cells"] if cell["strength"] and not cell["name"].endswith(".thinking")]
     assert steered and {cell["where"] for cell in steered} == {"every(2)"}
     assert all(len(cell["waits"]) == 3 for cell in report["cells"])
-    vectors = sorted((run.folder / "run/vectors/candidates").rglob("*.safetensors"))
-    about = json.loads(run("-m", "steerable", "validate", str(vectors[0]), "--json"))
+    vectors = sorted((bolted_on / "run/vectors/candidates").rglob("*.safetensors"))
+    about = json.loads(steerable("validate", vectors[0], "--json").out)
     assert about["map"] == "push(0.5)" and about["method"] == "medians"
     # and the selected vector leaves in the package's format, which another command reads
-    (vector, *_) = sorted((run.folder / "run/vectors").glob("*.safetensors"))
-    run(
-        "-c",
-        f"import steerable as st; d = st.Direction.load({str(vector)!r}); d.map = 'shift'; d.save('v.safetensors')",
-    )
-    run("-m", "steerable", "export", "v.safetensors", "--to", "lines", "--out", "v.lines")
-    run("-m", "steerable", "import", "v.lines", "--out", "back.safetensors")
-    assert (run.folder / "back.safetensors").is_file()
+    (selected, *_) = sorted((bolted_on / "run/vectors").glob("*.safetensors"))
+    vector = st.Direction.load(selected)
+    vector.map = "shift"
+    vector.save("v.safetensors")
+    assert steerable("export", "v.safetensors", "--to", "lines", "--out", "v.lines").code == 0
+    assert steerable("import", "v.lines", "--out", "back.safetensors").code == 0
+    assert (bolted_on / "back.safetensors").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
@@ -166,6 +133,6 @@ def test_main_job(run):
         ("--gate", "each(2)", "each"),
     ],
 )
-def test_what_is_not_there_is_refused(run, option, value, sentence):
-    error = run("-m", "steerable", "run", "--out", "none", option, value, fails=True)
-    assert sentence in error and "Traceback" not in error and not (run.folder / "none").exists()
+def test_what_is_not_there_is_refused(bolted_on, steerable, option, value, sentence):
+    said = steerable("run", "--out", "none", option, value)
+    assert said.code == 2 and sentence in said.err and "Traceback" not in said.err and not (bolted_on / "none").exists()

@@ -4,7 +4,6 @@ from steerable.chains.records import LABELS
 from steerable.evals.cells import differences, measure_cell, same_chains, values, wrong_way
 from steerable.evals.metrics import Measured, Metric, all_metrics, label_fractions, loops, measure, register_metric
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.plugins import load_plugins
 
 
 def span(label, start, end, task="t", sample=0):
@@ -139,26 +138,16 @@ def test_a_metric_from_outside_is_in_every_cell(chains, tokenizer, monkeypatch):
             register_metric(Metric(name, "", "number", len))
 
 
-def test_an_installed_package_adds_a_metric(chains, tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "hesitation.py").write_text(
+def test_an_installed_package_adds_a_metric(chains, tokenizer, install):
+    code = (
         "from steerable.evals.metrics import Metric\n"
         "metric = Metric('hesitation', 'Hesitation', 'number', lambda m: m.chain['thinking'].count('w1'))\n"
     )
-    info = tmp_path / "hesitation-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hesitation\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:metric\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    load_plugins.cache_clear()
-    try:
-        assert measure_cell(measure(TASKS, chains, SPANS, tokenizer))["hesitation"] == [1.0, 1.0, 1.0]
-        (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:nothing\n")
-        load_plugins.cache_clear()
-        with pytest.raises(SteerableError, match="'hesitation' of hesitation in steerable.metrics cannot be loaded"):
-            all_metrics()
-    finally:
-        monkeypatch.undo()
-        load_plugins.cache_clear()
+    install("hesitation", code, "[steerable.metrics]\nhesitation = hesitation:metric\n")
+    assert measure_cell(measure(TASKS, chains, SPANS, tokenizer))["hesitation"] == [1.0, 1.0, 1.0]
+    install("hesitation", code, "[steerable.metrics]\nhesitation = hesitation:nothing\n")
+    with pytest.raises(SteerableError, match="'hesitation' of hesitation in steerable.metrics cannot be loaded"):
+        all_metrics()
 
 
 def test_without_annotation_nothing_is_unlabelled(chains, tokenizer):

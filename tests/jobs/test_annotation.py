@@ -7,7 +7,7 @@ from threading import Lock, Thread
 
 import pytest
 
-from steerable.chains.records import read_jsonl
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.agreement import measure_agreement_of_files
 from steerable.jobs import annotation, main_job
 from steerable.models.pocket import language
@@ -140,6 +140,9 @@ def test_a_probe_needs_a_run_and_a_file(steerable, tmp_path):
 
 @pytest.mark.slow
 def test_only_stable_spans_are_kept(copy):
+    few = read_jsonl(copy / "chains.jsonl")[:4]  # a continuation of every span is sampled several times
+    write_jsonl(copy / "chains.jsonl", few)
+    run(copy, "annotate")
     every = read_jsonl(copy / "spans.jsonl", "span")
     run(copy, "annotate", stability=0.6)
     kept = read_jsonl(copy / "spans.jsonl", "span")

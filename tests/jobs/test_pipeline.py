@@ -22,9 +22,10 @@ from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import RunFolder, read_json, write_json
 
-# For every line of JSON [stage, file, *arguments], runs the command line in a process of its own, which says its id and
-# waits before that file of that stage gets its name. The processes are forked from one that has done the imports.
-PAUSING = """
+# For every line of JSON [stage, file, standard error, *arguments], runs the command line in a process of its own and
+# prints its id, and at the end its exit code. With a stage, the id comes when that file of that stage is to get its
+# name, and the process waits there. The processes are forked from one that has done the imports.
+NURSERY = """
 import json, os, sys, time
 from steerable import cli
 from steerable.store import run_folder
@@ -51,26 +52,28 @@ if __name__ == "__main__":  # a worker imports this file too
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
     for line in sys.stdin:
-        stage, file, *arguments = json.loads(line)
+        stage, file, errors, *arguments = json.loads(line)
         if (child := os.fork()) == 0:
             os.setsid()
-            pause_at(stage, file)
+            os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666), 2)
+            pause_at(stage, file) if stage else print(os.getpid(), flush=True)
             sys.argv = ["steerable", *arguments]
-            cli.main()
-            print("never came to", stage, file, flush=True)
-            os._exit(0)
-        os.waitpid(child, 0)
-        print("dead", flush=True)
+            try:
+                cli.main()
+                print("never came to", stage, file, flush=True)
+            except SystemExit as end:
+                os._exit(end.code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 #: Stage, which of its files is written but not yet in place when it is killed, and workers.
 DEATHS = [
     ("tasks", "/tasks.jsonl", 1),
-    ("generate", "/blocks/1.jsonl", 2),
+    ("generate", "/blocks/1.jsonl", 1),
     ("annotate", "/coverage.json", 1),  # spans are there
     ("extract", "/span.overall/backtracking.safetensors", 1),  # many vectors are there
     ("attribute", "/attribution.json", 1),
-    ("select", "/blocks/1.jsonl", 2),
+    ("select", "/blocks/1.jsonl", 1),
     ("select", "/selection.json", 1),  # the vectors are there
     ("steer", "/blocks/1.jsonl", 2),
     ("evaluate", "/cells.json", 1),
@@ -94,16 +97,30 @@ def assert_same(folder, other):
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def settings(tiny):
-    """The options as keyword arguments of `main_job.run`."""
-    words = [word for option in tiny for word in option.split("=", 1)]
-    pairs = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    return {key: int(value) if value.isdigit() else value for key, value in pairs.items()}
+class Nursery:
+    """Command lines in processes that are forked from one."""
+
+    def __init__(self, script):
+        script.write_text(NURSERY)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, script], start_new_session=True, **pipes)
+
+    def start(self, errors, arguments, stage="", file=""):
+        """Its process group, as a terminal makes one; with a stage, when it has come there."""
+        self.process.stdin.write(json.dumps([stage, file, str(errors), *map(str, arguments)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """The exit code of the last one, negative for a signal, once it has ended."""
+        return int(self.process.stdout.readline())
 
 
-def start(command, **options):
-    """Start a process as the head of a group of its own, as a terminal does."""
-    return subprocess.Popen(list(map(str, command)), start_new_session=True, text=True, **options)
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "nursery.py")
+    yield nursery
+    nursery.process.communicate(timeout=60)
 
 
 def members(group):
@@ -113,11 +130,10 @@ def members(group):
     return [int(pid) for pid, pgid, state, *_ in rows if int(pgid) == group and not state.startswith("Z")]
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, seconds=120):
     for _ in range(seconds * 50):
         if condition():
             return
-        assert process.poll() is None, f"ended early with {process.returncode}: {process.communicate()}"
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 
@@ -131,58 +147,45 @@ def assert_gone(group):
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage(finished, tiny, tmp_path):
-    out, script = tmp_path / "run", tmp_path / "pausing.py"
-    script.write_text(PAUSING)
+def test_killed_in_every_stage(finished, tiny, tiny_settings, tmp_path, nursery):
+    """It ends with the bytes of an undisturbed run: so the same seed gives the same report, too."""
+    out = tmp_path / "run"
     assert {stage for stage, *_ in DEATHS} == {stage.name for stage in STAGES}
-    nursery = start([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for stage, file, workers in DEATHS:
         arguments = ["run", "--workers", workers, "--out", out, *tiny]
-        nursery.stdin.write(json.dumps([stage, file, *map(str, arguments)]) + "\n")
-        nursery.stdin.flush()
-        group = int(nursery.stdout.readline())
+        group = nursery.start(tmp_path / "errors", arguments, stage, file)
         assert len(members(group)) >= (workers + 1 if workers > 1 else 1)
         # Workers whose parent was killed end by themselves; a machine that fails takes all down at once.
-        (os.kill if stage == "steer" else os.killpg)(group, signal.SIGKILL)
-        assert nursery.stdout.readline() == "dead\n"
+        (os.kill if workers > 1 else os.killpg)(group, signal.SIGKILL)
+        assert nursery.end() == -signal.SIGKILL
         assert_gone(group)
         assert (out / f"stages/{stage}.json").exists() == (file == "/timings.json")
-    nursery.communicate(timeout=60)
-    main_job.run(out, workers=1, **settings(tiny))
+    main_job.run(out, workers=1, **tiny_settings)
     assert_same(out, finished)
 
 
 @pytest.mark.slow
-def test_stopped_by_ctrl_c(finished, tiny, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "steerable", "run", "--workers", "2", "--out", out, *tiny]
+def test_stopped_by_ctrl_c(finished, tiny, tmp_path, nursery, steerable):
+    out, errors = tmp_path / "run", tmp_path / "errors"
     moments = (
         lambda group: len(members(group)) >= 3,  # the first worker is only starting
         lambda group: any(out.glob(".partial/generate-*/blocks/0.jsonl")),
     )
     for moment in moments:
-        process = start(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        wait_until(lambda group=process.pid, moment=moment: moment(group), process)
-        os.killpg(process.pid, signal.SIGINT)
-        said, complaint = process.communicate(timeout=60)
-        *progress, last = complaint.splitlines()
+        group = nursery.start(errors, ["run", "--workers", 2, "--out", out, *tiny])
+        wait_until(lambda group=group, moment=moment: moment(group))
+        os.killpg(group, signal.SIGINT)
+        assert nursery.end() == 1  # and nothing else on standard output
+        *progress, last = errors.read_text().splitlines()
         assert last == "steerable: stopped; what was finished is kept, and the same command goes on from there"
-        assert all(line.endswith(("done", "was done already")) for line in progress), complaint
-        assert (process.returncode, said) == (1, "")
-        assert_gone(process.pid)
+        assert all(line.endswith(("done", "was done already")) for line in progress), progress
+        assert_gone(group)
     assert any(out.glob(".partial/generate-*/blocks/0.jsonl")) and not any(out.rglob("*.tmp"))
-    last = subprocess.run(command, capture_output=True, text=True)
-    assert last.returncode == 0
+    last = steerable("run", "--workers", 1, "--out", out, *tiny)
+    assert last.code == 0
     assert_same(out, finished)  # also: two workers make the same bytes as one
-    said = last.stderr.splitlines()
-    assert len(said) == len(STAGES) and all(line.endswith(("done", "already")) for line in said), last.stderr
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_report(finished, tiny, tmp_path):
-    out = main_job.run(tmp_path / "again", workers=1, **settings(tiny))
-    assert (out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
-    assert (out / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+    said = last.err.splitlines()
+    assert len(said) == len(STAGES) and all(line.endswith(("done", "already")) for line in said), last.err
 
 
 def test_the_run_folder_is_what_the_design_says(finished):
@@ -234,7 +237,7 @@ def test_the_cosines_are_those_of_the_saved_vectors(finished):
 
 
 @pytest.mark.slow
-def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
+def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny_settings):
     """Chains without ids are measured by their text; a run does not mix them with its own."""
     for path in [copy / "chains.jsonl", *(copy / "steered").glob("*.jsonl")]:
         kept = [{k: v for k, v in c.items() if k not in ("ids", "prompt_ids")} for c in read_jsonl(path)]
@@ -242,7 +245,7 @@ def test_an_older_folder_is_read_and_done_anew(copy, finished, tiny):
     aligned = open_run(copy).aligned()
     assert sum(len(chain.spans) for chain in aligned) > 0
     main_job.run(copy, stage="report", fresh=False)
-    main_job.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **tiny_settings)
     assert files(copy) == files(finished)
 
 
@@ -255,20 +258,20 @@ def seconds(folder):
     return (folder / "timings.json").read_bytes()
 
 
-def test_what_is_finished_is_not_done_again(copy, finished, tiny):
+def test_what_is_finished_is_not_done_again(copy, finished, tiny_settings):
     before = seconds(copy)
-    main_job.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **tiny_settings)
     assert seconds(copy) == before
     assert_same(copy, finished)
 
 
-def test_a_finished_folder_needs_no_model(copy, finished, tiny, monkeypatch):
+def test_a_finished_folder_needs_no_model(copy, finished, tiny_settings, monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(models, "load", load)
     main_job.run(copy, stage="report", fresh=False)
-    main_job.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **tiny_settings)
     assert_same(copy, finished)
 
 
@@ -330,7 +333,7 @@ def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):
     ("body", "text"),
     [
         ("[]", "found no span in 24 chains"),
-        ("[{'label': 'joy', 'start': 0, 'end': 1}]", "gave an unsound span"),
+        ("[{'label': 'joy!', 'start': 0, 'end': 1}]", "gave an unsound span"),
         ("[{'label': 'deduction', 'start': 0, 'end': 10**6}]", "gave an unsound span"),
         ("[{'start': 0}]", "gave an unsound span"),
         ("1 / 0", r"failed on task .* \(ZeroDivisionError"),
@@ -362,12 +365,12 @@ def annotator(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "lacking", [["backtracking"], ["example-testing", "backtracking", "adding-knowledge"]], ids=["one", "three"]
-)
-def test_a_behaviour_without_a_span_stops_nothing(lacking, tiny, tmp_path, annotator, steerable):
+def test_behaviours_without_a_span_stop_nothing(tiny, copy, annotator, steerable):
+    """In a folder where they had spans: their vectors go too."""
+    lacking = ["example-testing", "backtracking", "adding-knowledge"]
     option = annotator(f"return [span for span in pocket(chain) if span['label'] not in {lacking}]")
-    out = tmp_path / "run"
+    out = copy
+    assert all((out / f"vectors/{label}.safetensors").exists() for label in lacking)
     said = steerable("run", "--workers", 1, "--out", out, *tiny, option)
     assert said.code == 0, said.err
     report, page = read_json(out / "report.json"), (out / "report.html").read_text()
@@ -438,7 +441,7 @@ def test_tasks_that_nobody_can_answer(tmp_path, steerable):
 def test_shorter_reasoning(tiny, tmp_path, steerable):
     out = tmp_path / "run"
     options = ("--annotator", "length", "--behaviours", "short", "--max-new-tokens", 300, "--limit", 30, "--samples", 4)
-    said = steerable("run", *tiny, *options, "--window", "span", "--out", out)
+    said = steerable("run", *tiny, *options, "--window", "span", "--workers", 1, "--out", out)
     assert said.code == 0, said.err
     coverage, report = read_json(out / "coverage.json"), read_json(out / "report.json")
     assert coverage["chains"] == 120 and coverage["spans"]["short"] == coverage["spans"]["long"] >= 5
@@ -446,16 +449,6 @@ def test_shorter_reasoning(tiny, tmp_path, steerable):
     lengths = [chain["thinking_tokens"] for chain in read_jsonl(out / "steered/unsteered.jsonl")]
     share = sum(length < coverage["reference"] for length in lengths) / len(lengths)
     assert report["cells"][0]["fractions"]["short"][0] == pytest.approx(share)
-
-
-@pytest.mark.slow
-def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator):
-    option = annotator("return [span for span in pocket(chain) if span['label'] != 'backtracking']")
-    assert (copy / "vectors/backtracking.safetensors").exists()
-    for stage in ("annotate", "extract", "attribute", "select"):
-        assert steerable(stage, "--out", copy, *([option] if stage in ("annotate", "select") else [])).code == 0
-    assert not (copy / "vectors/backtracking.safetensors").exists()
-    assert read_json(copy / "selection.json")["missing"] == ["backtracking"]
 
 
 @pytest.mark.parametrize(
@@ -469,8 +462,8 @@ def test_the_vector_of_a_behaviour_that_went_goes_too(copy, steerable, annotator
         ("return []", "the annotator 'own_annotator:spans' found no span in 24 chains"),
     ],
 )
-def test_no_behaviour_is_left(body, sentence, tiny, tmp_path, annotator, steerable):
-    said = steerable("run", "--workers", 1, "--out", tmp_path / "run", *tiny, annotator(body))
+def test_no_behaviour_is_left(body, sentence, tiny, copy, annotator, steerable):
+    said = steerable("run", "--workers", 1, "--out", copy, *tiny, annotator(body))
     assert said.code == 1 and said.err.splitlines()[-1].startswith("steerable: ")
     assert sentence in said.err
 
@@ -490,7 +483,7 @@ def test_chains_without_a_think_block_are_no_fault_of_the_annotator(silent, copy
 
 
 @pytest.mark.slow
-def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
+def test_a_full_disk(copy, finished, tiny, tiny_settings, steerable, monkeypatch):
     for name in ("spans.jsonl", "cells.json", "selection.json"):
         (copy / name).unlink()
     written = 0
@@ -514,7 +507,7 @@ def test_a_full_disk(copy, finished, tiny, steerable, monkeypatch):
         assert said.err.startswith("steerable: the disk is full: ") and said.err.count("\n") == 1
         assert not list(copy.rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", sync)
-    main_job.run(copy, workers=1, **settings(tiny))
+    main_job.run(copy, workers=1, **tiny_settings)
     assert_same(copy, finished)
 
 
@@ -653,22 +646,17 @@ def test_the_dose_of_every_cell_is_told(finished):
     assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"
 
 
-@pytest.mark.slow
-def test_an_installed_metric_is_in_every_cell_of_the_report(copy, tmp_path):
-    """Another package's entry point: the cells of a finished run are measured again, in a process that has it."""
-    (tmp_path / "hesitation.py").write_text(
-        "from steerable.evals.metrics import Metric\n"
-        "metric = Metric('hesitation', 'Hesitation', 'number', lambda m: m.chain['thinking'].count('Wait'))\n"
-    )
-    info = tmp_path / "hesitation-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hesitation\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[steerable.metrics]\nhesitation = hesitation:metric\n")
+def test_an_installed_metric_is_in_every_cell_of_the_report(copy, install):
+    """Another package's entry point: the cells of a finished run are measured again."""
     before = read_json(copy / "cells.json")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    install(
+        "hesitation",
+        "from steerable.evals.metrics import Metric\n"
+        "metric = Metric('hesitation', 'Hesitation', 'number', lambda m: m.chain['thinking'].count('Wait'))\n",
+        "[steerable.metrics]\nhesitation = hesitation:metric\n",
+    )
     for stage in ("evaluate", "report"):
-        command = [sys.executable, "-m", "steerable", stage, "--workers", "1", "--out", copy]
-        subprocess.run(command, check=True, env=environment)
+        main_job.run(copy, stage=stage, fresh=False, workers=1)
     report = read_json(copy / "report.json")
     assert report["metrics"]["hesitation"]["title"] == "Hesitation"
     assert all(len(cell["hesitation"]) == 3 for cell in report["cells"])
