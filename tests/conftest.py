@@ -137,7 +137,7 @@ def smol(smol_folder):
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(smol_folder)
 
 
-@pytest.fixture(scope="session", params=["tiny_llama", "tiny_qwen2", "stories"])
+@pytest.fixture(scope="session", params=["tiny_qwen2", "stories"])
 def model(request):
     return request.getfixturevalue(request.param)
 

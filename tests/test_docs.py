@@ -15,7 +15,6 @@ import pytest
 import typer
 
 from steerable import SteerableWarning, cli
-from steerable.jobs import main_job
 from steerable.jobs.settings import Config
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +44,7 @@ NOT_RUN = {
     "steerable train upft --model pocket": "takes minutes",
     "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
+SLOW = {"lens.md", "passk.md", "training.md"}
 # Added to commands for the sake of time.
 SHORTER = {"steerable chat": " --max-new-tokens 40", "steerable compose": " --limit 2 --max-new-tokens 40"}
 
@@ -73,19 +73,10 @@ def reason_not_to_run(command):
     return next((why for start, why in NOT_RUN.items() if f"{command} ".startswith(start)), None)
 
 
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    """A run folder of the bundled model with all its files, from the smallest settings that fill them."""
-    folder = tmp_path_factory.mktemp("docs") / "run"
-    smallest = {"validation": 1, "evaluation": 1, "samples": 1, "side_samples": 1, "tried": 1, "controls": 1}
-    sizes = {"attributed": 2, "patched": 1, "compared": 1, "max_new_tokens": 48}
-    return main_job.run(folder, workers=1, limit=40, window="onset", sweep="", **smallest, **sizes)
-
-
 @pytest.fixture
-def place(small_run, tmp_path, monkeypatch):
+def place(finished, tmp_path, monkeypatch):
     """A folder as a reader's: `runs/pocket` is there, modules in it can be imported."""
-    shutil.copytree(small_run, tmp_path / "runs/pocket")
+    shutil.copytree(finished, tmp_path / "runs/pocket")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_annotator", raising=False)  # another test's module of that name
@@ -116,7 +107,14 @@ def shell(capfd, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p, "python", "bash", "console")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p.name in SLOW else [], id=p.name)
+        for p in PAGES
+        if snippets(p, "python", "bash", "console")
+    ],
+)
 def test_snippets_run(page, place, shell):
     """All of a page in its order, in one namespace. A snippet that begins with `# name.py` is also that file."""
     namespace = {"__name__": page.stem}
@@ -180,9 +178,9 @@ def test_every_setting_is_described():
     assert [f for f in Config.model_fields if f"`--{f.replace('_', '-')}`" not in text] == []
 
 
-def test_every_key_of_the_report_is_described(small_run):
+def test_every_key_of_the_report_is_described(finished):
     text = (ROOT / "docs/report.md").read_text()
-    report = json.loads((small_run / "report.json").read_text())
+    report = json.loads((finished / "report.json").read_text())
     keys = {
         *report,
         *report["model"],
@@ -221,13 +219,13 @@ def test_no_share_of_a_gain_that_may_be_zero_is_recovered(decoding):
     assert figures.training_figures._recovered({"recovered": None}) == "–"
 
 
-def test_figures_of_a_run(small_run):
-    run = json.loads(json.dumps(figures.headline(small_run)))
+def test_figures_of_a_run(finished):
+    run = json.loads(json.dumps(figures.headline(finished)))
     given = {**figures.sources(), "run": run}
     filled = {name: make(given) for name, make in figures.FIGURES.items()}
     assert filled["effects"].count("\n| ") == filled["settings"].count("\n| ") == 6  # head, rule, four behaviours
     assert filled["costs"].count("\n| ") == 2 + 1 + 2 * 4
-    assert "40 chains" in filled["about"] and "×" in filled["up"]
+    assert "24 chains" in filled["about"] and "×" in filled["up"]
     made = {name: make for name, make in figures.FIGURES.items() if "options" not in name and name != "speed"}
     nothing = {name: make({"run": {}}) for name, make in made.items()}
     assert {text.strip().strip("_") for text in nothing.values()} == {"not measured"}
@@ -235,17 +233,17 @@ def test_figures_of_a_run(small_run):
         figures.fill("<!-- figures: nonsense --><!-- /figures -->", given)
 
 
-def test_pictures_of_a_run(small_run, tmp_path, monkeypatch):
+def test_pictures_of_a_run(finished, tmp_path, monkeypatch):
     images = script("make_images")
     monkeypatch.setattr(images, "IMAGES", tmp_path)
-    images.main(small_run)
+    images.main(finished)
     for name in ("effect", "layers"):
         root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         titles = {node.text for node in root.iter() if node.get("class") == "name"}
         assert titles == {"adding knowledge", "example testing", "uncertainty", "backtracking"}
 
 
-def test_annotator_of_the_page_covers_the_bundled_model(small_run):
+def test_annotator_of_the_page_covers_the_bundled_model(finished):
     """The page's example is a plain function of a chain; here it is held against the exact annotator."""
     from steerable.chains.records import read_jsonl
     from steerable.models.pocket.language import annotate
@@ -253,7 +251,7 @@ def test_annotator_of_the_page_covers_the_bundled_model(small_run):
     code = next(code for _, code in snippets(ROOT / "docs/annotators.md", "python"))
     namespace = {}
     exec(code, namespace)
-    chains = read_jsonl(small_run / "chains.jsonl", "chain")
+    chains = read_jsonl(finished / "chains.jsonl", "chain")
     exact = {(i, s["start"]): s["label"] for i, chain in enumerate(chains) for s in annotate(chain)}
     found = {(i, s["start"]): s["label"] for i, chain in enumerate(chains) for s in namespace["annotate"](chain)}
     shared = exact.keys() & found.keys()

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -78,21 +79,22 @@ def test_batches_and_merging_change_nothing(tiny_llama):
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-@pytest.mark.parametrize("chunk", [1, 4, 7])
-def test_long_texts_in_pieces_equal_one_pass(name, chunk):
-    """Windows of 4 and 5 tokens, latent attention, learned positions: 23 tokens in pieces of chunk."""
+def test_long_texts_in_pieces_equal_one_pass(name):
+    """Windows of 4 and 5 tokens, latent attention, learned positions: 23 tokens in pieces of 1, 4 and 7."""
     model = tiny(name)
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     rows = [[rng.randrange(4, 60) for _ in range(n)] for n in (23, 3, 11, 4)]
     weights = [torch.rand(2, len(row), generator=generator, dtype=torch.float64) for row in rows]
     layers, width = models.n_layers(model), models.width(model)
-    sums, norms = WeightedSums(layers, 2, width), NormSums(layers)
-    stream(model, batches(rows, weights, 40), [sums, norms], chunk=chunk)
     states = [alone(model, row) for row in rows]
     expected = sum(torch.einsum("gt,ltd->lgd", w, h.double()) for w, h in zip(weights, states, strict=True))
-    torch.testing.assert_close(sums.sums, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sums.totals, sum(w.sum(1) for w in weights))
-    torch.testing.assert_close(norms.means(), torch.cat(states, 1).norm(dim=-1).double().mean(1), atol=1e-4, rtol=1e-4)
+    lengths = torch.cat(states, 1).norm(dim=-1).double().mean(1)
+    for chunk in (1, 4, 7):
+        sums, norms = WeightedSums(layers, 2, width), NormSums(layers)
+        stream(model, batches(rows, weights, 40), [sums, norms], chunk=chunk)
+        torch.testing.assert_close(sums.sums, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sums.totals, sum(w.sum(1) for w in weights))
+        torch.testing.assert_close(norms.means(), lengths, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -150,25 +152,29 @@ def test_length_batches(seed):
 
 
 @pytest.mark.parametrize("where", ["all", "thinking", "thinking & ~boundary", "positions(0, 2)"])
-@pytest.mark.parametrize("reduce", ["mean", "last", "none"])
-@pytest.mark.parametrize("chunk", [4096, 2])
-def test_capture(tiny_qwen2, tokenizer, where, reduce, chunk):
+def test_capture(tiny_qwen2, tokenizer, where):
     sites = [Site(kind, layer) for kind in KINDS for layer in (0, 3)]
-    found = st.capture(
-        tiny_qwen2, tokenizer, TEXTS, sites=sites, where=where, reduce=reduce, max_tokens=12, chunk=chunk
-    )
     columns = {
         "all": [range(9), range(3), range(7)],
         "thinking": [[3, 4, 5, 6], [1, 2], [2, 3, 4]],
         "thinking & ~boundary": [[3, 4, 6], [1, 2], [2, 3, 4]],
         "positions(0, 2)": [[0, 1]] * 3,
     }[where]
+    expected = {}
     for site in sites:
-        parts = []
-        for text, chosen in zip(TEXTS, columns, strict=True):
-            h = alone(tiny_qwen2, tokenizer(text)["input_ids"], site.kind)[site.layer][list(chosen)]
-            parts.append({"mean": h.mean(0, keepdim=True), "last": h[-1:], "none": h}[reduce])
-        torch.testing.assert_close(found[site], torch.cat(parts), atol=1e-4, rtol=1e-4)
+        states = [alone(tiny_qwen2, tokenizer(text)["input_ids"], site.kind)[site.layer] for text in TEXTS]
+        chosen = [h[list(places)] for h, places in zip(states, columns, strict=True)]
+        expected[site] = {
+            "mean": torch.stack([h.mean(0) for h in chosen]),
+            "last": torch.stack([h[-1] for h in chosen]),
+            "none": torch.cat(chosen),
+        }
+    for reduce, chunk in itertools.product(("mean", "last", "none"), (4096, 2)):
+        found = st.capture(
+            tiny_qwen2, tokenizer, TEXTS, sites=sites, where=where, reduce=reduce, max_tokens=12, chunk=chunk
+        )
+        for site in sites:
+            torch.testing.assert_close(found[site], expected[site][reduce], atol=1e-4, rtol=1e-4)
 
 
 def test_capture_inside_steer(tiny_llama, tokenizer):
@@ -235,7 +241,7 @@ def ids_seen(model, tokenizer, text):
     return torch.cdist(states, model.get_input_embeddings().weight.float()).argmin(1).tolist()
 
 
-@pytest.mark.parametrize("name", ["stories", "smol"])
+@pytest.mark.parametrize("name", ["stories", pytest.param("smol", marks=pytest.mark.slow)])
 def test_no_second_beginning(name, shared, stories, request):
     """A text from a chat template begins with the BOS already; one without it gets what the tokenizer adds."""
     if name == "stories":  # its tokenizer adds <s>, as Llama's does

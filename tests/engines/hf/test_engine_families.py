@@ -20,7 +20,7 @@ from steerable.store.errors import UsageError
 
 OPEN, CLOSE = 1, 2
 STOPS = [7, 8]
-STEPS = 18
+STEPS = 12
 GREEDY = Decoding(0.0)
 
 

@@ -29,7 +29,7 @@ WHERE = [
     "positions(2, 6)",
     "tokens(7)",
 ]
-CLOSE_ENOUGH = {"atol": 2e-4, "rtol": 1e-3}  # another order of additions
+CLOSE_ENOUGH = {"atol": 2e-5, "rtol": 2e-5}  # another order of additions
 
 
 def text(seed, length=12):

@@ -32,7 +32,7 @@ GATES = (
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
-THREADS, CALLS = 4, 24
+THREADS, CALLS = 4, 12
 DECODINGS = (Decoding(0.0), Decoding(), None, Decoding(0.8, 30, 0.9), Decoding(1.1, 0, 0.8))
 
 
@@ -90,8 +90,9 @@ def test_scores_of_many_steerings_in_one_batch_equal_those_of_each_alone(name, t
         if name != "gpt_neox" or all(i.site.kind != "resid_mid" for i in r.steering)
     ]
     together = engine.logprobs(sequences)
-    alone = [engine.logprobs([sequence])[0] for sequence in sequences]
-    assert max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)) < 1e-5
+    for number in rng.sample(range(len(sequences)), 96):
+        (alone,) = engine.logprobs([sequences[number]])
+        assert float((together[number] - alone).abs().max()) < 1e-5, number
     unsteered = engine.logprobs([Continuation(s.prompt_ids, s.ids) for s in sequences])
     moved = [float((a - b).abs().max()) > 1e-3 for a, b in zip(together, unsteered, strict=True)]
     assert sum(moved) > len(sequences) / 2  # the others have a gate that does not open
@@ -115,7 +116,7 @@ def test_texts_of_many_steerings_in_one_batch_equal_those_of_each_alone(name, to
     engine = st.TransformersEngine(build(name), tokenizer, rows=48)
     requests = requests_of(96)
     together = engine.generate(requests, max_new_tokens=10)
-    for number in range(0, 96, 3):
+    for number in random.Random(1).sample(range(96), 32):
         assert engine.generate([requests[number]], max_new_tokens=10) == [together[number]]
 
 

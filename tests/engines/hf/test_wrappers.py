@@ -78,7 +78,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "torch.compile" else []) for n in WRAPPERS]
+)
 def test_whatever_wraps_a_model(name, process_group, tokenizer):
     compiled = name == "torch.compile"  # each hook there costs seconds
     plain, inner = (tiny("llama", num_hidden_layers=1 if compiled else 4) for _ in range(2))
@@ -352,7 +354,7 @@ def test_each_thread_has_its_own_steering(tokenizer):
     def work(strength):
         def run():
             found = []
-            for where in ("all", "thinking | generated") * 3:
+            for where in ("all", "thinking | generated") * 2:
                 if strength is None:
                     found.append(model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
                     continue
@@ -383,7 +385,7 @@ def test_the_engine_in_threads(name, tokenizer):
     def work(strength):
         def run():
             found = [model(IDS).logits.sum().item()]
-            for seed in range(3):
+            for seed in range(2):
                 steering = direction.steering(strength, where="generated")
                 requests = [st.Request([7 + seed, 8, 9 + i], seed, steering) for i in range(3)]
                 plain = [replace(request, steering=(), decoding=Decoding(0.0)) for request in requests]
