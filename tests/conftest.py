@@ -27,6 +27,17 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the pretrained model is slow. Files with slow tests go first: a long test at the end would leave the
+    other processes idle."""
+    for item in items:
+        if "smol_folder" in item.fixturenames:
+            item.add_marker("slow")
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 def build(config_class, model_class, seed=0, **options):
     config = config_class(
         **{

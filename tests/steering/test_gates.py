@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import build
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from vocabularies import PACKAGED, packaged
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vocabularies import REAL, real
 
 import steerable as st
 from steerable.engines.sampling import Decoding
@@ -234,13 +234,6 @@ def followed(selector, rows, seed):
     return result
 
 
-def real(request, name):
-    if name == "stories":
-        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models/stories260K")
-    return build_tokenizer(["So 12 is.\n\nWait, no."], minimum=1) if name == "pocket" else packaged(name)
-
-
-REAL = [*PACKAGED, "stories", "pocket"]
 BREAKS = [  # a text, and how many breaks it holds
     ("So it is.\n\nWait, no", 1),
     ("so\n\n", 1),
@@ -259,10 +252,13 @@ BREAKS = [  # a text, and how many breaks it holds
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+def tokenizer_of(request, name):
+    return build_tokenizer(["So 12 is.\n\nWait, no."], minimum=1) if name == "pocket" else real(request, name)
+
+
+@pytest.mark.parametrize("name", [*REAL, "pocket"])
 def test_boundary_in_real_vocabularies(name, request):
-    tokenizer = real(request, name)
+    tokenizer = tokenizer_of(request, name)
     selector = resolve(parse_selector("boundary"), tokenizer)
     rows = [tokenizer(text)["input_ids"] for text, _ in BREAKS]
     expected = [breaks_of(tokenizer, row) for row in rows]
@@ -274,10 +270,10 @@ def test_boundary_in_real_vocabularies(name, request):
     assert followed(selector, rows, seed=1) == expected
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [*REAL, "pocket"])
 def test_boundary_in_random_tokens(name, request):
     """Tokens in an order that no tokenizer would give, but a model may."""
-    tokenizer, rng = real(request, name), random.Random(name)
+    tokenizer, rng = tokenizer_of(request, name), random.Random(name)
     selector = resolve(selectors.boundary, tokenizer)
     assert pickle.loads(pickle.dumps(selector)) == selector and hash(selector) and str(selector) == "boundary"
     texts = {i: tokenizer.decode([i]) for i in tokenizer.get_vocab().values()}

@@ -3,13 +3,14 @@
 import random
 import re
 from dataclasses import replace
+from functools import cache
 from os.path import commonprefix
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from vocabularies import PACKAGED, packaged
+from transformers import PreTrainedTokenizerFast
+from vocabularies import REAL, real
 
 from steerable.chains.generation import prompt_ids, prompt_text, split_chain
 from steerable.chains.windows import align_chain
@@ -355,7 +356,6 @@ def test_no_think_block():
 
 # Real vocabularies, in which <think> is ordinary text in most, and every way of writing a block.
 
-REAL = [*PACKAGED, "stories"]
 KIMI = ("◁think▷", "◁/think▷")
 WRITTEN = {  # what a model writes behind a prompt that leaves the block closed: "A" and "B" are its tags
     "plain": "Ahm 12 is it.Bso 等 é",
@@ -384,10 +384,7 @@ PROMPTS = [  # what stands before
 ]
 
 
-def real(request, name):
-    if name == "stories":
-        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models/stories260K")
-    return packaged(name)
+tags_of = cache(think_tags)  # the whole vocabulary is read for them
 
 
 def offsets(tokenizer, ids):
@@ -434,7 +431,7 @@ def by_state(tags, rows, chunk, pad=0):
 @pytest.mark.parametrize("name", REAL)
 def test_gates_in_real_vocabularies(name, pair, request):
     tokenizer = real(request, name)
-    tags = think_tags(tokenizer, pair)
+    tags = tags_of(tokenizer, pair)
     texts = [
         (prompt + written).replace("A", pair[0]).replace("B", pair[1])
         for prompt in PROMPTS
@@ -454,7 +451,7 @@ def test_gates_in_real_vocabularies(name, pair, request):
 def test_split_in_real_vocabularies(name, pair, opened, request):
     """Thinking, answer and closed are those of the text; the tokens inside hold no character of a tag."""
     tokenizer = real(request, name)
-    tags = replace(think_tags(tokenizer, pair), opened_by_template=opened)
+    tags = replace(tags_of(tokenizer, pair), opened_by_template=opened)
     for case, written in WRITTEN.items():
         if opened:
             written = written.partition("A")[2] if written.startswith("A") else written
@@ -481,7 +478,7 @@ def test_random_pieces_of_tags_in_real_vocabularies(name, request):
     """Tokens that share characters with a tag, in any order: a model may write what no tokenizer would."""
     tokenizer, rng = real(request, name), random.Random(name)
     pair = ("<think>", "</think>")
-    tags = think_tags(tokenizer, pair)
+    tags = tags_of(tokenizer, pair)
     texts = {i: tokenizer.decode([i]) for i in tokenizer.get_vocab().values()}
     texts = {i: text for i, text in texts.items() if "\ufffd" not in text}
     useful = [i for i, text in texts.items() if re.search(r"[</>]", text) or text in ("th", "ink", "think", "t")]

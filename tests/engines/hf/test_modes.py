@@ -353,8 +353,17 @@ def direction_for(model):
     return Direction({Site("resid_post", i): torch.randn(models.width(model), generator=generator) for i in layers})
 
 
+#: The costliest ones that differ little from another.
+SLOW = {
+    "beam search, static cache",
+    "beam search, `use_cache=False`",
+    "guidance, `use_cache=False`",
+    "`generate_batch`",
+}
+
+
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODES])
 def test_mode(twins, tokenizer, name, gate):
     mode, refused, sentence = MODES[name]
     llama, twin = twins

@@ -33,7 +33,6 @@ def halves(smol, smol_folder):
     return model, narrow, tokenizer(text, return_tensors="pt")["input_ids"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norms", [{SITE: 182.0}, {}])
 def test_small_doses_in_bfloat16(halves, norms):
     """Known from the file, or measured in the first pass; the cosines are of the log-probabilities' change."""
@@ -58,7 +57,6 @@ def test_small_doses_in_bfloat16(halves, norms):
     assert heard(narrow, ids, st.Direction({SITE: vector(20.0)}, norms=norms), strength=torch.tensor([0.1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norms", [{SITE: 182.0}, {}])
 def test_the_weaker_of_two_directions_at_a_site_is_told_of_in_any_order(halves, norms):
     _, narrow, ids = halves
