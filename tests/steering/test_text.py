@@ -208,8 +208,9 @@ def test_names_are_files(tmp_path):
         assert parse_steering(f'2 "{name}"') == KNOWN["happy"].steering(2)
     assert parse_steering("2 x", {"x": tmp_path / "glad.safetensors"}) == KNOWN["happy"].steering(2)
     assert parse_steering("2 x", lambda name: KNOWN["happy"]) == KNOWN["happy"].steering(2)
-    with pytest.raises(UsageError, match="there is no direction file"):
-        parse_steering("2 sad")
+    for name in ("sad", ".", "x" * 5000, '"a\\u0000b"'):
+        with pytest.raises(UsageError, match="column 3: there is no direction file"):
+            parse_steering(f"2 {name}")
 
 
 def test_equality_is_by_value():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -312,10 +313,9 @@ class Direction:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not path.is_file():
-            raise UsageError(
-                f"there is no direction file {path}" + (": it is no regular file" if path.exists() else "")
-            )
+        if not os.path.isfile(path):
+            why = ": it is no regular file" if os.path.exists(path) else ""
+            raise UsageError(f"there is no direction file {one_line(str(path), 200)}{why}")
         refuse_stand_in(path)
         try:
             check_header(path)

@@ -10,6 +10,7 @@ direction says. A name with signs or blanks in it stands in double quotes.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -173,5 +174,4 @@ def _meant(name: str, directions: Directions | None) -> Direction:
 
 def named_direction(name: str) -> Direction:
     """The direction in a file; ".safetensors" may be left out of its name."""
-    path = Path(name)
-    return Direction.load(path if path.is_file() or path.suffix else path.with_name(path.name + ".safetensors"))
+    return Direction.load(name if os.path.isfile(name) or Path(name).suffix else f"{name}.safetensors")
