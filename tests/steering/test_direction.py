@@ -293,7 +293,7 @@ def test_unit_after_scaling():
     """A vector of another length is no longer as long as the mean activation."""
     direction = make(unit="mean activation")
     assert direction.only(direction.layers[:1]).unit == (-direction).unit == "mean activation"
-    assert direction.scaled(2).unit == "raw"
+    assert direction.scaled(2).unit == (-make(unit="calibrated")).unit == "raw"
 
 
 def test_texts_must_be_unicode():

@@ -225,7 +225,7 @@ class Direction:
         )
 
     def scaled(self, factor: float) -> Direction:
-        unit = self.unit if abs(factor) == 1 else "raw"
+        unit = self.unit if factor == 1 or factor == -1 and self.unit == "mean activation" else "raw"
         return replace(self._with({site: v * factor for site, v in self.vectors.items()}), unit=unit)
 
     def dose(self, strength: float | None = None) -> dict[Site, float]:
