@@ -24,7 +24,7 @@ from steerable.models.taps import tap
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.steering.think import render
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableWarning, UsageError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples/contrasts").glob("*.jsonl"))
 POSITIVE = [
@@ -70,13 +70,20 @@ def test_difference_of_means_by_hand(tiny_llama, tokenizer, reduce, last):
 
 
 def test_calibrated_by_default(tiny_llama, tokenizer):
-    said = []
-    direction = contrast(tiny_llama, tokenizer, POSITIVE, NEGATIVE, progress=said.append)
-    raw = contrast(tiny_llama, tokenizer, POSITIVE, NEGATIVE, budget=None)
+    said, sides = [], [[text + end for text in side for end in ("", " w1")] for side in (POSITIVE, NEGATIVE)]
+    direction = contrast(tiny_llama, tokenizer, *sides, progress=said.append)
+    raw = contrast(tiny_llama, tokenizer, *sides, budget=None)
     assert direction.unit == "calibrated" and direction.layers == raw.layers and direction.layers[0] in (1, 2)
     assert direction.cosine(raw) == pytest.approx(dict.fromkeys(raw.vectors, 1.0))
     assert direction.stats["calibration"]["kl"] == pytest.approx(0.5, rel=0.01)
     assert set(direction.stats["separation"]) == {"resid_post.1", "resid_post.2"} and said
+
+
+def test_pairs_that_say_nothing(tiny_llama, tokenizer):
+    """A method that points the wrong way, so that held-out pairs lie on the wrong sides."""
+    sides = [[text + end for text in side for end in ("", " w1")] for side in (POSITIVE, NEGATIVE)]
+    with pytest.warns(SteerableWarning, match="not told apart.*more pairs"):
+        contrast(tiny_llama, tokenizer, *sides, method=lambda a, b: -difference_of_means(a, b), budget=None)
 
 
 def test_methods(tiny_llama, tokenizer):

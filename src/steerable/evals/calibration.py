@@ -171,7 +171,7 @@ def _dose(measure: Callable[[Sequence[float]], list[float]], budget: float, site
     is one of doses times n."""
     curve: dict[float, float] = {}
     doses = [total / sites for total in _SWEEP]
-    for step in count():
+    for step in count(1):
         curve.update(zip(doses, measure(doses), strict=True))
         above = min((dose for dose, value in curve.items() if value >= budget), default=None)
         below = max((dose for dose in curve if above is None or dose < above), default=None)

@@ -31,7 +31,7 @@ from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableWarning, UsageError
 
 ESTIMATORS: dict[str, Estimator] = {"difference_of_means": difference_of_means, "pca": pca}
-_FEWEST = 4  # pairs, of which two halves can be made
+_FEWEST = 8  # pairs, of which two halves can be compared
 
 
 def contrast(
@@ -64,7 +64,7 @@ def contrast(
         method: "difference_of_means", "pca", or a function of two groups of activations {site: [n, d]} that returns a
             `Direction`.
         layers: which; None: the band of a third of all layers, in the middle half, at which the two sides of held-out
-            pairs lie furthest apart (d'; needs four pairs, else the middle of the model is taken).
+            pairs lie furthest apart (d'; needs eight pairs, else the middle of the model is taken).
         site: the kind of site.
         where: which tokens of a text are read; a selector or its text.
         reduce: "mean" over these, a number n for the mean over the last n of them, or "last".
@@ -80,7 +80,8 @@ def contrast(
 
     Raises:
         UsageError: a single text instead of a list, unequal numbers, an empty text, two sides that are the same, an
-            unknown method, or layers that the model does not have. SteerableError: the budget is not reached.
+            unknown method, or layers that the model does not have. SteerableError: the budget is not reached. Warns
+        (SteerableWarning) where held-out pairs are not told apart.
 
     Example:
         >>> happy, sad = ["What a lovely day!", "I am so glad!"], ["What an awful day.", "I am so sad."]
@@ -109,6 +110,13 @@ def contrast(
     if layers is None:
         chosen = _band(chosen, scores, models.n_layers(model))
         groups = [{s: group[s] for s in chosen} for group in groups]
+    if scores and sum(scores[s] for s in chosen) <= 0:
+        warnings.warn(
+            "held-out pairs are not told apart by a direction made from the others (d' is "
+            f"{max(scores[s] for s in chosen):.2g} at best): give more pairs, or pairs that differ in one thing alone",
+            SteerableWarning,
+            stacklevel=2,
+        )
     direction = _applied(estimator, *groups)
     about = {
         "pairs": count,

@@ -113,7 +113,8 @@ class Direction:
     def __repr__(self) -> str:
         sites, doses = list(self.vectors), self.dose().values()
         where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)} sites)"
-        dose = f", dose {min(doses):.2g} to {max(doses):.2g}" if doses else ""
+        ends = dict.fromkeys(f"{dose:.2g}" for dose in (min(doses), max(doses))) if doses else {}
+        dose = f", dose {' to '.join(ends)}" if ends else ""
         about = f"{self.behaviour or 'no behaviour'}, {self.method or 'no method'}, {self.model_id or 'no model'}"
         return one_line(f"Direction({about}: {where}, {self.unit}, strength {self.strength:g}{dose})")
 
