@@ -136,3 +136,12 @@ def test_the_search_finds_the_dose_in_few_passes(curve, solution, sites):
 def test_rounding_above_the_budget():
     with pytest.raises(SteerableError, match="already moves the model by 0.6"):
         _dose(lambda doses: [0.6] * len(doses), 0.5, 1)
+
+
+def test_in_pieces(tiny_llama, tokenizer, monkeypatch):
+    """Texts with more logits than are held at a time are read behind a cache, all strengths side by side."""
+    whole = calibrate(tiny_llama, tokenizer, make(), TEXTS, budget=0.1)
+    monkeypatch.setattr("steerable.evals.calibration._MAX_LOGITS", 64 * 12)
+    pieces = calibrate(tiny_llama, tokenizer, make(), TEXTS, budget=0.1)
+    assert pieces.stats["calibration"]["kl"] == pytest.approx(whole.stats["calibration"]["kl"], rel=1e-3)
+    assert pieces.dose() == pytest.approx(whole.dose(), rel=1e-3)
