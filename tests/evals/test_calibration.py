@@ -1,5 +1,6 @@
 """The dose of a KL budget, against a recount with hooks of its own."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from steerable.engines.base import Continuation
 from steerable.evals.calibration import TOLERANCE, _dose, calibrate, replies
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 A, B = Site("resid_post", 1), Site("resid_post", 2)
 TEXTS = ["w1 w2 w3 w4 w5 w6 w7 w8 w9", "w20 w3 w11 w30 w2 w14 w15 w40"]
@@ -145,3 +146,9 @@ def test_in_pieces(tiny_llama, tokenizer, monkeypatch):
     pieces = calibrate(tiny_llama, tokenizer, make(), TEXTS, budget=0.1)
     assert pieces.stats["calibration"]["kl"] == pytest.approx(whole.stats["calibration"]["kl"], rel=1e-3)
     assert pieces.dose() == pytest.approx(whole.dose(), rel=1e-3)
+
+
+def test_small_budgets_of_a_narrow_model(tiny_llama, tokenizer):
+    narrow = copy.deepcopy(tiny_llama).bfloat16()
+    with pytest.warns(SteerableWarning, match="rounding"):
+        calibrate(narrow, tokenizer, make(), TEXTS, budget=0.05)

@@ -35,6 +35,7 @@ from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 #: "I'd love to spend my hour with my family and friends" at 0.5; at 0.3 it is fainter, and from 1 on sense suffers.
 BUDGET = 0.5
 TOLERANCE = 0.01  # of the budget
+_ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
 _MAX_LOGITS = 2**26  # held at a time, of all passes together
 _REPLIES, _LENGTH = 8, 40
 _SWEEP, _STEP, _SMALLEST, _LARGEST = (0.1, 0.3, 0.9), 3.0, 1e-4, 100.0  # doses, of all sites together
@@ -97,10 +98,10 @@ def calibrate(
     held_out = [text for text in held_out if len(text.prompt_ids) + len(text.ids) > 1]
     if not held_out:
         raise UsageError("calibration needs a text of two tokens or more")
-    if is_narrow(dtype := dtype_of(model)):
+    if budget < _ROUNDING and is_narrow(dtype := dtype_of(model)):
         warnings.warn(
-            f"a {str(dtype).removeprefix('torch.')} model's rounding is part of the KL that is calibrated to: load it "
-            "with dtype='float32' for budgets under 0.1",
+            f"a {str(dtype).removeprefix('torch.')} model's rounding is part of the KL, and matters to a budget of {budget:g}: "
+            f"load it with dtype='float32', or take {_ROUNDING} or more",
             SteerableWarning,
             stacklevel=2,
         )

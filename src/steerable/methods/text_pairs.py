@@ -29,6 +29,7 @@ from steerable.steering.site import Site
 from steerable.steering.think import render_messages
 from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.text import counted
 
 ESTIMATORS: dict[str, Estimator] = {"difference_of_means": difference_of_means, "pca": pca}
 _FEWEST = 8  # pairs, of which two halves can be compared
@@ -100,7 +101,7 @@ def contrast(
         raise UsageError("the positive texts are the same as the negative ones" if sides[0] else "there are no pairs")
     chosen = _sites(model, site, layers)
     count = len(sides[0])
-    say(f"reading {count} pairs at {len(chosen)} layers")
+    say(f"reading {counted(count, 'pair')} at {counted(len(chosen), 'layer')}")
     with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # left-out sinks are in the stats
         captured = capture(model, tokenizer, [*sides[0], *sides[1]], sites=chosen, where=where, reduce=reduce)
     groups = [{s: h[:count] for s, h in captured.items()}, {s: h[count:] for s, h in captured.items()}]
