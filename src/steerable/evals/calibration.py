@@ -100,8 +100,8 @@ def calibrate(
         raise UsageError("calibration needs a text of two tokens or more")
     if budget < _ROUNDING and is_narrow(dtype := dtype_of(model)):
         warnings.warn(
-            f"a {str(dtype).removeprefix('torch.')} model's rounding is part of the KL, and matters to a budget of {budget:g}: "
-            f"load it with dtype='float32', or take {_ROUNDING} or more",
+            f"a {str(dtype).removeprefix('torch.')} model's rounding is part of the KL, and matters to a budget of "
+            f"{budget:g}: load it with dtype='float32', or take {_ROUNDING} or more",
             SteerableWarning,
             stacklevel=2,
         )
