@@ -39,8 +39,8 @@ def test_names_are_file_names_and_differ(cells):
 def test_every_behaviour_has_its_cells(cells):
     for b in STEERABLE:
         for sign in ("+1", "-1"):
-            assert {f"{b}.{sign}{kind}" for kind in ("", ".layers", ".thinking", ".shuffled")} <= cells.keys()
-        assert f"{b}.+0.5" in cells
+            assert {f"{b}.{sign}{kind}" for kind in ("", ".layers", ".thinking")} <= cells.keys()
+        assert f"{b}.+0.5" in cells and f"{b}.1.shuffled" in cells
 
 
 def test_a_behaviour_up(cells):
@@ -75,30 +75,37 @@ def test_thinking_only(cells):
 def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
     assert set(cells["random.layer2.1"].behaviours) == set(STEERABLE[:3])
     assert cells["random.layer4.1"].behaviours == STEERABLE[3:]
-    parts = cells["random.layer2.1"].parts
-    assert cells["random.layer2.1"].both_signs and len({part.steering for part in parts}) == 2 * CONFIG.controls
-    # The unsteered cell has the same samples, so that the control is compared in pairs.
-    assert {s for part in parts for s in part.samples} == {0, 1, 2, 3}
-    signs = Counter(part.steering[0].strength for part in parts for _ in range(50)[part.tasks])
-    assert signs == {1.0: 100, -1.0: 100}, "added as often as subtracted"
-    shuffled = cells["backtracking.+1.shuffled"]
-    assert not shuffled.both_signs and len({part.steering for part in shuffled.parts}) == CONFIG.controls
-    assert {s for part in shuffled.parts for s in part.samples} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("name", ["random.layer2.1", "backtracking.1.shuffled"])
 @pytest.mark.parametrize("tasks", [50, 7])
-def test_directions_of_a_control_take_turns(cells, tasks):
+def test_a_control_for_both_signs(cells, name, tasks):
+    cell = cells[name]
+    assert cell.both_signs and cell.strength == 1.0
     met = [
-        (task, sample, part.steering)
-        for part in cells["backtracking.+1.shuffled"].parts
-        for sample in part.samples
+        (task, i.basis.numpy().tobytes(), i.strength)
+        for part in cell.parts
         for task in range(tasks)[part.tasks]
+        for i in part.steering
     ]
-    assert sorted((task, sample) for task, sample, _ in met) == [(t, s) for t in range(tasks) for s in (0, 1, 2)]
-    by_task = {t: {steering for task, _, steering in met if task == t} for t in range(tasks)}
-    assert all(len(directions) == 3 for directions in by_task.values())
-    counts = Counter(steering for _, _, steering in met)
-    assert len(counts) == CONFIG.controls and max(counts.values()) - min(counts.values()) <= 2
+    directions = {vector for _, vector, _ in met}
+    assert len(directions) == CONFIG.controls
+    # Every task meets every direction once, and no direction always with one sign.
+    assert Counter((task, v) for task, v, _ in met) == {(t, v): 1 for t in range(tasks) for v in directions}
+    for vector in directions:
+        signs = Counter(strength for _, v, strength in met if v == vector)
+        assert set(signs) == {1.0, -1.0} and abs(signs[1.0] - signs[-1.0]) <= 1
+    # The unsteered cell has the same samples, so that the control is compared in pairs.
+    assert {s for part in cell.parts for s in part.samples} == {0, 1, 2, 3}
+
+
+def test_beside_the_overall_mean_shuffled_vectors_have_a_sign():
+    selection = {b: chosen | {"baseline": "overall"} for b, chosen in SELECTION.items()}
+    cells = {cell.name: cell for cell in jobs_cells.evaluation_cells(CONFIG, selection, load)}
+    for sign in (-1.0, 1.0):
+        cell = cells[f"backtracking.{sign:+g}.shuffled"]
+        assert not cell.both_signs and [part.tasks for part in cell.parts] == [slice(0, None, 1)] * CONFIG.controls
+        assert {i.strength for part in cell.parts for i in part.steering} == {sign}
 
 
 def test_unsteered_is_there_once(cells):

@@ -98,14 +98,14 @@ def evaluation_cells(
     """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
     `strength` of each behaviour).
 
-    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples, and so do random
-    directions, which are added and subtracted in turn: they have no sign. Shuffled labels have all tasks and
-    `control_samples`; the side cells (several layers, thinking only, the sweep) have `side_tasks` and
+    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples. In a control every task
+    meets each of its directions once. Random directions have no sign, nor has the noise that is left of shuffled labels
+    beside the pooled mean of all labels: there one cell, in which they are added and subtracted in turn, stands for
+    both signs. The side cells (several layers, thinking only, the sweep) have `side_tasks` and
     `side_samples`. A model that `thinks` has cells that are steered inside its think block alone.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
     side, few, where = main[: config.side_samples], config.side_tasks, config.gate
-    turns = main[: config.control_samples]
     behaviours = list(selection)
     cells = [Cell("unsteered", tuple(behaviours), 0.0, (Part(main),))]
     for b in behaviours:
@@ -118,15 +118,20 @@ def evaluation_cells(
             name = f"{b}.{s:+g}"
             steered = _part(direction, main, s, layer, where)
             shared = _part(direction, side, s / len(several), several, where)
-            control = _control(shuffles, turns, s, layer, where)
             cells += [
                 Cell(name, (b,), s, (steered,), layer, where=where),
                 Cell(f"{name}.layers", (b,), s, (shared,), several, where=where, tasks=few),
-                Cell(f"{name}.shuffled", (b,), s, control, layer, "shuffled", where),
             ]
+            if chosen["baseline"] != "pooled":
+                control = _control(shuffles, main, s, layer, where)
+                cells.append(Cell(f"{name}.shuffled", (b,), s, control, layer, "shuffled", where))
             if thinks:
                 inside = _part(direction, side, s, layer, "thinking")
                 cells.append(Cell(f"{name}.thinking", (b,), s, (inside,), layer, where="thinking", tasks=few))
+        if chosen["baseline"] == "pooled":
+            control = _control(shuffles, main, size, layer, where, both_signs=True)
+            name = f"{b}.{size:g}.shuffled"
+            cells.append(Cell(name, (b,), size, control, layer, "shuffled", where, both_signs=True))
         for s in config.strengths:
             if abs(s) != size:
                 part = _part(direction, side, s, layer, where)
@@ -151,18 +156,15 @@ def _control(
     where: str,
     both_signs: bool = False,
 ) -> tuple[Part, ...]:
-    """A control is the mean over several directions, which take turns: sample j of task i meets direction
-    (i + j) mod n of the n, so that each meets as many tasks as any other. both_signs: every other time it is
-    subtracted."""
-    n = len(directions)
-    return tuple(
-        replace(
-            _part(direction, (sample,), -strength if both_signs and (k + j) % 2 else strength, layer, where),
-            tasks=slice((k - j) % n, None, n),
-        )
-        for k, direction in enumerate(directions)
-        for j, sample in enumerate(samples)
-    )
+    """A control is the mean over several directions, each of which every task meets once. both_signs: every other task
+    meets it subtracted, and no task meets all of them with one sign."""
+    parts = []
+    for k, direction in enumerate(directions):
+        for start in (0, 1) if both_signs else (0,):
+            signed = -strength if both_signs and (k + start) % 2 else strength
+            part = _part(direction, (samples[k % len(samples)],), signed, layer, where)
+            parts.append(replace(part, tasks=slice(start, None, 2 if both_signs else 1)))
+    return tuple(parts)
 
 
 def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], keep: Path) -> dict[str, list[Record]]:
@@ -209,8 +211,12 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
     if spans_to is not None:
         rows = zip(chains, spans, strict=True)
         write_jsonl(spans_to, ({**span, "part": chain["part"]} for chain, some in rows for span in some or ()))
-    flat = [span for some in spans for span in some or ()]
-    return measure(tasks, chains, flat, run.loaded.tokenizer, run.labels)
+    measured = []
+    for part in dict.fromkeys(chain["part"] for chain in chains):  # two parts may hold the same sample of a task
+        group = [(c, some) for c, some in zip(chains, spans, strict=True) if c["part"] == part]
+        flat = [span for _, some in group for span in some or ()]
+        measured += measure(tasks, [c for c, _ in group], flat, run.loaded.tokenizer, run.labels)
+    return measured
 
 
 def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[str, Any]]:
@@ -248,11 +254,10 @@ def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] |
     """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
     prompts = run.prompts("evaluation")
     pairs: list[tuple[str, float | None]] = []
-    # Spread over directions and tasks: the first sample of as many of them as there are chains to compare.
-    first = [(k, part) for k, part in enumerate(cell.parts) if part.samples[0] == cell.parts[0].samples[0]]
-    for k, part in first:
+    for k, part in enumerate(cell.parts):
+        # Spread over the tasks: the first sample of as many of them as there are chains to compare.
         group = [c for c in chains if c["part"] == k and c["sample"] == part.samples[0]]
-        group = group[: max(1, run.config.compared // len(first))]
+        group = group[: max(1, run.config.compared // len(cell.parts))]
         values: Iterable[float | None] = [0.0] * len(group)
         if part.steering:
             values = divergence(run.loaded.model, run.loaded.tokenizer, prompts, group, part.steering)

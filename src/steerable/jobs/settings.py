@@ -122,7 +122,7 @@ class Config(Settings):
         "Common": "model tasks annotator behaviours seed limit evaluation samples max_new_tokens greedy",
         "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
         "Vectors and their selection": "estimator map gate window baseline layers validation tried attributed patched",
-        "What is measured": "side_tasks side_samples sweep controls control_samples compared stability",
+        "What is measured": "side_tasks side_samples sweep controls compared stability",
         "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     }
 
@@ -194,7 +194,6 @@ class Config(Settings):
     tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
     sweep: str = Field("-0.5,0.5,1.5", description="Further strengths for the dose-response curves; '' for none.")
     controls: int = Field(5, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
-    control_samples: int = Field(3, ge=1, description="Chains a task with shuffled labels; their vectors take turns.")
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
@@ -369,7 +368,6 @@ class Config(Settings):
             samples=1,
             side_tasks=min(self.side_tasks, 6),
             side_samples=1,
-            control_samples=1,
             tried=1,
             controls=min(self.controls, 2),
             sweep="",
@@ -419,7 +417,7 @@ def random_path(layer: int, k: int) -> str:
 
 _MODEL = "model revision dtype device quantization attention engine"
 _ANNOTATOR = "annotator llm_model llm_prices"
-_CELLS = "samples side_tasks side_samples sweep controls control_samples gate"
+_CELLS = "samples side_tasks side_samples sweep controls gate"
 _DECODING = "seed greedy max_new_tokens rows block"
 STAGES = (
     Stage(
