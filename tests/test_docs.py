@@ -45,7 +45,7 @@ NOT_RUN = {
     "steerable train upft --model pocket": "takes minutes",
     "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
-SLOW = {"lens.md", "passk.md", "training.md"}
+SLOW = {"lens.md", "passk.md", "quickstart.md", "training.md"}
 # Added to commands for the sake of time.
 SHORTER = {"steerable chat": " --max-new-tokens 40", "steerable compose": " --limit 2 --max-new-tokens 40"}
 

@@ -1,10 +1,11 @@
 """One tiny model for each family, built from its config with random weights: no file, no network.
 
-`from tiny_families import FAMILY_NAMES, tiny` in any test (conftest.py puts this folder on the path).
+`from tiny_families import families, tiny` in any test (conftest.py puts this folder on the path).
 Four layers at least, a vocabulary of 64, hidden size 32, no special token ids but padding (0). Biases and norm
 weights are random, since what starts at zero or one hides mistakes; sliding windows are shorter than the texts.
 """
 
+import pytest
 import torch
 
 VOCABULARY = 64
@@ -90,6 +91,14 @@ SHAPES: dict[str, tuple[str, str, dict]] = {
     ),
 }
 FAMILY_NAMES = tuple(SHAPES)
+#: Of each way to be different one: biases, norms of queries, windows, sinks, latent attention, learned positions.
+QUICK = ("llama", "qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2")
+
+
+def families(names=FAMILY_NAMES):
+    """Parameters of a test: the quick lane has a few of these families."""
+    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+
 
 _GPT2_NAMES = {
     "hidden_size": "n_embd",

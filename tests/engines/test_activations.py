@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from tiny_families import FAMILY_NAMES, tiny
+from tiny_families import families, tiny
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -78,7 +78,7 @@ def test_batches_and_merging_change_nothing(tiny_llama):
     torch.testing.assert_close((part_norms[0] + part_norms[1]).means(), norms.means(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", families())
 def test_long_texts_in_pieces_equal_one_pass(name):
     """Windows of 4 and 5 tokens, latent attention, learned positions: 23 tokens in pieces of 1, 4 and 7."""
     model = tiny(name)

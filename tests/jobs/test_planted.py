@@ -90,7 +90,7 @@ def chains(count=40):
     return made
 
 
-@pytest.mark.parametrize("layer", [2, 4, 5])
+@pytest.mark.parametrize("layer", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5))])
 def test_a_planted_direction_is_found_where_it_was_planted(layer):
     model, planted = build(layer)
     found = span_means(model, chains(), ("wanted", "other"), windows=("onset",))

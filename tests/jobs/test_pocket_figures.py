@@ -150,6 +150,7 @@ def test_few_samples_leave_figures_unmeasured(writer_for_model):
     assert "pass@4" not in measure.table(found) and "not measured" in measure.table(found)
 
 
+@pytest.mark.slow
 def test_more_tasks_than_a_family_has(writer_for_model):
     with pytest.raises(UsageError, match="prime_factorization gives only"):
         measure.measure("writer", tasks=400, samples=1)

@@ -165,6 +165,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_push_and_pull(tmp_path):
     """The real client against a real server that speaks the hub's protocol."""
     save_pretrained({"up": make(), "down": make("deduction", 4)}, tmp_path / "work")

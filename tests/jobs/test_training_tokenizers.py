@@ -92,10 +92,15 @@ def test_a_loaded_model_stops_where_any_of_its_files_says(tmp_path, name):
     assert ([] if ids is None else [ids] if isinstance(ids, int) else ids) == stops
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["no padding", "no end in the tokenizer", "neither", "padding outside the vocabulary", "padding outside, no end",
-     "end in the config only", "two files disagree", "an end that the vocabulary lacks", "nothing"],
+    ["no padding", "padding outside, no end",
+     *map(slow, ("no end in the tokenizer", "neither", "padding outside the vocabulary", "end in the config only",
+                 "two files disagree", "an end that the vocabulary lacks", "nothing"))],
 )  # fmt: skip
 def test_reinforcement_learning(tmp_path, tasks, name, recwarn):
     options, stops = MODELS[name]
@@ -128,11 +133,11 @@ def test_replies_that_could_not_end_are_judged_as_they_stand(tmp_path, tasks):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("nothing", {"method": "full"}),
-        ("padding outside, no end", {"method": "full", "generation": "generate"}),
+        slow("nothing", {"method": "full"}),
+        slow("padding outside, no end", {"method": "full", "generation": "generate"}),
         ("neither", {"method": "lora", "generation": "generate"}),
-        ("nothing", {"method": "bias", "beta": 0.1}),
-        ("two files disagree", {"method": "full", "generation": "generate"}),
+        slow("nothing", {"method": "bias", "beta": 0.1}),
+        slow("two files disagree", {"method": "full", "generation": "generate"}),
     ],
 )
 def test_other_methods_and_generation_by_trl(tmp_path, tasks, name, options):
@@ -159,7 +164,7 @@ def test_first_tokens(tmp_path, tasks, name):
     assert read_json(run / "training.json")["steps"] == 1
 
 
-@pytest.mark.parametrize("limit", [4, 8])
+@pytest.mark.parametrize("limit", [4, slow(8)])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, tasks, limit):
     """In the epoch in which it was stopped, and in a later one (a step takes 4 tasks)."""
     settings = SMALL | {"steps": 2, "save_every": 1, "tasks": tasks, "limit": limit, "evaluation": 1, "samples": 1,
@@ -167,6 +172,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, tasks, limi
     _interrupt_and_compare(lambda: train_rl(tmp_path / "run", **settings))
 
 
+@pytest.mark.slow
 def test_interrupted_training_on_first_tokens_goes_on_to_the_same_bytes(tmp_path, tasks):
     settings = {name: value for name, value in SMALL.items() if name not in ("prompts", "group", "steps")} | {
         "batch": 4, "epochs": 2, "save_every": 1, "prefix_tokens": 1, "tasks": tasks,

@@ -214,6 +214,7 @@ def check_quantised(model, plain, near):
     assert leaf.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "near"), [("8bit", 0.2), ("4bit", 1.5)])
 def test_bitsandbytes(folder, quantization, near):
     pytest.importorskip("bitsandbytes")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILY_NAMES, VOCABULARY, tiny
+from tiny_families import FAMILY_NAMES, VOCABULARY, families, tiny
 
 from steerable.engines.activations import capture
 from steerable.engines.transformers import steer
@@ -101,7 +101,7 @@ def naive(name, model, ids=IDS):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_sites_against_the_modules(built, name, attention):
     if attention == "sdpa" and name not in SDPA:
         pytest.skip("the fused kernel does not compute this family's attention")
@@ -128,7 +128,7 @@ def test_sites_against_the_modules(built, name, attention):
     assert heads.shape[-2:] == (4, width_at(model, "head_in") // 4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_capture(built, name):
     model = built(name)
     expected = naive(name, model, IDS[:1])
@@ -190,7 +190,7 @@ def vector(model, site, scale=1.0):
     return scale * torch.randn(d, generator=torch.Generator().manual_seed(site.layer))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_steering_equals_the_edited_forward(built, name):
     model = built(name)
     plain = model(IDS).logits
@@ -225,7 +225,7 @@ def everywhere(model, scale=0.5):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_padding_batch_and_cache_parity(built, name, attention):
     if attention == "sdpa" and name not in SDPA:
         pytest.skip("the fused kernel does not compute this family's attention")
@@ -257,7 +257,7 @@ def test_padding_batch_and_cache_parity(built, name, attention):
         torch.testing.assert_close(torch.cat(parts), alone[0], **CLOSE)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_generate_left_padded_equals_alone(built, name):
     model = built(name)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "use_cache": True}
@@ -271,7 +271,7 @@ def test_generate_left_padded_equals_alone(built, name):
     assert {site["tokens"] for site in handle.report().values()} == {fed}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_gradients_reach_every_site(built, name):
     model = built(name)
     leaves = {}
@@ -294,7 +294,7 @@ def test_gradients_reach_every_site(built, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_half_precision(name, dtype):
     family, own = VARIANTS[name]
     model = tiny(family, **own).to(dtype)
@@ -336,6 +336,7 @@ def test_compiled(name, backend):
     torch.testing.assert_close(compiled(IDS).logits, plain, **CLOSE)
 
 
+@pytest.mark.slow
 def test_compiled_block():
     """One block, compiled by inductor to machine code."""
     torch._dynamo.reset()
@@ -351,7 +352,7 @@ def test_compiled_block():
     torch.testing.assert_close(model(IDS).logits, plain, **CLOSE)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", families(VARIANTS))
 def test_lens_of_the_last_state_is_the_logits(built, name):
     model = built(name)
     seen = {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import FAMILY_NAMES, tiny
+from tiny_families import families, tiny
 
 from steerable.evals.attribution import exact, fisher, published_gradients
 from steerable.models import loading as models
@@ -16,7 +16,7 @@ IDS = torch.randint(3, 60, (22,), generator=torch.Generator().manual_seed(1)).to
 POSITIONS = [0, 2, 13, 20, 13]  # before the windows are full, beyond, unsorted, the first token, and one twice
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+@pytest.fixture(scope="module", params=families())
 def model(request):
     model = tiny(request.param).double()
     model.config._experts_implementation = "eager"  # the other kernels of mixtures of experts know no float64

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_families import FAMILY_NAMES, tiny
+from tiny_families import families, tiny
 
 import steerable as st
 from steerable.models import loading as models
@@ -52,7 +52,7 @@ def double(name, **options):
 
 
 @pytest.mark.parametrize("after", AFTER)
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", families())
 def test_a_bias_is_a_hook(name, after):
     model = double(name)
     plain, state = logits(model), copy.deepcopy(model.state_dict())

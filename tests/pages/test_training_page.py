@@ -1,6 +1,7 @@
 """The page of a training says what report.json and log.jsonl of its run folder say."""
 
 import copy
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -204,8 +205,10 @@ def extreme(steps, scale, **more):
     ]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 39, 500])
-@pytest.mark.parametrize("scale", [1e-9, 3.7e-5, 0.00025, 1.0, 1e6, -0.123456])
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [*itertools.product([1, 2, 39], [1e-9, 3.7e-5, 0.00025, 1.0, 1e6, -0.123456]), (500, 3.7e-5), (500, -0.123456)],
+)
 def test_labels_stay_in_their_panels(steps, scale):
     check_labels(render(REPORT, extreme(steps, scale, tokens=123456.0, entropy=-scale)))
 

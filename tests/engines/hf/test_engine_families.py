@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import transformers
-from tiny_families import COMMON, FAMILY_NAMES, tiny
+from tiny_families import COMMON, FAMILY_NAMES, families, tiny
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import steerable as st
@@ -84,14 +84,14 @@ def loop(model, prompt, layer, vector, opening=(OPEN,), closing=(CLOSE,)):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", families())
 def test_greedy_equals_generate(name):
     model, prompts = build(name), texts(7)
     assert route(model, 40).slots
     assert continued(model, prompts) == [reference(model, prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", families())
 def test_steered_thinking_equals_a_loop_without_cache(name, tokenizer):
     model = build(name)
     prompts = [[*text, OPEN, *text[:2]] for text in texts(3, 1)] + [[*text, OPEN, 5, CLOSE] for text in texts(1, 2)]
@@ -104,7 +104,7 @@ def test_steered_thinking_equals_a_loop_without_cache(name, tokenizer):
     assert continued(model, prompts, rows=3, steering=scaled(steering, 0.0), tokenizer=tokenizer) == plain
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", families())
 def test_bfloat16(name):
     """It runs, and a row says the same beside others as alone, up to a draw that rounding tips."""
     model, prompts = build(name).to(torch.bfloat16), texts(6, 3)
