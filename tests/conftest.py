@@ -38,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow_files)
 
 
+def slow(*values: object):
+    """These parameters of a test are left out of the quick lane."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def build(config_class, model_class, seed=0, **options):
     config = config_class(
         **{

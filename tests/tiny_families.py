@@ -5,8 +5,8 @@ Four layers at least, a vocabulary of 64, hidden size 32, no special token ids b
 weights are random, since what starts at zero or one hides mistakes; sliding windows are shorter than the texts.
 """
 
-import pytest
 import torch
+from conftest import slow
 
 VOCABULARY = 64
 
@@ -97,7 +97,7 @@ QUICK = ("llama", "qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt2")
 
 def families(names=FAMILY_NAMES):
     """Parameters of a test: the quick lane has a few of these families."""
-    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+    return [name if name in QUICK else slow(name) for name in names]
 
 
 _GPT2_NAMES = {

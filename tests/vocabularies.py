@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import pytest
+from conftest import slow
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
@@ -14,7 +15,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merg
 #: DeepSeek; Qwen 2.5 and 3.6; SmolLM2; Mistral's tekken; which take seconds, and Mistral's SentencePiece (which spells
 #: bytes as `<0x0A>` and adds a BOS); a tiny Llama's.
 REAL = [
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek", "qwen2.5", "qwen3.6", "smol", "tekken")),
+    *map(slow, ("deepseek", "qwen2.5", "qwen3.6", "smol", "tekken")),
     "mistral",
     "stories",
 ]

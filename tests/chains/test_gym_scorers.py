@@ -148,6 +148,7 @@ def test_answers_that_are_right_in_another_way():
     assert gym_score(text, "abd") == 0.0, "less than full marks is no answer"
 
 
+@pytest.mark.slow
 @each(
     "reply",
     [
@@ -219,6 +220,7 @@ def test_what_cannot_be_read_is_a_parse_error(first):
             gym_score(entry, "1")
 
 
+@pytest.mark.slow
 def test_scoring_changes_and_prints_nothing(first, capfd):
     for family, reply in (("knight_swap", None), ("tower_of_hanoi", "Move disk 1 from Peg 1 to Peg 9")):
         for entry in first(family, 3):

@@ -188,6 +188,7 @@ def cost(wanted, text):
     return time.process_time() - start
 
 
+@pytest.mark.slow
 def test_the_judge_is_linear_in_degenerate_text():
     """Generous bounds in processor time, so that a busy machine changes nothing: a quadratic step costs 10 s here."""
     texts = list(degenerate(20_000))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -124,9 +125,7 @@ def by_prefixes(tokenizer, ids):
     return text, [(a, b + more) for a, b, more in zip(same[:-1], same[1:], unfinished[1:], strict=True)]
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek", "qwen", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3_6", "smol"))]
-)
+@pytest.mark.parametrize("name", ["deepseek", "qwen", slow("qwen3_6"), slow("smol")])
 def test_pieces_of_characters_and_words(real, name):
     tokenizer, rng = real(name), random.Random(name)
     shared = 0

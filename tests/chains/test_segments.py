@@ -72,6 +72,7 @@ def test_only_displayed_formulas_and_code_are_blocks():
     assert [s.block for s in found] == [False, True, True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece", ["\\[ ", "$a ", "` ", "... ", "a. ", "\n", "$$ x", "e.g. ", ". \n", "1. ", "   ", ".)))", "((", "```"]
 )

@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from conftest import slow
 from tiny_families import families, tiny
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -241,7 +242,7 @@ def ids_seen(model, tokenizer, text):
     return torch.cdist(states, model.get_input_embeddings().weight.float()).argmin(1).tolist()
 
 
-@pytest.mark.parametrize("name", ["stories", pytest.param("smol", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["stories", slow("smol")])
 def test_no_second_beginning(name, shared, stories, request):
     """A text from a chat template begins with the BOS already; one without it gets what the tokenizer adds."""
     if name == "stories":  # its tokenizer adds <s>, as Llama's does

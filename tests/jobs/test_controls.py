@@ -55,6 +55,7 @@ def test_a_token_that_ends_the_text_is_no_prefix(pocket):
     assert boosted(pocket, boosts) != end
 
 
+@pytest.mark.slow
 def test_files(tmp_path, pocket, direction):
     direction.save(tmp_path / "bias.safetensors")
     write_jsonl(tmp_path / "tasks.jsonl", [{"id": "a", "prompt": "1 + 1?", "answer": "2", "split": "evaluation"}])

@@ -295,6 +295,7 @@ def test_a_setting_that_only_earlier_stages_depend_on(copy, finished, stage, set
     assert_same(copy, finished)
 
 
+@pytest.mark.slow
 def test_another_choice_leaves_nothing_of_the_former(copy):
     former = {path.name for path in (copy / "vectors/random").iterdir()}
     chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)
@@ -563,6 +564,7 @@ def test_json_of_another_shape_is_named(copy, steerable, name, text, sentence):
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("window", "../../../../etc"), ("window", {}), ("baseline", 3), ("layer", "4"), ("layer", None), ("layers", []),
@@ -620,6 +622,7 @@ def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(cop
             assert abs(cell["strength"]) == selection[cell["behaviour"]]["strength"]
 
 
+@pytest.mark.slow
 def test_the_largest_strength_at_which_a_candidate_does_not_loop(copy, steerable):
     """At a quarter of 1, vectors that are four times as long have the dose that the bundled model takes."""
     scale_candidates(copy, 4)
@@ -646,6 +649,7 @@ def test_the_dose_of_every_cell_is_told(finished):
     assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_an_installed_metric_is_in_every_cell_of_the_report(copy, install):
     """Another package's entry point: the cells of a finished run are measured again."""
     before = read_json(copy / "cells.json")

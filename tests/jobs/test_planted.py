@@ -8,6 +8,7 @@ not see it. So the direction exists from the planted layer on, and adding it doe
 
 import pytest
 import torch
+from conftest import slow
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerable.chains.windows import AlignedChain, TokenSpan
@@ -90,7 +91,7 @@ def chains(count=40):
     return made
 
 
-@pytest.mark.parametrize("layer", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5))])
+@pytest.mark.parametrize("layer", [2, slow(4), slow(5)])
 def test_a_planted_direction_is_found_where_it_was_planted(layer):
     model, planted = build(layer)
     found = span_means(model, chains(), ("wanted", "other"), windows=("onset",))

@@ -1,6 +1,7 @@
 """The settings: every wrong value is one sentence, and the rest of the package follows from the table."""
 
 import pickle
+import sys
 
 import pytest
 from pydantic import Field
@@ -82,6 +83,7 @@ def test_annotator_of_ones_own(tmp_path, monkeypatch):
 def test_nothing_that_a_file_names_is_imported(tmp_path, monkeypatch):
     (tmp_path / "strangers.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef spans(chain): return []\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "strangers", raising=False)  # another test's
     values = Config(model="m").to_dict() | {"annotator": "strangers:spans", "trust_remote_code": True}
     config = Config(values, **values)
     for one in (config, config.quick(), config.replace(limit=3), pickle.loads(pickle.dumps(config))):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, slow
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -90,10 +90,6 @@ def test_a_loaded_model_stops_where_any_of_its_files_says(tmp_path, name):
     model, _ = st.load(folder(tmp_path / "model", **options))
     ids = model.generation_config.eos_token_id
     assert ([] if ids is None else [ids] if isinstance(ids, int) else ids) == stops
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +228,7 @@ def test_skipped_steps_are_warned_of(tmp_path, hopeless):
     assert "all steps were skipped" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_kl_term_teaches_where_rewards_are_equal(tmp_path, hopeless):
     run = train_rl(tmp_path / "run", **hopeless | {"beta": 0.1})
     assert [row["skipped"] for row in read_log(run)] == [False, False]
@@ -268,6 +265,7 @@ def test_what_does_not_fit_the_model(tmp_path, tasks, options, settings, said):
     assert not (tmp_path / "run/config.json").exists() and not (tmp_path / "run/tasks.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_template_stands_in_for_the_chat_template(tmp_path, tasks):
     made = folder(tmp_path / "model", template=None, **MODELS["neither"][0])
     run = train_rl(tmp_path / "run", model=str(made), tasks=tasks, template="ask {prompt}", **SMALL)

@@ -208,6 +208,7 @@ def test_spans_cover_the_text_and_merge_by_the_rule():
     assert keywords(chain("")) == keywords(chain(" \n")) == []
 
 
+@pytest.mark.slow
 def test_linear_time_on_hostile_text():
     def seconds(text):
         start = time.process_time()

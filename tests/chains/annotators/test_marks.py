@@ -199,6 +199,7 @@ def test_words_are_never_cut():
     assert parse("[deduction] The sum is one", chain).spans == (Span("deduction", 0, 15),)  # with its full stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["faithful", "repeated", "garbled", "brackets", "quotes", "one letter", "short"])
 def test_time_on_long_chains(kind):
     rng = random.Random(0)

@@ -119,6 +119,7 @@ def test_probabilities_are_the_formula(probe):
     np.testing.assert_allclose(probe.probabilities(features), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layer_by_cross_validation_and_several_layers(pocket):
     chains = pocket.chains[:15]
     chosen = train_probe(pocket.loaded, pocket.tasks, chains, pocket.spans, folds=3)

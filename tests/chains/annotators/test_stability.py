@@ -66,6 +66,7 @@ def test_shares_equal_an_exact_re_computation(pocket, few, filtered):
     assert wrong <= 1
 
 
+@pytest.mark.slow
 def test_kept_dropped_and_counts(few, filtered):
     _, spans = few
     plain = [{k: v for k, v in s.items() if k != "stability"} for s in filtered.spans]
@@ -93,6 +94,7 @@ def test_the_same_again_whatever_the_batches(pocket, few, filtered):
     assert sum(shares[0][s["task_id"], s["start"]] != s["stability"] for s in other.spans + other.dropped) > 5
 
 
+@pytest.mark.slow
 def test_labels_that_are_not_tested_are_kept(pocket, few):
     _, spans = few
     found = stable(pocket.loaded, pocket.tasks, *few, annotate, **SETTINGS | {"threshold": 1}, labels=["deduction"])
@@ -133,6 +135,7 @@ def test_interrupted_work_goes_on(pocket, few, tmp_path):
     assert fresh == whole
 
 
+@pytest.mark.slow
 def test_low_temperature_repeats_what_the_model_finds_likeliest(pocket, few):
     warm, cold = (stable(pocket.loaded, pocket.tasks, *few, annotate, **SETTINGS, temperature=t) for t in (1.0, 1e-4))
     assert {s["stability"] for s in cold.spans + cold.dropped} == {0.0, 1.0}

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import transformers
+from conftest import slow
 from tiny_families import COMMON, FAMILY_NAMES, families, tiny
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -124,7 +125,7 @@ def test_draws_do_not_depend_on_the_batch(name):
     assert one == continued(model, prompts, rows=2, **options)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mistral", slow("gemma3_text"), slow("gpt_oss")])
 @pytest.mark.parametrize("window", [2, 3, 30, 100])
 def test_windows_shorter_and_longer_than_the_text(name, window):
     model, prompts = build(name, sliding_window=window), texts(5, 5)
@@ -170,7 +171,7 @@ def foreign():
     return "foreign"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["llama", *map(slow, ("mistral", "gpt2", "deepseek_v2"))])
 def test_other_attention_goes_through_generate(name, foreign, tokenizer):
     model, prompts = build(name), texts(7, 7)
     expected = [reference(model, prompt) for prompt in prompts]

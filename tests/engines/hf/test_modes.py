@@ -26,6 +26,7 @@ from transformers import (
 )
 
 sys.path.append(str(Path(__file__).parents[2]))
+from conftest import slow
 from tiny_families import VOCABULARY, tiny
 
 from steerable.engines.hf.hooks import steer
@@ -362,8 +363,11 @@ SLOW = {
 }
 
 
+EACH_MODE = [slow(name) if name in SLOW else name for name in MODES]
+
+
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODES])
+@pytest.mark.parametrize("name", EACH_MODE)
 def test_mode(twins, tokenizer, name, gate):
     mode, refused, sentence = MODES[name]
     llama, twin = twins
@@ -420,6 +424,7 @@ def test_the_first_generated_token(twins, tokenizer):
     assert (out["last_prompt | generated"].logits[0][0] - plain).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma3_text", "qwen2", "deepseek_v3"])
 def test_families(name, tokenizer):
     """Learned positions, sliding windows in some or all layers, latent attention: beams and candidates."""
@@ -509,7 +514,7 @@ def spelled_places(gate, row, prompt):
 
 @pytest.mark.filterwarnings("ignore:steering touched none")
 @pytest.mark.parametrize("gate", ["boundary", "thinking | boundary"])
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", EACH_MODE)
 def test_breaks_and_tags_of_several_tokens(twins, spelling_tokenizer, monkeypatch, name, gate):
     mode, refused, _ = MODES[name]
     if "boundary" in refused:

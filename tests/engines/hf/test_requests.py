@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import slow
 from tiny_families import tiny
 
 import steerable as st
@@ -79,7 +80,7 @@ def requests_of(count, decodings=DECODINGS):
     return requests
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("name", ["qwen3", slow("gpt_oss"), slow("gpt_neox")])
 def test_scores_of_many_steerings_in_one_batch_equal_those_of_each_alone(name, tokenizer):
     """256 vectors, maps and gates; log-probabilities to 1e-5."""
     engine = st.TransformersEngine(build(name), tokenizer)
@@ -111,7 +112,7 @@ def test_scores_are_those_of_the_texts_that_were_generated(tokenizer):
         assert float(score[-1]) >= max(float(other[-1]) for other in engine.logprobs(others)) - 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3", slow("gpt_oss")])
 def test_texts_of_many_steerings_in_one_batch_equal_those_of_each_alone(name, tokenizer):
     engine = st.TransformersEngine(build(name), tokenizer, rows=48)
     requests = requests_of(96)

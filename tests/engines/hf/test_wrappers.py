@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import slow
 from tiny_families import tiny
 from torch import nn
 
@@ -78,9 +79,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "torch.compile" else []) for n in WRAPPERS]
-)
+@pytest.mark.parametrize("name", [slow(name) if name == "torch.compile" else name for name in WRAPPERS])
 def test_whatever_wraps_a_model(name, process_group, tokenizer):
     compiled = name == "torch.compile"  # each hook there costs seconds
     plain, inner = (tiny("llama", num_hidden_layers=1 if compiled else 4) for _ in range(2))
@@ -102,7 +101,7 @@ def test_two_models_in_one_wrapper():
         pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mlp_out", *(slow(kind) for kind in KINDS if kind != "mlp_out")])
 def test_lora_and_its_merging(kind):
     """A wrapper of a projection goes when the adapter is merged, and the hook on it moves."""
     adapted, merged = lora(tiny("llama")), lora(tiny("llama")).merge_and_unload()
@@ -373,7 +372,7 @@ def test_each_thread_has_its_own_steering(tokenizer):
     assert torch.equal(model(IDS).logits, plain)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "batches"])
+@pytest.mark.parametrize("name", ["llama", slow("deepseek_v2"), slow("batches")])
 def test_the_engine_in_threads(name, tokenizer):
     model = tiny("llama" if name == "batches" else name)
     if name == "batches":
