@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
@@ -100,6 +101,16 @@ def test_a_chain_that_the_judge_fails_on_is_dropped_and_counted(copy, judge):
     assert coverage["dropped"] == coverage["annotator"]["failed"] == failing >= 1
     left = {(span["task_id"], span["sample"]) for span in read_jsonl(copy / "spans.jsonl", "span")}
     assert (chains[0]["task_id"], chains[0]["sample"]) not in left and len(left) == len(chains) - failing
+
+
+def test_a_missing_library_is_told_before_anything_is_written(finished, steerable, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    told = steerable("run", "--annotator", "llm", "--out", tmp_path / "run")
+    assert told.code == 2 and told.err.count("\n") == 1 and "pip install 'steerable[llm]'" in told.err
+    told = steerable("probe", "--to", tmp_path / "probe.safetensors", "--out", finished)
+    assert told.code == 2 and told.err.count("\n") == 1 and "pip install 'steerable[probe]'" in told.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_is_not_there(copy, steerable):

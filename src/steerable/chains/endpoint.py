@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -110,7 +111,7 @@ class Endpoint:
         backoff: seconds before the first retry; doubled for each further one, unless the server sends a Retry-After.
 
     Raises:
-        UsageError: a setting is out of range, or the address is none or holds a secret.
+        UsageError: a setting is out of range, the address is none or holds a secret, or the library openai is missing.
 
     Example:
         >>> endpoint = Endpoint("gpt-4.1", requests_per_minute=500)
@@ -143,6 +144,8 @@ class Endpoint:
             raise UsageError(
                 f"the address of {self.host} must hold no user, password or query: set STEERABLE_API_KEY instead"
             )
+        if importlib.util.find_spec("openai") is None:
+            raise UsageError("asking a language model needs the library openai: pip install 'steerable[llm]'")
         self._gate = _Gate(self.requests_per_minute, self.tokens_per_minute)
         self._refused: dict[str, str] = {}  # settings that the model does not take -> what is sent instead, or ""
         self._notes: dict[str, None] = {}  # warnings that wait for the caller's thread

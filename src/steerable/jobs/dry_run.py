@@ -85,14 +85,13 @@ def estimate(run: Run) -> dict[str, Any]:
     ]
     annotated = c.limit + validation + chains
     asked = annotated * (len(instructions(c.label_texts or LABEL_TEXTS)) / 4 + length), annotated * length * _MARKS
-    is_paid = c.annotate is None and c.probe is None
-    cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if is_paid and c.prices else None
+    cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if c.is_judged and c.prices else None
     return {
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
         "probe": probe,
         "memory_bytes": _memory(run, probe["prompt_tokens"]),
-        "annotated_tokens": [round(n) for n in asked] if is_paid else None,
+        "annotated_tokens": [round(n) for n in asked] if c.is_judged else None,
         "cost": cost,
     }
 

@@ -440,6 +440,8 @@ def run(
     is_new = not (folder / "config.json").exists()
     if is_new or recorded_settings(folder) != final.to_dict() or not _is_finished(job, steps):
         # Wrong settings, an unusable model and missing inputs are refused before anything is written.
+        if final.is_judged and any("annotator" in step.settings for step in steps):
+            annotation.endpoint(final)
         _ = job.loaded
         folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))
     with folder.locked(), ExitStack() as threads:

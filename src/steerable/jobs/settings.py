@@ -305,6 +305,11 @@ class Config(Settings):
         return self.annotator_file if self.annotator.startswith("probe:") else None
 
     @property
+    def is_judged(self) -> bool:
+        """Whether a language model annotates."""
+        return self.annotator == "llm" or self.label_texts is not None
+
+    @property
     def label_texts(self) -> dict[str, str] | None:
         """What each label says, for a language model that annotates with other labels than the paper's."""
         return read_labels(file) if self.annotator.startswith("llm:") and (file := self.annotator_file) else None
@@ -314,7 +319,7 @@ class Config(Settings):
         """The annotator as a function `chain -> spans`, None where it is none."""
         if self.annotator.startswith("cues:") and (file := self.annotator_file) is not None:
             return read_cues(file)
-        if self.annotator in ("llm", "length") or self.label_texts is not None:
+        if self.annotator == "length" or self.is_judged:
             return None
         if (file := self.probe) is not None:
             if not file.is_file():

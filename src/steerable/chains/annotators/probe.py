@@ -11,6 +11,7 @@ labelled. So the reported figures are those of use, whatever the spans of the te
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,11 +185,13 @@ def train_probe(
         held-out predictions.
 
     Raises:
-        UsageError: fewer tasks than folds, or fewer than two labels.
+        UsageError: fewer tasks than folds, fewer than two labels, or scikit-learn is missing.
 
     Example:
         >>> train_probe(loaded, tasks, chains, gold).save("probe.safetensors")
     """
+    if importlib.util.find_spec("sklearn") is None:
+        raise UsageError("training a probe needs scikit-learn: pip install 'steerable[probe]'")
     by_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for span in spans:
         by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
