@@ -260,6 +260,20 @@ def pocket(given: Sources) -> str:
     )
 
 
+def front_door(given: Sources) -> str:
+    """A command, and one row a strength: what the model answers to it, by `benchmarks/front_door.py`."""
+    found = given.get("front_door")
+    if not found:
+        return _table([], [])
+    rows = [
+        ["unsteered" if a["strength"] == 0 else f"**{words.signed(a['strength'])}**", " ".join(a["answer"].split())]
+        for a in found["answers"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    about = f"Greedy decoding, by `python benchmarks/front_door.py`; {versions}.\n"
+    return f"\n\n```bash\n{found['command']}\n```\n{_table(['strength', 'answer'], rows)}{about}"
+
+
 # --- what the code says of itself ---
 
 
@@ -315,6 +329,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "peers": peers,
     "long_chain": long_chain,
     "pocket": pocket,
+    "front_door": front_door,
     "options": options,
     **training_figures.FIGURES,
 }

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 import typer
+import yaml
 
-from steerable import SteerableWarning, cli
+from steerable import SteerableWarning, __version__, cli
 from steerable.evals import metrics
 from steerable.jobs.settings import Config
 
@@ -26,16 +27,18 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What is not executed, and why; a command is found by its beginning, the longest first.
 NOT_RUN = {
     "make run": "sets up an environment and runs the whole job",
-    "make test": "is what runs this test",
     ". .venv/bin/activate": "there is no environment in the folder of the test",
     "steerable run --quick": "takes a minute",
     "steerable run --model pocket --out runs/pocket": "takes minutes",
+    "steerable run --annotator length": "takes minutes",
     "steerable run --model deepseek-ai/": "needs a model of the hub",
     "steerable run --model Qwen/": "needs a model of the hub",
     "steerable run --paper": "needs a model of the hub and a key",
     "export OPENAI_API_KEY": "is a key",
     "steerable fetch smol": "downloads",
     "steerable chat --model smol": "needs what `fetch` downloads",
+    "steerable chat --model deepseek-ai/": "needs a model of the hub",
+    "steerable chat --steer runs/short": "needs a run that takes minutes",
     "steerable contrast --persona happy": "needs what `fetch` downloads",
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable pocket train": "takes up to hours",
@@ -138,6 +141,12 @@ def test_snippets_run(page, place, shell):
                 status, printed = shell(command)
                 assert " ".join(expected.split()) in " ".join(printed.split()), f"{command}\n{printed}"
                 assert status == (2 if expected.startswith("steerable: ") else 0)
+
+
+def test_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_what_is_not_run_is_there():
