@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 COMMAND = (
     "steerable contrast examples/contrasts/happy-sad.jsonl --model smol --out happy.safetensors "
-    '--ask "How was your day?"'
+    '--ask "Tell me about the place where you live."'
 )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.records import STEERABLE
+from steerable.chains.segments import sentences
 from steerable.jobs.settings import Config
 from steerable.pages import words
 from steerable.pages.cells import Setting, doses, effect, main_setting, measured, settings, unsteered
@@ -261,17 +262,20 @@ def pocket(given: Sources) -> str:
 
 
 def front_door(given: Sources) -> str:
-    """A command, and one row a strength: what the model answers to it, by `benchmarks/front_door.py`."""
+    """A command, and one row a strength: what the model answers, by `benchmarks/front_door.py`."""
     found = given.get("front_door")
     if not found:
         return _table([], [])
-    rows = [
-        ["unsteered" if a["strength"] == 0 else f"**{words.signed(a['strength'])}**", " ".join(a["answer"].split())]
-        for a in found["answers"]
-    ]
+    rows = []
+    for strength, text in sorted(((a["strength"], a["answer"]) for a in found["answers"]), key=lambda row: row[0] != 0):
+        two = text[: sentences(text)[1].end]
+        rows.append([words.signed(strength) if strength else "unsteered", " ".join(two.split())])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    about = f"Greedy decoding, by `python benchmarks/front_door.py`; {versions}.\n"
-    return f"\n\n```bash\n{found['command']}\n```\n{_table(['strength', 'answer'], rows)}{about}"
+    about = (
+        "The first two sentences of each answer, decoded greedily; made by `python benchmarks/front_door.py` with "
+        f"{versions}.\n"
+    )
+    return f"\n\n```bash\n{found['command']}\n```{_table(['strength', 'answer'], rows)}{about}"
 
 
 # --- what the code says of itself ---
