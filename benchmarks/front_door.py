@@ -3,8 +3,8 @@
     steerable fetch smol
     python benchmarks/front_door.py
 
-SmolLM2-135M-Instruct decodes greedily, so that no seed plays a part. The command, the answers and the versions that they
-depend on go to results/front_door.json, from which `docs/fill_figures.py` writes the README.
+SmolLM2-135M-Instruct decodes greedily, so that no seed plays a part. The command, the answers and the versions that
+they depend on go to results/front_door.json, from which `docs/fill_figures.py` writes the README.
 """
 
 from __future__ import annotations
