@@ -74,7 +74,7 @@ def divergence(
     tokenizer: Any,
     prompts: Mapping[str, str],
     chains: Sequence[Mapping[str, Any]],
-    steering: Steering,
+    steering: Steering | list[Steering],
     other: Steering = (),
     *,
     max_logits: int = 2**25,
@@ -89,7 +89,7 @@ def divergence(
     Args:
         prompts: each task's text after the chat template (generation prompt included), for chains without `prompt_ids`.
         chains: chain records.
-        steering: how the model is steered, e.g. `direction.steering(0.5)`.
+        steering: how the model is steered, e.g. `direction.steering(0.5)`; or a list with one for each chain.
         other: what that is compared with; default the unsteered model.
         max_logits: how many logits are held at a time for each of the two; a chain that has more is read in pieces.
 
@@ -108,9 +108,12 @@ def divergence(
     tokens = chain_tokens(tokenizer, chains, prompts)
     counts = [len(chain.ids) - max(1, chain.prompt) for chain in tokens]
     model = unwrap_to_run(model)
-    with Handle(model, [steering, other], tokenizer, track=False) as handle:
+    steerings = steering if isinstance(steering, list) else [steering] * len(chains)
+    programs: list[Steering] = [other]
+    programs += [s for i, s in enumerate(steerings) if s != other and s not in steerings[:i]]
+    passes = [[programs.index(s) for s in steerings], [0] * len(chains)]
+    with Handle(model, programs, tokenizer, track=False) as handle:
         ids, starts = [chain.ids for chain in tokens], [chain.prompt for chain in tokens]
-        passes = [[number] * len(ids) for number in range(2)]
         totals = _sums(score_tokens(model, ids, starts, kl, handle=handle, passes=passes, max_logits=max_logits))
     return [total / count if count > 0 else None for total, count in zip(totals, counts, strict=True)]
 

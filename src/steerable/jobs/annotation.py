@@ -189,7 +189,7 @@ def keep_stable(
         samples=SAMPLES,
         threshold=config.stability,
         seed=config.seed,
-        rows=config.rows,
+        rows=config.rows or 64,
         keep=continuations,
         progress=display.advance,
     ).spans:

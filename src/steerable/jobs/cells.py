@@ -6,7 +6,7 @@ same seeds a task and sample, so that they are compared in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,11 @@ def evaluation_cells(
     `strength` of each behaviour).
 
     The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples. In a control every task
-    meets each of its directions once. Random directions have no sign, nor has the noise that is left of shuffled labels
-    beside the pooled mean of all labels: there one cell, in which they are added and subtracted in turn, stands for
-    both signs. The side cells (several layers, thinking only, the sweep) have `side_tasks` and
-    `side_samples`. A model that `thinks` has cells that are steered inside its think block alone.
+    meets each of its directions. Random directions have no sign, nor has the noise that is left of shuffled labels
+    beside the pooled mean of all labels: there one cell stands for both signs, in which every task meets every random
+    direction added and subtracted, and every shuffled vector once, at every other task subtracted. The side cells
+    (several layers, thinking only, the sweep) have `side_tasks` and `side_samples`. A model that `thinks` has cells
+    that are steered inside its think block alone.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
     side, few, where = main[: config.side_samples], config.side_tasks, config.gate
@@ -142,7 +143,7 @@ def evaluation_cells(
         layer, size = (place[0],), place[1]
         here = tuple(b for b in behaviours if places[b] == place)
         directions = [load(random_path(place[0], k)) for k in range(config.controls)]
-        parts = _control(directions, main, size, layer, where, both_signs=True)
+        parts = tuple(part for s in (-size, size) for part in _control(directions, main, s, layer, where))
         name = f"random.layer{place[0]}.{size:g}"
         cells.append(Cell(name, here, size, parts, layer, "random", where, both_signs=True))
     return cells
@@ -252,17 +253,17 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[st
 
 def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] | None:
     """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
-    prompts = run.prompts("evaluation")
-    pairs: list[tuple[str, float | None]] = []
+    compared: list[Record] = []
+    steerings: list[Steering] = []
     for k, part in enumerate(cell.parts):
         # Spread over the tasks: the first sample of as many of them as there are chains to compare.
         group = [c for c in chains if c["part"] == k and c["sample"] == part.samples[0]]
         group = group[: max(1, run.config.compared // len(cell.parts))]
-        values: Iterable[float | None] = [0.0] * len(group)
-        if part.steering:
-            values = divergence(run.loaded.model, run.loaded.tokenizer, prompts, group, part.steering)
-        pairs += [(c["task_id"], value) for c, value in zip(group, values, strict=True)]
-    return mean_interval(by_task(pairs), run.config.seed)
+        compared, steerings = compared + group, steerings + [part.steering] * len(group)
+    values: Sequence[float | None] = [0.0] * len(compared)
+    if any(steerings):
+        values = divergence(*run.loaded, run.prompts("evaluation"), compared, steerings)
+    return mean_interval(by_task((c["task_id"], v) for c, v in zip(compared, values, strict=True)), run.config.seed)
 
 
 def _dose(cell: Cell) -> dict[str, float]:

@@ -17,7 +17,7 @@ from steerable.chains.generation import generate_chains
 from steerable.chains.records import STEERABLE, Record
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
-from steerable.engines.pool import default_workers
+from steerable.engines.pool import cache_bytes, default_rows, default_workers
 from steerable.engines.transformers import score_tokens
 from steerable.jobs import selection
 from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
@@ -160,14 +160,9 @@ def _anything(layers: int) -> Any:
 
 
 def _memory(run: Run, prompt: float) -> int:
-    c, model = run.config, run.loaded.model
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys = 2 * models.n_layers(model) * heads * size * model.dtype.itemsize
-    return sum(p.numel() * p.element_size() for p in model.parameters()) + round(
-        c.rows * (prompt + c.max_new_tokens) * keys
-    )
+    model, longest = run.loaded.model, round(prompt) + run.config.max_new_tokens
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + (run.config.rows or default_rows(model, longest)) * cache_bytes(model, longest)
 
 
 def tables(plan: Mapping[str, Any]) -> list[Any]:

@@ -166,7 +166,7 @@ class Config(Settings):
     samples: int = Field(
         4, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
     )
-    side_tasks: int = Field(20, ge=1, description="Tasks, of those, in the other cells.")
+    side_tasks: int = Field(16, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
     greedy: bool = Field(False, description="Decode greedily, as published; default: the model's generation_config.")
@@ -198,7 +198,7 @@ class Config(Settings):
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
     block: int = Field(600, ge=1, description="Chains in one unit of work: what a killed run may lose.")
-    rows: int = Field(128, ge=1, description="Sequences computed together.")
+    rows: int | None = Field(None, ge=1, description="Sequences computed together; default: as many as fit a budget.")
 
     #: Names of the settings that were read from a file: what such a setting names is never imported or run, and no
     #: key is sent to it (`check_own`).

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerable.engines.activations import capture as capture_texts
 from steerable.engines.base import Completion, Continuation, Progress, Request
-from steerable.engines.hf.batching import Batch, model_device
+from steerable.engines.hf.batching import Batch
 from steerable.engines.hf.fallback import in_batches
 from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
@@ -25,7 +25,7 @@ from steerable.engines.hf.routes import check_ids, check_length, is_bound, route
 from steerable.engines.hf.scoring import score_tokens
 from steerable.engines.hf.slots import ATTENTION
 from steerable.engines.memory import check_memory
-from steerable.engines.pool import is_small
+from steerable.engines.pool import default_rows
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.copies import private_copy
 from steerable.models.loading import stop_ids, unwrap_to_run
@@ -40,7 +40,8 @@ class TransformersEngine:
     Attributes:
         model: a transformers model, or what wraps one (PEFT, DistributedDataParallel, torch.compile, ...).
         tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them.
-        rows: sequences that are computed together; None: 128 for a small model on a CPU, else 64.
+        rows: sequences that are computed together; None: 64 on an accelerator, 8 to 192 on a CPU
+            (`pool.default_rows`).
 
     Example:
         >>> ids = tokenizer("2 + 2 =")["input_ids"]
@@ -74,15 +75,14 @@ class TransformersEngine:
             return []
         model = self._runnable()
         rows = self.rows
-        if rows is None:
-            rows = 128 if model_device(model).type == "cpu" and is_small(model) else 64
-        if max_new_tokens < 1 or rows < 1:
+        if max_new_tokens < 1 or (rows is not None and rows < 1):
             raise UsageError(f"max_new_tokens ({max_new_tokens}) and rows ({rows}) must be at least 1")
         if any(len(request.prompt_ids) == 0 for request in requests):
             raise UsageError("a prompt is empty: every request needs at least one token")
         check_ids(model, [request.prompt_ids for request in requests])
         longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
         check_length(model, longest)
+        rows = rows or default_rows(model, longest)
         longest -= 1  # the last new token is never fed
         way = route(model, longest)
         if way.name == "slots":
