@@ -10,6 +10,7 @@ import steerable as st
 from steerable.chains.generation import (
     Job,
     Prompting,
+    block_size,
     generate_chains,
     generate_jobs,
     prompt_ids,
@@ -157,3 +158,12 @@ def test_split(tokenizer, ids, finished, opened, expected):
     assert record["closed"] is closed
     assert record["tokens"] == len(ids)
     assert record["answer"].count("w") == answer - (ids.count(2) > 1)
+
+
+@pytest.mark.parametrize(
+    ("items", "block", "sizes"),
+    [(686, 1200, [343, 343]), (4300, 1200, [1075] * 4), (100, 600, [100]), (100, 40, [25] * 4), (7, 2, [2, 2, 2, 1])],
+)
+def test_pieces_of_work_are_of_one_size(items, block, sizes):
+    size = block_size(items, block)
+    assert [len(range(items)[i : i + size]) for i in range(0, items, size)] == sizes and max(sizes) <= block

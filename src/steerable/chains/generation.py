@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from steerable.steering.spec import Steering
 from steerable.steering.think import ThinkTags, render, think_tags_if_any
 from steerable.steering.vocabulary import with_first
 from steerable.store.errors import UsageError
+
+_FEW = 128  # chains that are one piece of work
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def generate_jobs(
             jobs differs by the steering alone.
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
         max_new_tokens: of a chain. rows: sequences that are computed together, as for the engine.
-        block: chains that one worker computes in one piece.
+        block: chains that one worker computes in one piece, at most.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
             model that `load` can find again by its name or folder. spread: what distributes the blocks.
         keep: a folder that takes every finished block at once and gives back those of an earlier call with the same
@@ -120,7 +123,8 @@ def generate_jobs(
     model = loaded.model
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
-    parts = [items[i : i + block] for i in range(0, len(items), block)]
+    size = block_size(len(items), block)
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(parts))]
     finished = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}
     # An earlier version kept chains without their ids.
@@ -153,6 +157,12 @@ def generate_jobs(
         for (number, _, _), chain in zip(part, finished[i], strict=True):
             chains[number].append({**chain, "strength": jobs[number].strength, "control": jobs[number].control})
     return chains
+
+
+def block_size(items: int, block: int) -> int:
+    """Chains in each of an even number of equal pieces: each piece ends with few rows, and a short last one has few from
+    its beginning, while another worker waits for it. A few chains are one piece."""
+    return items if items <= min(block, _FEW) else max(1, math.ceil(items / (2 * math.ceil(items / (2 * block)))))
 
 
 def _answer(
