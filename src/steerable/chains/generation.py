@@ -160,7 +160,7 @@ def generate_jobs(
 
 
 def block_size(items: int, block: int) -> int:
-    """Chains in each of an even number of equal pieces: each piece ends with few rows, and a short last one has few from
+    """Chains in each of an even number of equal pieces: a piece ends with few rows, and a short last one has few from
     its beginning, while another worker waits for it. A few chains are one piece."""
     return items if items <= min(block, _FEW) else max(1, math.ceil(items / (2 * math.ceil(items / (2 * block)))))
 
