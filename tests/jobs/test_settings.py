@@ -108,6 +108,13 @@ def test_quick_only_ever_makes_a_run_smaller():
     assert quick.quick() == quick
 
 
+def test_lengths_need_several_chains_of_a_task():
+    assert Config(annotator="length").quick().samples > 1
+    for settings in ({"samples": 1}, {"greedy": True}):
+        with pytest.raises(UsageError, match="give --samples 2 or more, and no --greedy"):
+            Config(annotator="length", **settings)
+
+
 def test_the_windows_are_those_of_the_library():
     for window in WINDOWS:
         assert Config(window=window).window == window

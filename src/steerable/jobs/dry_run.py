@@ -75,15 +75,16 @@ def estimate(run: Run) -> dict[str, Any]:
     patched = (
         min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
     )  # a patch is computed from its layer on
+    extracted = c.limit * len(c.extraction_samples)
     stages = [
-        written("generate", c.limit),
-        read("extract", c.limit),
+        written("generate", extracted),
+        read("extract", extracted),
         read("attribute", 3 * min(c.attributed, c.limit) * len(windows) + patched),
         written("select", validation, selecting),
         written("steer", chains, len(steered)),
         read("evaluate", 2 * min(c.compared, c.evaluation) * len(steered)),
     ]
-    annotated = c.limit + validation + chains
+    annotated = extracted + validation + chains
     asked = annotated * (len(instructions(c.label_texts or LABEL_TEXTS)) / 4 + length), annotated * length * _MARKS
     cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if c.is_judged and c.prices else None
     return {

@@ -148,6 +148,11 @@ def _why_no_span(config: Config, chains: int, silent: int, any_before_filter: bo
             f"the model wrote nothing in a think block in any of {chains} chains, so there is nothing to annotate: "
             "take a model that reasons in one (docs/real-models.md)"
         )
+    if config.annotator == "length":
+        return (
+            f"no task has a right chain that is much longer than another right one, in {chains} chains: give more "
+            "tasks or samples, or a model that samples"
+        )
     if any_before_filter:
         return f"no span in {chains} chains is as stable as --stability {config.stability:g} asks: lower it"
     without = f" ({silent} of them have no think block)" if silent else ""

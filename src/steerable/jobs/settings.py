@@ -232,6 +232,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
         _ = self.strengths, self.prices, self.chosen_layer, self.steered
+        if self.annotator == "length" and (self.samples < 2 or self.greedy):
+            raise UsageError(
+                "--annotator length compares several chains of each task: give --samples 2 or more, and no --greedy"
+            )
         return self
 
     @property
@@ -370,7 +374,7 @@ class Config(Settings):
             limit=min(self.limit, 80),
             validation=min(self.validation, 6),
             evaluation=min(self.evaluation, 12),
-            samples=1,
+            samples=len(self.extraction_samples),
             side_tasks=min(self.side_tasks, 6),
             side_samples=1,
             tried=1,
