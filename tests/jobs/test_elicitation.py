@@ -192,7 +192,7 @@ def test_a_killed_call_goes_on(place, arms, finished, tmp_path, monkeypatch):
             run(place, some, out)
     kept = next((out / ".partial").glob("lora-*"))
     blocks = sorted(kept.rglob("*.json*"))
-    assert len(blocks) == 10  # five of chains, five of nats
+    assert len(blocks) == 11  # six of chains, five of nats
     assert not (out / "passk.json").exists()
     (kept / "chains/2.jsonl").unlink()
     (kept / "nats/4.json").unlink()
@@ -201,7 +201,7 @@ def test_a_killed_call_goes_on(place, arms, finished, tmp_path, monkeypatch):
         killed.setattr(elicitation, "loops", dies)  # once more, now behind the work
         with pytest.raises(SteerableError, match="killed"):
             run(place, some, out)
-    assert {f: f.stat().st_mtime_ns for f in times} == times and len(list(kept.rglob("*.json*"))) == 10
+    assert {f: f.stat().st_mtime_ns for f in times} == times and len(list(kept.rglob("*.json*"))) == 11
     run(place, some, out)
     assert files(out) == whole
     assert not (out / ".partial").exists()

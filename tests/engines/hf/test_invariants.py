@@ -34,9 +34,9 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@register_map("squash")
+@register_map("crush")
 @dataclass(frozen=True)
-class Squash:
+class Crush:
     """As another package would add it."""
 
     limit: float = 1.0
@@ -45,8 +45,8 @@ class Squash:
         return self.limit * torch.tanh(x / self.limit)
 
 
-@register_gate("every")
-def every(tokens, n):
+@register_gate("nth")
+def nth(tokens, n):
     return tokens.position % n == 0
 
 
@@ -62,7 +62,7 @@ PHI = {
     "matrix": Affine(((0.5, 1.0), (-1.0, 0.25)), (0.1, 0.2)),
     "swap": Swap((0.7, -0.2)),
     "swap by position": Swap(((1.0, 2.0), (0.5, -0.5), (-1.0, 0.3), (0.2, 0.2))),
-    "squash": Squash(0.4),
+    "crush": Crush(0.4),
 }
 GATE = {
     "all": selectors.all,
@@ -70,7 +70,7 @@ GATE = {
     "when": when({BEFORE: draw(D, seed=5)}, ">", 0.0) & ~selectors.tokens(7),
     "probe here": probe({SITE: draw(D, seed=6)}, "<=", 0.4, bias=0.1),
 }
-GATE["every"] = parse_selector("every(2)")
+GATE["nth"] = parse_selector("nth(2)")
 
 
 def program(phi="shift", gate="all", rescale=False, strength=0.8, seed=1, schedule=ALWAYS):
@@ -108,7 +108,7 @@ def chosen_by_hand(gate, row, h, read):
     """Which tokens a gate of `GATE` means, from its definition. read: activations by site."""
     if gate == "all":
         return [True] * len(row)
-    if gate == "every":
+    if gate == "nth":
         return [t % 2 == 0 for t in range(len(row))]
     if gate == "tokens":
         opened = row.tolist().index(1)
@@ -145,7 +145,7 @@ def rows_by_hand(phi, c, t):
         case "swap by position":
             source = [(1.0, 2.0), (0.5, -0.5), (-1.0, 0.3), (0.2, 0.2)]
             return torch.tensor(source[t], dtype=c.dtype) if t < 4 else c
-        case "squash":
+        case "crush":
             return 0.4 * torch.tanh(c / 0.4)
     raise KeyError(phi)
 
@@ -479,14 +479,14 @@ def test_text_steers(tiny_llama, tmp_path):
 
 def test_additions_from_outside(tiny_llama, tmp_path):
     """A map and a gate that the package does not know, in a file, in text and in a batch."""
-    path = Direction({SITE: draw(2, D)}, map="squash(0.25)", gate="every(3)", behaviour="new").save(
+    path = Direction({SITE: draw(2, D)}, map="crush(0.25)", gate="nth(3)", behaviour="new").save(
         tmp_path / "new.safetensors"
     )
     direction = Direction.load(path)
-    assert (direction.map, direction.gate) == ("squash(0.25)", "every(3)") and direction.to_bytes() == path.read_bytes()
+    assert (direction.map, direction.gate) == ("crush(0.25)", "nth(3)") and direction.to_bytes() == path.read_bytes()
     with steer(tiny_llama, f'0.5 "{path}"') as handle:
         one = logits(tiny_llama, ROWS[0])
     assert handle.report()[str(SITE)]["tokens"] == 3
     with steer(tiny_llama, direction, strength=0.5):
         assert torch.equal(logits(tiny_llama, ROWS[0]), one)
-    assert MAPS["squash"] is Squash and GATES["every"] is every
+    assert MAPS["crush"] is Crush and GATES["nth"] is nth
