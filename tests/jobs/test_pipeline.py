@@ -139,7 +139,7 @@ def wait_until(condition, seconds=120):
 
 
 def assert_gone(group):
-    for _ in range(500):
+    for _ in range(3000):
         if not members(group):
             return
         time.sleep(0.02)
