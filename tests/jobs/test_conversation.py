@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -329,6 +330,15 @@ class Terminal:
         shown, _, self.unread = self.unread.partition(text)
         return shown + text
 
+    def interrupt(self, text):
+        """Ctrl-C until this text is shown: what arrives just before CPython's readline waits is noticed with the next
+        key only."""
+        for _ in range(30):
+            self.type("\x03")
+            with suppress(AssertionError):
+                return self.until(text, seconds=3)
+        raise AssertionError(self.unread)
+
 
 @pytest.mark.slow
 def test_a_conversation_on_a_terminal(pocket, tmp_path):
@@ -352,8 +362,9 @@ def test_a_conversation_on_a_terminal(pocket, tmp_path):
         terminal.type("\x03")
         terminal.until("not closed")
         terminal.until("> ")
-        terminal.type("half a line\x03")
-        terminal.until("Ctrl-D or /quit ends the conversation")
+        terminal.type("half a line")
+        terminal.until("half a line")
+        terminal.interrupt("Ctrl-D or /quit ends the conversation")
         terminal.until("> ")
         terminal.type("\x1b[A\x1b[A\n")  # the history: the line before the last
         terminal.until("the next answers: unsteered, steered")
