@@ -71,7 +71,15 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    if name == "Direction":
+        value.from_pairs = staticmethod(_from_pairs)
     return globals().setdefault(name, value)
+
+
+def _from_pairs(*arguments: Any, **options: Any) -> Direction:
+    """A direction from pairs of texts: `st.contrast`, which says what it takes, gives and refuses."""
+    direction: Direction = __getattr__("contrast")(*arguments, **options)
+    return direction
 
 
 def __dir__() -> list[str]:

@@ -103,6 +103,12 @@ def test_methods(tiny_llama, tokenizer):
         contrast(tiny_llama, tokenizer, POSITIVE, NEGATIVE, method=lambda a, b: a, **about)
 
 
+def test_from_pairs_is_contrast(tiny_llama, tokenizer):
+    about = {"layers": 1, "budget": None}
+    made = st.Direction.from_pairs(tiny_llama, tokenizer, POSITIVE, NEGATIVE, **about)
+    assert made == contrast(tiny_llama, tokenizer, POSITIVE, NEGATIVE, **about) and st.Direction is Direction
+
+
 def test_chats(tiny_llama, tokenizer):
     """Rendered by the template, with a generation prompt behind a user's message alone."""
     user = {"role": "user", "content": "w1 w2 w3 w4 w5"}

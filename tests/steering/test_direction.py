@@ -408,3 +408,19 @@ def test_repr_is_one_line():
     assert repr(Direction({A: torch.ones(6)})) == (
         "Direction(no behaviour, no method, no model: resid_post.2, raw, strength 1)"
     )
+
+
+def test_plot():
+    """What is drawn are the doses, or the norms where no activation's is known, and the separation of more layers."""
+    from matplotlib import pyplot
+
+    direction = make(stats={"separation": {"resid_post.1": -0.5, "resid_post.2": 1.5, "resid_post.10": 1.0}})
+    ax = direction.plot()
+    assert ax.lines[0].get_xydata().tolist() == [[s.layer, dose] for s, dose in direction.dose(1).items()]
+    (twin,) = (other for other in ax.figure.axes if other is not ax)
+    assert twin.lines[0].get_xydata().tolist() == [[1, -0.5], [2, 1.5], [10, 1.0]] and twin.get_ylim()[0] == -0.5
+    assert ax.get_xlabel() == "layer" and ax.get_title() == "backtracking" and ax.get_ylabel().startswith("relative")
+    unknown = Direction({A: torch.full((4,), 2.0), Site("attn_out", 2): torch.ones(4)})
+    assert unknown.plot(twin) is twin  # onto axes that are there
+    assert [line.get_ydata().tolist() for line in twin.lines[-2:]] == [[2.0], [4.0]] and len(ax.figure.axes) == 2
+    pyplot.close("all")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from steerable.steering.spec import Intervention, Program, Source, gate_from_jso
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
 from steerable.store.text import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMAT, VERSION = "steerable.direction", "2"
 UNITS = ("raw", "mean activation", "calibrated")
@@ -54,6 +57,7 @@ class Direction:
         unit: what strength 1 is: "raw", the vector as its method made it; "mean activation", a vector with the norm of
             the mean activation; "calibrated", the dose at which a budget that `stats` states is reached.
         stats: anything JSON can hold.
+        from_pairs: `st.contrast` as a constructor: `st.Direction.from_pairs(model, tokenizer, positive, negative)`.
 
     Example:
         >>> direction = st.Direction({st.Site("resid_post", 3): torch.ones(192)}, gate="thinking", strength=0.5)
@@ -79,6 +83,8 @@ class Direction:
     data_sha256: str = ""
     created_by: str = ""
     licence: str = ""
+    # How directions are made is nothing that this room knows: the package's `__init__`, above all rooms, puts it here.
+    from_pairs: ClassVar[Callable[..., Direction]]
 
     def __post_init__(self) -> None:
         if odd := [site for site in (*self.vectors, *self.norms) if not isinstance(site, Site)]:
@@ -275,6 +281,41 @@ class Direction:
                 raise UsageError(f"the vectors at {site} differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
         return {site: float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-300)) for site, (a, b) in pairs.items()}
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the length of the vectors by layer; and how well held-out pairs were told apart, where `stats` say so.
+
+        Args:
+            ax: matplotlib's axes to draw on; None makes a figure.
+
+        Returns:
+            The axes, with the lengths ||v||, as shares of the activations' mean ||h|| where `norms` has it. d' of every layer that `st.contrast` looked at is drawn on a second vertical axis.
+
+        Raises:
+            UsageError: matplotlib is not installed.
+
+        Example:
+            >>> direction.plot().get_xlabel()
+            'layer'
+        """
+        try:
+            from matplotlib import pyplot
+            from matplotlib.ticker import MaxNLocator
+        except ImportError as error:
+            raise UsageError("plot draws with matplotlib, which is not installed: pip install matplotlib") from error
+        if ax is None:
+            _, ax = pyplot.subplots(layout="constrained")
+        lengths = self.dose(1)
+        label = "relative dose ||v|| / ||h||"
+        if set(lengths) != set(self.vectors):
+            lengths, label = {site: float(v.double().norm()) for site, v in self.vectors.items()}, "norm ||v||"
+        separation = {Site.parse(name): score for name, score in self.stats.get("separation", {}).items()}
+        _by_layer(ax, lengths, label, "o-", "C0")
+        if separation:
+            _by_layer(ax.twinx(), separation, "held-out separation d'", "s--", "C1")
+        ax.set(xlabel="layer", title=self.behaviour or self.method)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return ax
+
     def _with(self, vectors: dict[Site, Tensor]) -> Direction:
         return replace(self, vectors=vectors, norms=dict(self.norms), stats=dict(self.stats))
 
@@ -333,6 +374,15 @@ class Direction:
         except (UsageError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             why = one_line(str(error), 400)
             raise SteerableError(f"{path} is not a sound direction file: {why}") from error
+
+
+def _by_layer(ax: Axes, values: Mapping[Site, float], label: str, style: str, colour: str) -> None:
+    """A line a kind of site, over the layers, from zero."""
+    for kind in dict.fromkeys(site.kind for site in values):
+        rows = [(site.layer, value) for site, value in values.items() if site.kind == kind]
+        ax.plot(*zip(*rows, strict=True), style, color=colour, label=kind)
+    ax.set_ylabel(label, color=colour)
+    ax.set_ylim(bottom=min(0.0, *values.values()))
 
 
 def _fields(meta: dict[str, str]) -> dict[str, Any]:
