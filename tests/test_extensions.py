@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import steerable as st
+from steerable.methods.text_pairs import ESTIMATORS
 
 PACKAGE = '''
 from dataclasses import dataclass
@@ -100,6 +101,17 @@ def test_steer(bolted_on):
     torch.testing.assert_close(steered[rows], expected[rows], atol=1e-4, rtol=1e-4)
     assert torch.equal(steered[~rows], h[~rows])
     assert handle.report().steering == "0.5 push.safetensors"
+
+
+def test_contrast(bolted_on, steerable):
+    pairs = [{"positive": f"Wait, maybe {i} is wrong.", "negative": f"So {i} is right."} for i in range(3)]
+    (bolted_on / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = ["pairs.jsonl", "--layers", "3", "--budget", "0.05", "--out", "v.safetensors"]
+    said = steerable("contrast", *options, "--method", "bolted_on:medians")
+    assert said.code == 0 and st.Direction.load("v.safetensors").method == "medians", said.err
+    said = steerable("contrast", *options, "--method", "magic")
+    assert said.code == 2 and "--method is 'magic'" in said.err and "difference_of_means, pca or module:f" in said.err
+    assert all(name in steerable("contrast", "--help").out for name in (*ESTIMATORS, "module:function"))
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from steerable.jobs.conversation import answer
 from steerable.jobs.dialogue import Dialogue, read_part
 from steerable.jobs.panels import Screen
 from steerable.methods.personas import check_persona, persona_pairs
-from steerable.methods.text_pairs import contrast
+from steerable.methods.text_pairs import ESTIMATORS, contrast
 from steerable.models import loading as models
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target
+from steerable.store.plugins import function_at
 from steerable.store.text import one_line
 
 
@@ -60,7 +61,7 @@ def contrast_file(
         opposite: The kind of person at strength -1, e.g. sad.
         prompts: How many questions are asked of a persona.
         behaviour: What the direction does; default: the persona, or the file's name.
-        method: difference_of_means or pca.
+        method: difference_of_means, pca, or module:function of your own, two groups of activations -> Direction.
         layers: Layers, e.g. 12,13; default: the band that tells held-out pairs apart best.
         site: The kind of site.
         where: Tokens of a text that are read.
@@ -76,7 +77,7 @@ def contrast_file(
         as `chat` at several strengths gives them, or null.
 
     Raises:
-        UsageError: neither pairs nor a persona, or a file that is none, before the model is loaded. SteerableError: the
+        UsageError: neither pairs nor a persona, a file or a method that is none, before the model is loaded. SteerableError: the
             budget is not reached. Nothing is written then.
 
     Example:
@@ -97,6 +98,8 @@ def contrast_file(
     if pairs is not None and file_target(out) == file_target(pairs):
         raise UsageError(f"--out is the file of pairs, {pairs}: name another file")
     file_target(out)
+    names = f"{', '.join(ESTIMATORS)} or module:function, (positive, negative activations) -> Direction"
+    estimator = ESTIMATORS.get(method) or function_at(method, "--method", names)
     chosen = parse_layers(layers)
     sides: Any = None if pairs is None else read_pairs(pairs)
     if persona is not None and opposite is not None:
@@ -108,7 +111,7 @@ def contrast_file(
     direction = contrast(
         *loaded,
         *sides,
-        method=method,
+        method=estimator,
         layers=chosen,
         site=site,
         where=where,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from steerable.chains.annotators.cue_files import LABEL_SETS, read_cues, read_la
 from steerable.chains.records import is_label
 from steerable.chains.windows import WINDOWS
 from steerable.store.errors import UsageError
+from steerable.store.plugins import function_at
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
 ANNOTATORS = {
@@ -329,35 +327,20 @@ class Config(Settings):
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        choices = f"{', '.join(ANNOTATORS)}, length, llm, llm:FILE, cues:FILE, probe:FILE or module:function"
-        return self._imported("annotator", ANNOTATORS, choices, "chain -> spans")
+        names = f"{', '.join(ANNOTATORS)}, length, llm, llm:FILE, cues:FILE, probe:FILE"
+        if self.annotator not in ANNOTATORS:
+            self.check_own("annotator")
+        path = ANNOTATORS.get(self.annotator, self.annotator)
+        return function_at(path, "--annotator", f"{names} or module:function, chain -> spans")
 
     @property
     def estimate(self) -> Callable[..., Any] | None:
         """The estimator as a function of two groups of activations; None for the difference of means."""
         if self.estimator == DIFFERENCE:
             return None
-        return self._imported(
-            "estimator", {}, f"{DIFFERENCE} or module:function", "(positive, negative activations) -> Direction"
-        )
-
-    def _imported(self, setting: str, known_as: Mapping[str, str], choices: str, kind: str) -> Callable[..., Any]:
-        """The function that a setting names; a module of one's own may lie in the working folder."""
-        value = getattr(self, setting)
-        if value not in known_as:
-            self.check_own(setting)
-            if (here := os.getcwd()) not in sys.path:
-                sys.path.append(here)
-        module, _, name = known_as.get(value, value).partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # somebody else's module: importing it may raise anything
-            raise UsageError(
-                f"{flag(setting)} is {value!r}, which cannot be imported ({error}): expected {choices}"
-            ) from None
-        if not callable(function):
-            raise UsageError(f"{flag(setting)} is {value!r}, which is no function: expected {kind}")
-        return function  # type: ignore[no-any-return]
+        self.check_own("estimator")
+        choices = f"{DIFFERENCE} or module:function, (positive, negative activations) -> Direction"
+        return function_at(self.estimator, "--estimator", choices)
 
     def check_own(self, name: str) -> None:
         """Raises UsageError for a setting that could run code, or be sent a key, and that only a file asks for."""
