@@ -77,8 +77,8 @@ def contrast_file(
         as `chat` at several strengths gives them, or null.
 
     Raises:
-        UsageError: neither pairs nor a persona, a file or a method that is none, before the model is loaded. SteerableError: the
-            budget is not reached. Nothing is written then.
+        UsageError: neither pairs nor a persona, a file or a method that is none, before the model is loaded.
+        SteerableError: the budget is not reached. Nothing is written then.
 
     Example:
         >>> contrast_file(persona="happy", opposite="sad", model="smol", out="happy.safetensors", ask="How are you?")

@@ -288,7 +288,8 @@ class Direction:
             ax: matplotlib's axes to draw on; None makes a figure.
 
         Returns:
-            The axes, with the lengths ||v||, as shares of the activations' mean ||h|| where `norms` has it. d' of every layer that `st.contrast` looked at is drawn on a second vertical axis.
+            The axes, with the lengths ||v||, as shares of the activations' mean ||h|| where `norms` has it. d' of every
+            layer that `st.contrast` looked at is drawn on a second vertical axis.
 
         Raises:
             UsageError: matplotlib is not installed.
