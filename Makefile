@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.steerable-ready
 OUT ?= runs/pocket
 WORKERS ?= 2
-CHECKED := src tests $(wildcard benchmarks)
+CHECKED := src tests examples $(wildcard benchmarks)
 
 help:
 	@sed -n '/^# make/s/^# //p' $(firstword $(MAKEFILE_LIST))

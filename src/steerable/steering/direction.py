@@ -383,7 +383,9 @@ def _by_layer(ax: Axes, values: Mapping[Site, float], label: str, style: str, co
         rows = [(site.layer, value) for site, value in values.items() if site.kind == kind]
         ax.plot(*zip(*rows, strict=True), style, color=colour, label=kind)
     ax.set_ylabel(label, color=colour)
-    ax.set_ylim(bottom=min(0.0, *values.values()))
+    lowest, highest = min(0.0, *values.values()), max(0.0, *values.values())
+    margin = (highest - lowest or 1.0) / 20
+    ax.set_ylim(lowest - margin * (lowest < 0), highest + margin)
 
 
 def _fields(meta: dict[str, str]) -> dict[str, Any]:
