@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,31 @@ def test_what_lies_in_the_folder(run):
     assert direction.stats["training"]["steps"] == 3
     splits = [task["split"] for task in read_jsonl(run / "tasks.jsonl", "task")]
     assert (splits.count("train"), splits.count("evaluation")) == (12, 4)
+
+
+@pytest.mark.slow
+def test_labels_of_ones_own(run, tmp_path):
+    """Another annotator labels the chains that are there; its labels are the report's and the page's."""
+    copy_of = shutil.copytree(run, tmp_path / "run")
+    cues = {"labels": {"doubt": {"contains": ["wait", "maybe", "perhaps"]}}, "otherwise": "step"}
+    (tmp_path / "cues.json").write_text(json.dumps(cues))
+    train_rl(copy_of, workers=1, **SMALL, annotator=f"cues:{tmp_path / 'cues.json'}")
+    report = read_json(copy_of / "report.json")
+    arms = [report["base"], report["bias"], *report["controls"].values(), report["difference"]]
+    assert {tuple(arm[d]["fractions"]) for arm in arms for d in ("greedy", "sampled")} == {("step", "doubt")}
+    assert report["base"]["sampled"]["fractions"]["step"][0] > 0.2 and ">step<" in (copy_of / "report.html").read_text()
+    for name in ("base-sampled", "bias-greedy"):
+        assert (copy_of / f"chains/{name}.jsonl").stat().st_mtime_ns == (
+            run / f"chains/{name}.jsonl"
+        ).stat().st_mtime_ns
+
+
+def test_an_annotator_that_is_none(steerable, tmp_path):
+    said = steerable("train", "rl", "--out", tmp_path / "run", "--annotator", "nobody")
+    assert said.code == 2 and "--annotator is 'nobody'" in said.err and "none or module:function" in said.err
+    (tmp_path / "recipe.json").write_text('{"annotator": "os:system"}')
+    with pytest.raises(UsageError, match="asks for the annotator os:system, which no file may"):
+        read_recipe(str(tmp_path / "recipe.json"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -166,6 +167,18 @@ def test_what_was_not_measured_is_said():
     assert "A control: rewards were drawn by lot." in said
     few = words_of(render({**REPORT, "examples": None}, []))  # then the curves are those that report.json keeps
     assert "One task, two answers" not in few and "Right answers" in few
+
+
+def test_labels_are_the_annotators():
+    """Any names, in the order of the report, each with the same colour in its panel and in the chains."""
+    report = json.loads(json.dumps(REPORT).replace(LABELS[0], "reflection").replace(LABELS[5], "transition"))
+    for cell in (report[arm][d]["fractions"] for arm in ("base", "bias") for d in ("greedy", "sampled")):
+        for label in LABELS[1:5]:
+            del cell[label]
+    page = render(report, LOG)
+    assert "amplified: transition (×1.6); reduced: reflection (×0.75)." in words_of(page)
+    assert page.count('role="img"') == 2 + 8 + 1 + 2
+    assert page.count("vector hue-2") == page.count("vector hue-3") > 0 == page.count("vector hue-0")
 
 
 def test_no_ratio_to_a_share_that_may_be_zero():

@@ -4,7 +4,7 @@ the user's own. All of them keep the same promises, which are checked here."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from steerable.chains.annotators.stability import stable
 from steerable.chains.endpoint import Endpoint
 from steerable.chains.records import LABELS, Record, is_label, read_jsonl
 from steerable.jobs.run import open_run
-from steerable.jobs.settings import ANNOTATORS, Config
+from steerable.jobs.settings import ANNOTATORS, Annotator, Config
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -82,24 +82,33 @@ def annotate(
 
 
 def labels_of(config: Config) -> tuple[str, ...] | None:
-    """The labels that the annotator may give, in order; None where it may give any.
-
-    A function of the user's own says them by an attribute `labels`.
-    """
+    """The labels that the annotator may give, in order; None where it may give any."""
     if config.probe is not None:
         return probes.Probe.load(config.probe).labels
     if (texts := config.label_texts) is not None:
         return tuple(texts)
     if config.annotator == "length":
         return length.LABELS
-    if config.annotate is None or config.annotator in ANNOTATORS:
-        return LABELS
-    labels = getattr(config.annotate, "labels", None)
+    return LABELS if config.annotate is None else labels_of_function(config.annotator, config.annotate)
+
+
+def labels_of_function(name: str, annotator: Annotator) -> tuple[str, ...] | None:
+    """The same for a plain function, which says its labels by an attribute `labels`."""
+    labels = LABELS if name in ANNOTATORS else getattr(annotator, "labels", None)
     if labels is not None and not (labels and all(map(is_label, labels))):
-        raise UsageError(
-            f"the annotator {config.annotator!r} has labels {labels!r}: expected letters, digits, '-' and '_' in each"
-        )
+        raise UsageError(f"the annotator {name!r} has labels {labels!r}: expected letters, digits, '-' and '_' in each")
     return None if labels is None else tuple(labels)
+
+
+def labels_among(declared: Sequence[str] | None, given: Collection[str]) -> list[str]:
+    """The labels of a report: those declared; else the paper's where no other was given, else all that were."""
+    return list(declared or (LABELS if set(given) <= set(LABELS) else sorted(set(given))))
+
+
+def annotate_by(name: str, annotator: Annotator, chains: Iterable[Record]) -> Spans:
+    """The spans of all chains by a plain function. Raises SteerableError where it fails or gives an unsound span."""
+    labels = labels_of_function(name, annotator)
+    return [_checked(name, labels, chain, span) for chain in chains for span in _call(name, annotator, chain)]
 
 
 def endpoint(config: Config) -> Endpoint:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 
 from steerable.chains.annotators.length import reference_length
-from steerable.chains.records import LABELS, read_jsonl, write_jsonl
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits, unmet
 from steerable.chains.windows import AlignedChain
 from steerable.engines.pool import default_threads, torch_threads
@@ -107,7 +107,7 @@ def annotate(run: Run, partial: Path) -> None:
         stable = annotation.keep_stable(*source, spans, continuations=drawn, display=run.display)
     flat = [span for some in stable for span in some or ()]
     counts = Counter(span["label"] for span in flat)
-    labels = annotation.labels_of(run.config) or (LABELS if set(counts) <= set(LABELS) else sorted(counts))
+    labels = annotation.labels_among(annotation.labels_of(run.config), counts)
     annotated = sum(map(bool, spans))
     silent = sum(not chain["thinking"].strip() for chain in chains)
     if not flat:

@@ -45,6 +45,25 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def label_file(annotator: str) -> Path | None:
+    """The file that an annotator reads: a probe, cue words, or labels for a language model."""
+    kind, _, path = annotator.partition(":")
+    if kind == "cues" and (shipped := LABEL_SETS / f"{Path(path).name}.json").is_file():
+        return shipped
+    return Path(path) if kind in ("probe", "cues", "llm") and path else None
+
+
+def plain_annotator(annotator: str, others: str) -> Annotator:
+    """The annotator that is a plain function, `chain -> spans`, by its name, `cues:FILE` or `module:function`.
+
+    others: what the setting could be besides. Raises UsageError for a file or a function that cannot be used.
+    """
+    if annotator.startswith("cues:") and (file := label_file(annotator)) is not None:
+        return read_cues(file)
+    names = f"{', '.join(ANNOTATORS)}, cues:FILE, {others} or module:function, chain -> spans"
+    return function_at(ANNOTATORS.get(annotator, annotator), "--annotator", names)
+
+
 class Settings(BaseModel):
     """Base of every table of settings: frozen, strict about types, closed to unknown names.
 
@@ -295,11 +314,8 @@ class Config(Settings):
 
     @property
     def annotator_file(self) -> Path | None:
-        """The file that the annotator reads: a probe, cue words, or labels for a language model."""
-        kind, _, path = self.annotator.partition(":")
-        if kind == "cues" and (shipped := LABEL_SETS / f"{Path(path).name}.json").is_file():
-            return shipped
-        return Path(path) if kind in ("probe", "cues", "llm") and path else None
+        """The file that the annotator reads, as `label_file`."""
+        return label_file(self.annotator)
 
     @property
     def probe(self) -> Path | None:
@@ -319,19 +335,15 @@ class Config(Settings):
     @property
     def annotate(self) -> Annotator | None:
         """The annotator as a function `chain -> spans`, None where it is none."""
-        if self.annotator.startswith("cues:") and (file := self.annotator_file) is not None:
-            return read_cues(file)
         if self.annotator == "length" or self.is_judged:
             return None
         if (file := self.probe) is not None:
             if not file.is_file():
                 raise UsageError(f"--annotator is {self.annotator!r}, but there is no such file: see `steerable probe`")
             return None
-        names = f"{', '.join(ANNOTATORS)}, length, llm, llm:FILE, cues:FILE, probe:FILE"
-        if self.annotator not in ANNOTATORS:
+        if self.annotator not in ANNOTATORS and self.annotator_file is None:
             self.check_own("annotator")
-        path = ANNOTATORS.get(self.annotator, self.annotator)
-        return function_at(path, "--annotator", f"{names} or module:function, chain -> spans")
+        return plain_annotator(self.annotator, "length, llm, llm:FILE, probe:FILE")
 
     @property
     def estimate(self) -> Callable[..., Any] | None:

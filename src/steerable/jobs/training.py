@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from steerable.engines.sampling import Decoding, warn_if_endless
 from steerable.evals.cells import differences, measure_cell
 from steerable.evals.metrics import Measured, measure
 from steerable.jobs import arms
+from steerable.jobs.annotation import annotate_by, labels_among, labels_of_function
 from steerable.jobs.arms import BASE, Arm
 from steerable.jobs.lens_job import stamped_lens
 from steerable.jobs.training_settings import MODEL, TrainSettings
@@ -57,7 +58,7 @@ CONTROLS = ("shuffled", "random", "prefix")
 """
 _VECTORS = artefact("bias")
 _UNTRACKED = "evaluation samples controls annotator test save_every launcher accelerate_config vllm_url vllm_memory"
-_JUDGED = f"{MODEL} system template max_new_tokens temperature seed samples annotator rows"
+_JUDGED = f"{MODEL} system template max_new_tokens temperature seed samples rows"
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Training:
             (arm, () if arm.kind == "base" else (trained,), ())
             for arm in arms.find_arms(s.model, {s.method: self.folder / trained})
         ]
-        if s.method == "bias" and s.controls:
+        if self.controls:
             files = [f"controls/{name}" for name in ("shuffled.safetensors", "random.safetensors", "prefix.json")]
             self.stage("controls", [trained], "seed", files, lambda _: self._make_controls())
             token = read_json(self.folder / "controls/prefix.json")["id"]
@@ -193,14 +194,40 @@ class Training:
         content = {"id": token, "token": self.loaded.tokenizer.decode([token])}
         write_json(self.folder / "controls/prefix.json", content)
 
+    @cached_property
+    def spans(self) -> dict[str, list[Record]] | None:
+        """The labelled spans of everything that was judged, by the file of its chains; None: nobody labels."""
+        name, annotator = self.settings.annotator, self.settings.annotate
+        files = [chains_of(arm, d) for arm in (BASE, self.settings.method, *self.controls) for d in DECODINGS]
+        if annotator is None:
+            return None
+        return {file: annotate_by(name, annotator, read_jsonl(self.folder / file, "chain")) for file in files}
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The annotator's labels."""
+        declared = None if (a := self.settings.annotate) is None else labels_of_function(self.settings.annotator, a)
+        return labels_among(declared, {span["label"] for spans in (self.spans or {}).values() for span in spans})
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The names of the controls that are judged."""
+        return CONTROLS if self.settings.method == "bias" and self.settings.controls else ()
+
     def measured(self, arm: str) -> dict[str, list[Measured]]:
         """What the chains of one arm show, by decoding."""
-        annotate, result = self.settings.annotate, {}
+        result = {}
         for decoding in DECODINGS:
-            chains = read_jsonl(self.folder / chains_of(arm, decoding), "chain")
-            spans = [span for chain in chains for span in annotate(chain)] if annotate else None
-            result[decoding] = measure(self.tasks("evaluation"), chains, spans, self.loaded.tokenizer)
+            chains = read_jsonl(self.folder / (file := chains_of(arm, decoding)), "chain")
+            spans = None if self.spans is None else self.spans[file]
+            result[decoding] = measure(self.tasks("evaluation"), chains, spans, self.loaded.tokenizer, self.labels)
         return result
+
+    def _cells(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
+        return {d: measure_cell(measured[d], self.settings.seed, self.labels) for d in DECODINGS}
+
+    def _differences(self, a: dict[str, list[Measured]], b: dict[str, list[Measured]]) -> dict[str, Any]:
+        return {d: differences(a[d], b[d], self.settings.seed, self.labels) for d in DECODINGS}
 
     # The report
 
@@ -208,18 +235,18 @@ class Training:
         """The content of report.json (docs/training.md)."""
         s, model, training = self.settings, self.loaded.model, read_json(self.folder / "training.json")
         base, trained = self.measured(BASE), self.measured(s.method)
-        result = {BASE: _cells(base, s.seed), s.method: _cells(trained, s.seed)}
+        result = {BASE: self._cells(base), s.method: self._cells(trained)}
         result[s.method]["trainable_parameters"] = training["trainable_parameters"]
-        if s.method == "bias" and s.controls:
+        if self.controls:
             result["controls"] = {}
-            for name in CONTROLS:
+            for name in self.controls:
                 control = self.measured(name)
-                gap = _differences(trained, control, s.seed)
-                result["controls"][name] = _cells(control, s.seed) | {"difference": gap}
+                gap = self._differences(trained, control)
+                result["controls"][name] = self._cells(control) | {"difference": gap}
             result["controls"]["prefix"]["token"] = read_json(self.folder / "controls/prefix.json")["token"]
         packages = ("steerable", "torch", "transformers", "trl", "peft", "accelerate")
         return result | {
-            "difference": _differences(trained, base, s.seed),
+            "difference": self._differences(trained, base),
             "examples": examples(base["greedy"], trained["greedy"]),
             "training": training,
             "config": s.to_dict(),
@@ -275,6 +302,8 @@ def check(settings: TrainSettings, loaded: Loaded) -> None:
     """Refuse what this model cannot be trained with, before anything is written. Raises UsageError."""
     if missing := [name for name in ("trl", "peft", "datasets") if importlib.util.find_spec(name) is None]:
         raise UsageError(f"training needs {' and '.join(missing)}: pip install 'steerable[train]'")
+    if (annotator := settings.annotate) is not None:
+        labels_of_function(settings.annotator, annotator)
     if settings.method in ("bias", "adaptive", "lora"):
         chosen = places(loaded.model, settings.chosen_layers, settings.after)
         for place in chosen:
@@ -384,11 +413,3 @@ def _key(root: Path, s: TrainSettings) -> str:
     settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
     tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
     return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
-
-
-def _cells(measured: dict[str, list[Measured]], seed: int) -> dict[str, Any]:
-    return {decoding: measure_cell(measured[decoding], seed) for decoding in DECODINGS}
-
-
-def _differences(a: dict[str, list[Measured]], b: dict[str, list[Measured]], seed: int) -> dict[str, Any]:
-    return {decoding: differences(a[decoding], b[decoding], seed) for decoding in DECODINGS}

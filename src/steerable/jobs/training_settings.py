@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from steerable.jobs.settings import ANNOTATORS, LARGEST_SEED, Annotator, Settings
+from steerable.jobs.settings import ANNOTATORS, LARGEST_SEED, Annotator, Settings, label_file, plain_annotator
 from steerable.methods.train import Method
 from steerable.store.errors import UsageError
 from steerable.store.files import refuse_stand_in
@@ -84,8 +84,10 @@ class TrainSettings(Settings):
         False, description="Compute activations again in the backward pass: slower, in less memory."
     )
     save_every: int = Field(10, ge=1, description="Steps between checkpoints.")
-    annotator: Literal["auto", "pocket", "keywords", "none"] = Field(
-        "auto", description="Labels behaviours before and after: pocket, keywords or none; auto: by model."
+    annotator: str = Field(
+        "auto",
+        description="Labels behaviours before and after: pocket, keywords, cues:FILE (or cues:seal), module:function "
+        "of your own, or none; auto: pocket for the bundled model, else keywords.",
     )
     controls: bool = Field(
         True,
@@ -131,11 +133,8 @@ class TrainSettings(Settings):
 
     @property
     def annotate(self) -> Annotator | None:
-        """The annotator as a function `chain -> spans`."""
-        if self.annotator == "none":
-            return None
-        module, _, name = ANNOTATORS[self.annotator].partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        """The annotator as a function `chain -> spans`. Raises UsageError for one that cannot be used."""
+        return None if self.annotator == "none" else plain_annotator(self.annotator, "none")
 
 
 class RLSettings(TrainSettings):
@@ -241,4 +240,10 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise UsageError(f"{name} holds no settings: expected a JSON object of them")
         if recipe.get("trust_remote_code"):
             raise UsageError(f"{name} asks for trust_remote_code, which no file may: give the option yourself")
+        if isinstance(annotator := recipe.get("annotator", "auto"), str) and _is_code(annotator):
+            raise UsageError(f"{name} asks for the annotator {annotator}, which no file may: give the option yourself")
     return {key: value for key, value in recipe.items() if key != "about"}
+
+
+def _is_code(annotator: str) -> bool:
+    return annotator not in ("auto", "none", *ANNOTATORS) and label_file(annotator) is None

@@ -47,9 +47,11 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
         lens: The content of lens.json.
     """
     config, training = report["config"], report.get("training") or {}
-    labels = [label for label in words.SHORT if _read(report, "base", "sampled", f"fractions.{label}")]
+    fractions = ((report.get("base") or {}).get("sampled") or {}).get("fractions") or {}
+    labels = words.ordered(label for label in fractions if Interval.of(fractions[label]))
     examples = report.get("examples") or []
     spoken = words.ordered(labels_in(examples, _CHAINS))
+    order = words.ordered([*labels, *spoken])
     seconds = training.get("seconds_per_step") or {}
     parts = sorted(seconds, key=lambda name: [*PARTS, name].index(name))
     return render_template(
@@ -65,15 +67,15 @@ def render(report: Report, log: Rows = (), lens: Mapping[str, Any] | None = None
         interval_at=_interval_at,
         metrics=metrics_of(report, (report.get("base") or {}).values()),
         labels=labels,
-        behaviours=[_behaviour(report, label) for label in labels],
+        behaviours=[_behaviour(report, label, words.hue(label, order)) for label in labels],
         amplified=_amplified(report, labels),
         log=log,
         logged=_logged(log or _rows(training)),
         time=[(name, seconds[name] / sum(seconds.values())) for name in parts if sum(seconds.values())],
         parts=PARTS,
         lens=lens_section(lens) if lens else None,
-        examples=[(example, columns(example, _CHAINS, list(words.SHORT))) for example in examples],
-        hues={label: words.hue(label, spoken) for label in spoken},
+        examples=[(example, columns(example, _CHAINS, order)) for example in examples],
+        hues={label: words.hue(label, order) for label in spoken},
     )
 
 
@@ -137,12 +139,12 @@ def _trained(report: Report) -> str:
     }.get(config["method"], str(config["method"]))
 
 
-def _behaviour(report: Report, label: str) -> Panel:
+def _behaviour(report: Report, label: str, hue: str) -> Panel:
     """Fraction of one behaviour before and after, by both decodings; every panel has its own scale."""
     groups, highest = [], [0.0]
     for decoding in DECODINGS:
         members = []
-        for arm, name, css in (("base", "before", "unsteered"), ("trained", "after", f"vector {words.hue(label)}")):
+        for arm, name, css in (("base", "before", "unsteered"), ("trained", "after", f"vector {hue}")):
             if read := _read(report, arm, decoding, f"fractions.{label}"):
                 tip = f"{decoding}, {name}: {words.with_interval(read, 'share')}"
                 members.append((css, Point(0, *read, tip)))
@@ -150,7 +152,7 @@ def _behaviour(report: Report, label: str) -> Panel:
         groups.append((decoding, _ratio(report, decoding, label), members))
     name = words.short(label)
     figure = bars(groups, share_scale(highest), label=f"Fraction of {name} tokens, before and after")
-    return Panel(name, figure, hue=words.hue(label))
+    return Panel(name, figure, hue=hue)
 
 
 def _ratio(report: Report, decoding: str, label: str, instead: str = "–") -> str:
