@@ -1,8 +1,8 @@
 """One meaning of strength: the relative dose at which a steered model has moved by a stated KL divergence.
 
 A vector's length says little: the same factor is nothing in one model and babble in another. What a reader notices is
-how far the next-token distributions have moved, so that is what strength 1 fixes. n layers share the budget, at one
-relative dose ||s v|| / ||h||.
+how far the next-token distributions have moved, so that is what strength 1 fixes, in the direction of either sign that
+moves the model further. n layers share the budget, at one relative dose ||s v|| / ||h||.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 #: Nats a token. On SmolLM2-135M-Instruct, at 10 of 30 layers, +1 then is plainly another manner and still fluent:
 #: "I'd love to spend my hour with my family and friends" at 0.5; at 0.3 it is fainter, and from 1 on sense suffers.
 BUDGET = 0.5
-TOLERANCE = 0.01  # of the budget
+TOLERANCE = 0.02  # of the budget
 _ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
 _MAX_LOGITS = 2**26  # held at a time, of all passes together
 _REPLIES, _LENGTH = 8, 40
@@ -54,10 +54,8 @@ def calibrate(
     """Give a direction the length at which strength 1 moves the model by a KL divergence of `budget` nats a token.
 
     All sites get the same relative dose ||v|| / ||h||, where ||h|| is the mean over the texts' ordinary tokens
-    (attention sinks left out). It is the smallest found, on a grid and then by the secant of log KL over log dose, at
-    which the mean of KL(steered || unsteered) over the texts' tokens is the budget, to 1 %. Both models read the same
-    tokens, with the direction's own gate and schedule. A control with the same norms (`Direction.random_like`) has the
-    same dose.
+    (attention sinks left out): the smallest that `search` finds, with the direction's own gate and schedule. A control
+    with the same norms (`Direction.random_like`) has the same dose.
 
     Args:
         model: a transformers model, or what wraps one.
@@ -72,8 +70,7 @@ def calibrate(
 
     Returns:
         The direction with other lengths, strength 1 and unit "calibrated". Its `norms` are those that the dose refers
-        to, and its `stats["calibration"]` holds budget, the kl that was reached, dose, kl_reversed (at strength -1),
-        the number of tokens and texts_sha256.
+        to, and its `stats["calibration"]` is what `search` returns.
 
     Raises:
         UsageError: a budget that is not positive, no texts, or a direction whose map is not a shift.
@@ -105,27 +102,68 @@ def calibrate(
             SteerableWarning,
             stacklevel=2,
         )
-    rows = [[*text.prompt_ids, *text.ids] for text in held_out]
-    norms = mean_norms(model, rows, list(direction.vectors))
+    norms = mean_norms(model, [[*text.prompt_ids, *text.ids] for text in held_out], list(direction.vectors))
     unit = replace(direction.rescaled_to(norms), strength=1.0, norms=norms)
-    starts = [len(text.prompt_ids) for text in held_out]
+    about = search(model, tokenizer, unit, held_out, budget=budget, progress=say)
+    return replace(unit.scaled(about["dose"]), unit="calibrated", stats={**direction.stats, "calibration": about})
+
+
+def search(
+    model: Any,
+    tokenizer: Any,
+    unit: Direction,
+    texts: Sequence[Continuation],
+    *,
+    budget: float,
+    guess: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The strength of a direction at which the model has moved by `budget`, on a grid and then by the secant of log KL
+    over log strength.
+
+    What is measured is the mean of KL(steered || unsteered) over the texts' tokens, prompts left out, at both signs:
+    the larger of the two is the budget, to 2 %. Both models read the same tokens.
+
+    Args:
+        model: a transformers model, or what wraps one.
+        tokenizer: its tokenizer.
+        unit: a direction whose vectors are as long as the activations, so that strength is relative dose.
+        texts: of two tokens or more.
+        budget: nats a token.
+        guess: a dose that may be near; None: the grid is wide.
+        progress: called with a sentence now and then.
+
+    Returns:
+        budget, dose, kl and kl_reversed at that dose and its opposite, the number of tokens, and texts_sha256.
+
+    Raises:
+        SteerableError: the budget is not reached.
+
+    Example:
+        >>> search(model, tokenizer, direction.rescaled_to(direction.norms), texts, budget=0.05)["dose"]
+        0.42
+    """
+    rows = [[*text.prompt_ids, *text.ids] for text in texts]
+    starts = [len(text.prompt_ids) for text in texts]
+    both: dict[float, list[float]] = {}
 
     def measure(doses: Sequence[float]) -> list[float]:
-        result = _divergences(model, tokenizer, rows, starts, unit, doses)
-        say(", ".join(f"KL {value:.3g} at dose {dose:.3g}" for dose, value in zip(doses, result, strict=True)))
-        return result
+        moved = _divergences(model, tokenizer, rows, starts, unit, [sign * dose for dose in doses for sign in (1, -1)])
+        both.update({dose: moved[2 * k : 2 * k + 2] for k, dose in enumerate(doses)})
+        if progress is not None:
+            progress(", ".join(f"KL {max(both[dose]):.3g} at dose {dose:.3g}" for dose in doses))
+        return [max(both[dose]) for dose in doses]
 
-    dose, reached = _dose(measure, budget, len(unit.vectors))
-    written = b"".join(dump({"prompt_ids": list(t.prompt_ids), "ids": list(t.ids)}) + b"\n" for t in held_out)
-    about = {
+    dose = _dose(measure, budget, len(unit.vectors), guess)[0]
+    written = b"".join(dump({"prompt_ids": list(t.prompt_ids), "ids": list(t.ids)}) + b"\n" for t in texts)
+    return {
         "budget": budget,
-        "kl": reached,
-        "kl_reversed": measure([-dose])[0],
+        "kl": both[dose][0],
+        "kl_reversed": both[dose][1],
         "dose": dose,
         "tokens": sum(len(row) - max(1, start) for row, start in zip(rows, starts, strict=True)),
         "texts_sha256": hashlib.sha256(written).hexdigest(),
     }
-    return replace(unit.scaled(dose), unit="calibrated", stats={**direction.stats, "calibration": about})
 
 
 def replies(
@@ -167,11 +205,13 @@ def _divergences(
     return [mean if math.isfinite(mean) else math.inf for mean in means.tolist()]
 
 
-def _dose(measure: Callable[[Sequence[float]], list[float]], budget: float, sites: int) -> tuple[float, float]:
+def _dose(
+    measure: Callable[[Sequence[float]], list[float]], budget: float, sites: int, guess: float | None = None
+) -> tuple[float, float]:
     """The smallest dose found at which the KL is the budget, and that KL. What is added at n sites adds up, so the grid
-    is one of doses times n."""
+    is one of doses times n, unless there is a guess."""
     curve: dict[float, float] = {}
-    doses = [total / sites for total in _SWEEP]
+    doses = [total / sites for total in _SWEEP] if guess is None else [guess / 1.2, guess * 1.2]
     for step in count(1):
         curve.update(zip(doses, measure(doses), strict=True))
         above = min((dose for dose, value in curve.items() if value >= budget), default=None)

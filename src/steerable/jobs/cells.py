@@ -75,16 +75,22 @@ def validation_cells(
     samples: tuple[int, ...] = (0,),
     where: str = "all",
 ) -> list[Cell]:
-    """Unsteered, and -strength and +strength of every candidate (`window`, `baseline`, `layer`) of every behaviour."""
-    cells = [Cell("unsteered", tuple(candidates), 0.0, (Part(samples),))]
+    """-strength and +strength of every candidate (`window`, `baseline`, `layer`, `dose`) of every behaviour."""
+    cells = []
     for behaviour, rows in candidates.items():
         for c in rows:
             direction, layers = load(candidate_path(c["window"], c["baseline"], behaviour)), (c["layer"],)
+            direction = dosed(direction, c["dose"])
             for s in (-strength, strength):
                 part = _part(direction, samples, s, layers, where)
                 name = f"{candidate_name(behaviour, c)}.{s:+g}"
                 cells.append(Cell(name, (behaviour,), s, (part,), layers, where=where))
     return cells
+
+
+def dosed(direction: Direction, dose: float | None) -> Direction:
+    """The direction with this relative dose at strength 1, at every layer; None: as its method made it."""
+    return direction if dose is None else direction.rescaled_to().scaled(dose)
 
 
 def candidate_name(behaviour: str, candidate: Mapping[str, Any]) -> str:
@@ -95,15 +101,14 @@ def candidate_name(behaviour: str, candidate: Mapping[str, Any]) -> str:
 def evaluation_cells(
     config: Config, selection: Mapping[str, Mapping[str, Any]], load: Load, thinks: bool = True
 ) -> list[Cell]:
-    """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline` and, where it is not 1,
-    `strength` of each behaviour).
+    """Every cell of the report, from selection.json (`layer`, `layers`, `window`, `baseline`, `dose` and, where it is
+    not 1, `strength` of each behaviour).
 
-    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples. In a control every task
-    meets each of its directions. Random directions have no sign, nor has the noise that is left of shuffled labels
-    beside the pooled mean of all labels: there one cell stands for both signs, in which every task meets every random
-    direction added and subtracted, and every shuffled vector once, at every other task subtracted. The side cells
-    (several layers, thinking only, the sweep) have `side_tasks` and `side_samples`. A model that `thinks` has cells
-    that are steered inside its think block alone.
+    The unsteered cell and those of the chosen vectors, up and down, have all tasks and samples. In a control, at the
+    same dose, every task meets each of its directions once. Random directions have no sign, nor has the noise that is
+    left of shuffled labels beside the pooled mean of all labels: there one cell stands for both signs, in which every
+    direction is subtracted at every other task. The side cells (several layers, thinking only, the sweep) have
+    `side_tasks` and `side_samples`. A model that `thinks` has cells that are steered inside its think block alone.
     """
     main = (0,) if config.greedy else tuple(range(config.samples))
     side, few, where = main[: config.side_samples], config.side_tasks, config.gate
@@ -112,9 +117,10 @@ def evaluation_cells(
     for b in behaviours:
         chosen = selection[b]
         layer, several = (chosen["layer"],), tuple(chosen["layers"])
-        size = chosen.get("strength", 1.0)
-        direction = load(candidate_path(chosen["window"], chosen["baseline"], b))
-        shuffles = [load(shuffled_path(chosen["window"], chosen["baseline"], b, k)) for k in range(config.controls)]
+        size, dose = chosen.get("strength", 1.0), chosen.get("dose")
+        direction = dosed(load(candidate_path(chosen["window"], chosen["baseline"], b)), dose)
+        paths = [shuffled_path(chosen["window"], chosen["baseline"], b, k) for k in range(config.controls)]
+        shuffles = [dosed(load(path), dose) for path in paths]
         for s in (-size, size):
             name = f"{b}.{s:+g}"
             steered = _part(direction, main, s, layer, where)
@@ -129,23 +135,16 @@ def evaluation_cells(
             if thinks:
                 inside = _part(direction, side, s, layer, "thinking")
                 cells.append(Cell(f"{name}.thinking", (b,), s, (inside,), layer, where="thinking", tasks=few))
+        unsigned = {"random": [load(random_path(b, k)) for k in range(config.controls)]}
         if chosen["baseline"] == "pooled":
-            control = _control(shuffles, main, size, layer, where, both_signs=True)
-            name = f"{b}.{size:g}.shuffled"
-            cells.append(Cell(name, (b,), size, control, layer, "shuffled", where, both_signs=True))
+            unsigned["shuffled"] = shuffles
+        for kind, directions in unsigned.items():
+            control = _control(directions, main, size, layer, where, both_signs=True)
+            cells.append(Cell(f"{b}.{size:g}.{kind}", (b,), size, control, layer, kind, where, both_signs=True))
         for s in config.strengths:
             if abs(s) != size:
                 part = _part(direction, side, s, layer, where)
                 cells.append(Cell(f"{b}.{s:+g}", (b,), s, (part,), layer, where=where, tasks=few))
-    # All vectors of a layer have one norm, so its random directions control every behaviour that is steered there.
-    places = {b: (selection[b]["layer"], selection[b].get("strength", 1.0)) for b in behaviours}
-    for place in sorted(set(places.values())):
-        layer, size = (place[0],), place[1]
-        here = tuple(b for b in behaviours if places[b] == place)
-        directions = [load(random_path(place[0], k)) for k in range(config.controls)]
-        parts = tuple(part for s in (-size, size) for part in _control(directions, main, s, layer, where))
-        name = f"random.layer{place[0]}.{size:g}"
-        cells.append(Cell(name, here, size, parts, layer, "random", where, both_signs=True))
     return cells
 
 

@@ -254,15 +254,14 @@ def select(run: Run, partial: Path) -> None:
             rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
         if not passed:
             warnings.warn(f"{b}: {rule}", SteerableWarning, stacklevel=2)
-        direction = run.load(candidate_path(best["window"], best["baseline"], b))
-        selected = replace(direction.only([best["layer"]]), strength=best["strength"])
+        selected = replace(validation.direction(b, best), strength=best["strength"])
         chosen[b] = {
             "layer": best["layer"],
             "layers": list(selection.interior(layers)),
             "window": best["window"],
             "baseline": best["baseline"],
             "strength": best["strength"],
-            "dose": next(iter(selected.dose().values()), None),
+            "dose": best["dose"],
             "passed": passed,
             "rule": rule,
             "candidates": validation.measured[b],
@@ -271,7 +270,7 @@ def select(run: Run, partial: Path) -> None:
         selected.save(run.folder / selected_path(b))
         for k in range(c.controls):
             seed = (c.seed * 1000 + best["layer"]) * 1000 + k
-            selected.random_like(seed).save(run.folder / random_path(best["layer"], k))
+            selected.random_like(seed).save(run.folder / random_path(b, k))
     missing = [b for b in run.behaviours if b not in chosen]
     write_json(run.folder / "selection.json", chosen | ({"missing": missing} if missing else {}))
 

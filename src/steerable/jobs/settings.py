@@ -138,7 +138,8 @@ class Config(Settings):
     panels: ClassVar[Mapping[str, str]] = {
         "Common": "model tasks annotator behaviours seed limit evaluation samples max_new_tokens greedy",
         "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
-        "Vectors and their selection": "estimator map gate window baseline layers validation tried attributed patched",
+        "Vectors and their selection": "estimator map gate window baseline layers validation tried budget attributed "
+        "patched",
         "What is measured": "side_tasks side_samples sweep controls compared stability",
         "Language model that annotates or writes tasks": "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     }
@@ -208,12 +209,15 @@ class Config(Settings):
         "published).",
     )
     layers: str | None = Field(None, description="Layer to steer, e.g. 3; default: chosen by validation.")
+    budget: float = Field(
+        0.05, gt=0, description="KL in nats a token between the unsteered model and the one steered at strength 1."
+    )
     tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
-    sweep: str = Field("-0.5,0.5,1.5", description="Further strengths for the dose-response curves; '' for none.")
+    sweep: str = Field("-0.5,0.5,1.25", description="Further strengths for the dose-response curves; '' for none.")
     controls: int = Field(5, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
-    compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
+    compared: int = Field(8, ge=1, description="Chains for each KL divergence: of a cell, and of the calibration.")
     block: int = Field(1200, ge=1, description="Chains in one unit of work, at most: what a killed run may lose.")
     rows: int | None = Field(None, ge=1, description="Sequences computed together; default: as many as fit a budget.")
 
@@ -414,9 +418,9 @@ def selected_path(behaviour: str) -> str:
     return f"vectors/{behaviour}.safetensors"
 
 
-def random_path(layer: int, k: int) -> str:
-    """Where `select` leaves the k-th random direction of a layer: of the same norm as every vector there."""
-    return f"vectors/random/layer{layer}.{k}.safetensors"
+def random_path(behaviour: str, k: int) -> str:
+    """Where `select` leaves the k-th random direction with the norm of the chosen one, and so with its dose."""
+    return f"vectors/random/{behaviour}.{k}.safetensors"
 
 
 _MODEL = "model revision dtype device quantization attention engine"
@@ -463,7 +467,7 @@ STAGES = (
         "select",
         "Stage 6: window and layer of each behaviour.",
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
-        f"{_MODEL} {_DECODING} window baseline layers tried controls gate {_ANNOTATOR}",
+        f"{_MODEL} {_DECODING} window baseline layers tried budget compared controls gate {_ANNOTATOR}",
         ("selection.json", "vectors/random", selected_path("*")),
     ),
     Stage(

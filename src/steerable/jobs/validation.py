@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from steerable.chains.records import Record
+from steerable.engines.base import Continuation
+from steerable.evals.calibration import search
 from steerable.evals.cells import values
 from steerable.evals.metrics import Measured
 from steerable.jobs import selection
-from steerable.jobs.cells import candidate_name, generate_cells, measure_chains, validation_cells
+from steerable.jobs.cells import Cell, Part, candidate_name, dosed, generate_cells, measure_chains, validation_cells
 from steerable.jobs.run import Run
+from steerable.jobs.settings import candidate_path
+from steerable.steering.direction import Direction
+from steerable.steering.maps import Shift, parse_map
+from steerable.store.errors import SteerableError
+from steerable.store.run_folder import read_json, write_json
 
 
 class Validation:
     """What every candidate does on the validation tasks, round by round, at strength 1 and, as long as no text of a
-    behaviour's candidates is sound, at weaker ones.
+    behaviour's candidates is sound, at weaker ones. Strength 1 is the same KL divergence for all of them.
 
     measured: every candidate as it was measured last. finalists: those of the last rounds, of which one is chosen.
     rounds: what was tried in each round, and what went on. All by behaviour.
@@ -26,6 +35,7 @@ class Validation:
         self.job, self.partial = run, partial
         self.parts: list[Sequence[Record]] = []  # the tasks of each round
         self.unsteered: dict[int, list[Measured]] = {}
+        self.calibrations: dict[str, dict[str, Any] | None] = {}
         self.measured: dict[str, list[dict[str, Any]]] = {}
         self.finalists: dict[str, list[dict[str, Any]]] = {}
         self.rounds: dict[str, list[dict[str, Any]]] = {}
@@ -35,37 +45,43 @@ class Validation:
         """Of the unsteered model, on the tasks that it has met so far."""
         return _mean([m for some in self.unsteered.values() for m in some], "accuracy")
 
-    def run(self, candidates: dict[str, list[dict[str, Any]]]) -> None:
+    def run(self, candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Measure the candidates of every behaviour."""
         tasks = self.job.tasks("validation")
         self.parts = selection.rounds(tasks, max(map(len, candidates.values())))
+        ends = [0, *itertools.accumulate(map(len, self.parts))]
+        places = [slice(*pair) for pair in itertools.pairwise(ends)]
+        plain = Cell("unsteered", (), 0.0, tuple(Part(self._samples(k), tasks=place) for k, place in enumerate(places)))
+        chains = generate_cells(self.job, [plain], tasks, self.partial / "unsteered")["unsteered"]
+        self._calibrate(candidates, chains)
+        dosed_candidates = {
+            b: [{**c, "dose": (self.calibrations[candidate_name(b, c)] or {}).get("dose")} for c in rows]
+            for b, rows in candidates.items()
+        }
         for strength in selection.STRENGTHS:
             left = {
                 b: rows
-                for b, rows in candidates.items()
+                for b, rows in dosed_candidates.items()
                 if not any(selection.is_sound_text(c, self.accuracy) for c in self.finalists.get(b, ()))
             }
-            chains: dict[str, list[Measured]] = {}
+            measured: dict[str, list[Measured]] = {}
             for number, part in enumerate(self.parts):
                 left = {b: rows for b, rows in left.items() if rows}
                 if left:
-                    rows = self._round(number, part, left, strength, chains)
+                    if number not in self.unsteered:
+                        some = [c for c in chains if c["part"] == number]
+                        self.unsteered[number] = measure_chains(self.job, some, "validation")
+                    rows = self._round(number, part, left, strength, measured)
                     left = {b: self._go_on(b, rows[b], number == len(self.parts) - 1) for b in rows}
 
     def _round(
         self, number: int, tasks: Sequence[Record], left: Any, strength: float, chains: dict[str, list[Measured]]
     ) -> dict[str, list[dict[str, Any]]]:
         """Measure the candidates that are left on further tasks; `chains` takes what is measured, by cell."""
-        samples = (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
-        cells = validation_cells(left, self.job.load, strength, samples, self.job.config.gate)
-        cells = [c for c in cells if c.strength or number not in self.unsteered]
+        cells = validation_cells(left, self.job.load, strength, self._samples(number), self.job.config.gate)
         generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
         for name, some in generated.items():
-            measured = measure_chains(self.job, some, "validation")
-            if name == "unsteered":
-                self.unsteered[number] = measured
-            else:
-                chains.setdefault(name, []).extend(measured)
+            chains.setdefault(name, []).extend(measure_chains(self.job, some, "validation"))
         base = [m for some in self.unsteered.values() for m in some]
         result: dict[str, list[dict[str, Any]]] = {}
         for b, candidates in left.items():
@@ -87,6 +103,47 @@ class Validation:
                 }
                 result[b].append({**candidate, **outcome})
         return result
+
+    def _samples(self, number: int) -> tuple[int, ...]:
+        """The chains of each task in a round."""
+        return (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
+
+    def direction(self, behaviour: str, candidate: Mapping[str, Any]) -> Direction:
+        """A candidate at its layer, as long as its calibration says."""
+        whole = self.job.load(candidate_path(candidate["window"], candidate["baseline"], behaviour))
+        about = self.calibrations[candidate_name(behaviour, candidate)]
+        if about is None:
+            return whole.only([candidate["layer"]])
+        there = dosed(whole.only([candidate["layer"]]), about["dose"])
+        return replace(there, unit="calibrated", stats={**there.stats, "calibration": about})
+
+    def _calibrate(self, candidates: Mapping[str, Sequence[Mapping[str, Any]]], chains: Sequence[Record]) -> None:
+        """The dose of every candidate that moves the model by the budget on unsteered chains of the validation tasks;
+        None for a map that is no shift, and where no dose does, as with a gate that these chains never open."""
+        c, path = self.job.config, self.partial / "calibrations.json"
+        done = read_json(path, dict) if path.exists() else {}
+        texts = [Continuation(chain["prompt_ids"], chain["ids"]) for chain in chains if chain["sample"] == 0]
+        texts = [text for text in texts if text.ids][: c.compared]
+        guess = None
+        self.job.display.start("calibrating", sum(map(len, candidates.values())))
+        for behaviour, rows in candidates.items():
+            for candidate in rows:
+                name = candidate_name(behaviour, candidate)
+                self.calibrations[name] = done.get(name)
+                if name not in done:
+                    there = replace(self.direction(behaviour, candidate), gate=c.gate, strength=1.0)
+                    if texts and isinstance(parse_map(there.map), Shift):
+                        try:
+                            self.calibrations[name] = search(
+                                *self.job.loaded, there.rescaled_to(), texts, budget=c.budget, guess=guess
+                            )
+                        except SteerableError as error:
+                            self.job.display.say(f"select: {name} keeps its length: {error}")
+                    write_json(path, self.calibrations)
+                about = self.calibrations[name]
+                guess = about["dose"] if about else guess
+                self.job.display.advance(1)
+        self.job.display.done()
 
     def _go_on(self, behaviour: str, rows: list[dict[str, Any]], is_last: bool) -> list[Any]:
         """Note a behaviour's round; what goes on to the next one."""
