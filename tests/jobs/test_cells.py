@@ -72,12 +72,15 @@ def test_thinking_only(cells):
     assert str(part.steering[0].gate) == cells["backtracking.+1.thinking"].where == "thinking"
 
 
-def test_random_control_speaks_about_every_behaviour_of_its_layer(cells):
-    assert set(cells["random.layer2.1"].behaviours) == set(STEERABLE[:3])
-    assert cells["random.layer4.1"].behaviours == STEERABLE[3:]
+def test_a_dose_is_given_to_the_vector_and_its_controls():
+    selection = {b: chosen | {"dose": 0.5} for b, chosen in SELECTION.items()}
+    for cell in jobs_cells.evaluation_cells(CONFIG, selection, load):
+        for part in cell.parts if cell.strength and cell.control != "random" else ():
+            share = abs(cell.strength) / len(cell.layers)
+            assert part.dose == dict.fromkeys(cell.layers, pytest.approx(0.5 * share))
 
 
-@pytest.mark.parametrize("name", ["random.layer2.1", "backtracking.1.shuffled"])
+@pytest.mark.parametrize("name", ["backtracking.1.random", "backtracking.1.shuffled"])
 @pytest.mark.parametrize("tasks", [50, 7])
 def test_a_control_for_both_signs(cells, name, tasks):
     cell = cells[name]
@@ -90,10 +93,8 @@ def test_a_control_for_both_signs(cells, name, tasks):
     ]
     directions = {vector for _, vector, _ in met}
     assert len(directions) == CONFIG.controls
-    if name.startswith("random"):  # every task meets every direction with both signs
-        assert Counter(met) == {(t, v, s): 1 for t in range(tasks) for v in directions for s in (-1.0, 1.0)}
-    else:  # once, and no direction always with one sign
-        assert Counter((task, v) for task, v, _ in met) == {(t, v): 1 for t in range(tasks) for v in directions}
+    # every task meets every direction once, and no direction always with one sign
+    assert Counter((task, v) for task, v, _ in met) == {(t, v): 1 for t in range(tasks) for v in directions}
     for vector in directions:
         signs = Counter(strength for _, v, strength in met if v == vector)
         assert set(signs) == {1.0, -1.0} and abs(signs[1.0] - signs[-1.0]) <= 1
@@ -125,7 +126,11 @@ def test_greedy_needs_one_sample():
 
 def candidates():
     return {
-        b: [{"window": w, "baseline": "overall", "layer": layer} for w in ("span", "onset") for layer in (1, 2)]
+        b: [
+            {"window": w, "baseline": "overall", "layer": layer, "dose": None}
+            for w in ("span", "onset")
+            for layer in (1, 2)
+        ]
         for b in STEERABLE
     }
 
@@ -133,7 +138,7 @@ def candidates():
 def test_validation_tries_every_candidate_both_ways():
     cells = jobs_cells.validation_cells(candidates(), load)
     names = [cell.name for cell in cells]
-    assert len(names) == len(set(names)) == 1 + 4 * 4 * 2
-    assert names[0] == "unsteered" and "backtracking.span.layer1.-1" in names
+    assert len(names) == len(set(names)) == 4 * 4 * 2
+    assert names[0] == f"{STEERABLE[0]}.span.layer1.-1"
     direction = load("vectors/candidates/span.overall/adding-knowledge.safetensors")
-    assert cells[1].parts[0].steering == direction.only([1]).steering(-1.0)
+    assert cells[0].parts[0].steering == direction.only([1]).steering(-1.0)

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from steerable.chains.records import read_jsonl, write_jsonl
+from steerable.evals.calibration import TOLERANCE
 from steerable.jobs import main_job
 from steerable.jobs.run import open_run
 from steerable.jobs.settings import STAGES, Config
@@ -297,10 +298,13 @@ def test_a_setting_that_only_earlier_stages_depend_on(copy, finished, stage, set
 
 @pytest.mark.slow
 def test_another_choice_leaves_nothing_of_the_former(copy):
-    former = {path.name for path in (copy / "vectors/random").iterdir()}
-    chosen = next(layer for layer in range(6) if f"layer{layer}.0.safetensors" not in former)
+    folder, stale = copy / "vectors/random", copy / "vectors/random/laughter.0.safetensors"
+    former = {path.name for path in folder.iterdir()}
+    shutil.copy(folder / min(former), stale)
+    chosen = min({*range(6)} - {entry["layer"] for entry in read_json(copy / "selection.json").values()})
     main_job.run(copy, stage="select", fresh=False, workers=1, layers=str(chosen))
-    assert [path.name for path in (copy / "vectors/random").iterdir()] == [f"layer{chosen}.0.safetensors"]
+    assert {path.name for path in folder.iterdir()} == former
+    assert {Direction.load(path).layers[0] for path in folder.iterdir()} == {chosen}
     assert {entry["layer"] for entry in read_json(copy / "selection.json").values()} == {chosen}
 
 
@@ -603,7 +607,8 @@ def scale_candidates(folder, factor):
 @pytest.mark.slow
 def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(copy, steerable):
     scale_candidates(copy, 100)
-    said = steerable("select", "--out", copy, "--workers", "1", "--greedy")
+    said = steerable("select", "--out", copy, "--workers", "1", "--greedy", "--budget", "1000")
+    assert "keeps its length: the budget of 1000 nats a token is not reached" in said.err
     assert said.code == 0 and "backtracking: none passed: at \N{PLUS-MINUS SIGN}1" in said.err
     selection = read_json(copy / "selection.json")
     for behaviour, chosen in selection.items():
@@ -611,8 +616,9 @@ def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(cop
         assert [c["strength"] for c in tried] == [1.0, 0.5, 0.25] and all(c["loops"] > 0.1 for c in tried)
         assert chosen["passed"] is False and chosen["rule"].startswith("none passed")
         assert min(c["loops"] for c in tried) == next(c["loops"] for c in tried if c["strength"] == chosen["strength"])
-        assert chosen["dose"] > 5
-        assert Direction.load(copy / f"vectors/{behaviour}.safetensors").strength == chosen["strength"]
+        direction = Direction.load(copy / f"vectors/{behaviour}.safetensors")
+        assert chosen["dose"] is None and direction.unit == "raw" and min(direction.dose().values()) > 5
+        assert direction.strength == chosen["strength"]
     for stage in ("steer", "evaluate", "report"):
         assert steerable(stage, "--out", copy, "--workers", "1").code == 0
     report, page = read_json(copy / "report.json"), (copy / "report.html").read_text()
@@ -624,9 +630,10 @@ def test_where_all_candidates_loop_it_is_said_and_a_weaker_strength_is_taken(cop
 
 @pytest.mark.slow
 def test_the_largest_strength_at_which_a_candidate_does_not_loop(copy, steerable):
-    """At a quarter of 1, vectors that are four times as long have the dose that the bundled model takes."""
+    """Where no dose reaches the budget, vectors have the length that their method gave them: here four times what the
+    bundled model takes."""
     scale_candidates(copy, 4)
-    said = steerable("select", "--out", copy, "--workers", "1")
+    said = steerable("select", "--out", copy, "--workers", "1", "--budget", "1000")
     assert said.code == 0
     for chosen in read_json(copy / "selection.json").values():
         tried = {c["strength"]: c["loops"] for c in chosen["candidates"]}
@@ -643,10 +650,25 @@ def test_the_dose_of_every_cell_is_told(finished):
     chosen = report["selection"]["backtracking"]
     direction = Direction.load(finished / "vectors/backtracking.safetensors")
     (dose,) = direction.dose().values()
-    assert dose == chosen["dose"] and 0.1 < dose < 1
+    assert dose == pytest.approx(chosen["dose"]) and 0.1 < dose < 1 and direction.unit == "calibrated"
     (cell,) = (c for c in report["cells"] if c["name"] == "backtracking.+1")
     assert list(cell["dose"].values()) == [pytest.approx(dose)]
     assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"
+
+
+def test_strength_1_moves_the_model_by_the_budget(finished):
+    """Chosen vectors and candidates, on unsteered chains of the validation tasks; the controls have the same dose."""
+    selection = read_json(finished / "selection.json")
+    for behaviour, chosen in selection.items():
+        direction = Direction.load(finished / f"vectors/{behaviour}.safetensors")
+        about = direction.stats["calibration"]
+        assert max(about["kl"], about["kl_reversed"]) == pytest.approx(0.05, rel=TOLERANCE)
+        assert about["dose"] == chosen["dose"] and all(c["dose"] > 0 for c in chosen["candidates"])
+        for path in (finished / "vectors/random").glob(f"{behaviour}.*"):
+            assert Direction.load(path).dose() == pytest.approx(direction.dose())
+    for cell in read_json(finished / "cells.json"):
+        if cell["control"]:
+            assert list(cell["dose"].values()) == [pytest.approx(selection[cell["behaviour"]]["dose"])]
 
 
 @pytest.mark.slow

@@ -179,10 +179,10 @@ class Config(Settings):
     llm_tpm: int = Field(0, ge=0, description="Most tokens a minute; 0: no limit of ours.")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of tasks, sampling and controls.")
     limit: int = Field(300, ge=1, description="Tasks to extract from.")
-    validation: int = Field(40, ge=1, description="Tasks set apart for choosing window and layer.")
+    validation: int = Field(36, ge=1, description="Tasks set apart for choosing window and layer.")
     evaluation: int = Field(50, ge=1, description="Unseen tasks to judge steering on.")
     samples: int = Field(
-        4, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
+        3, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
     )
     side_tasks: int = Field(16, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
@@ -214,10 +214,10 @@ class Config(Settings):
     )
     tried: int = Field(2, ge=1, description="Layers of each window that go to validation.")
     sweep: str = Field("-0.5,0.5,1.25", description="Further strengths for the dose-response curves; '' for none.")
-    controls: int = Field(5, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
+    controls: int = Field(4, ge=1, description="Directions in each control: random ones, and shuffled labels'.")
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
-    compared: int = Field(8, ge=1, description="Chains for each KL divergence: of a cell, and of the calibration.")
+    compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
     block: int = Field(1200, ge=1, description="Chains in one unit of work, at most: what a killed run may lose.")
     rows: int | None = Field(None, ge=1, description="Sequences computed together; default: as many as fit a budget.")
 
@@ -467,7 +467,7 @@ STAGES = (
         "select",
         "Stage 6: window and layer of each behaviour.",
         ("tasks.jsonl", "attribution.json", "vectors/candidates"),
-        f"{_MODEL} {_DECODING} window baseline layers tried budget compared controls gate {_ANNOTATOR}",
+        f"{_MODEL} {_DECODING} window baseline layers tried budget controls gate {_ANNOTATOR}",
         ("selection.json", "vectors/random", selected_path("*")),
     ),
     Stage(

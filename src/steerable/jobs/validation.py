@@ -22,6 +22,9 @@ from steerable.steering.maps import Shift, parse_map
 from steerable.store.errors import SteerableError
 from steerable.store.run_folder import read_json, write_json
 
+FEWEST_CHAINS, FEWEST_TOKENS = 4, 500
+"""Of the unsteered text that candidates are calibrated on, where there is as much."""
+
 
 class Validation:
     """What every candidate does on the validation tasks, round by round, at strength 1 and, as long as no text of a
@@ -122,8 +125,11 @@ class Validation:
         None for a map that is no shift, and where no dose does, as with a gate that these chains never open."""
         c, path = self.job.config, self.partial / "calibrations.json"
         done = read_json(path, dict) if path.exists() else {}
-        texts = [Continuation(chain["prompt_ids"], chain["ids"]) for chain in chains if chain["sample"] == 0]
-        texts = [text for text in texts if text.ids][: c.compared]
+        written = [Continuation(chain["prompt_ids"], chain["ids"]) for chain in chains if chain["sample"] == 0]
+        texts: list[Continuation] = []
+        for text in (text for text in written if text.ids):
+            if len(texts) < FEWEST_CHAINS or sum(len(t.ids) for t in texts) < FEWEST_TOKENS:
+                texts.append(text)
         guess = None
         self.job.display.start("calibrating", sum(map(len, candidates.values())))
         for behaviour, rows in candidates.items():
