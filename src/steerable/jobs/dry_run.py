@@ -22,6 +22,7 @@ from steerable.engines.transformers import score_tokens
 from steerable.jobs import selection
 from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
 from steerable.jobs.run import Run
+from steerable.jobs.validation import FEWEST_CHAINS
 from steerable.models import loading as models
 from steerable.pages import words
 from steerable.steering.direction import Direction
@@ -29,6 +30,8 @@ from steerable.steering.site import Site
 from steerable.store.text import duration
 
 _PROBED, _PROBED_TOKENS = 32, 256
+_PASSES = 9
+"""Over each text that a candidate is calibrated on: three strengths of both signs, and unsteered passes beside them."""
 _MARKS = 1.3
 """Tokens that a language model writes for one of the text that it marks."""
 _QUESTION = "What is 17 times 23? Think step by step."
@@ -76,11 +79,14 @@ def estimate(run: Run) -> dict[str, Any]:
         min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
     )  # a patch is computed from its layer on
     extracted = c.limit * len(c.extraction_samples)
+    select = written("select", validation, selecting)
+    candidates = len(behaviours) * len(windows) * min(c.tried, layers)
+    select["seconds"] += read("select", candidates * FEWEST_CHAINS * _PASSES)["seconds"]
     stages = [
         written("generate", extracted),
         read("extract", extracted),
         read("attribute", 3 * min(c.attributed, c.limit) * len(windows) + patched),
-        written("select", validation, selecting),
+        select,
         written("steer", chains, len(steered)),
         read("evaluate", 2 * min(c.compared, c.evaluation) * len(steered)),
     ]
@@ -125,17 +131,21 @@ def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
 
 
 def _selecting(run: Run, behaviours: Sequence[str], windows: Sequence[str], layers: int) -> tuple[int, int]:
-    """The chains and cells of the selection at strength 1."""
+    """The chains and cells of the selection at strength 1, the unsteered cell among them."""
     c = run.config
     tried = 1 if c.chosen_layer is not None else min(c.tried, len(selection.interior(layers)))
     count = len(windows) * tried
     parts = selection.rounds(range(c.validation), count)
-    chains = cells = 0
+    chains, cells = 0, 1
     for number, part in enumerate(parts):
         samples = (0,) if c.greedy or number < len(parts) - 1 else (0, 1)
-        one = [{"window": windows[0], "baseline": c.baseline, "layer": layer % layers} for layer in range(count)]
+        one = [
+            {"window": windows[0], "baseline": c.baseline, "layer": layer % layers, "dose": None}
+            for layer in range(count)
+        ]
         made = validation_cells(dict.fromkeys(behaviours, one), _anything(layers), samples=samples)
-        chains, cells = chains + sum(_chains(cell, len(part)) for cell in made), cells + len(made)
+        chains += len(part) * len(samples) + sum(_chains(cell, len(part)) for cell in made)
+        cells += len(made)
         count = max(selection.FEWEST, count // 2)
     return chains, cells
 
@@ -146,12 +156,9 @@ def _chains(cell: Cell, tasks: int) -> int:
 
 
 def _selection(behaviours: Sequence[str], window: str, layers: int) -> dict[str, dict[str, Any]]:
-    """A selection in which each behaviour is steered at another layer, so that it has random controls of its own."""
+    """A selection; which layer it names changes nothing that is counted."""
     inner = list(selection.interior(layers))
-    return {
-        b: {"layer": inner[k % len(inner)], "layers": inner, "window": window, "baseline": "pooled"}
-        for k, b in enumerate(behaviours)
-    }
+    return {b: {"layer": inner[0], "layers": inner, "window": window, "baseline": "pooled"} for b in behaviours}
 
 
 def _anything(layers: int) -> Any:
