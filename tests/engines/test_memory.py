@@ -4,9 +4,16 @@ wide, as no machine of the tests has an accelerator to fill."""
 import pytest
 import torch
 
+from steerable.chains.windows import AlignedChain, TokenSpan
+from steerable.engines.activations import capture, mean_norms
 from steerable.engines.base import Continuation, Request
 from steerable.engines.memory import in_halves
 from steerable.engines.transformers import TransformersEngine
+from steerable.evals.attribution import attribute
+from steerable.methods.span_statistics import span_means
+from steerable.models.reading import Queries
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, SteerableWarning
 
 LIMIT = 3
@@ -70,3 +77,48 @@ def test_other_errors_stay():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         in_halves([[0, 1]], work)
+
+
+def test_capture(tiny_llama, tokenizer, narrow):
+    texts = [f"{i} + {i} = {2 * i}" for i in range(7)]
+
+    def read():
+        return capture(tiny_llama, tokenizer, texts, sites=["resid_post.1"], sinks="keep")[Site("resid_post", 1)]
+
+    expected = read()
+    narrow(tiny_llama)
+    with pytest.warns(SteerableWarning, match="the memory does not hold 7 rows at once"):
+        torch.testing.assert_close(read(), expected, atol=1e-5, rtol=0)
+
+
+def test_no_batch_counts_twice_in_means(tiny_llama, narrow):
+    chains = [AlignedChain(f"{i}", 0, (*range(3, 13), i + 3), (TokenSpan("ab"[i % 2], 2, 6),)) for i in range(7)]
+    expected = span_means(tiny_llama, chains, "ab", shuffles=0, sinks="keep")
+    norms = mean_norms(tiny_llama, [chain.ids for chain in chains], expected.sites)
+    narrow(tiny_llama)
+    with pytest.warns(SteerableWarning, match="the memory does not hold 7 rows at once"):
+        means = span_means(tiny_llama, chains, "ab", shuffles=0, sinks="keep")
+    assert torch.equal(means.counts, expected.counts)
+    torch.testing.assert_close(means.means, expected.means, atol=1e-5, rtol=0)
+    with pytest.warns(SteerableWarning, match="going on with half as many"):
+        assert mean_norms(tiny_llama, [chain.ids for chain in chains], expected.sites) == pytest.approx(norms, rel=1e-5)
+
+
+def test_attribution(tiny_llama, monkeypatch):
+    chain = AlignedChain("task", 0, tuple(range(3, 27)), tuple(TokenSpan("ab"[i % 2], i, i + 2) for i in range(2, 20, 3)))
+    sites = [Site("resid_post", layer) for layer in range(4)]
+    width = tiny_llama.config.hidden_size
+    direction = Direction({s: torch.randn(width, generator=torch.Generator().manual_seed(s.layer)) for s in sites})
+    expected = attribute(tiny_llama, [chain], {"a": direction}).effects["a"]
+    whole = Queries.logits
+
+    def limited(queries, index=None):
+        if len(queries if index is None else index) > LIMIT:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(queries, index)
+
+    monkeypatch.setattr(Queries, "logits", limited)
+    with pytest.warns(SteerableWarning, match="the memory does not hold 512 rows at once"):
+        effects = attribute(tiny_llama, [chain], {"a": direction}).effects["a"]
+    for metric in expected:
+        torch.testing.assert_close(effects[metric], expected[metric], atol=1e-6, rtol=1e-4)

@@ -122,7 +122,7 @@ def test_a_pass_takes_fewer_queries_behind_a_long_prefix_and_before_a_large_voca
     assert asked.per_pass(512) == 512
     monkeypatch.setattr(queries, "_SCORES", 4 * 20 * 3)  # heads x prefix x 3
     assert asked.per_pass(512) == 3 and asked.per_pass(2) == 2
-    monkeypatch.setattr(queries, "_LOGITS", 64)
+    monkeypatch.setattr(queries, "most_logits", lambda device: 64)
     assert asked.per_pass(512) == 1
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from steerable.engines.memory import in_narrower_batches
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
 from steerable.models.reading import CHUNK, read
@@ -334,17 +335,22 @@ def mean_norms(model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[
     result: dict[Site, float] = {}
     longer = [[*row, *attention_sinks.company(list(row), vocabulary)] for row in rows]
 
-    def batches() -> Iterator[Batch]:
-        for indices in length_batches([len(row) for row in longer], batch_tokens(model)):
+    def batches(cut: list[list[int]]) -> Iterator[Batch]:
+        for indices in cut:
             batch, alone = pad([longer[i] for i in indices]), pad([rows[i] for i in indices]).valid()
             batch.weights = nn.functional.pad(alone, (0, batch.ids.shape[1] - alone.shape[1]))[None].double()
             yield batch
 
     for kind in dict.fromkeys(site.kind for site in sites):
         here = [site for site in sites if site.kind == kind]
-        norms = NormSums(len(here), models.device(model), group=0)
-        stream(model, batches(), [norms], kind=kind, layers=[site.layer for site in here])
-        result |= dict(zip(here, norms.means().tolist(), strict=True))
+
+        def means(cut: list[list[int]], kind: str = kind, here: list[Site] = here) -> list[float]:
+            norms = NormSums(len(here), models.device(model), group=0)
+            stream(model, batches(cut), [norms], kind=kind, layers=[site.layer for site in here])
+            return list(norms.means().tolist())
+
+        whole = length_batches([len(row) for row in longer], batch_tokens(model))
+        result |= dict(zip(here, in_narrower_batches(whole, means), strict=True))
     if bare := [site for site, norm in result.items() if norm != norm]:
         raise UsageError(f"the texts have no ordinary token at {bare[0]}, only attention sinks: give longer ones")
     return result
@@ -421,8 +427,8 @@ def capture(
     vocabulary = models.vocabulary(model)
     read_rows = [[*row, *attention_sinks.company(row, vocabulary)] if drops else row for row in rows]
 
-    def batches() -> Iterator[Batch]:
-        for indices in length_batches([len(row) for row in read_rows], max_tokens or batch_tokens(model)):
+    def batches(cut: list[list[int]]) -> Iterator[Batch]:
+        for indices in cut:
             batch, texts_alone = pad([read_rows[i] for i in indices]), pad([rows[i] for i in indices])
             state = SequenceState(tags, selector.breaks)
             state.start(len(indices))
@@ -435,8 +441,14 @@ def capture(
             mask = nn.functional.pad(mask, (0, batch.ids.shape[1] - mask.shape[1]))
             yield Batch(batch.ids, batch.mask, mask[None], tuple(indices))
 
-    readers = {site: _Texts(len(texts), "mean" if isinstance(reduce, int) else reduce) for site in places}
-    _run(model, batches(), {site: reader.add for site, reader in readers.items()}, chunk, sinks if drops else "keep")
+    def taken(cut: list[list[int]]) -> dict[Site, _Texts]:
+        readers = {site: _Texts(len(texts), "mean" if isinstance(reduce, int) else reduce) for site in places}
+        adders = {site: reader.add for site, reader in readers.items()}
+        _run(model, batches(cut), adders, chunk, sinks if drops else "keep")
+        return readers
+
+    whole = length_batches([len(row) for row in read_rows], max_tokens or batch_tokens(model))
+    readers = in_narrower_batches(whole, taken)
     result = Captured({site: reader.result(site) for site, reader in readers.items()})
     result.sinks = {site: summary for site, reader in readers.items() if (summary := reader.tally.summary(0))}
     if warning := attention_sinks.sentence(result.sinks, last=reduce == "last"):

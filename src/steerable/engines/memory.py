@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from steerable.store.errors import SteerableError, SteerableWarning
 from steerable.store.text import counted
+
+Result = TypeVar("Result")
 
 
 def in_halves(batches: Iterable[list[int]], work: Callable[[list[int]], None]) -> None:
@@ -23,6 +26,32 @@ def in_halves(batches: Iterable[list[int]], work: Callable[[list[int]], None]) -
             check_memory(error, len(batch))
             middle = len(batch) // 2
             waiting += [batch[middle:], batch[:middle]]
+
+
+def in_narrower_batches(batches: Sequence[list[int]], work: Callable[[list[list[int]]], Result]) -> Result:
+    """`work(batches)`, and where the memory runs out, `work` from its beginning with batches of half as many rows: for
+    sums that a failed batch leaves half done.
+
+    Raises SteerableError where a single row is too much.
+    """
+
+    def cut(rows: int) -> Result:
+        return work([batch[i : i + rows] for batch in batches for i in range(0, len(batch), rows)])
+
+    return with_fewer_rows(max(map(len, batches), default=1), cut)
+
+
+def with_fewer_rows(rows: int, work: Callable[[int], Result]) -> Result:
+    """`work(rows)`, and where the memory runs out, `work` from its beginning with half as many rows at once.
+
+    Raises SteerableError where a single row is too much.
+    """
+    while True:
+        try:
+            return work(rows)
+        except RuntimeError as error:
+            check_memory(error, rows)
+            rows //= 2
 
 
 def check_memory(error: RuntimeError, rows: int) -> None:

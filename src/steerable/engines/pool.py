@@ -27,8 +27,8 @@ import torch
 from steerable.models import loading as models
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
-SMALL = 1_000_000_000
-"""Models with fewer parameters run best with one thread a process on a CPU."""
+SMALL = 50_000_000
+"""Models with fewer parameters run best with one thread a process on a CPU. Every process holds a model of its own."""
 
 RETRIES = 2
 """How often a block is given to another worker after the one that computed it died."""
@@ -40,7 +40,8 @@ MapBlocks = Callable[..., list[Any]]
 """`map_blocks`, or `cluster.map_blocks`, or a `functools.partial` of one: where a function sends its blocks."""
 
 
-_CACHE = 2**30  # bytes for the keys and values of the rows that are generated together on a CPU
+_ROOM = 2**30  # bytes for the rows that are generated together on a CPU
+_DRAWING = 32  # bytes a token of the vocabulary: logits in float32, sorted, with their places, summed up
 
 
 def cores() -> int:
@@ -60,18 +61,19 @@ def default_threads(model: Any, workers: int) -> int:
 
 def default_rows(model: Any, longest: int) -> int:
     """How many rows of `longest` tokens are generated together: 64 on an accelerator; on a CPU 8 to 192, as many as
-    have their keys and values in a gigabyte."""
+    fit into a gigabyte."""
     if model.device.type != "cpu":
         return 64
-    return max(8, min(192, _CACHE // cache_bytes(model, longest)))
+    return max(8, min(192, _ROOM // row_bytes(model, longest)))
 
 
-def cache_bytes(model: Any, longest: int) -> int:
-    """What the keys and values of one row of so many tokens take."""
+def row_bytes(model: Any, longest: int) -> int:
+    """What one row of so many tokens takes: its keys and values, and what is made of its logits to draw a token."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
-    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * longest)
+    cache = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * longest
+    return int(cache + _DRAWING * text.vocab_size)
 
 
 def is_small(model: Any) -> bool:

@@ -36,6 +36,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steerable.chains.windows import AlignedChain
+from steerable.engines.memory import with_fewer_rows
 from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
 from steerable.models import loading as models
 from steerable.models.copies import private_copy
@@ -223,13 +224,17 @@ class _Measurement:
         onsets = {b: [i for i, s in enumerate(chain.spans) if self._takes(s.label, b)] for b in self.directions}
         queries = Queries(model, chain.ids, [span.start - 1 for span in chain.spans], chunk=self.chunk)
         cheap = [m for m in self.metrics if m.startswith("published")]
-        measured = list(_measure_published(queries, sites, vectors, onsets, cheap, self.max_queries)) if cheap else []
+        measured: list[tuple[str, str, Tensor]] = []
+        if cheap:
+            published = partial(_measure_published, queries, sites, vectors, onsets, cheap)
+            measured += with_fewer_rows(self.max_queries, lambda most: list(published(most)))
         pairs = [(i, b) for b, places in onsets.items() for i in _evenly(places, self.costly_onsets)]
         for metric, measure in (("fisher", fisher), ("exact", exact)):
             if metric in self.metrics and is_sampled and pairs:
                 index = torch.tensor([i for i, _ in pairs])
                 added = torch.stack([self.strength * vectors[b] for _, b in pairs])  # [pairs, L, d]
-                values = measure(queries, sites, index, added, self.max_queries).cpu().double()
+                values = with_fewer_rows(self.max_queries, partial(measure, queries, sites, index, added))
+                values = values.cpu().double()
                 for behaviour in dict.fromkeys(b for _, b in pairs):
                     rows = [row for row, (_, b) in enumerate(pairs) if b == behaviour]
                     measured.append((behaviour, metric, values[rows].mean(0)))

@@ -17,7 +17,7 @@ from steerable.chains.generation import generate_chains
 from steerable.chains.records import STEERABLE, Record
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
-from steerable.engines.pool import cache_bytes, default_rows, default_workers
+from steerable.engines.pool import default_rows, default_workers, row_bytes
 from steerable.engines.transformers import score_tokens
 from steerable.jobs import selection
 from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
@@ -42,7 +42,7 @@ def estimate(run: Run) -> dict[str, Any]:
 
     Returns:
         `stages`: for each its name, `chains` and `cells` that are generated, `tokens` that are written or read, and
-        `seconds`; `probe`: what was measured; `memory_bytes`: weights, keys and values of the widest batch; `cost`:
+        `seconds`; `probe`: what was measured; `memory_bytes`: weights and what the widest batch takes; `cost`:
         dollars of a paid annotator whose prices are given, else null; `annotated_tokens`: what it would read and write.
     """
     c = run.config
@@ -170,7 +170,7 @@ def _anything(layers: int) -> Any:
 def _memory(run: Run, prompt: float) -> int:
     model, longest = run.loaded.model, round(prompt) + run.config.max_new_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + (run.config.rows or default_rows(model, longest)) * cache_bytes(model, longest)
+    return weights + (run.config.rows or default_rows(model, longest)) * row_bytes(model, longest)
 
 
 def tables(plan: Mapping[str, Any]) -> list[Any]:
@@ -183,7 +183,7 @@ def tables(plan: Mapping[str, Any]) -> list[Any]:
     probe = plan["probe"]
     caption = (
         f"measured on {probe['chains']} chains: {probe['tokens']:.0f} tokens each, {probe['tokens_a_second']:,.0f} "
-        f"written and {probe['tokens_read_a_second']:,.0f} read a second; memory for weights, keys and values "
+        f"written and {probe['tokens_read_a_second']:,.0f} read a second; memory for weights and rows "
         f"{words.size(plan['memory_bytes'])}"
     )
     if plan["annotated_tokens"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerable.chains.windows import AlignedChain, shuffle_labels, window_positions
 from steerable.engines.activations import Batch, batch_tokens, length_batches, pad, stream
+from steerable.engines.memory import in_narrower_batches
 from steerable.methods.span_statistics import SpanMeans
 from steerable.steering.direction import Direction
 from steerable.steering.float64 import wide, wide_device
@@ -84,10 +85,9 @@ def span_activations(
     names += [shuffle_labels(used, seed + k) for k in range(shuffles)]
     batches = length_batches([len(chain.ids) for chain in used], batch_tokens(model))
     order = [i for rows in batches for i in rows]
-    rows_of_spans = _SpanRows()
 
-    def read() -> Iterator[Batch]:
-        for rows in batches:
+    def read(cut: list[list[int]]) -> Iterator[Batch]:
+        for rows in cut:
             batch = pad([used[i].ids for i in rows])
             spans = [(row, span) for row, i in enumerate(rows) for span in used[i].spans]
             batch.weights = torch.zeros(len(spans), *batch.ids.shape, dtype=torch.float64)
@@ -96,7 +96,12 @@ def span_activations(
                 batch.weights[number, row, at.start : at.stop] = 1.0
             yield batch
 
-    stream(model, read(), [rows_of_spans], kind=kind)
+    def means(cut: list[list[int]]) -> _SpanRows:
+        rows_of_spans = _SpanRows()
+        stream(model, read(cut), [rows_of_spans], kind=kind)
+        return rows_of_spans
+
+    rows_of_spans = in_narrower_batches(batches, means)
     ordinary = torch.stack([torch.cat(parts) for parts in rows_of_spans.weights.values()]).gt(0).all(0)
     labels = [[label for i in order for label in labelling[i]] for labelling in names]
     return SpanActivations(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from steerable.engines.activations import (
     remaining,
     stream,
 )
+from steerable.engines.memory import in_narrower_batches
 from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
@@ -295,11 +297,11 @@ class _Pass:
         model = loaded[0]
         device, layers = models.device(model), models.n_layers(model)
         count = len(groups(self.labels, self.windows, self.shuffles))
-        sums = WeightedSums(layers, count, width_at(model, self.kind), device)
-        norms = NormSums(layers, device, group=0)  # weighted as `overall`, so that they compare with its norm
+        items_of = [item for items in block for item in items]
 
-        def batches() -> Iterator[Batch]:
-            for items in block:
+        def batches(cut: list[list[int]]) -> Iterator[Batch]:
+            for rows in cut:
+                items = [items_of[row] for row in rows]
                 batch = pad([item.ids for item in items])
                 matrix = np.empty((count, *batch.ids.shape))
                 for row, item in enumerate(items):
@@ -307,5 +309,11 @@ class _Pass:
                 batch.weights = torch.from_numpy(matrix)
                 yield batch
 
-        stream(model, batches(), [sums, norms], kind=self.kind, chunk=self.chunk, sinks=self.sinks)
-        return sums.cpu(), norms.cpu()
+        def summed(cut: list[list[int]]) -> tuple[WeightedSums, NormSums]:
+            sums = WeightedSums(layers, count, width_at(model, self.kind), device)
+            norms = NormSums(layers, device, group=0)  # weighted as `overall`, so that they compare with its norm
+            stream(model, batches(cut), [sums, norms], kind=self.kind, chunk=self.chunk, sinks=self.sinks)
+            return sums.cpu(), norms.cpu()
+
+        numbers = iter(range(len(items_of)))
+        return in_narrower_batches([list(islice(numbers, len(items))) for items in block], summed)

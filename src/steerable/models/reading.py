@@ -32,9 +32,14 @@ CHUNK = 4096
 _PAIRS = 2**24  # query-key pairs for which a mask is held: 16 MiB as bool, 64 MiB as float32
 _EAGER_SCORES = 2**27  # attention scores held at a time by eager attention, over all heads
 _SCORES = 2**25  # attention scores of one layer in one pass of queries, over all heads (128 MiB in float32)
-_LOGITS = 2**26  # numbers of logits in one pass of queries (256 MiB in float32)
 _SPARE = 512  # queries that a pass can take without a copy of the prefix
 _LONG = 4096  # tokens: behind longer prefixes, what backward needs of a block is computed again, not stored
+
+
+def most_logits(device: torch.device) -> int:
+    """How many logits are held at a time, of all passes together: 16 MiB of float32 on a CPU, whose matrix products
+    need no more tokens at once, 256 MiB on an accelerator. What is made of them takes several times that."""
+    return 2**22 if device.type == "cpu" else 2**26
 
 
 # --- texts in pieces ---
@@ -166,7 +171,7 @@ class Queries:
         holds several copies of the attention scores) or before a large vocabulary."""
         config = models.text_config(self.model)
         scores = config.num_attention_heads * self.prefix * copies
-        return max(1, min(most, _SCORES // scores, _LOGITS // int(config.vocab_size)))
+        return max(1, min(most, _SCORES // scores, most_logits(self.device) // int(config.vocab_size)))
 
     def logits(self, index: Tensor | None = None) -> Tensor:
         """Next-token logits [len(index), V] of the chosen queries (default: all, in order).

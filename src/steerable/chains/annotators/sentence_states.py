@@ -13,6 +13,7 @@ from steerable.chains.generation import prompt_text
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.windows import AlignedChain, align_chains
 from steerable.engines.activations import Batch, batch_tokens, length_batches, pad, stream
+from steerable.engines.memory import in_narrower_batches
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.steering.float64 import wide
@@ -67,18 +68,21 @@ def sentence_means(
         for number, chain in enumerate(aligned)
         for span in chain.spans
     ]
-    sums = _SentenceSums(len(layers), aligned, models.width(loaded.model))
-    if read:
-        batches = _batches(aligned, max_tokens or batch_tokens(loaded.model), progress)
-        stream(loaded.model, batches, [sums], layers=layers)
+
+    def summed(cut: list[list[int]]) -> _SentenceSums:
+        sums = _SentenceSums(len(layers), aligned, models.width(loaded.model))
+        stream(loaded.model, _batches(aligned, cut, progress), [sums], layers=layers)
+        return sums
+
+    rows = [number for number, chain in enumerate(aligned) if chain.spans]
+    whole = length_batches([len(aligned[row].ids) for row in rows], max_tokens or batch_tokens(loaded.model))
+    sums = in_narrower_batches([[rows[i] for i in indices] for indices in whole], summed)
     counts = torch.tensor([sentence.tokens for sentence in read], dtype=torch.float32)
     return read, sums.sums.div_(counts[:, None])
 
 
-def _batches(chains: Sequence[AlignedChain], max_tokens: int, progress: Progress | None) -> Iterator[Batch]:
-    rows = [number for number, chain in enumerate(chains) if chain.spans]
-    for indices in length_batches([len(chains[row].ids) for row in rows], max_tokens):
-        numbers = [rows[i] for i in indices]
+def _batches(chains: Sequence[AlignedChain], cut: list[list[int]], progress: Progress | None) -> Iterator[Batch]:
+    for numbers in cut:
         batch = pad([chains[number].ids for number in numbers])
         batch.rows = tuple(numbers)
         yield batch

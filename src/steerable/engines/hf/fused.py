@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from steerable.engines.hf.slots import Plan, slot_attention
 
-_LARGEST = 300_000_000  # parameters: weights are copied, and in a larger model the matrix products prevail
+_LARGEST = 50_000_000  # parameters: weights are copied, and in a larger model the matrix products prevail
 _ATTENTIONS = {f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe")}
 _MLPS = {f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,15 +16,13 @@ from steerable.engines.memory import in_halves
 from steerable.models.copies import restart_rope
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
-from steerable.models.reading import new_cache, pieces
+from steerable.models.reading import most_logits, new_cache, pieces
 from steerable.steering.float64 import wide, wide_device
 from steerable.steering.tokens import SequenceState
 
 Compare = Callable[[list[Tensor], Tensor], Tensor]
 """Log-probabilities [n, vocabulary], one tensor a pass, and the tokens [n] that came -> a value [n] of each, or
 several [n, k]."""
-
-MAX_LOGITS = 2**26  # held at a time
 
 
 def log_probability(logs: list[Tensor], came: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def score_tokens(
     *,
     handle: Handle | None = None,
     passes: Sequence[Sequence[int]] = ((),),
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """The values of `compare` at the tokens of each text from its start on: float64 `[tokens]` on the CPU, or
@@ -54,10 +53,12 @@ def score_tokens(
         texts: token ids. starts: where the tokens begin that are compared, which is where the prompt ends; the first
             token of a text is never compared.
         passes: for each pass the number of every text's program of the handle, -1 for none.
-        max_logits: how many logits of one pass are held at a time.
+        max_logits: how many logits of one pass are held at a time, at most; default: what `most_logits` leaves to each.
         progress: called with the numbers of texts and compared tokens since the last call.
     """
-    device, most = device_of(model), max(1, min(batch_tokens(model), max_logits // int(text_config(model).vocab_size)))
+    device = device_of(model)
+    max_logits = min(max_logits or math.inf, most_logits(device) // len(passes))
+    most = max(1, min(batch_tokens(model), max_logits // int(text_config(model).vocab_size)))
     scores: list[Tensor] = [torch.empty(0)] * len(texts)
 
     def score(batch: list[int]) -> None:
