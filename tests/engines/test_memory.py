@@ -105,7 +105,8 @@ def test_no_batch_counts_twice_in_means(tiny_llama, narrow):
 
 
 def test_attribution(tiny_llama, monkeypatch):
-    chain = AlignedChain("task", 0, tuple(range(3, 27)), tuple(TokenSpan("ab"[i % 2], i, i + 2) for i in range(2, 20, 3)))
+    spans = tuple(TokenSpan("ab"[i % 2], i, i + 2) for i in range(2, 20, 3))
+    chain = AlignedChain("task", 0, tuple(range(3, 27)), spans)
     sites = [Site("resid_post", layer) for layer in range(4)]
     width = tiny_llama.config.hidden_size
     direction = Direction({s: torch.randn(width, generator=torch.Generator().manual_seed(s.layer)) for s in sites})

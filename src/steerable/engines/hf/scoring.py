@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,8 +56,8 @@ def score_tokens(
         progress: called with the numbers of texts and compared tokens since the last call.
     """
     device = device_of(model)
-    max_logits = min(max_logits or math.inf, most_logits(device) // len(passes))
-    most = max(1, min(batch_tokens(model), max_logits // int(text_config(model).vocab_size)))
+    share = most_logits(device) // len(passes)
+    most = max(1, min(batch_tokens(model), min(share, max_logits or share) // int(text_config(model).vocab_size)))
     scores: list[Tensor] = [torch.empty(0)] * len(texts)
 
     def score(batch: list[int]) -> None:
