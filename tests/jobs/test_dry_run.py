@@ -26,6 +26,12 @@ def test_it_counts_what_the_run_does(finished, tiny, steerable, tmp_path):
     assert 0 < plan["probe"]["tokens"] <= 60 and plan["memory_bytes"] > 9e6 and plan["cost"] is None
 
 
+def test_it_steers_the_labels_of_the_annotator(tiny, steerable, tmp_path):
+    said = steerable("run", *tiny, "--out", tmp_path / "run", "--annotator", "cues:seal", "--dry-run", "--json")
+    stages = {stage["stage"]: stage for stage in json.loads(said.out)["stages"]}
+    assert stages["select"]["cells"] == 1 + 2 * 3
+
+
 def test_a_paid_annotator(tiny, steerable, tmp_path):
     options = ["run", *tiny, "--out", tmp_path / "run", "--annotator", "llm", "--dry-run"]
     assert "give --llm-prices for its cost" in " ".join(steerable(*options).out.split())

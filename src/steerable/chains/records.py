@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,12 @@ LABELS = (
     "initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking",
 )  # fmt: skip
 STEERABLE = LABELS[2:]
+
+
+def steered_by_default(labels: Iterable[str]) -> list[str]:
+    """Which of an annotator's labels are steered where nobody chooses: the paper's four of its six, else all."""
+    labels = list(labels)
+    return [label for label in labels if label in STEERABLE and set(labels) <= set(LABELS)] or labels
 
 
 def is_label(text: object) -> bool:
@@ -103,6 +110,19 @@ def dump(record: Mapping[str, Any]) -> bytes:
         return text.encode()
     except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escaped one
         return json.dumps(record, separators=(",", ":")).encode()
+
+
+def chain_key(record: Mapping[str, Any]) -> tuple[str, int]:
+    """What tells one chain from another, and whose spans are whose: task and sample."""
+    return record["task_id"], record["sample"]
+
+
+def by_chain(spans: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[Any]]:
+    """The spans of each chain by its key, in their order; of a chain without spans an empty list."""
+    groups: dict[tuple[str, int], list[Any]] = defaultdict(list)
+    for span in spans:
+        groups[chain_key(span)].append(span)
+    return groups
 
 
 def content_hash(task: Mapping[str, Any]) -> str:

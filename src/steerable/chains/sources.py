@@ -103,10 +103,6 @@ def _parquet(path: Path) -> list[Row]:
     return _rows(path, lambda d: d.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
 
 
-def _arrow(path: Path) -> list[Row]:
-    return _rows(path, lambda d: d.Dataset.from_file(str(path)))
-
-
 #: By the end of a file's name.
 READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": read_jsonl,
@@ -115,7 +111,7 @@ READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".arrow": lambda path: _rows(path, lambda d: d.Dataset.from_file(str(path))),
 }
 
 

@@ -22,10 +22,8 @@ from steerable.steering.float64 import wide, wide_device
 from steerable.store.errors import SteerableWarning, UsageError
 
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_HEAD, _WIDER = (
-    16,
-    8,
-)  # how many of the likeliest tokens are sorted first, and how many times more where that is too few
+# How many of the likeliest tokens are sorted first, and how many times more where that is too few.
+_HEAD, _WIDER = 16, 8
 # Settings of a `generation_config` that are refused unless they have no effect, by their neutral values.
 _UNSUPPORTED = {
     "num_beams": 1,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from steerable.chains.offsets import chain_tokens
-from steerable.chains.records import LABELS
+from steerable.chains.records import LABELS, by_chain, chain_key
 from steerable.chains.spans import owners
 from steerable.chains.tasks import correct
 from steerable.store.errors import SteerableError, UsageError
@@ -145,16 +145,14 @@ def measure(
         SteerableError: a span is empty, outside its text, or has another label.
     """
     by_id = {task["id"]: task for task in tasks}
-    by_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for span in spans or ():
-        by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
+    spans_of = by_chain(spans or ())
     measured = []
     for chain, tokens in zip(chains, chain_tokens(tokenizer, chains) if chains else [], strict=True):
         task = by_id.get(chain["task_id"])
         if task is None:
             raise UsageError(f"there is no task {chain['task_id']!r}: expected the tasks that the chains answer")
         inside = tokens.thinking()
-        chain_spans = by_chain.get((chain["task_id"], chain["sample"]), [])
+        chain_spans = spans_of[chain_key(chain)]
         fractions, unlabelled = label_fractions(chain_spans, [tokens.offsets[i] for i in inside], labels)
         right = correct(task, chain["answer"] if chain["closed"] else "")
         repeated = loops([tokens.ids[i] for i in inside])

@@ -123,7 +123,9 @@ def import_file(
         reader = named if named and named.sniff(source) is not False else _recognised(source)
         if named not in (None, reader):
             raise UsageError(f"its content is not {format}: it looks like {reader.name}")
-        direction = reader.read(source, options) if reader.read else _unreadable(reader)
+        if reader.read is None:
+            raise UsageError(f"it is a {reader.name} file, which can be written only")
+        direction = reader.read(source, options)
         options.refuse_unused(reader.name)
         if reader is not _OWN:
             record = {"format": reader.name, **direction.stats.get("imported", {})}
@@ -167,10 +169,6 @@ def _recognised(source: Source) -> Format:
     if source.head.startswith(b"\x80"):
         raise UsageError("it is a bare pickle or a file of torch older than 1.6, and nothing is ever unpickled")
     raise UsageError("its content is of no known format: expected GGUF, torch.save, safetensors or .svec")
-
-
-def _unreadable(format: Format) -> Direction:
-    raise UsageError(f"it is a {format.name} file, which can be written only")
 
 
 def _inside(source: Source, options: Options) -> Source:

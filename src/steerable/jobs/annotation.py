@@ -15,7 +15,7 @@ from steerable.chains.annotators.length import length_pairs, length_spans
 from steerable.chains.annotators.llm import LABEL_TEXTS
 from steerable.chains.annotators.stability import stable
 from steerable.chains.endpoint import Endpoint
-from steerable.chains.records import LABELS, Record, is_label, read_jsonl
+from steerable.chains.records import LABELS, Record, by_chain, chain_key, is_label, read_jsonl
 from steerable.jobs.run import open_run
 from steerable.jobs.settings import ANNOTATORS, Annotator, Config
 from steerable.models.loading import Loaded
@@ -188,8 +188,7 @@ def keep_stable(
         )
     every = [span for marked in spans for span in marked or ()]
     display.start("re-sampling", SAMPLES * len(every), "continuation")
-    by_chain: dict[tuple[str, int], Spans] = {}
-    for span in stable(
+    filtered = stable(
         loaded,
         tasks,
         chains,
@@ -201,12 +200,11 @@ def keep_stable(
         rows=config.rows or 64,
         keep=continuations,
         progress=display.advance,
-    ).spans:
-        by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
+    )
     display.done()
+    stable_spans = by_chain(filtered.spans)
     return [
-        None if marked is None else by_chain.get((chain["task_id"], chain["sample"]), [])
-        for chain, marked in zip(chains, spans, strict=True)
+        None if marked is None else stable_spans[chain_key(chain)] for chain, marked in zip(chains, spans, strict=True)
     ]
 
 

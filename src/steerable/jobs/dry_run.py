@@ -14,12 +14,13 @@ import torch
 
 from steerable.chains.annotators.llm import LABEL_TEXTS, instructions
 from steerable.chains.generation import generate_chains
-from steerable.chains.records import STEERABLE, Record
+from steerable.chains.records import STEERABLE, Record, steered_by_default
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
 from steerable.engines.pool import default_rows, default_workers, row_bytes
 from steerable.engines.transformers import score_tokens
 from steerable.jobs import selection
+from steerable.jobs.annotation import labels_of
 from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
 from steerable.jobs.run import Run
 from steerable.jobs.validation import FEWEST_CHAINS
@@ -51,12 +52,9 @@ def estimate(run: Run) -> dict[str, Any]:
     tasks = [] if is_written else make_splits(c.tasks, sizes, c.seed)
     probed = [t for t in tasks if t["split"] == "extraction"][:_PROBED] or [{"id": "0", "prompt": _QUESTION}] * 8
     probe = _probe(run, [{**task, "id": str(number)} for number, task in enumerate(probed)])
-    length, context, layers = (
-        probe["tokens"],
-        probe["prompt_tokens"] + probe["tokens"],
-        models.n_layers(run.loaded.model),
-    )
-    behaviours = c.steered or list(STEERABLE)
+    length, context = probe["tokens"], probe["prompt_tokens"] + probe["tokens"]
+    layers = models.n_layers(run.loaded.model)
+    behaviours = c.steered or steered_by_default(labels_of(c) or STEERABLE)
     windows = [c.window] if c.window else list(WINDOWS)
     workers = run.workers or default_workers(run.loaded.model)
 
@@ -75,9 +73,8 @@ def estimate(run: Run) -> dict[str, Any]:
     validation, selecting = _selecting(run, behaviours, windows, layers)
     steered = evaluation_cells(c, _selection(behaviours, windows[0], layers), _anything(layers), run.thinks)
     chains = sum(_chains(cell, c.evaluation) for cell in steered)
-    patched = (
-        min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
-    )  # a patch is computed from its layer on
+    # a patch is computed from its layer on
+    patched = min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
     extracted = c.limit * len(c.extraction_samples)
     select = written("select", validation, selecting)
     candidates = len(behaviours) * len(windows) * min(c.tried, layers)

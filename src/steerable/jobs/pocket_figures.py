@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from steerable.chains.generation import Job, generate_jobs
-from steerable.chains.records import LABELS, STEERABLE, Record
+from steerable.chains.records import LABELS, STEERABLE, Record, chain_key
 from steerable.chains.tasks import GYM, make_tasks
 from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
@@ -201,12 +201,12 @@ def figures(
 
 
 def _look(tasks: Sequence[Mapping[str, Any]], chains: Sequence[Record], tokenizer: Any) -> Iterator[_Seen]:
-    spans = {(chain["task_id"], chain["sample"]): language.annotate(chain) for chain in chains}
+    spans = {chain_key(chain): language.annotate(chain) for chain in chains}
     every_span = [span for chain_spans in spans.values() for span in chain_spans]
     measured = measure_chains(tasks, chains, every_span, tokenizer)
     for chain, about in zip(chains, measured, strict=True):
         text = chain["thinking"]
-        inside = sum(_ink(text[s["start"] : s["end"]]) for s in spans[chain["task_id"], chain["sample"]])
+        inside = sum(_ink(text[s["start"] : s["end"]]) for s in spans[chain_key(chain)])
         answered = chain["closed"] and bool(chain["answer"].strip())
         yield _Seen(about, answered, *equations(text), inside / max(1, _ink(text)))
 

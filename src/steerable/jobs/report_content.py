@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from steerable.chains.records import Record, read_jsonl
+from steerable.chains.records import Record, chain_key, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
 from steerable.engines.hf.routes import route
@@ -133,9 +133,9 @@ def _example(folder: Path, tasks: Mapping[str, Record], behaviour: str, strength
     chains: dict[str, dict[tuple[str, int], Record]] = {}
     for name, file in files.items():
         records = read_jsonl(folder / f"steered/{file}.jsonl", "chain")
-        chains[name] = {(chain["task_id"], chain["sample"]): chain | {"spans": []} for chain in records}
+        chains[name] = {chain_key(chain): chain | {"spans": []} for chain in records}
         for span in read_jsonl(folder / f"steered_spans/{file}.jsonl", "span"):
-            chains[name][span["task_id"], span["sample"]]["spans"].append(span)
+            chains[name][chain_key(span)]["spans"].append(span)
     shares = {name: {key: _share(chain, behaviour) for key, chain in cell.items()} for name, cell in chains.items()}
     means = {name: sum(cell.values()) / max(1, len(cell)) for name, cell in shares.items()}
     shown = [key for key in chains["unsteered"] if all(key in cell and cell[key]["closed"] for cell in chains.values())]

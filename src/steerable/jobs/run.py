@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.generation import prompt_text
-from steerable.chains.records import LABELS, STEERABLE, Record, read_jsonl
+from steerable.chains.records import Record, by_chain, chain_key, read_jsonl, steered_by_default
 from steerable.chains.windows import align_chains
 from steerable.engines.cluster import map_blocks as map_blocks_on_cluster
 from steerable.engines.pool import default_workers, map_blocks
@@ -112,7 +112,7 @@ class Run:
         labels = self.labels
         steered = self.config.steered
         if steered is None:
-            return [b for b in labels if b in STEERABLE and set(labels) <= set(LABELS)] or labels
+            return steered_by_default(labels)
         if unknown := [b for b in steered if b not in labels]:
             raise UsageError(
                 f"--behaviours has {unknown[0]!r}, which is no label of --annotator {self.config.annotator}: expected "
@@ -130,12 +130,10 @@ class Run:
 
     def aligned(self) -> list[Any]:
         """The extraction chains as the model reads them, with their spans as token ranges."""
-        spans: dict[tuple[str, int], list[Record]] = {}
-        for span in read_jsonl(self.folder / "spans.jsonl", "span"):
-            spans.setdefault((span["task_id"], span["sample"]), []).append(span)
+        spans = by_chain(read_jsonl(self.folder / "spans.jsonl", "span"))
         chains = read_jsonl(self.folder / "chains.jsonl", "chain")
-        by_chain = [spans.get((chain["task_id"], chain["sample"]), []) for chain in chains]
-        return align_chains(self.loaded.tokenizer, self.prompts("extraction"), chains, by_chain)
+        spans_of = [spans[chain_key(chain)] for chain in chains]
+        return align_chains(self.loaded.tokenizer, self.prompts("extraction"), chains, spans_of)
 
 
 def recorded_settings(folder: RunFolder) -> dict[str, Any]:

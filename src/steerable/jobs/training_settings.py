@@ -240,10 +240,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise UsageError(f"{name} holds no settings: expected a JSON object of them")
         if recipe.get("trust_remote_code"):
             raise UsageError(f"{name} asks for trust_remote_code, which no file may: give the option yourself")
-        if isinstance(annotator := recipe.get("annotator", "auto"), str) and _is_code(annotator):
+        annotator = str(recipe.get("annotator", "auto"))
+        if annotator not in ("auto", "none", *ANNOTATORS) and label_file(annotator) is None:
             raise UsageError(f"{name} asks for the annotator {annotator}, which no file may: give the option yourself")
     return {key: value for key, value in recipe.items() if key != "about"}
-
-
-def _is_code(annotator: str) -> bool:
-    return annotator not in ("auto", "none", *ANNOTATORS) and label_file(annotator) is None

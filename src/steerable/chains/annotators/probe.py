@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from steerable.chains.annotators.fitting import cross_validate
 from steerable.chains.annotators.sentence_states import Progress, Prompts, sentence_means
-from steerable.chains.records import LABELS, Record
+from steerable.chains.records import LABELS, Record, by_chain, chain_key
 from steerable.chains.segments import Segment, sentences
 from steerable.chains.spans import owners
 from steerable.models import loading as models
@@ -192,14 +192,12 @@ def train_probe(
     """
     if importlib.util.find_spec("sklearn") is None:
         raise UsageError("training a probe needs scikit-learn: pip install 'steerable[probe]'")
-    by_chain: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for span in spans:
-        by_chain.setdefault((span["task_id"], span["sample"]), []).append(span)
-    chains = [chain for chain in chains if (chain["task_id"], chain["sample"]) in by_chain]
+    spans_of = by_chain(spans)
+    chains = [chain for chain in chains if chain_key(chain) in spans_of]
     gold: list[dict[tuple[int, int], str | None]] = []
     for chain in chains:
         cut = sentences(chain["thinking"])
-        names = labels_of(chain["thinking"], cut, by_chain[chain["task_id"], chain["sample"]])
+        names = labels_of(chain["thinking"], cut, spans_of[chain_key(chain)])
         gold.append({(s.start, s.end): name for s, name in zip(cut, names, strict=True)})
     choices = _choices(loaded.model, layer)
     layers = sorted({one for choice in choices for one in choice})
@@ -262,7 +260,7 @@ def soft_fractions(spans: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], 
     their `tokens`. They sum to 1."""
     weighted: dict[tuple[str, int], Counter[str]] = {}
     for span in spans:
-        row = weighted.setdefault((span["task_id"], span["sample"]), Counter())
+        row = weighted.setdefault(chain_key(span), Counter())
         row.update({label: share * span["tokens"] for label, share in span["probabilities"].items()})
     return {key: {label: value / row.total() for label, value in row.items()} for key, row in weighted.items()}
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from steerable.chains.annotators.sentence_states import Prompts, prompt_texts
 from steerable.chains.generation import request_seed
-from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.chains.records import Record, chain_key, read_jsonl, write_jsonl
 from steerable.chains.windows import align_chains
 from steerable.engines.base import Request
 from steerable.engines.sampling import decoding_of
@@ -157,10 +157,10 @@ def _boundaries(
     texts = prompt_texts(loaded.tokenizer, prompts)
     by_chain: dict[tuple[str, int], list[int]] = {}
     for i in tested:
-        by_chain.setdefault((spans[i]["task_id"], spans[i]["sample"]), []).append(i)
+        by_chain.setdefault(chain_key(spans[i]), []).append(i)
     marked = []
     for chain in chains:
-        numbers = by_chain.pop((chain["task_id"], chain["sample"]), [])
+        numbers = by_chain.pop(chain_key(chain), [])
         for i in numbers:
             if not 0 <= spans[i]["start"] < spans[i]["end"] <= len(chain["thinking"]):
                 raise UsageError(f"a span of task {chain['task_id']!r} reaches beyond its text: {dict(spans[i])}")

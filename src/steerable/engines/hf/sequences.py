@@ -50,7 +50,8 @@ class Sequences:
             if len(index) != rows:
                 raise _unseen(past, self.columns)
             if not torch.equal(index, torch.arange(len(self.state.seen), device=index.device)):
-                self._select(index)
+                self.state.select(index)
+                self._fed = [(ids[index], valid[index], prompt[index]) for ids, valid, prompt in self._fed]
         if past < self.columns:
             self._go_back(past)
 
@@ -85,10 +86,6 @@ class Sequences:
                 "generate without beams or without a sliding window"
             )
         return index
-
-    def _select(self, index: Tensor) -> None:
-        self.state.select(index)
-        self._fed = [(ids[index], valid[index], prompt[index]) for ids, valid, prompt in self._fed]
 
     def _go_back(self, columns: int) -> None:
         ids, valid, prompt = (torch.cat(parts, 1)[:, :columns] for parts in zip(*self._fed, strict=True))
