@@ -19,6 +19,7 @@ from steerable.chains.generation import (
 )
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.engines.base import Completion
+from steerable.engines.pool import tokens_a_minute
 from steerable.models.loading import Loaded
 from steerable.steering.site import Site
 from steerable.steering.think import ThinkTags
@@ -88,6 +89,18 @@ def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
     write_jsonl(file, old)
     assert generate_jobs(loaded, [job], max_new_tokens=20, block=5, workers=1, keep=tmp_path) == [chains]
     assert all("ids" in chain for chain in read_jsonl(file))
+
+
+def test_pieces_of_a_big_model_take_a_minute(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("steerable.engines.pool._OPERATIONS", 2e7)
+    minute = tokens_a_minute(loaded.model) // 20
+    job = Job(TASKS, range(6))
+    (chains,) = generate_jobs(loaded, [job], max_new_tokens=20, keep=tmp_path)
+    sizes = [len(read_jsonl(tmp_path / f"{i}.jsonl")) for i in range(len(list(tmp_path.iterdir())))]
+    assert len(sizes) > 1 and max(sizes) <= max(8, minute) and sum(sizes) == len(chains)
+    # pieces of another size, as an earlier version made them, are done again
+    write_jsonl(tmp_path / "0.jsonl", read_jsonl(tmp_path / "0.jsonl")[:-1])
+    assert generate_jobs(loaded, [job], max_new_tokens=20, keep=tmp_path) == [chains]
 
 
 @pytest.mark.slow

@@ -180,3 +180,11 @@ def test_agreement_on_the_command_line(copy, steerable):
 def test_unknown_annotators_are_refused(copy):
     with pytest.raises((UsageError, SteerableError), match="cannot be imported"):
         run(copy, "annotate", annotator="everyone")
+
+
+@pytest.mark.parametrize("options", [("--annotator", "llm"), ("--tasks", "llm:gpt-4.1")])
+def test_a_missing_key_is_told_before_anything_is_done(options, steerable, tmp_path, monkeypatch):
+    for name in ("STEERABLE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    said = steerable("run", "--model", "nowhere", "--out", tmp_path / "run", *options)
+    assert said.code == 2 and "no key for OpenAI" in said.err and not (tmp_path / "run").exists()

@@ -55,11 +55,12 @@ def quietly(*arguments, **options):
 # --- GGUF files ---
 
 
-def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf, llama):
+def test_a_gguf_file_is_the_model_that_it_was_made_of(gguf, llama, capfd):
     with pytest.warns(SteerableWarning, match=r"tiny-f32.gguf are unpacked to float32, \S+ GB in memory"):
         model, tokenizer = st.load(gguf, device="cpu")
     torch.testing.assert_close(model(IDS).logits, llama(IDS).logits)
     assert models.model_id(model) == "tiny-f32.gguf" and not model.training
+    assert capfd.readouterr().err == ""  # no progress bar
     assert tokenizer.decode(tokenizer("he said")["input_ids"]) == "he said"
     assert tokenizer("he")["input_ids"] == [TOKENS.index("he")]
     assert models.stop_ids(model) == [2] and tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template

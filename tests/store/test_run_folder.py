@@ -173,6 +173,17 @@ def test_one_process_at_a_time(folder):
         pass
 
 
+def test_a_folder_in_which_nothing_was_done_goes_again(tmp_path):
+    with pytest.raises(UsageError), RunFolder(tmp_path / "new").locked():
+        raise UsageError("refused")
+    with RunFolder(tmp_path / "used").locked():
+        (tmp_path / "used/config.json").write_text("{}")
+    (tmp_path / "made").mkdir()
+    with RunFolder(tmp_path / "made").locked():
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "used"]
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file: --out must name a folder"):

@@ -150,6 +150,10 @@ class Endpoint:
         self._refused: dict[str, str] = {}  # settings that the model does not take -> what is sent instead, or ""
         self._notes: dict[str, None] = {}  # warnings that wait for the caller's thread
 
+    def check_key(self) -> None:
+        """Raises UsageError where OpenAI would be asked without a key."""
+        _key(str(self.base_url))
+
     def __repr__(self) -> str:
         return f"Endpoint({self.model!r}, {self.host!r})"
 

@@ -13,7 +13,15 @@ from typing import Any
 from steerable.chains.judging import is_marked
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.engines.base import Completion, Progress, Request
-from steerable.engines.pool import MapBlocks, Report, default_threads, default_workers, loader, map_blocks
+from steerable.engines.pool import (
+    MapBlocks,
+    Report,
+    default_threads,
+    default_workers,
+    loader,
+    map_blocks,
+    tokens_a_minute,
+)
 from steerable.engines.sampling import Decoding, decoding_of
 from steerable.engines.transformers import TransformersEngine
 from steerable.models.loading import Loaded, stop_ids
@@ -23,6 +31,7 @@ from steerable.steering.vocabulary import with_first
 from steerable.store.errors import UsageError
 
 _FEW = 128  # chains that are one piece of work
+_FEWEST = 8  # chains that are computed together: one alone takes as long as all of them
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,8 @@ def generate_jobs(
             jobs differs by the steering alone.
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
         max_new_tokens: of a chain. rows: sequences that are computed together, as for the engine.
-        block: chains that one worker computes in one piece, at most.
+        block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
+            the model's size and the longest length, and no more than this.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
             model that `load` can find again by its name or folder. spread: what distributes the blocks.
         keep: a folder that takes every finished block at once and gives back those of an earlier call with the same
@@ -123,12 +133,19 @@ def generate_jobs(
     model = loaded.model
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
-    size = block_size(len(items), block)
+    minute = tokens_a_minute(model) // max_new_tokens
+    size = block_size(len(items), min(block, max(_FEWEST, minute)))
     parts = [items[i : i + size] for i in range(0, len(items), size)]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(parts))]
     finished = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}
-    # An earlier version kept chains without their ids.
-    finished = {i: part for i, part in finished.items() if all("ids" in c and "prompt_ids" in c for c in part)}
+    # An earlier version kept chains without their ids, and cut the work in other pieces.
+    asked = [[(task["id"], sample) for _, task, sample in part] for part in parts]
+    finished = {
+        i: part
+        for i, part in finished.items()
+        if all("ids" in c and "prompt_ids" in c for c in part)
+        and [(c["task_id"], c["sample"]) for c in part] == asked[i]
+    }
     missing = [i for i in range(len(parts)) if i not in finished]
     if progress is not None and finished:
         progress(sum(map(len, finished.values())), 0)

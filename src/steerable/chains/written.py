@@ -68,7 +68,7 @@ def write_tasks(
     Raises:
         SteerableError: the model does not write enough different tasks.
     """
-    endpoint = endpoint or _endpoint(source)
+    endpoint = endpoint or endpoint_of(source)
     quotas = {c: n // len(ABOUT) + (i < n % len(ABOUT)) for i, c in enumerate(ABOUT)}
     tasks: dict[str, list[Record]] = {category: [] for category in ABOUT}
     keys: set[str] = set()
@@ -113,7 +113,8 @@ def write_tasks(
     return [task for turn in zip_longest(*tasks.values()) for task in turn if task is not None]
 
 
-def _endpoint(source: str) -> Endpoint:
+def endpoint_of(source: str) -> Endpoint:
+    """The server that a source of tasks names, `llm:MODEL` or `llm:MODEL@URL`."""
     name = source.partition(":")[2]
     model, at, address = name.rpartition("@http")
     if not (model := model if at else name):

@@ -42,6 +42,8 @@ MapBlocks = Callable[..., list[Any]]
 
 _ROOM = 2**30  # bytes for the rows that are generated together on a CPU
 _DRAWING = 32  # bytes a token of the vocabulary: logits in float32, sorted, with their places, summed up
+_OPERATIONS = 3.6e12  # of a core in a minute, in the products of matrices as small as those of generation
+_STEPS = 4000  # of an accelerator in a minute, however small the model
 
 
 def cores() -> int:
@@ -65,6 +67,17 @@ def default_rows(model: Any, longest: int) -> int:
     if model.device.type != "cpu":
         return 64
     return max(8, min(192, _ROOM // row_bytes(model, longest)))
+
+
+def tokens_a_minute(model: Any) -> int:
+    """Tokens that a core, or an accelerator, computes in about a minute: what a piece of work should take at most.
+
+    An estimate by the model's size alone, so that a run that goes on on another day cuts its work in the same way.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    if model.device.type == "cpu":
+        return int(_OPERATIONS // (2 * parameters))
+    return int(min(_STEPS * 64, 1000 * _OPERATIONS // (2 * parameters)))
 
 
 def row_bytes(model: Any, longest: int) -> int:

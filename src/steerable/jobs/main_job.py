@@ -26,6 +26,7 @@ from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits, unmet
 from steerable.chains.windows import AlignedChain
+from steerable.chains.written import endpoint_of
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.evals.agreement import agreement_tables, measure_agreement_of_files
 from steerable.evals.attribution import attribute
@@ -445,7 +446,9 @@ def run(
     if is_new or recorded_settings(folder) != final.to_dict() or not _is_finished(job, steps):
         # Wrong settings, an unusable model and missing inputs are refused before anything is written.
         if final.is_judged and any("annotator" in step.settings for step in steps):
-            annotation.endpoint(final)
+            annotation.endpoint(final).check_key()
+        if final.tasks.partition(":")[0] == "llm" and any("tasks" in step.settings.split() for step in steps):
+            (annotation.endpoint(final) if final.tasks == "llm" else endpoint_of(final.tasks)).check_key()
         _ = job.loaded
         folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))
     with folder.locked(), ExitStack() as threads:

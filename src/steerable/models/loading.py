@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,15 +205,18 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Without transformers' own bar for reading and writing weights: it takes a moment, and every worker would draw
-    one."""
+    """Without transformers' own bars for reading, unpacking and writing weights: it takes a moment, and every worker
+    would draw one."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, bar = logging.is_progress_bar_enabled(), unpacking.tqdm
     logging.disable_progress_bar()
+    unpacking.tqdm = partial(bar, disable=True)  # this one asks no setting
     try:
         yield
     finally:
+        unpacking.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 

@@ -73,7 +73,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out of this folder; the system frees the lock when the process ends, however."""
+        """Keep a second process out of this folder; the system frees the lock when the process ends, however. A folder
+        that was made for it, and into which nothing else was put, goes again."""
+        is_new = not os.path.lexists(self.root)
         try:
             Path(os.path.realpath(self.root)).mkdir(parents=True, exist_ok=True)
             # held open as long as the lock; whatever lies there is neither emptied nor waited for
@@ -91,7 +93,13 @@ class RunFolder:
             for stray in list(self.root.rglob(".*.tmp")):  # a killed process was writing it
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
             self._warn_of_older_stages()
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # somebody else removed it
+                    if is_new and os.listdir(self.root) == [".lock"]:
+                        (self.root / ".lock").unlink()
+                        self.root.rmdir()
 
     def refuse_other(self, job: str, model: str, revision: str | None = None, overwrite: bool = False) -> None:
         """Raises UsageError where the folder holds a model, or, unless `overwrite`, the results of another job ("run",

@@ -24,7 +24,8 @@ from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError
 
 _SORTED = 16  # slots among which rows are not sorted by length
-_PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass: bounds its memory
+_PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass, at most
+_PREFILL_NUMBERS = 2**23  # numbers of one of its activations on a CPU: 32 MiB in float32, and there are several
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
 _ENOUGH = 16  # one row in so many must have finished before the rows are rearranged
 
@@ -58,6 +59,8 @@ class Batch:
         # On an accelerator the launch of a kernel costs more than the positions that pages save.
         self.paged = plain and {p.device.type for p in model.parameters()} == {"cpu"}
         self.last = longest - 1
+        widest = max(text.hidden_size, getattr(text, "intermediate_size", None) or 0)
+        self.most = min(_PREFILL_TOKENS, _PREFILL_NUMBERS // widest) if self.paged else _PREFILL_TOKENS
         capacity = longest + _SLACK
         self.page = PAGE if self.paged else capacity
         self.capacity = -(-capacity // self.page) * self.page
@@ -127,7 +130,7 @@ class Batch:
         width = 1
         for number in range(self.queued, self.queued + count):
             width = max(width, len(self.requests[number].prompt_ids))
-            if taken and width * (len(taken) + 1) > _PREFILL_TOKENS:
+            if taken and width * (len(taken) + 1) > self.most:
                 break
             taken.append(number)
         self.queued += len(taken)
