@@ -243,6 +243,15 @@ def long_chain(given: Sources) -> str:
     return _table(["phase", "peak MiB", "beside generation", "seconds"], rows)
 
 
+def memory(given: Sources) -> str:
+    """One row a command: its peak beside its bar."""
+    rows = [
+        [f"`steerable {name}`", f"{row['peak_gib']:.2f}", f"{row['bar_gib']:.1f}"]
+        for name, row in given.get("memory", {}).get("commands", {}).items()
+    ]
+    return _table(["command, with `--model smol`", "peak GiB", "aim, below"], rows)
+
+
 def pocket(given: Sources) -> str:
     """The bundled model: pass@k by family, then everything else."""
     found = given.get("pocket")
@@ -332,6 +341,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "speed": speed,
     "peers": peers,
     "long_chain": long_chain,
+    "memory": memory,
     "pocket": pocket,
     "front_door": front_door,
     "options": options,

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from steerable.chains.windows import AlignedChain, TokenSpan
+from steerable.evals import attribution
 from steerable.evals.attribution import METRICS, attribute, exact, fisher, published_gradients, spearman
 from steerable.models.reading import Queries
 from steerable.models.taps import tap
@@ -280,3 +281,23 @@ def test_spearman():
     # by hand: ranks 0, 1.5, 1.5, 3 and 1, 0, 2, 3
     assert spearman(x, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(3 / math.sqrt(4.5 * 5))
     assert math.isnan(spearman(x, torch.ones(4)))
+
+
+def test_chains_that_were_measured_are_not_measured_again(model, ids, tmp_path, monkeypatch):
+    chains = [chain(ids), chain(ids[::-1], "u")]
+    expected = attribute(model, chains, directions(), sample=2)
+    measured = attribute(model, chains, directions(), sample=2, keep=tmp_path)
+    (tmp_path / "1.json").unlink()
+    compute, again = attribution._Measurement.__call__, []
+
+    def counting(self, loaded, block, report):
+        again.append(block[0].task_id)
+        return compute(self, loaded, block, report)
+
+    monkeypatch.setattr(attribution._Measurement, "__call__", counting)
+    resumed = attribute(model, chains, directions(), sample=2, keep=tmp_path)
+    assert len(again) == 1
+    for behaviour, metrics in expected.effects.items():
+        for metric, values in metrics.items():
+            for other in (measured, resumed):
+                torch.testing.assert_close(other.effects[behaviour][metric], values, rtol=0, atol=0, equal_nan=True)

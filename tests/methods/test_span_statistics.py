@@ -7,6 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerable.chains.windows import AlignedChain, Group, TokenSpan, shuffle_labels
+from steerable.methods import span_statistics
 from steerable.methods.span_statistics import BASELINES, span_means
 from steerable.models.loading import load
 from steerable.steering.site import Site
@@ -194,3 +195,29 @@ def test_bad_arguments(model, chains, means):
         span_means(model, chains, ("a",))
     with pytest.raises(UsageError, match="at least one chain"):
         span_means(model, chains[-1:], LABELS)
+
+
+def test_a_stopped_pass_goes_on_with_the_same_bits(model, chains, tmp_path, monkeypatch):
+    monkeypatch.setattr(span_statistics, "_BLOCK", 40)
+    expected = span_means(model, chains, LABELS, max_tokens=40)
+    compute, computed = span_statistics._Pass.__call__, []
+
+    def stopping(self, loaded, block, report):
+        computed.append(len(block))
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(self, loaded, block, report)
+
+    monkeypatch.setattr(span_statistics._Pass, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        span_means(model, chains, LABELS, max_tokens=40, keep=tmp_path)
+    first = len(computed) - 1
+    means = span_means(model, chains, LABELS, max_tokens=40, keep=tmp_path)
+    whole = len(computed) - 1
+    computed.clear()
+    computed.extend([0] * 3)
+    span_means(model, chains, LABELS, max_tokens=40)
+    assert first == 2 and whole == len(computed) - 3, "no block is computed twice"
+    for name in ("means", "norms", "counts"):
+        torch.testing.assert_close(getattr(means, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    assert means.sinks == expected.sinks

@@ -25,9 +25,10 @@ share a pass: memory grows with a chain's length by its key/value cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.float64 import wide
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.run_folder import read_json, write_json
 
 METRICS = ("published", "published_rescaled", "fisher", "exact")
 ONSETS = ("other", "own", "all")
@@ -132,6 +134,7 @@ def attribute(
     chunk: int = CHUNK,
     workers: int = 1,
     spread: MapBlocks = map_blocks,
+    keep: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
     """Measure the effect of each direction, at each of its layers, on the next token at span onsets.
@@ -153,6 +156,7 @@ def attribute(
         max_queries: most single tokens in a forward pass.
         chunk: most tokens of a chain that are read in one.
         workers, spread: where the chains are measured.
+        keep: a folder that takes what was measured on each chain, for the next call with the same arguments.
         progress: called with the number of chains measured, and of all.
 
     Returns:
@@ -181,20 +185,31 @@ def attribute(
     sites, _ = _stack(directions, model)
     shape = (len(used), len(sites))
     effects = {b: {m: torch.full(shape, torch.nan, dtype=torch.float64) for m in metrics} for b in directions}
+    files = [None if keep is None else keep / f"{c}.json" for c in range(len(used))]
+    missing = [c for c, file in enumerate(files) if file is None or not file.exists()]
     done = 0
 
-    def store(c: int, measured: list[tuple[str, str, Tensor]]) -> None:
+    def take(c: int, measured: Iterable[tuple[str, str, Any]]) -> None:
         nonlocal done
         for behaviour, metric, values in measured:
-            effects[behaviour][metric][c] = values
+            effects[behaviour][metric][c] = torch.as_tensor(values, dtype=torch.float64)
         done += 1
         if progress is not None:
             progress(done, len(used))
 
-    workers = min(workers, len(used))
+    def store(place: int, measured: list[tuple[str, str, Tensor]]) -> None:
+        c = missing[place]
+        take(c, measured)
+        if (file := files[c]) is not None and all(values.isfinite().all() for _, _, values in measured):
+            write_json(file, [(behaviour, metric, values.tolist()) for behaviour, metric, values in measured])
+
+    for c, file in enumerate(files):
+        if file is not None and c not in missing:
+            take(c, read_json(file, list))
+    workers = max(1, min(workers, len(missing)))
     spread(
         _Measurement(dict(directions), tuple(metrics), onsets, strength, costly_onsets, max_queries, chunk),
-        [(chain, c < sample) for c, chain in enumerate(used)],
+        [(used[c], c < sample) for c in missing],
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
         threads=default_threads(model, workers),

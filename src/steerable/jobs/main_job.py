@@ -167,7 +167,9 @@ def extract(run: Run, partial: Path) -> None:
     """One pass over the chains: a direction for every label, window and baseline, and the label-shuffled ones."""
     c, chains = run.config, run.aligned()
     labels, behaviours = run.labels, run.behaviours
-    means = span_means(run.loaded.model, chains, labels, shuffles=c.controls, seed=c.seed, **run.spread_reading)
+    means = span_means(
+        run.loaded.model, chains, labels, shuffles=c.controls, seed=c.seed, keep=partial, **run.spread_reading
+    )
     missing = [label for label in behaviours if means.count(label) < FEWEST_SPANS]
     if len(missing) == len(behaviours):
         raise SteerableError(
@@ -232,7 +234,13 @@ def attribute_layers(run: Run, partial: Path) -> None:
         paths = {b: run.folder / candidate_path(window, c.baseline, b) for b in run.behaviours}
         directions = {b: Direction.load(path) for b, path in paths.items() if path.exists()}
         effect = attribute(
-            run.loaded.model, chains, directions, limit=c.attributed, sample=c.patched, **run.spread_reading
+            run.loaded.model,
+            chains,
+            directions,
+            limit=c.attributed,
+            sample=c.patched,
+            keep=partial / window,
+            **run.spread_reading,
         )
         effects[window] = effect.to_dict()
     write_json(run.folder / "attribution.json", effects)

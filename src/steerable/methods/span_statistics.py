@@ -23,11 +23,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from steerable.chains.windows import OVERALL, WINDOWS, AlignedChain, Group, TokenSpan, groups, shuffle_labels, weights
@@ -42,7 +46,7 @@ from steerable.engines.activations import (
     stream,
 )
 from steerable.engines.memory import in_narrower_batches
-from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks
+from steerable.engines.pool import MapBlocks, Report, default_threads, loader, map_blocks, tokens_a_minute
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
 from steerable.models.reading import CHUNK
@@ -51,6 +55,7 @@ from steerable.models.taps import width_at
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableWarning, UsageError
+from steerable.store.files import write_atomic
 
 BASELINES = ("overall", "pooled")
 
@@ -174,6 +179,7 @@ def span_means(
     chunk: int = CHUNK,
     workers: int = 1,
     spread: MapBlocks = map_blocks,
+    keep: Path | None = None,
 ) -> SpanMeans:
     """Take the means of all labels and windows at all layers in one forward pass over the chains.
 
@@ -194,6 +200,7 @@ def span_means(
         chunk: most tokens of a chain in one pass; longer ones are read in pieces.
         workers: processes; more than one need a model that was loaded by name or folder.
         spread: where they run, here or (`partial(cluster.map_blocks, gpus=1)`) on a Ray cluster.
+        keep: a folder that takes the sums of the blocks that are finished, for the next call with the same arguments.
 
     Returns:
         The means of all groups, from which every direction follows: `SpanMeans.direction(behaviour, window, baseline)`.
@@ -217,22 +224,23 @@ def span_means(
     shuffled = [shuffle_labels(used, seed + k) for k in range(shuffles)]
     items = [_Item(chain.ids, chain.spans, [names[i] for names in shuffled]) for i, chain in enumerate(used)]
     blocks: list[list[list[_Item]]] = [[]]
-    filled = 0
+    filled, full = 0, min(_BLOCK, tokens_a_minute(model))
     for rows in length_batches([len(chain.ids) for chain in used], max_tokens or batch_tokens(model)):
-        if filled >= _BLOCK:
+        if filled >= full:
             blocks.append([])
             filled = 0
         blocks[-1].append([items[i] for i in rows])
         filled += sum(len(used[i].ids) for i in rows)
-    workers = min(workers, len(blocks))
-    in_order = _InOrder()
+    in_order = _InOrder(None if keep is None else keep / "sums.safetensors", len(blocks))
+    blocks = blocks[in_order.due :]
+    workers = max(1, min(workers, len(blocks)))
     spread(
         _Pass(tuple(labels), tuple(windows), shuffles, kind, chunk, sinks),
         blocks,
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
         threads=default_threads(model, workers),
-        finished=in_order.add,
+        finished=partial(in_order.add, in_order.due),
         context=(model, None),
         collect=False,
     )
@@ -267,19 +275,46 @@ class _Item:
 
 
 class _InOrder:
-    """Adds up the blocks' sums in the blocks' order, as adding floating-point numbers is not associative."""
+    """Adds up the blocks' sums in the blocks' order, as adding floating-point numbers is not associative.
 
-    def __init__(self) -> None:
+    file: keeps the total, where an earlier pass over as many blocks may have left one. due: how many are in it.
+    """
+
+    def __init__(self, file: Path | None, blocks: int) -> None:
         self.early: dict[int, tuple[WeightedSums, NormSums]] = {}
-        self.due = 0
+        self.due, self.file, self.blocks = 0, file, blocks
         self.total: tuple[WeightedSums, NormSums]
+        if file is not None and file.exists():
+            with safe_open(file, "pt") as content:
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - it is no mapping
+            due, count = tensors.pop("blocks").tolist()
+            if count == blocks:
+                self.due, self.total = due, _from_tensors(tensors)
 
-    def add(self, index: int, block: tuple[WeightedSums, NormSums]) -> None:
-        self.early[index] = block
+    def add(self, start: int, index: int, block: tuple[WeightedSums, NormSums]) -> None:
+        self.early[start + index] = block
+        before = self.due
         while self.due in self.early:
             sums, norms = self.early.pop(self.due)
             self.total = (self.total[0] + sums, self.total[1] + norms) if self.due else (sums, norms)
             self.due += 1
+        if self.file is not None and before < self.due < self.blocks:
+            counts = {"blocks": torch.tensor([self.due, self.blocks])}
+            write_atomic(self.file, save(_tensors(*self.total) | counts))
+
+
+def _tensors(sums: WeightedSums, norms: NormSums) -> dict[str, Tensor]:
+    tally = {"positions": sums.tally.positions, "tokens": sums.tally.tokens}
+    spans = {"sums": sums.sums, "totals": sums.totals, "sunk": sums.sunk}
+    return {**spans, **tally, "norms": norms.sums, "norm_counts": norms.counts}
+
+
+def _from_tensors(tensors: dict[str, Tensor]) -> tuple[WeightedSums, NormSums]:
+    sums, norms = WeightedSums(0, 0, 0), NormSums(0, group=0)
+    sums.sums, sums.totals, sums.sunk = tensors["sums"], tensors["totals"], tensors["sunk"]
+    sums.tally.positions, sums.tally.tokens = tensors["positions"], tensors["tokens"]
+    norms.sums, norms.counts = tensors["norms"], tensors["norm_counts"]
+    return sums, norms
 
 
 @dataclass(frozen=True)
