@@ -6,9 +6,12 @@ import pickle
 
 import pytest
 import torch
+from gguf_models import TOKENS, write_gguf
 from tiny_families import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerable as st
+from steerable.formats import export_file
 from steerable.jobs.arms import check_arms, find_arms, fingerprint, opener, parse_arms, steering
 from steerable.models.loading import Loaded
 from steerable.steering.site import Site
@@ -71,6 +74,18 @@ def test_kinds(tmp_path, folder, lora):
     (tmp_path / "v.safetensors").write_bytes(b"")
     given = {"bias": tmp_path / "v.safetensors", "lora": lora[0], "full": folder / "base", "hub": "owner/model"}
     assert [a.kind for a in find_arms("pocket", given)] == ["base", "direction", "adapter", "model", "model"]
+    export_file(st.Direction({Site("resid_post", 1): torch.ones(4)}), tmp_path / "vectors/v.gguf", "repeng", n_layers=3)
+    (tmp_path / "gguf").mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENS), **sizes))
+    model = write_gguf(tmp_path / "gguf/m.gguf", llama)
+    given = {
+        "vectors": tmp_path / "vectors/v.gguf",
+        "file": model,
+        "folder": tmp_path / "gguf",
+        "hub": "owner/model/m.gguf",
+    }
+    assert [a.kind for a in find_arms("pocket", given)][1:] == ["direction", "model", "model", "model"]
     with pytest.raises(UsageError, match="holds neither config.json nor adapter_config.json"):
         find_arms("pocket", {"x": tmp_path})
     for source in ("runs/none.safetensors", "nothing", "a/b/c"):

@@ -73,7 +73,7 @@ DEATHS = [
     ("generate", "/blocks/1.jsonl", 1),
     ("annotate", "/coverage.json", 1),  # spans are there
     ("extract", "/span.overall/backtracking.safetensors", 1),  # many vectors are there
-    ("attribute", "/attribution.json", 1),
+    ("attribute", "/1.json", 1),  # the first chain was measured
     ("select", "/blocks/1.jsonl", 1),
     ("select", "/selection.json", 1),  # the vectors are there
     ("steer", "/blocks/1.jsonl", 2),

@@ -29,6 +29,18 @@ _FLOATS = ("F32", "F16", "F64", "BF16")
 _MAX_ITEMS = 1 << 20  # of an array in the metadata: no vocabulary is larger
 
 
+_OF_VECTORS = ("", "controlvector", "steeringvector")
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a GGUF file is a model's, and not one of vectors."""
+    try:
+        _, meta = _header(path)
+    except UsageError:
+        return False  # whoever reads it says what is wrong with it
+    return str(meta.get("general.architecture", "")) not in _OF_VECTORS
+
+
 def _header(path: Path) -> tuple[Any, dict[str, Any]]:
     """gguf's reader of a file, made to end on damaged lengths, with which its own loops go on, and the metadata.
 
@@ -86,7 +98,7 @@ def _read(source: Source, options: Options) -> Direction:
     for tensor in reader.tensors:
         prefix, _, digits = tensor.name.partition("direction.")
         if prefix or not digits:
-            what = f"a GGUF model ({arch[:20]})" if arch not in ("", "controlvector", "steeringvector") else "not known"
+            what = f"a GGUF model ({arch[:20]})" if arch not in _OF_VECTORS else "not known"
             raise UsageError(f"its tensor {tensor.name[:60]!r} is {what}: expected tensors 'direction.<number>' only")
         k = checks.layer_number(digits, f"the number in {tensor.name[:60]!r}")
         if k in vectors:

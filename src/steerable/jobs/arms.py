@@ -25,7 +25,7 @@ from steerable.chains.records import Record, content_hash, read_jsonl, write_jso
 from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
-from steerable.formats import import_file
+from steerable.formats import gguf, import_file
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
@@ -84,19 +84,20 @@ def find_arms(model: str, given: Mapping[str, str | Path]) -> list[Arm]:
 
 def _kind(name: str, path: Path) -> Literal["direction", "adapter", "model"]:
     if path.is_file():
-        return "direction"
+        return "model" if path.suffix.lower() == ".gguf" and gguf.holds_model(path) else "direction"
     if (path / _CONFIG).is_file():
         # a plain vector a layer: steered, since a model without these biases cannot take it up
         return "direction" if _adapter_config(path).get("peft_type") == "BEFT" else "adapter"
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file() and find(path).gguf_file is None:
         raise UsageError(
             f"arm {name!r}: {path} holds neither config.json nor adapter_config.json: expected a direction file, a "
-            "PEFT adapter or a model folder"
+            "PEFT adapter, a model folder or a .gguf file"
         )
-    if not path.exists() and (path.suffix == ".safetensors" or len(path.parts) != 2):  # a hub name is owner/model
+    # a hub name is owner/model, or owner/model/file.gguf
+    if not path.exists() and (path.suffix == ".safetensors" or (len(path.parts) != 2 and path.suffix != ".gguf")):
         raise UsageError(
-            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter or a "
-            "model folder"
+            f"arm {name!r}: there is no file or folder {str(path)!r}: expected a direction file, a PEFT adapter, a "
+            "model folder or a .gguf file"
         )
     return "model"
 
@@ -171,7 +172,7 @@ def _check_model(arm: Arm, base: Any) -> None:
     if not path.exists():
         return  # the hub's: `load` says what is wrong with it
     with refusing(f"arm {arm.name!r}: {path} is not a loadable model folder"):
-        config = AutoConfig.from_pretrained(arm.source, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(**find(arm.source).arguments, trust_remote_code=False).get_text_config()
     mine, theirs = base.config.get_text_config().vocab_size, config.vocab_size
     if mine != theirs:
         raise UsageError(
