@@ -34,7 +34,7 @@ from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 #: Nats a token. On SmolLM2-135M-Instruct, at 10 of 30 layers, +1 then is plainly another manner and still fluent:
 #: "I'd love to spend my hour with my family and friends" at 0.5; at 0.3 it is fainter, and from 1 on sense suffers.
 BUDGET = 0.5
-TOLERANCE = 0.02  # of the budget
+TOLERANCE = 0.05  # of the budget: less than it differs from one set of texts to another
 _ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
 _MAX_LOGITS = 2**26  # held at a time, of all passes together
 _REPLIES, _LENGTH = 8, 40
@@ -122,7 +122,7 @@ def search(
     over log strength.
 
     What is measured is the mean of KL(steered || unsteered) over the texts' tokens, prompts left out, at both signs:
-    the larger of the two is the budget, to 2 %. Both models read the same tokens.
+    the larger of the two is the budget, to 5 %. Both models read the same tokens.
 
     Args:
         model: a transformers model, or what wraps one.

@@ -179,10 +179,10 @@ class Config(Settings):
     llm_tpm: int = Field(0, ge=0, description="Most tokens a minute; 0: no limit of ours.")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of tasks, sampling and controls.")
     limit: int = Field(300, ge=1, description="Tasks to extract from.")
-    validation: int = Field(36, ge=1, description="Tasks set apart for choosing window and layer.")
+    validation: int = Field(30, ge=1, description="Tasks set apart for choosing window and layer.")
     evaluation: int = Field(50, ge=1, description="Unseen tasks to judge steering on.")
     samples: int = Field(
-        3, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
+        4, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
     )
     side_tasks: int = Field(16, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
