@@ -184,7 +184,7 @@ class Config(Settings):
     samples: int = Field(
         4, ge=1, description="Chains a task in the main cells (one when --greedy), and where --annotator length reads."
     )
-    side_tasks: int = Field(16, ge=1, description="Tasks, of those, in the other cells.")
+    side_tasks: int = Field(12, ge=1, description="Tasks, of those, in the other cells.")
     side_samples: int = Field(1, ge=1, description="Chains a task there: sweep, several layers, thinking only.")
     max_new_tokens: int = Field(500, ge=1, description="Longest chain, answer included.")
     greedy: bool = Field(False, description="Decode greedily, as published; default: the model's generation_config.")

@@ -22,7 +22,7 @@ from steerable.steering.maps import Shift, parse_map
 from steerable.store.errors import SteerableError
 from steerable.store.run_folder import read_json, write_json
 
-FEWEST_CHAINS, FEWEST_TOKENS = 4, 500
+FEWEST_CHAINS, FEWEST_TOKENS = 3, 400
 """Of the unsteered text that candidates are calibrated on, where there is as much."""
 
 
