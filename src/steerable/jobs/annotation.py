@@ -197,7 +197,7 @@ def keep_stable(
         samples=SAMPLES,
         threshold=config.stability,
         seed=config.seed,
-        rows=config.rows or 64,
+        rows=config.rows,
         keep=continuations,
         progress=display.advance,
     )

@@ -218,7 +218,7 @@ class Config(Settings):
     attributed: int = Field(50, ge=1, description="Chains for attribution by gradients.")
     patched: int = Field(8, ge=1, description="Chains, of those, for exact patching and Fisher information.")
     compared: int = Field(8, ge=1, description="Chains of each cell for its KL divergence.")
-    block: int = Field(1200, ge=1, description="Chains in one unit of work, at most: what a killed run may lose.")
+    block: int = Field(1200, ge=1, description="Chains in one unit of work, at most; fewer if they take over a minute.")
     rows: int | None = Field(None, ge=1, description="Sequences computed together; default: as many as fit a budget.")
 
     #: Names of the settings that were read from a file: what such a setting names is never imported or run, and no

@@ -66,7 +66,7 @@ def stable(
     temperature: float | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
-    rows: int = 64,
+    rows: int | None = None,
     block: int = 64,
     keep: Path | None = None,
     progress: Progress | None = None,
@@ -80,7 +80,7 @@ def stable(
         labels: test spans of these alone; default all.
         temperature: default what the model's `generation_config` samples with, 1 where it is greedy.
         max_new_tokens: should reach to the next boundary. A continuation ends where the think block does.
-        rows: sequences computed together. block: boundaries in one piece of work.
+        rows: sequences computed together, as for the engine. block: boundaries in one piece of work.
         keep: a folder that takes every finished block and gives it back to a later call with the same model, texts and
             settings; another labeler or threshold may use the same continuations.
 
@@ -180,7 +180,7 @@ def _continuations(
     loaded: Loaded,
     requests: Sequence[Request],
     max_new_tokens: int,
-    rows: int,
+    rows: int | None,
     keep: Path | None,
     progress: Progress | None,
 ) -> list[str]:
