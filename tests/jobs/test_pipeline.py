@@ -425,6 +425,7 @@ def test_labels_of_ones_own_on_a_model_without_a_think_block(tmp_path, monkeypat
     report, page = read_json(out / "report.json"), (out / "report.html").read_text()
     assert set(report["selection"]) == {"first", "second"} and list(report["missing"]) == ["rare"]
     assert {cell["where"] for cell in report["cells"]} == {"all"}, "there is no think block to steer in"
+    assert report["model"]["thinks"] is False and "thinking tokens" not in (out / "report.html").read_text()
     for cell in report["cells"]:
         assert list(cell["fractions"]) == ["first", "second", "rest", "rare"]
         assert cell["strength"] == 0 or 0 <= cell["wrong_way"]["fraction"][0] <= 1

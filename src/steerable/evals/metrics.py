@@ -90,9 +90,9 @@ class Metric:
 _ROWS = [
     Metric("accuracy", "Accuracy", "share", lambda m: m.correct, "right answers, by the task's own scorer", "higher"),
     Metric("tokens", "Length", "tokens", lambda m: m.tokens, "new tokens a chain"),
-    Metric("loops", "Loops", "share", lambda m: m.loops, "repeated 8-grams in the thinking tokens", "lower"),
-    Metric("unclosed", "Unclosed chains", "share", lambda m: m.unclosed, "chains that never end thinking", "lower"),
-    Metric("unlabelled", "Unlabelled", "share", lambda m: m.unlabelled, "thinking tokens that no span covers", "lower"),
+    Metric("loops", "Loops", "share", lambda m: m.loops, "repeated 8-grams in the chain", "lower"),
+    Metric("unclosed", "Unclosed chains", "share", lambda m: m.unclosed, "chains that never end", "lower"),
+    Metric("unlabelled", "Unlabelled", "share", lambda m: m.unlabelled, "tokens that no span covers", "lower"),
     Metric("kl", "Divergence", "nats per token", lambda m: m.chain.get("kl"), "mean KL to the unsteered model"),
 ]
 _TABLE = {metric.name: metric for metric in _ROWS}

@@ -61,6 +61,7 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         report=report,
         timings=timings,
         judged=max(judged, default=None),
+        tokens="tokens" if report["model"].get("thinks") is False else "thinking tokens",
         vectors=vectors,
         hues={label: words.hue(label, labels) for label in labels},
         settings=words.settings(report["config"], report["model"]),
