@@ -28,7 +28,8 @@ from steerable.store.run_folder import read_json, sha256, write_json
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS))
 
-import training_figures  # noqa: E402 - it lies beside this file
+import contrast_figures  # noqa: E402 - they lie beside this file
+import training_figures  # noqa: E402
 
 HEADLINE = DOCS / "figures.json"
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
@@ -345,6 +346,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "pocket": pocket,
     "front_door": front_door,
     "options": options,
+    **contrast_figures.FIGURES,
     **training_figures.FIGURES,
 }
 
