@@ -142,7 +142,7 @@ def test_rounding_above_the_budget():
 def test_in_pieces(tiny_llama, tokenizer, monkeypatch):
     """Texts with more logits than are held at a time are read behind a cache, all strengths side by side."""
     whole = calibrate(tiny_llama, tokenizer, make(), TEXTS, budget=0.1)
-    monkeypatch.setattr("steerable.evals.calibration._MAX_LOGITS", 64 * 12)
+    monkeypatch.setattr("steerable.engines.hf.scoring.most_logits", lambda device: 64 * 12)
     pieces = calibrate(tiny_llama, tokenizer, make(), TEXTS, budget=0.1)
     assert pieces.stats["calibration"]["kl"] == pytest.approx(whole.stats["calibration"]["kl"], rel=1e-3)
     assert pieces.dose() == pytest.approx(whole.dose(), rel=1e-3)

@@ -36,7 +36,6 @@ from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 BUDGET = 0.5
 TOLERANCE = 0.05  # of the budget: less than it differs from one set of texts to another
 _ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
-_MAX_LOGITS = 2**26  # held at a time, of all passes together
 _REPLIES, _LENGTH = 8, 40
 _SWEEP, _STEP, _SMALLEST, _LARGEST = (0.1, 0.3, 0.9), 3.0, 1e-4, 100.0  # doses, of all sites together
 
@@ -198,9 +197,7 @@ def _divergences(
     model = unwrap_to_run(model)
     passes = [[number] * len(rows) for number in range(-1, len(doses))]
     with Handle(model, [unit.steering(dose) for dose in doses], tokenizer, track=False) as handle:
-        scores = score_tokens(
-            model, rows, starts, compare, handle=handle, passes=passes, max_logits=_MAX_LOGITS // len(passes)
-        )
+        scores = score_tokens(model, rows, starts, compare, handle=handle, passes=passes)
     means = torch.cat(scores).mean(0)
     return [mean if math.isfinite(mean) else math.inf for mean in means.tolist()]
 

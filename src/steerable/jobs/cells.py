@@ -22,6 +22,7 @@ from steerable.jobs.run import Run
 from steerable.jobs.settings import Config, candidate_path, random_path, shuffled_path
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
+from steerable.store.run_folder import read_json, write_json
 
 Load = Callable[[str], Direction]
 """Path in a run folder -> the direction there."""
@@ -219,12 +220,15 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
     return measured
 
 
-def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[str, Any]]:
+def evaluate_cells(run: Run, cells: Sequence[Cell], partial: Path) -> list[dict[str, Any]]:
     """The rows of the report: of every cell its setting, every metric with its interval, and the difference to the
     unsteered chains with the same seeds; one row a behaviour, so that its controls stand under its own name.
 
-    cells: the unsteered one first. spans: a folder for the spans of the chains.
+    cells: the unsteered one first. partial: a folder for the spans of the chains, `steered_spans`, and for the
+    divergences, which take longest and are found there by the next call.
     """
+    spans, kept = partial / "steered_spans", partial / "divergences.json"
+    divergences: dict[str, Any] = read_json(kept, dict) if kept.exists() else {}
     rows: list[dict[str, Any]] = []
     unsteered: list[Measured] = []
     for cell in cells:
@@ -232,6 +236,9 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[st
         measured = measure_chains(run, chains, "evaluation", spans / f"{cell.name}.jsonl")
         unsteered = unsteered or measured
         base, seed = same_chains(measured, unsteered), run.config.seed
+        if cell.name not in divergences:
+            divergences[cell.name] = _divergence(run, cell, chains)
+            write_json(kept, divergences)
         content = {
             "control": cell.control,
             "strength": cell.strength,
@@ -239,7 +246,7 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], spans: Path) -> list[dict[st
             "layers": list(cell.layers),
             "where": cell.where,
             **measure_cell(measured, seed, run.labels),
-            "kl": _divergence(run, cell, chains),
+            "kl": divergences[cell.name],
             "difference": differences(measured, base, seed, run.labels) if cell.strength else None,
         }
         for strength in (-cell.strength, cell.strength) if cell.both_signs else (cell.strength,):

@@ -319,11 +319,10 @@ def steer(run: Run, partial: Path) -> None:
 
 def evaluate(run: Run, partial: Path) -> None:
     """Every cell's spans, fractions, accuracy, length, loops, unclosed chains and KL divergence, with intervals."""
-    spans = partial / "steered_spans"
     chosen = selection.read_selection(run.folder / "selection.json")
-    rows = evaluate_cells(run, evaluation_cells(run.config, chosen, run.load, run.thinks), spans)
+    rows = evaluate_cells(run, evaluation_cells(run.config, chosen, run.load, run.thinks), partial)
     shutil.rmtree(run.folder / "steered_spans", ignore_errors=True)
-    spans.rename(run.folder / "steered_spans")
+    (partial / "steered_spans").rename(run.folder / "steered_spans")
     write_json(run.folder / "cells.json", rows)
 
 
