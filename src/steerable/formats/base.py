@@ -28,6 +28,8 @@ from steerable.store.files import check_header, refuse_stand_in, strict_json, wr
 MAX_BYTES = 2 << 30
 #: Files of records, which hold no vectors.
 RECORDS = (".jsonl", ".ndjson")
+#: How the names of the first member of archives begin that are not torch's.
+_OTHER_ARCHIVES = (b"README.md", b"checksums.json", b"manifest.json")
 #: `Format.strength` of a format that holds the strength, and of one that has no place for it.
 HELD, FOLDED = "held", "folded"
 
@@ -66,8 +68,8 @@ class Format:
 class Source:
     """A file or folder that may hold vectors. Its content is loaded once, when first asked for, and never unpickled.
 
-    kind: "folder", "gguf", "torch", "safetensors", "json" or "" by the first bytes. Raises UsageError for what is not
-    there, no regular file, a Git LFS pointer, or too large.
+    kind: "folder", "gguf", "torch", "zip" (another archive), "safetensors", "json" or "" by the first bytes. Raises
+    UsageError for what is not there, no regular file, a Git LFS pointer, or too large.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,17 +88,25 @@ class Source:
         if self.head.startswith(b"GGUF"):
             self.kind = "gguf"
         elif self.head.startswith(torch_archive.MAGIC):
-            self.kind = "torch"
+            self.kind = "zip" if self.head[30:].startswith(_OTHER_ARCHIVES) else "torch"
         elif self.head[8:9] == b"{" and 2 <= length <= self.size - 8:
             self.kind = "safetensors"
         else:
-            is_json = path.suffix not in RECORDS and self.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+            is_json = path.suffix not in RECORDS and self.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
             self.kind = "json" if is_json else ""
 
     @cached_property
     def torch(self) -> Any:
         """What `torch.save` wrote; None for other files. Raises UsageError where it is not sound."""
         return torch_archive.load(self.path.read_bytes()) if self.kind == "torch" else None
+
+    @cached_property
+    def json(self) -> Any:
+        """The value of a JSON file; None for other files. Raises UsageError where it is not sound."""
+        try:
+            return strict_json(self.path.read_bytes().decode("utf-8-sig")) if self.kind == "json" else None
+        except ValueError as error:  # decoding errors are ValueErrors
+            raise UsageError(f"it is not sound JSON ({str(error)[:80]})") from None
 
     @cached_property
     def safetensors(self) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -33,6 +33,13 @@ def unique(pairs: Iterable[tuple[Site, Tensor]]) -> dict[Site, Tensor]:
     return vectors
 
 
+def with_strength(vectors: Mapping[Site, Tensor], factors: Mapping[Site, float]) -> tuple[dict[Site, Tensor], float]:
+    """The vectors and their common factor as the strength; factors that differ are multiplied in, for strength 1."""
+    if len(set(factors.values())) == 1:
+        return dict(vectors), next(iter(factors.values()))
+    return {site: vector(v * factors[site], f"the vector of {site}") for site, v in vectors.items()}, 1.0
+
+
 def vector(value: Any, what: str) -> Tensor:
     """A 1-D float32 copy of a tensor [d] or [1, d]. Raises UsageError for anything else, NaN and infinities too."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:

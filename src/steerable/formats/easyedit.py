@@ -1,5 +1,4 @@
-"""Folders of EasyEdit2: `layer_{i}.pt` [d], and variants `layer_{i}_{variant}.pt` (merged, trimmed). And of
-rotalabs-steer, which has the same files and a `metadata.json` {"behavior", "layers", "model_name"}."""
+"""Folders of EasyEdit2: `layer_{i}.pt` [d], and variants `layer_{i}_{variant}.pt` (merged, trimmed)."""
 
 from __future__ import annotations
 
@@ -9,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from steerable.formats import checks
-from steerable.formats.base import Format, Options, Source, imported, small_json
+from steerable.formats.base import Format, Options, Source, imported
+from steerable.formats.rotalabs import is_rotalabs
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
@@ -18,7 +18,11 @@ _NAME = re.compile(r"layer_([0-9]{1,4})(?:_(.+))?\.pt")
 
 
 def _sniff(source: Source) -> bool:
-    return source.kind == "folder" and any(_NAME.fullmatch(path.name) for path in source.path.glob("layer_*.pt"))
+    return (
+        not is_rotalabs(source)
+        and source.kind == "folder"
+        and any(_NAME.fullmatch(path.name) for path in source.path.glob("layer_*.pt"))
+    )
 
 
 def _read(source: Source, options: Options) -> Direction:
@@ -33,12 +37,7 @@ def _read(source: Source, options: Options) -> Direction:
     paths = [path for layers in variants.values() for path in layers.values()]
     variant = options.choose(sorted(variants), "variant", lambda: [_vector(path) for path in paths])
     vectors = {Site("resid_post", i): _vector(path) for i, path in variants[variant].items()}
-    convention = "the numbers in its file names are blocks"
-    metadata = small_json(source.path / "metadata.json") or {}
-    if not {"behavior", "model_name"} <= set(metadata):
-        return imported("easyedit", vectors, convention, about={"variant": variant})
-    behaviour, model = (str(checks.plain(metadata[key]) or "") for key in ("behavior", "model_name"))
-    return imported("rotalabs", vectors, convention, behaviour=behaviour, model_id=model)
+    return imported("easyedit", vectors, "the numbers in its file names are blocks", about={"variant": variant})
 
 
 def _vector(path: Path) -> Tensor:
@@ -48,4 +47,4 @@ def _vector(path: Path) -> Tensor:
     return checks.vector(content, f"the vector in {path.name}")
 
 
-FORMATS = (Format("easyedit", _sniff, _read), Format("rotalabs", lambda source: _sniff(source) and None, _read))
+FORMATS = (Format("easyedit", _sniff, _read),)

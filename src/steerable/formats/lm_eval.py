@@ -53,10 +53,7 @@ def _read(source: Source, options: Options) -> Direction:
         coefficients[site] = checks.number(entry.get("steering_coefficient", 1.0), f"the coefficient of {where}")
     if any(site.kind != "resid_post" for site in vectors):
         warn("a vector for an attention or an MLP adds to what it adds to the stream only where no norm follows it")
-    strength = next(iter(coefficients.values()))
-    if len(set(coefficients.values())) > 1:
-        strength = 1.0
-        vectors = {site: checks.vector(v * coefficients[site], f"the vector of {site}") for site, v in vectors.items()}
+    vectors, strength = checks.with_strength(vectors, coefficients)
     about = {"coefficients": {str(site): c for site, c in coefficients.items()}}
     return imported("lm-eval", vectors, "its hookpoints name blocks", strength=strength, about=about)
 

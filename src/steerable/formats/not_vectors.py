@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from steerable.chains.records import LABELS
-from steerable.formats.base import Source
+from steerable.formats.base import Source, small_json
 from steerable.formats.mean_vectors import OVERALL
 from steerable.store.errors import UsageError
 
@@ -25,6 +25,17 @@ def refuse(source: Source) -> None:
             "an lm-eval CSV names features of sparse autoencoders and holds no vectors: take the rows of W_dec that it "
             "names, times their coefficient, and save them as a .pt"
         )
+    about = source.json if source.kind == "json" else small_json(source.path.with_suffix(".json"))
+    about = about if isinstance(about, Mapping) else {}
+    if _is_ds4(source, about):
+        raise UsageError(
+            "it is a file of ds4, by which the part along a vector is taken out of what attention or MLP give, "
+            "y - scale * v (v y): a projection, which removes at a positive scale, and no vector to be added"
+        )
+    if source.kind == "json" and {"sae", "features"} <= set(about):
+        raise UsageError(
+            "it names features of a sparse autoencoder (BrainPatch 0.1) and holds no vectors: compile it first"
+        )
     content = source.torch
     keys = {str(key) for key in content} if isinstance(content, Mapping) else set()
     reft_folder = source.kind == "folder" and any(source.path.glob("intkey_*.bin"))
@@ -38,6 +49,14 @@ def refuse(source: Source) -> None:
         raise UsageError("it is an LM-Steer of EasyEdit: linear maps of the activation, for which no vector can stand")
     if keys and keys <= {*LABELS, OVERALL} and all(map(_is_curve, content.values())):
         raise UsageError(_LAYER_EFFECTS)
+
+
+def _is_ds4(source: Source, about: Mapping[str, Any]) -> bool:
+    """Its JSON, or its rows of float32 without a header: of 43 blocks and width 4096, or with that JSON beside them."""
+    if source.kind not in ("", "json"):
+        return False
+    is_described = str(about.get("format", "")).startswith("ds4-directional-steering")
+    return is_described or source.kind == "" and source.size == 43 * 4096 * 4
 
 
 _LAYER_EFFECTS = (

@@ -18,16 +18,16 @@ from steerable.formats.base import Format, Options, Source, WriteOptions, import
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
-from steerable.store.files import strict_json
 
 
 def _read(source: Source, options: Options) -> Direction:
     """Raises UsageError for per-head, positional and plane directions, which are no single vectors."""
-    try:
-        content = strict_json(source.path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:  # decoding errors are ValueErrors
-        raise UsageError(f"it is not sound JSON ({str(error)[:80]})") from None
-    if not isinstance(content.get("directions"), Mapping) or not content["directions"]:
+    content = source.json
+    if (
+        not isinstance(content, Mapping)
+        or not isinstance(content.get("directions"), Mapping)
+        or not content["directions"]
+    ):
         raise UsageError(
             f"it holds {checks.kind_of(content)}: expected the keys 'model_type' and 'directions' of a .svec"
         )
@@ -79,5 +79,6 @@ FORMATS = (
         _read,
         writer(_encode),
         "It holds no strength and no sites but blocks.",
+        general=True,
     ),
 )

@@ -49,7 +49,8 @@ def _table(content: Any, options: Options, name: str, layout: str | None) -> Dir
         raise NeedsChoice(
             "layout",
             f"it holds {checks.kind_of(content)} and nothing says what row 0 is: give --layout blocks (row i is block "
-            "i's output) or --layout hidden_states (row 0 the embeddings, row r the output of block r - 1)",
+            "i's output, but a last row taken from hidden_states is behind the final norm) or --layout "
+            "hidden_states (row 0 the embeddings, row r the output of block r - 1)",
         )
     if layout not in LAYOUTS:
         raise UsageError(f"--layout {layout!r} is unknown: expected {' or '.join(LAYOUTS)}")
