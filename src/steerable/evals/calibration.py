@@ -78,7 +78,8 @@ def calibrate(
 
     Example:
         >>> happy = st.calibrate(model, tokenizer, direction, ["2 + 3 = 5, so the answer is 5."], budget=0.1)
-        >>> happy.unit, round(happy.stats["calibration"]["kl"], 2)
+        >>> about = happy.stats["calibration"]
+        >>> happy.unit, round(max(about["kl"], about["kl_reversed"]), 1)
         ('calibrated', 0.1)
     """
     if not (isinstance(budget, int | float) and 0 < budget < math.inf):
