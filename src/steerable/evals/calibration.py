@@ -31,9 +31,9 @@ from steerable.steering.maps import Shift, parse_map
 from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
-#: Nats a token. On SmolLM2-135M-Instruct, at 10 of 30 layers, +1 then is plainly another manner and still fluent:
-#: "I'd love to spend my hour with my family and friends" at 0.5; at 0.3 it is fainter, and from 1 on sense suffers.
-BUDGET = 0.5
+#: Nats a token. Of twelve everyday contrasts on SmolLM2-135M-Instruct (`benchmarks/contrasts.py`), +-1 then is plainly
+#: another manner and still fluent; at 0.3 some are too faint to tell from controls, and from 1 on sense suffers.
+BUDGET = 0.4
 TOLERANCE = 0.05  # of the budget: less than it differs from one set of texts to another
 _ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
 _REPLIES, _LENGTH = 8, 40
