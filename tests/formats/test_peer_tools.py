@@ -181,8 +181,10 @@ def test_repsteer_folders_that_are_no_direction(copy):
         import_file(folder)
 
 
-def test_persona_means_alone_are_no_direction(copy):
+def test_persona_means_alone_are_no_direction(copy, monkeypatch):
     folder = copy("persona-vectors")
+    monkeypatch.chdir(folder / "biography")
+    assert import_file("p1.safetensors").layers == [0, 1, 2]
     with pytest.raises(UsageError, match="mean activations of one variant"):
         import_file(folder / "templated/p1.safetensors")
     save_file({"activations": torch.ones(2, 6)}, folder / "templated/p1.safetensors")

@@ -90,11 +90,13 @@ def test_other_content(tmp_path, data, reason):
     assert str(tmp_path / "a") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_file_and_other_folders(tmp_path):
+def test_no_file_and_other_folders(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no such file"):
         import_file(tmp_path / "missing")
-    with pytest.raises(UsageError, match="no adapter"):
-        import_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for here in (tmp_path, "."):
+        with pytest.raises(UsageError, match="no adapter"):
+            import_file(here)
     with pytest.raises(UsageError, match="holds no vectors"):
         validate_file(tmp_path)
 

@@ -25,8 +25,7 @@ def refuse(source: Source) -> None:
             "an lm-eval CSV names features of sparse autoencoders and holds no vectors: take the rows of W_dec that it "
             "names, times their coefficient, and save them as a .pt"
         )
-    about = source.json if source.kind == "json" else small_json(source.path.with_suffix(".json"))
-    about = about if isinstance(about, Mapping) else {}
+    about = source.json if isinstance(source.json, Mapping) else {}
     if _is_ds4(source, about):
         raise UsageError(
             "it is a file of ds4, by which the part along a vector is taken out of what attention or MLP give, "
@@ -53,8 +52,8 @@ def refuse(source: Source) -> None:
 
 def _is_ds4(source: Source, about: Mapping[str, Any]) -> bool:
     """Its JSON, or its rows of float32 without a header: of 43 blocks and width 4096, or with that JSON beside them."""
-    if source.kind not in ("", "json"):
-        return False
+    if source.kind == "":
+        about = small_json(source.path.with_suffix(".json")) or {}
     is_described = str(about.get("format", "")).startswith("ds4-directional-steering")
     return is_described or source.kind == "" and source.size == 43 * 4096 * 4
 

@@ -50,7 +50,7 @@ def _read(source: Source, options: Options) -> Direction:
 
 def _difference(source: Source) -> Direction:
     """Raises UsageError for the means of one variant alone, which are no direction."""
-    path = source.path
+    path = source.path.resolve()  # the folders' names tell which variant it is
     other = path.parent.with_name("templated") / path.name
     if path.parent.name != "biography" or not other.is_file():
         raise UsageError(
