@@ -18,7 +18,7 @@ from steerable.chains.records import LABELS
 from steerable.engines.base import Completion
 from steerable.jobs.conversation import chat
 from steerable.jobs.dialogue import Dialogue, read_part
-from steerable.jobs.panels import COLOURS
+from steerable.jobs.panels import COLOURS, Screen
 from steerable.models import loading as models
 from steerable.models.sources import pocket_path
 from steerable.steering.direction import Direction
@@ -99,6 +99,14 @@ def test_the_picture_without_a_terminal(capsys, monkeypatch, file, columns):
     assert PROMPT in shown and " unsteered " in shown and " steered " in shown and "20 tokens, not closed" in shown
     assert max(map(len, shown.splitlines())) <= int(columns)
     assert "\x1b" not in shown
+
+
+def test_an_answer_without_a_think_block_is_cut_off(capsys):
+    screen = Screen(is_pocket=False, quiet=False)
+    with screen.growing(["answer"]):
+        screen.show(0, "", "It was")
+    screen.finish([{"tokens": 2, "closed": False, "thinking": "", "answer": "It was"}])
+    assert "2 tokens, cut off" in capsys.readouterr().out
 
 
 def test_the_picture_is_coloured_on_a_terminal(capsys, monkeypatch):
@@ -198,7 +206,7 @@ def test_an_answer_that_ends_first_is_reported_without_the_rest(file, pocket):
 
 @pytest.mark.parametrize("strength", ["", "a", "1,,2", "1,inf", "nan"])
 def test_strengths_that_are_none(file, strength):
-    with pytest.raises(UsageError, match=f"--strength is {strength}: expected a number, or several as in -1,0,1"):
+    with pytest.raises(UsageError, match=f"--strength is {strength!r}: expected a number, or several as in -1,0,1"):
         chat(PROMPT, steer=file, strength=strength)
 
 

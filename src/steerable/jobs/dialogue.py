@@ -192,7 +192,7 @@ def read_strengths(strengths: float | str, option: str = "--strength") -> tuple[
     except ValueError:
         numbers = (math.nan,)
     if not all(map(math.isfinite, numbers)):
-        raise UsageError(f"{option} is {one_line(str(strengths), 40)}: expected a number, or several as in -1,0,1")
+        raise UsageError(f"{option} is {one_line(str(strengths), 40)!r}: expected a number, or several as in -1,0,1")
     return numbers
 
 

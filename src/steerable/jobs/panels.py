@@ -96,4 +96,5 @@ class Screen:
 
 def _verdict(answer: Mapping[str, Any]) -> str:
     mark = {True: ", right", False: ", wrong", None: ""}[answer.get("correct")]
-    return f"{answer['tokens']} {plural(answer['tokens'], 'token')}{'' if answer['closed'] else ', not closed'}{mark}"
+    end = "" if answer["closed"] else ", not closed" if answer["thinking"] else ", cut off"
+    return f"{answer['tokens']} {plural(answer['tokens'], 'token')}{end}{mark}"
