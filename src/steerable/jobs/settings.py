@@ -371,10 +371,10 @@ class Config(Settings):
         """The same run in under a minute: fewer tasks and samples, no sweep; a look, not a result."""
         return self.replace(
             limit=min(self.limit, 80),
-            validation=min(self.validation, 6),
-            evaluation=min(self.evaluation, 12),
+            validation=min(self.validation, 4),
+            evaluation=min(self.evaluation, 10),
             samples=len(self.extraction_samples),
-            side_tasks=min(self.side_tasks, 6),
+            side_tasks=min(self.side_tasks, 4),
             side_samples=1,
             tried=1,
             controls=min(self.controls, 2),
@@ -382,7 +382,7 @@ class Config(Settings):
             window=self.window or "onset",
             attributed=min(self.attributed, 12),
             patched=min(self.patched, 4),
-            compared=min(self.compared, 4),
+            compared=min(self.compared, 2),
         )
 
 
