@@ -370,11 +370,11 @@ class Config(Settings):
     def quick(self) -> Config:
         """The same run in under a minute: fewer tasks and samples, no sweep; a look, not a result."""
         return self.replace(
-            limit=min(self.limit, 80),
+            limit=min(self.limit, 64),
             validation=min(self.validation, 4),
-            evaluation=min(self.evaluation, 10),
+            evaluation=min(self.evaluation, 8),
             samples=len(self.extraction_samples),
-            side_tasks=min(self.side_tasks, 4),
+            side_tasks=min(self.side_tasks, 3),
             side_samples=1,
             tried=1,
             controls=min(self.controls, 2),
