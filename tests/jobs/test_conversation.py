@@ -272,7 +272,7 @@ def test_commands(talk, file, tmp_path):
         "/strength needs a direction",
         "nothing has been steered yet",
         "/steer needs a direction file",
-        "/strength is x: expected a number",
+        "/strength is 'x': expected a number",
         "there is no direction file none.safetensors",
         "/seed is -1: expected a whole number",
         "there is no command /nothing",
