@@ -175,7 +175,7 @@ def test_task_files(steerable, tiny, tmp_path, content, text):
     if content is not None:
         path.write_text(content)
     assert_refused(steerable("run", "--out", out, *tiny, "--tasks", path), 2, text)
-    assert [found.name for found in out.rglob("*")] == [".lock"]
+    assert not out.exists()
 
 
 def test_a_run_that_is_refused_does_not_touch_a_finished_one(steerable, finished, tiny, tmp_path):
@@ -251,7 +251,7 @@ def direction(folder, width=192, layer=2, **more):
         ("--steer {tmp}/d.safetensors --layers 3", 2, "no vector at layer 3"),
         ("--steer {tmp}/d.safetensors --layers x", 2, "--layers is 'x'"),
         ("--steer {tmp}/d.safetensors --where nowhere", 2, "nowhere"),
-        ("--steer {tmp}/d.safetensors --strength nan", 2, "--strength is nan"),
+        ("--steer {tmp}/d.safetensors --strength nan", 2, "--strength is"),
         ("--strength 1", 2, "need a direction file"),
         ("--max-new-tokens 0", 2, "--max-new-tokens is 0"),
         ("--seed -1", 2, "--seed is -1"),

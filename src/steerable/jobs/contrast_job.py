@@ -39,7 +39,7 @@ def contrast_file(
     site: str = "resid_post",
     where: str = "all",
     reduce: str = "mean",
-    budget: float = BUDGET,
+    budget: float | None = None,
     ask: str | None = None,
     max_new_tokens: int = 60,
     seed: int = 0,
@@ -66,7 +66,7 @@ def contrast_file(
         site: The kind of site.
         where: Tokens of a text that are read.
         reduce: mean over them, last, or a number: the mean over so many last ones.
-        budget: KL in nats a token at strength 1.
+        budget: KL in nats a token at strength 1; default 0.4.
         ask: Also answer this prompt at strengths -1, 0 and 1.
         max_new_tokens: Longest answer to --ask.
         seed: Seed of the answers.
@@ -117,7 +117,7 @@ def contrast_file(
         where=where,
         reduce=number or reduce,  # type: ignore[arg-type]
         behaviour=behaviour or persona or one_line(pairs.stem if pairs else "", 100),
-        budget=budget,
+        budget=BUDGET if budget is None else budget,
         progress=display.say,
     )
     direction.save(out)
