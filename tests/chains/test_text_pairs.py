@@ -43,6 +43,7 @@ def test_forms(tmp_path):
         ("a.csv", "positive,other\nyes,no\n", "pair 1 has no 'negative'.*positive, other"),
         ("a.csv", "positive,negative\nyes\n", "number of fields"),
         ("a.csv", "positive,negative\n", "no pairs"),
+        ("a.csv", "positive,positive,negative\na,b,c\n", "two columns 'positive'"),
     ],
 )
 def test_one_sentence_each(tmp_path, name, content, message):

@@ -82,12 +82,15 @@ def _csv(path: Path) -> list[Row]:
     try:
         text = read_bytes(path, "CSV").decode()
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names = reader.fieldnames or ()
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise UsageError(f"{path} has two columns {twice[0]!r}: expected a name of its own for each")
         rows: list[Row] = []
         for row in reader:
             if None in row or None in row.values():
                 raise UsageError(
                     f"{path}, line {reader.line_num}: the number of fields is not that of the head line, "
-                    f"which has {len(reader.fieldnames or ())}"
+                    f"which has {len(names)}"
                 )
             rows.append(row)
         return rows

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -119,6 +119,10 @@ def contrast(
             stacklevel=2,
         )
     direction = _applied(estimator, *groups)
+    if not any(vector.any() for vector in direction.vectors.values()):
+        raise UsageError(
+            "the direction is zero, as the two sides are the same on average: do some pairs have their sides exchanged?"
+        )
     about = {
         "pairs": count,
         "reduce": reduce,
@@ -175,7 +179,7 @@ def _applied(estimator: Estimator, positive: dict[Site, Tensor], negative: dict[
 
 
 def _estimator(method: str | Estimator) -> Estimator:
-    if not isinstance(method, str):
+    if callable(method):
         return method
     if method not in ESTIMATORS:
         raise UsageError(f"unknown method {method!r}: expected {', '.join(ESTIMATORS)} or a function")
@@ -193,7 +197,10 @@ def _rendered(tokenizer: Any, side: Sequence[str | Messages], name: str) -> list
 def _sites(model: Any, kind: str, layers: int | Sequence[int] | None) -> list[Site]:
     """The sites that are read: at the layers given, else in the middle half of the model, where it has them."""
     if layers is not None:
-        return sorted({Site(kind, layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+        numbers = layers if isinstance(layers, Iterable) else [layers]
+        if not (chosen := sorted({Site(kind, layer) for layer in numbers})):
+            raise UsageError("no layers are given: expected one at least, or None for those that suit the pairs")
+        return chosen
     total = models.n_layers(model)
     sites = [Site(kind, layer) for layer in range(total // 4, max(total * 3 // 4, total // 4 + 1))]
     return [s for s in sites if missing(model, s) is None] or sites[:1]
