@@ -23,7 +23,22 @@ def test_it_counts_what_the_run_does(finished, tiny, steerable, tmp_path):
     rounds = json.loads((finished / "selection.json").read_text())["backtracking"]["rounds"]
     assert stages["select"]["cells"] == 1 + 2 * 4 * len(rounds[0]["candidates"])
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+    assert plan["done"] == []
     assert 0 < plan["probe"]["tokens"] <= 60 and plan["memory_bytes"] > 9e6 and plan["cost"] is None
+
+
+def test_it_says_what_is_done_already(finished, tiny, steerable):
+    assert "done already: tasks, generate, annotate, extract, attribute, select, steer, evaluate, report" in " ".join(
+        steerable("run", *tiny, "--out", finished, "--dry-run").out.split()
+    )
+    changed = steerable("run", *tiny, "--out", finished, "--annotator", "cues:seal", "--dry-run", "--json")
+    assert json.loads(changed.out)["done"] == ["tasks", "generate"]
+
+
+def test_a_label_that_the_annotator_does_not_have_is_refused_first(tiny, steerable, tmp_path):
+    said = steerable("run", *tiny, "--out", tmp_path / "run", "--annotator", "cues:seal", "--behaviours", "doubt")
+    assert said.code == 2 and "--behaviours has 'doubt', which is no label of --annotator cues:seal" in said.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_steers_the_labels_of_the_annotator(tiny, steerable, tmp_path):

@@ -187,5 +187,6 @@ def tables(plan: Mapping[str, Any]) -> list[Any]:
         read, written = plan["annotated_tokens"]
         price = "give --llm-prices for its cost" if plan["cost"] is None else f"${plan['cost']:,.2f}"
         caption += f"; the annotator reads {read:,} and writes {written:,} tokens: {price}"
-    title = f"Nothing is done yet. In all about {duration(plan['seconds'])}"
+    done = f"; done already: {', '.join(plan['done'])}" if plan["done"] else ""
+    title = f"A plan: nothing was run. All stages take about {duration(plan['seconds'])}{done}"
     return [words.printed(title, ["stage", "cells", "chains", "tokens", "time"], rows, caption)]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -416,7 +417,7 @@ def run(
         settings: The fields of `Config`.
 
     Returns:
-        The run folder; with `dry_run` what `dry_run.estimate` says.
+        The run folder; with `dry_run` what `dry_run.estimate` says of all stages, and which are `done` already.
 
     Raises:
         UsageError: a wrong setting or input, before anything is written.
@@ -445,8 +446,11 @@ def run(
         changed = {name for name in settings if recorded.get(name) != getattr(final, name)}
         _refuse_settings_of_earlier(steps[0], changed)
     job = Run(folder, final, workers, ray, display)
+    if stage is None and (declared := annotation.labels_of(final)) is not None:
+        job.behaviours_among(declared)
     if dry_run:
-        plan = estimate(job)
+        done = [step.name for step in takewhile(lambda step: _is_finished(job, [step]), steps)]
+        plan = {"done": done} | estimate(job)
         display.show(*tables(plan))
         return plan
     is_new = not (folder / "config.json").exists()

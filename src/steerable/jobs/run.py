@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -109,7 +110,10 @@ class Run:
     def behaviours(self) -> list[str]:
         """The labels to be steered: those that were asked for, else the paper's four, or all of another set. Raises
         UsageError for one that the annotator does not have."""
-        labels = self.labels
+        return self.behaviours_among(self.labels)
+
+    def behaviours_among(self, labels: Sequence[str]) -> list[str]:
+        """`behaviours`, where these are the annotator's labels."""
         steered = self.config.steered
         if steered is None:
             return steered_by_default(labels)
