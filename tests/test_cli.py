@@ -113,6 +113,10 @@ def test_as_a_module():
 # --- mistakes ---
 
 
+def test_an_option_without_its_value_names_its_command(steerable):
+    assert_refused(steerable("chat", "--strength"), 2, "requires an argument; see `steerable chat --help`")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -114,6 +114,13 @@ class _Commands(TyperGroup):
 class _Panels(TyperCommand):
     """A command whose help groups the options under headings."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _BadCommandLine as error:
+            error.ctx = error.ctx or ctx  # an option without its value does not say of which command it is
+            raise
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {"Common": [], "Options": []}
         for parameter in self.get_params(ctx):

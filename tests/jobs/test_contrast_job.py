@@ -71,6 +71,13 @@ def test_refusals(steerable, pairs, tmp_path, options, sentence):
     assert not out.exists()
 
 
+def test_no_chat_is_suggested_to_a_model_without_a_chat_template(steerable, pairs, tmp_path, shared, stories):
+    model = shared / "models/stories260K"
+    said = steerable("contrast", pairs, "--model", model, "--out", tmp_path / "a.safetensors")
+    assert said.code == 0, said.err
+    assert "Direction(doubt" in said.out and "steerable chat" not in said.out
+
+
 def test_nothing_is_written_where_the_budget_is_not_reached(steerable, pairs, tmp_path):
     said = steerable("contrast", pairs, "--out", pairs)
     assert said.code == 2 and "name another file" in said.err

@@ -128,7 +128,7 @@ def contrast_file(
         dialogue.set_strengths("-1,0,1")
         screen = Screen(models.model_id(loaded.model) == "pocket", display.quiet)
         answers = answer(dialogue, screen, ask)["answers"]
-    else:
+    elif getattr(loaded.tokenizer, "chat_template", None):  # without one there is no chat
         display.tell(f"try: steerable chat {QUESTIONS[0]!r} --model {model} --steer {out} --strength -1,0,1")
     return {
         "out": str(out),

@@ -14,7 +14,7 @@ import torch
 
 from steerable.chains.annotators.llm import LABEL_TEXTS, instructions
 from steerable.chains.generation import generate_chains
-from steerable.chains.records import STEERABLE, Record, steered_by_default
+from steerable.chains.records import STEERABLE, Record
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
 from steerable.engines.pool import default_rows, default_workers, row_bytes
@@ -54,7 +54,7 @@ def estimate(run: Run) -> dict[str, Any]:
     probe = _probe(run, [{**task, "id": str(number)} for number, task in enumerate(probed)])
     length, context = probe["tokens"], probe["prompt_tokens"] + probe["tokens"]
     layers = models.n_layers(run.loaded.model)
-    behaviours = c.steered or steered_by_default(labels_of(c) or STEERABLE)
+    behaviours = run.behaviours_among(labels_of(c) or c.steered or STEERABLE)
     windows = [c.window] if c.window else list(WINDOWS)
     workers = run.workers or default_workers(run.loaded.model)
 

@@ -446,11 +446,9 @@ def run(
         changed = {name for name in settings if recorded.get(name) != getattr(final, name)}
         _refuse_settings_of_earlier(steps[0], changed)
     job = Run(folder, final, workers, ray, display)
-    if stage is None and (declared := annotation.labels_of(final)) is not None:
-        job.behaviours_among(declared)
     if dry_run:
-        done = [step.name for step in takewhile(lambda step: _is_finished(job, [step]), steps)]
-        plan = {"done": done} | estimate(job)
+        finished = takewhile(lambda step: _is_finished(job, [step]), steps)
+        plan = {"done": [step.name for step in finished]} | estimate(job)
         display.show(*tables(plan))
         return plan
     is_new = not (folder / "config.json").exists()
@@ -461,6 +459,8 @@ def run(
         if final.tasks.partition(":")[0] == "llm" and any("tasks" in step.settings.split() for step in steps):
             (annotation.endpoint(final) if final.tasks == "llm" else endpoint_of(final.tasks)).check_key()
         _ = job.loaded
+        if stage is None and (labels := annotation.labels_of(final)) is not None:
+            job.behaviours_among(labels)
         folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))
     with folder.locked(), ExitStack() as threads:
         if "loaded" in vars(job):
