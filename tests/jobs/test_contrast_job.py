@@ -43,7 +43,7 @@ def test_personas(steerable, tmp_path):
     persona = ["--persona", "calm", "--opposite", "nervous", "--prompts", 6, "--layers", "2", "--reduce", "4"]
     said = steerable("contrast", *persona, "--budget", 0.2, "--out", out)
     assert said.code == 0, said.err
-    assert "calm" in said.out and f"--steer {out}" in said.out and "KL" in said.err
+    assert "calm" in said.out and f"chat '2*w + 8 = 30' --model pocket --steer {out}" in said.out and "KL" in said.err
     direction = Direction.load(out)
     assert direction.layers == [2] and direction.behaviour == "calm" and direction.stats["reduce"] == 4
 
