@@ -11,13 +11,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.calibration import TOLERANCE
 from steerable.jobs import main_job
 from steerable.jobs.run import open_run
-from steerable.jobs.settings import STAGES, Config
+from steerable.jobs.settings import STAGES, Config, random_path
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
@@ -658,18 +659,33 @@ def test_the_dose_of_every_cell_is_told(finished):
 
 
 def test_strength_1_moves_the_model_by_the_budget(finished):
-    """Chosen vectors and candidates, on unsteered chains of the validation tasks; the controls have the same dose."""
-    selection = read_json(finished / "selection.json")
+    """Chosen vectors and candidates, on unsteered chains of the validation tasks; the controls have the same dose, and
+    every behaviour has random directions of its own."""
+    selection, drawn = read_json(finished / "selection.json"), []
     for behaviour, chosen in selection.items():
         direction = Direction.load(finished / f"vectors/{behaviour}.safetensors")
         about = direction.stats["calibration"]
         assert max(about["kl"], about["kl_reversed"]) == pytest.approx(0.05, rel=TOLERANCE)
         assert about["dose"] == chosen["dose"] and all(c["dose"] > 0 for c in chosen["candidates"])
-        for path in (finished / "vectors/random").glob(f"{behaviour}.*"):
-            assert Direction.load(path).dose() == pytest.approx(direction.dose())
+        drawn.append(Direction.load(finished / random_path(behaviour, 0)))
+        assert drawn[-1].dose() == pytest.approx(direction.dose())
+    lines = torch.stack([next(iter(d.vectors.values())).flatten() for d in drawn])
+    cosines = torch.nn.functional.cosine_similarity(lines[:, None], lines[None], dim=-1)
+    assert cosines.fill_diagonal_(0).abs().max() < 0.5 and len(drawn) == 4
     for cell in read_json(finished / "cells.json"):
         if cell["control"]:
             assert list(cell["dose"].values()) == [pytest.approx(selection[cell["behaviour"]]["dose"])]
+
+
+def test_only_a_budget_that_is_not_reached_leaves_a_vector_its_length(copy, monkeypatch):
+    """What else goes wrong while a candidate is calibrated ends the run."""
+
+    def fails(*arguments, **options):
+        raise SteerableError("the memory ran out")
+
+    monkeypatch.setattr("steerable.jobs.validation.search", fails)
+    with pytest.raises(SteerableError, match="the memory ran out"):
+        main_job.run(copy, stage="select", fresh=False, workers=1, budget=0.1)
 
 
 @pytest.mark.slow

@@ -32,12 +32,16 @@ from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 #: Nats a token. Of twelve everyday contrasts on SmolLM2-135M-Instruct (`benchmarks/contrasts.py`), +-1 then is plainly
-#: another manner and still fluent; at 0.3 some are too faint to tell from controls, and from 1 on sense suffers.
+#: another manner and still fluent; at 0.3 casual is not told from controls any more.
 BUDGET = 0.4
 TOLERANCE = 0.05  # of the budget: less than it differs from one set of texts to another
 _ROUNDING = 0.1  # budgets below it are not much more than the rounding of a 16-bit model
 _REPLIES, _LENGTH = 8, 40
 _SWEEP, _STEP, _SMALLEST, _LARGEST = (0.1, 0.3, 0.9), 3.0, 1e-4, 100.0  # doses, of all sites together
+
+
+class BudgetNotReached(SteerableError):
+    """No dose moves the model by the budget, or the smallest dose moves it further."""
 
 
 def calibrate(
@@ -73,8 +77,8 @@ def calibrate(
 
     Raises:
         UsageError: a budget that is not positive, no texts, or a direction whose map is not a shift.
-        SteerableError: the budget is not reached: no dose moves the model so far (the gate never opens, say), or the
-            smallest dose moves it further (rounding of a 16-bit model). The message says how far it was moved.
+        BudgetNotReached: no dose moves the model so far (the gate never opens, say), or the smallest dose moves it
+            further (rounding of a 16-bit model). The message says how far it was moved.
 
     Example:
         >>> happy = st.calibrate(model, tokenizer, direction, ["2 + 3 = 5, so the answer is 5."], budget=0.1)
@@ -137,7 +141,7 @@ def search(
         budget, dose, kl and kl_reversed at that dose and its opposite, the number of tokens, and texts_sha256.
 
     Raises:
-        SteerableError: the budget is not reached.
+        BudgetNotReached: no dose moves the model so far, or the smallest dose moves it further.
 
     Example:
         >>> search(model, tokenizer, direction.rescaled_to(direction.norms), texts, budget=0.05)["dose"]
@@ -216,14 +220,14 @@ def _dose(
         below = max((dose for dose in curve if above is None or dose < above), default=None)
         if above is None and below is not None:
             if below * sites > _LARGEST:
-                raise SteerableError(
+                raise BudgetNotReached(
                     f"the budget of {budget:g} nats a token is not reached: at a relative dose of {below:.3g} the KL "
                     f"is {curve[below]:.3g}; take a smaller budget, or a gate that opens on these texts"
                 )
             doses = [below * _STEP, below * _STEP**2]
         elif below is None and above is not None:
             if above * sites < _SMALLEST:
-                raise SteerableError(
+                raise BudgetNotReached(
                     f"a relative dose of {above:.3g} already moves the model by {curve[above]:.3g} nats a token, more "
                     f"than the budget of {budget:g}: take a larger budget, or load the model with dtype='float32'"
                 )

@@ -70,14 +70,13 @@ def estimate(run: Run) -> dict[str, Any]:
             "seconds": tokens / probe["tokens_read_a_second"],
         }  # fmt: skip
 
-    validation, selecting = _selecting(run, behaviours, windows, layers)
+    candidates, validation, selecting = _selecting(run, behaviours, windows, layers)
     steered = evaluation_cells(c, _selection(behaviours, windows[0], layers), _anything(layers), run.thinks)
     chains = sum(_chains(cell, c.evaluation) for cell in steered)
     # a patch is computed from its layer on
     patched = min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
     extracted = c.limit * len(c.extraction_samples)
     select = written("select", validation, selecting)
-    candidates = len(behaviours) * len(windows) * min(c.tried, layers)
     select["seconds"] += read("select", candidates * FEWEST_CHAINS * _PASSES)["seconds"]
     stages = [
         written("generate", extracted),
@@ -127,11 +126,11 @@ def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _selecting(run: Run, behaviours: Sequence[str], windows: Sequence[str], layers: int) -> tuple[int, int]:
-    """The chains and cells of the selection at strength 1, the unsteered cell among them."""
+def _selecting(run: Run, behaviours: Sequence[str], windows: Sequence[str], layers: int) -> tuple[int, int, int]:
+    """The candidates of the selection, and its chains and cells at strength 1, the unsteered cell among them."""
     c = run.config
     tried = 1 if c.chosen_layer is not None else min(c.tried, len(selection.interior(layers)))
-    count = len(windows) * tried
+    count = candidates = len(windows) * tried
     parts = selection.rounds(range(c.validation), count)
     chains, cells = 0, 1
     for number, part in enumerate(parts):
@@ -144,7 +143,7 @@ def _selecting(run: Run, behaviours: Sequence[str], windows: Sequence[str], laye
         chains += len(part) * len(samples) + sum(_chains(cell, len(part)) for cell in made)
         cells += len(made)
         count = max(selection.FEWEST, count // 2)
-    return chains, cells
+    return candidates * len(behaviours), chains, cells
 
 
 def _chains(cell: Cell, tasks: int) -> int:

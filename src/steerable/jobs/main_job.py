@@ -258,7 +258,7 @@ def select(run: Run, partial: Path) -> None:
     validation = Validation(run, partial)
     validation.run(candidates)
     chosen: dict[str, Any] = {}
-    for b in candidates:
+    for number, b in enumerate(candidates):
         best, rule, passed = selection.pick(validation.finalists[b], validation.accuracy)
         if c.chosen_layer is not None:
             rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
@@ -279,7 +279,7 @@ def select(run: Run, partial: Path) -> None:
         }
         selected.save(run.folder / selected_path(b))
         for k in range(c.controls):
-            seed = (c.seed * 1000 + best["layer"]) * 1000 + k
+            seed = (c.seed * 1000 + number) * 1000 + k  # other directions for every behaviour
             selected.random_like(seed).save(run.folder / random_path(b, k))
     missing = [b for b in run.behaviours if b not in chosen]
     write_json(run.folder / "selection.json", chosen | ({"missing": missing} if missing else {}))
@@ -464,7 +464,7 @@ def run(
         folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))
     with folder.locked(), ExitStack() as threads:
         if "loaded" in vars(job):
-            # As many threads as a worker has: a run's bytes then do not depend on the number of cores or workers.
+            # As many threads as a worker has: a small model's bytes do not depend on the number of cores or workers.
             threads.enter_context(torch_threads(default_threads(job.loaded.model, 1)))
         # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
         if not is_new:

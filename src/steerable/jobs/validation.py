@@ -10,7 +10,7 @@ from typing import Any
 
 from steerable.chains.records import Record
 from steerable.engines.base import Continuation
-from steerable.evals.calibration import search
+from steerable.evals.calibration import BudgetNotReached, search
 from steerable.evals.cells import values
 from steerable.evals.metrics import Measured
 from steerable.jobs import selection
@@ -19,7 +19,6 @@ from steerable.jobs.run import Run
 from steerable.jobs.settings import candidate_path
 from steerable.steering.direction import Direction
 from steerable.steering.maps import Shift, parse_map
-from steerable.store.errors import SteerableError
 from steerable.store.run_folder import read_json, write_json
 
 FEWEST_CHAINS, FEWEST_TOKENS = 3, 400
@@ -143,7 +142,7 @@ class Validation:
                             self.calibrations[name] = search(
                                 *self.job.loaded, there.rescaled_to(), texts, budget=c.budget, guess=guess
                             )
-                        except SteerableError as error:
+                        except BudgetNotReached as error:
                             self.job.display.say(f"select: {name} keeps its length: {error}")
                     write_json(path, self.calibrations)
                 about = self.calibrations[name]
