@@ -60,6 +60,7 @@ def test_personas(steerable, tmp_path):
         (["PAIRS", "--layers", "two"], "layers separated by commas"),
         (["PAIRS", "--ask", " "], "--ask is empty"),
         (["PAIRS", "--max-new-tokens", "0"], "expected 1 or more"),
+        (["PAIRS", "--budget", "-1", "--model", "./nowhere"], "the budget is -1.0"),
         (["missing.jsonl"], "there is no file missing.jsonl"),
         (["PAIRS", "--model", "./nowhere"], "nowhere"),
     ],

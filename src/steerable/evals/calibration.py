@@ -40,6 +40,12 @@ _REPLIES, _LENGTH = 8, 40
 _SWEEP, _STEP, _SMALLEST, _LARGEST = (0.1, 0.3, 0.9), 3.0, 1e-4, 100.0  # doses, of all sites together
 
 
+def check_budget(budget: Any) -> None:
+    """Raises UsageError for what is no positive number of nats a token."""
+    if not (isinstance(budget, int | float) and 0 < budget < math.inf):
+        raise UsageError(f"the budget is {budget!r}: expected a positive number of nats a token")
+
+
 class BudgetNotReached(SteerableError):
     """No dose moves the model by the budget, or the smallest dose moves it further."""
 
@@ -86,8 +92,7 @@ def calibrate(
         >>> happy.unit, round(max(about["kl"], about["kl_reversed"]), 1)
         ('calibrated', 0.1)
     """
-    if not (isinstance(budget, int | float) and 0 < budget < math.inf):
-        raise UsageError(f"the budget is {budget!r}: expected a positive number of nats a token")
+    check_budget(budget)
     if not isinstance(parse_map(direction.map), Shift):
         raise UsageError(f"only what is added has a dose, but the map of this direction is {direction.map}")
     say = progress or (lambda text: None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from steerable.chains.everyday import QUESTIONS
 from steerable.chains.text_pairs import read_pairs
-from steerable.evals.calibration import BUDGET
+from steerable.evals.calibration import BUDGET, check_budget
 from steerable.jobs.conversation import answer
 from steerable.jobs.dialogue import Dialogue, read_part
 from steerable.jobs.panels import Screen
@@ -98,6 +98,7 @@ def contrast_file(
     if pairs is not None and file_target(out) == file_target(pairs):
         raise UsageError(f"--out is the file of pairs, {pairs}: name another file")
     file_target(out)
+    check_budget(budget := BUDGET if budget is None else budget)
     names = f"{', '.join(ESTIMATORS)} or module:function, (positive, negative activations) -> Direction"
     estimator = ESTIMATORS.get(method) or function_at(method, "--method", names)
     chosen = parse_layers(layers)
@@ -117,7 +118,7 @@ def contrast_file(
         where=where,
         reduce=number or reduce,  # type: ignore[arg-type]
         behaviour=behaviour or persona or one_line(pairs.stem if pairs else "", 100),
-        budget=BUDGET if budget is None else budget,
+        budget=budget,
         progress=display.say,
     )
     direction.save(out)

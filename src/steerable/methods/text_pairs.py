@@ -17,7 +17,7 @@ from steerable.chains.records import dump
 from steerable.chains.text_pairs import Messages, check_text
 from steerable.engines.activations import capture, mean_norms
 from steerable.engines.base import Continuation
-from steerable.evals.calibration import BUDGET, calibrate
+from steerable.evals.calibration import BUDGET, calibrate, check_budget
 from steerable.methods.contrasts import difference_of_means, pca
 from steerable.methods.estimators import Estimator
 from steerable.models import loading as models
@@ -92,6 +92,8 @@ def contrast(
     """
     say = progress or (lambda text: None)
     estimator = _estimator(method)
+    if budget is not None:
+        check_budget(budget)
     if reduce == "none":
         raise UsageError("contrast needs one activation a text: reduce is 'mean', 'last' or a number of last tokens")
     sides = [_rendered(tokenizer, side, name) for side, name in ((positive, "positive"), (negative, "negative"))]
