@@ -1,11 +1,14 @@
 """Generation speed: `model.generate` in batches of 64 against this library, and steered against unsteered.
 
-    python benchmarks/generation.py [--tasks 300] [--limit 500] [--threads 1] [--repeats 3]
+    python benchmarks/generation.py
+    python benchmarks/generation.py --model smol --threads 2 --limit 400 --repeats 0
 
-Both generate greedily from the same prompts with the same weights; tokens after the stop token do not count,
-and the texts must be equal. Steered and unsteered runs alternate. Their vector is so small that it vanishes in
-rounding, so both make the same text and only the cost of steering differs. CPU seconds stand beside wall
-seconds, because a shared machine disturbs the latter. Results: `benchmarks/results/generation.json`.
+Both sides sample chains of thought for the same prompts at temperature 1, with the same weights in float32, each chain
+up to its stop token or the limit; tokens behind the stop token do not count. Our side runs in the type that it chooses
+by itself, and in that of the weights where that is another one. Steered and unsteered runs alternate. Their vector is
+so small that it vanishes in rounding, so both make the same text and only the cost of steering differs. CPU seconds
+stand beside wall seconds, because a shared machine disturbs the latter. Results, one entry a model:
+`benchmarks/results/generation.json`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import steerable as st
 from steerable.chains.generation import prompt_ids, request_seed
 from steerable.chains.tasks import make_tasks
 from steerable.engines.base import Completion
+from steerable.engines.hf.products import GenerationDtype, product_dtype
 from steerable.engines.sampling import Decoding, decoding_of
 from steerable.models.loading import blocks
 from steerable.steering.site import Site
@@ -40,14 +44,16 @@ RESULTS = Path(__file__).parent / "results" / "generation.json"
 BATCH = 64
 
 
-def material(count: int) -> tuple[str, Any, list[list[int]]]:
-    """The bundled model with tasks of its families; without its weights, a random model of that shape."""
+def material(name: str, source: str | None, count: int) -> tuple[str, Any, list[list[int]]]:
+    """The model with tasks from the source; without the bundled model's weights, a random model of its shape."""
     try:
-        model, tokenizer = st.load("pocket", device="cpu")
+        model, tokenizer = st.load(name, device="cpu", dtype="float32")
     except UsageError:
+        if name != "pocket":
+            raise
         return "random model of the pocket model's shape", *stand_in(count)
-    tasks = make_tasks("pocket", count, 7)
-    return "pocket", model, [prompt_ids(tokenizer, task["prompt"]) for task in tasks]
+    tasks = make_tasks(source or ("pocket" if name == "pocket" else "reasoning-gym"), count, 7)
+    return name, model, [prompt_ids(tokenizer, task["prompt"]) for task in tasks]
 
 
 def stand_in(count: int) -> tuple[Any, list[list[int]]]:
@@ -75,6 +81,7 @@ def plain(model: Any, prompts: list[list[int]], limit: int) -> list[list[int]]:
     stops = {stop} if isinstance(stop, int) else set(stop)
     pad = model.generation_config.pad_token_id
     texts = []
+    torch.manual_seed(0)
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         width = max(map(len, batch))
@@ -84,10 +91,10 @@ def plain(model: Any, prompts: list[list[int]], limit: int) -> list[list[int]]:
             ids,
             attention_mask=mask,
             max_new_tokens=limit,
-            do_sample=False,
-            temperature=None,
-            top_k=None,
-            top_p=None,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
         )
         for row in out[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
@@ -103,17 +110,31 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def compare_engines(model: Any, prompts: list[list[int]], limit: int) -> dict[str, Any]:
-    requests, engine = [st.Request(p, decoding=Decoding(0.0)) for p in prompts], st.TransformersEngine(model)
-    ours, wall, cpu = timed(lambda: engine.generate(requests, max_new_tokens=limit))
-    theirs, wall_0, cpu_0 = timed(lambda: plain(model, prompts, limit))
-    tokens = sum(len(c.ids) for c in ours)
-    return {
-        "tokens": tokens,
-        "equal": sum(c.ids == ids for c, ids in zip(ours, theirs, strict=True)),
-        "tokens_per_second": {"model.generate": tokens / wall_0, "steerable": tokens / wall},
-        "ratio_wall": wall_0 / wall,
-        "ratio_cpu": cpu_0 / cpu,
-    }
+    """A row for each side, `model.generate` last, and how much faster the first one is."""
+    sides: dict[str, Callable[[], list[list[int]]]] = {}
+    for asked in ("auto", "model"):
+
+        def ours(asked: GenerationDtype = asked) -> list[list[int]]:
+            requests = [st.Request(p, seed, decoding=Decoding(1.0)) for seed, p in enumerate(prompts)]
+            engine = st.TransformersEngine(model, generation_dtype=asked)
+            return [completion.ids for completion in engine.generate(requests, max_new_tokens=limit)]
+
+        sides.setdefault(f"steerable, {str(product_dtype(model, asked)).removeprefix('torch.')}", ours)
+    sides["model.generate, float32"] = lambda: plain(model, prompts, limit)
+    rows = {}
+    for name, work in sides.items():
+        texts, wall, cpu = timed(work)
+        tokens = sum(map(len, texts))
+        rows[name] = {
+            "tokens": tokens,
+            "mean_length": tokens / len(texts),
+            "cut": sum(len(text) == limit for text in texts) / len(texts),
+            "tokens_per_second": tokens / wall,
+            "tokens_per_cpu_second": tokens / cpu,
+        }
+    ours, *_, theirs = rows.values()
+    ratios = {kind: ours[f"tokens_per_{kind}"] / theirs[f"tokens_per_{kind}"] for kind in ("second", "cpu_second")}
+    return {"sides": rows, "ratio_wall": ratios["second"], "ratio_cpu": ratios["cpu_second"]}
 
 
 def compare_steering(model: Any, prompts: list[list[int]], limit: int, repeats: int) -> dict[str, Any]:
@@ -145,37 +166,41 @@ def compare_steering(model: Any, prompts: list[list[int]], limit: int, repeats: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generation speed against model.generate.")
-    parser.add_argument("--tasks", type=int, default=300)
+    parser.add_argument("--model", default="pocket", help="pocket, smol, a folder or a hub name")
+    parser.add_argument(
+        "--tasks", help="where its tasks are from; default: pocket for the bundled model, reasoning-gym"
+    )
+    parser.add_argument("--chains", type=int, default=300)
     parser.add_argument("--limit", type=int, default=500, help="new tokens of a chain at most")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="of the steered runs")
+    parser.add_argument("--repeats", type=int, default=3, help="of the steered runs; 0 leaves them out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    name, model, prompts = material(arguments.tasks)
+    name, model, prompts = material(arguments.model, arguments.tasks, arguments.chains)
     engines = compare_engines(model, prompts, arguments.limit)
-    steering = compare_steering(model, prompts[:100], arguments.limit, arguments.repeats)
-
-    table = Table("measure", "figure", "goal", title=f"{name}, {len(prompts)} prompts, {arguments.threads} thread(s)")
-    for engine, speed in engines["tokens_per_second"].items():
-        table.add_row(f"{engine}, tokens/s", f"{speed:,.0f}", "")
-    table.add_row("speed-up, wall", f"{engines['ratio_wall']:.2f}", ">= 7")
-    table.add_row("speed-up, CPU seconds", f"{engines['ratio_cpu']:.2f}", ">= 7")
-    table.add_row("equal greedy texts", f"{engines['equal']} of {len(prompts)}", "all")
-    for setting, ratio in steering.items():
-        table.add_row(f"steered / unsteered, {setting}", f"{ratio:.3f}", "<= 1.05")
-    Console().print(table)
-    figures = {
-        "model": name,
+    figures: dict[str, Any] = {
         "arguments": vars(arguments),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "engines": engines,
-        "steered_over_unsteered": steering,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(figures, indent=2) + "\n")
+    table = Table("measure", "figure", title=f"{name}, {len(prompts)} chains, {arguments.threads} thread(s)")
+    for side, row in engines["sides"].items():
+        table.add_row(f"{side}: tokens/s", f"{row['tokens_per_second']:,.0f}")
+        table.add_row(f"{side}: mean length", f"{row['mean_length']:,.0f}")
+    table.add_row("speed-up, wall", f"{engines['ratio_wall']:.2f}")
+    table.add_row("speed-up, CPU seconds", f"{engines['ratio_cpu']:.2f}")
+    if arguments.repeats:
+        steering = compare_steering(model, prompts[:100], arguments.limit, arguments.repeats)
+        figures["steered_over_unsteered"] = steering
+        for setting, ratio in steering.items():
+            table.add_row(f"steered / unsteered, {setting}", f"{ratio:.3f}")
+    Console().print(table)
+    before = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({"models": before | {name: figures}}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

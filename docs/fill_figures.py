@@ -185,10 +185,17 @@ def _settings(run: Mapping[str, Any]) -> Iterable[tuple[str, Setting]]:
 def speed(given: Sources) -> str:
     """One row a benchmark: the measured ratio beside the aim."""
     jobs = {name: given.get(name, {}).get("jobs", {}) for name in ("extraction", "attribution")}
-    engines = given.get("generation", {}).get("engines", {})
-    steered = given.get("generation", {}).get("steered_over_unsteered", {})
+    steered = _generated(given, "pocket").get("steered_over_unsteered", {})
     rows = [
-        ("generation, tokens a second", "`model.generate` in batches of 64", engines.get("ratio_wall"), "≥ 4"),
+        *(
+            (
+                f"generation with `{model}`, tokens a second",
+                "`model.generate` in batches of 64",
+                _generated(given, model).get("engines", {}).get("ratio_wall"),
+                aim,
+            )
+            for model, aim in (("pocket", "≥ 4"), ("smol", "≥ 2.5"))
+        ),
         ("steered generation, one layer", "unsteered", steered.get("one layer"), "≤ 1.05"),
         ("steered generation, all layers", "unsteered", steered.get("all layers"), "≤ 1.05"),
         ("extraction, all layers and behaviours", "forward pass", _ratio(jobs["extraction"], "extraction"), "≤ 1.15"),
@@ -201,6 +208,24 @@ def speed(given: Sources) -> str:
     ]
     shown = [[what, base, words.MISSING if x is None else f"×{x:.2f}", aim] for what, base, x, aim in rows]
     return _table(["what", "compared with", "measured", "aim"], shown)
+
+
+def generation(given: Sources) -> str:
+    """The tokens a second of both models beside those of `model.generate`."""
+    shown = []
+    for model in ("pocket", "smol"):
+        if measured := _generated(given, model):
+            size = measured["parameters"] / 1e6
+            ratio = measured["engines"]["ratio_wall"]
+            shown.append(f"×{ratio:.1f} with `{model}` ({size:.{0 if size >= 10 else 1}f} million parameters)")
+        else:
+            shown.append(f"{words.MISSING} with `{model}`")
+    return ", ".join(shown)
+
+
+def _generated(given: Sources, model: str) -> Mapping[str, Any]:
+    """What `benchmarks/generation.py` says of a model."""
+    return given.get("generation", {}).get("models", {}).get(model, {})
 
 
 def _ratio(jobs: Mapping[str, Any], name: str) -> float | None:
@@ -340,6 +365,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "published-onset": partial(cosine, "windows", "published~onset"),
     "between": between,
     "speed": speed,
+    "generation": generation,
     "peers": peers,
     "long_chain": long_chain,
     "memory": memory,

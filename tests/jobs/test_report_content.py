@@ -58,11 +58,12 @@ def test_the_example_is_chosen_by_its_rule(folder, tasks, chosen):
 
 
 def test_the_model_is_described_as_it_ran(tiny_llama):
-    about = describe_model(tiny_llama, "tiny", "abc")
-    assert {name: about[name] for name in ("dtype", "device", "attention", "generation", "threads")} == {
+    about = describe_model(tiny_llama, "tiny", "abc", "bfloat16")
+    assert {n: about[n] for n in ("dtype", "device", "attention", "generation", "generation_dtype", "threads")} == {
         "dtype": "float32",
         "device": "cpu",
         "attention": "sdpa",
         "generation": "slots",
+        "generation_dtype": "bfloat16",
         "threads": torch.get_num_threads(),
     }

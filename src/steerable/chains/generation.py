@@ -23,7 +23,7 @@ from steerable.engines.pool import (
     tokens_a_minute,
 )
 from steerable.engines.sampling import Decoding, decoding_of
-from steerable.engines.transformers import TransformersEngine
+from steerable.engines.transformers import GenerationDtype, TransformersEngine
 from steerable.models.loading import Loaded, stop_ids
 from steerable.steering.spec import Steering
 from steerable.steering.think import ThinkTags, render, think_tags_if_any
@@ -102,6 +102,7 @@ def generate_jobs(
     decoding: Decoding | None = None,
     max_new_tokens: int = 500,
     rows: int | None = None,
+    generation_dtype: GenerationDtype = "auto",
     block: int = 512,
     workers: int | None = None,
     spread: MapBlocks = map_blocks,
@@ -117,7 +118,7 @@ def generate_jobs(
         seed: with the task's id and the sample's number it fixes a chain's randomness, so that the same sample of two
             jobs differs by the steering alone.
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
-        max_new_tokens: of a chain. rows: sequences that are computed together, as for the engine.
+        max_new_tokens: of a chain. rows, generation_dtype: as for the engine.
         block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
             the model's size and the longest length, and no more than this.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
@@ -160,7 +161,14 @@ def generate_jobs(
 
     workers = min(workers or default_workers(model), max(1, len(missing)))
     spread(
-        partial(_answer, seed=seed, decoding=decoding, max_new_tokens=max_new_tokens, rows=rows),
+        partial(
+            _answer,
+            seed=seed,
+            decoding=decoding,
+            max_new_tokens=max_new_tokens,
+            rows=rows,
+            generation_dtype=generation_dtype,
+        ),
         [block_of(parts[i]) for i in missing],
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
         workers=workers,
@@ -191,6 +199,7 @@ def _answer(
     decoding: Decoding | None,
     max_new_tokens: int,
     rows: int | None,
+    generation_dtype: GenerationDtype,
 ) -> list[Record]:
     """The chains of one block, each of a steering, a prompting, a task's id and prompt, and the sample's number."""
     model, tokenizer = loaded
@@ -198,7 +207,8 @@ def _answer(
         Request(prompting.ids(tokenizer, prompt), request_seed(seed, task, sample), steering, decoding)
         for steering, prompting, task, prompt, sample in block
     ]
-    completions = TransformersEngine(model, tokenizer, rows=rows).generate(
+    engine = TransformersEngine(model, tokenizer, rows, generation_dtype)
+    completions = engine.generate(
         requests, max_new_tokens=max_new_tokens, progress=lambda chains, tokens: report((chains, tokens))
     )
     tags, endless = think_tags_if_any(tokenizer), not stop_ids(model)

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -24,6 +25,7 @@ from steerable.store.errors import SteerableWarning, UsageError
 _GOLDEN, _MIX1, _MIX2 = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 # How many of the likeliest tokens are sorted first, and how many times more where that is too few.
 _HEAD, _WIDER = 16, 8
+_STRETCH = 256  # tokens of the vocabulary whose probabilities are summed first
 # Settings of a `generation_config` that are refused unless they have no effect, by their neutral values.
 _UNSUPPORTED = {
     "num_beams": 1,
@@ -236,10 +238,24 @@ def _most(top_k: Any, size: int) -> int:
 
 
 def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Index `[rows, 1]` at which the cumulative distribution passes `u`; the sum need not be exactly one."""
-    cumulative = wide(probabilities).cumsum(-1)
-    place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    return place.clamp_(max=probabilities.shape[-1] - 1).to(probabilities.device)
+    """Index `[rows, 1]` at which the cumulative distribution passes `u`; the sum need not be exactly one.
+
+    The stretch of the vocabulary in which that happens is sought first: a large one is not summed up in float64.
+    """
+    parts = F.pad(probabilities, (0, -probabilities.shape[-1] % _STRETCH)).unflatten(-1, (-1, _STRETCH))
+    sums = wide(parts.sum(-1))
+    cumulative = sums.cumsum(-1)
+    target = u * cumulative[:, -1:]
+    part = _passes(cumulative, target)
+    inside = parts.gather(1, part.to(parts.device)[..., None].expand(-1, 1, _STRETCH))[:, 0]
+    place = _passes(wide(inside).cumsum(-1), target - (cumulative - sums).gather(-1, part))
+    return (part * _STRETCH + place).to(probabilities.device)
+
+
+def _passes(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first index `[rows, 1]` whose sum is above `target`, and no place behind the last that adds something."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.searchsorted(cumulative, target, right=True).minimum(last)
 
 
 def _choose_nucleus(logits: Tensor, decoding: Any, u: Tensor) -> Tensor:

@@ -189,6 +189,7 @@ def generate_cells(run: Run, cells: Sequence[Cell], tasks: Sequence[Record], kee
             greedy=True if c.greedy else None,
             max_new_tokens=c.max_new_tokens,
             rows=c.rows,
+            generation_dtype=c.generation_dtype,
             block=c.block,
             **run.spread,
             keep=keep / "blocks",

@@ -103,7 +103,8 @@ def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
     """How long the chains are and how fast they are written and read, on a few tasks."""
     c, model = run.config, run.loaded.model
     limit = min(c.max_new_tokens, _PROBED_TOKENS)
-    options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None, "rows": c.rows}
+    options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None}
+    options |= {"rows": c.rows, "generation_dtype": c.generation_dtype}
     generate_chains(run.loaded, tasks[:1], max_new_tokens=2, **options)  # what is done once is not counted
     began = time.perf_counter()
     chains = generate_chains(run.loaded, tasks, max_new_tokens=limit, **options)

@@ -330,7 +330,7 @@ def evaluate(run: Run, partial: Path) -> None:
 def report(run: Run, partial: Path) -> None:
     """report.json and report.html."""
     folder, (model, tokenizer) = run.folder.root, run.loaded
-    about = describe_model(model, run.config.model, run.weights) | {"thinks": run.thinks}
+    about = describe_model(model, run.config.model, run.weights, run.config.generation_dtype) | {"thinks": run.thinks}
     content = assemble(folder, run.config.to_dict(), about, selected_tokens(folder, model, tokenizer))
     write_json(run.folder / "report.json", content)
     write_atomic(run.folder / "report.html", render(content))  # without timings: equal runs give equal pages

@@ -14,6 +14,7 @@ import torch
 from steerable.chains.records import Record, chain_key, read_jsonl
 from steerable.chains.spans import stretches
 from steerable.chains.tasks import correct
+from steerable.engines.hf.products import product_dtype
 from steerable.engines.hf.routes import route
 from steerable.evals.logit_lens import lens
 from steerable.evals.metrics import all_metrics
@@ -85,8 +86,9 @@ def assemble(
     }
 
 
-def describe_model(model: Any, name: str, weights: str) -> dict[str, Any]:
-    """What the report says of the model as it ran in this process; `weights` tells two of one name apart."""
+def describe_model(model: Any, name: str, weights: str, generation_dtype: str) -> dict[str, Any]:
+    """What the report says of the model as it ran in this process; `weights` tells two of one name apart,
+    `generation_dtype` is the setting."""
     return {
         "name": name,
         "architecture": type(model).__name__,
@@ -98,6 +100,7 @@ def describe_model(model: Any, name: str, weights: str) -> dict[str, Any]:
         "device": ", ".join(sorted({str(p.device) for p in model.parameters()})),
         "attention": models.text_config(model)._attn_implementation,
         "generation": route(model).name,
+        "generation_dtype": str(product_dtype(model, generation_dtype)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
 

@@ -137,7 +137,8 @@ class Config(Settings):
 
     panels: ClassVar[Mapping[str, str]] = {
         "Common": "model tasks annotator behaviours seed limit evaluation samples max_new_tokens greedy",
-        "The model": "revision dtype device quantization attention trust_remote_code engine rows block",
+        "The model": "revision dtype device quantization attention trust_remote_code engine generation_dtype rows "
+        "block",
         "Vectors and their selection": "estimator map gate window baseline layers validation tried budget attributed "
         "patched",
         "What is measured": "side_tasks side_samples sweep controls compared stability",
@@ -163,6 +164,11 @@ class Config(Settings):
         "or .csv file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
     )
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
+    generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
+        "auto",
+        description="Type in which linear layers generate: model (the weights'), bfloat16, or auto: bfloat16 for a "
+        "float32 model of 50 million parameters or more on a CPU with AMX.",
+    )
     annotator: str = Field(
         "auto",
         description="pocket, keywords, length, llm, llm:FILE, cues:FILE (or cues:seal), probe:FILE, or "
@@ -426,7 +432,7 @@ def random_path(behaviour: str, k: int) -> str:
 _MODEL = "model revision dtype device quantization attention engine"
 _ANNOTATOR = "annotator llm_model llm_prices"
 _CELLS = "samples side_tasks side_samples sweep controls gate"
-_DECODING = "seed greedy max_new_tokens rows block"
+_DECODING = "seed greedy max_new_tokens generation_dtype rows block"
 STAGES = (
     Stage(
         "tasks",

@@ -329,6 +329,19 @@ def test_draws_have_the_distribution_of_transformers(decoding, head, monkeypatch
     assert (found > 0).sum() <= (warped > -torch.inf).sum()
 
 
+@pytest.mark.parametrize("size", [7, 256, 1000])
+def test_a_draw_inverts_the_cumulative_distribution(size):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(64, size)).masked_fill(torch.rand(64, size) < 0.3, -torch.inf)
+    seeds, index = torch.arange(64), torch.zeros(64, dtype=torch.long)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    u = uniforms(seeds, index)[:, None]
+    expected = (cumulative <= u * cumulative[:, -1:]).sum(-1)
+    assert torch.equal(choose(logits, Decoding(1.0), seeds, index), expected)
+    last = sampling._invert(logits.softmax(-1), torch.ones(64, 1).double())
+    assert torch.isfinite(logits.gather(-1, last)).all()  # nor is one that is left out ever drawn by rounding
+
+
 def test_arrangement_keeps_rows_that_are_in_their_group():
     rng = random.Random(0)
     for _ in range(200):

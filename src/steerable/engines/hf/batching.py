@@ -35,7 +35,8 @@ class Batch:
 
     decodings and programs: of each request, the latter as numbers of the handle's programs, -1 for none. limit: new
     tokens of a text at most. longest: tokens that are fed of the longest text. plain: whether this package's attention
-    computes the model's. pad: a token for places that are masked.
+    computes the model's. pad: a token for places that are masked. stored: the type of the keys and values that are
+    stored; None: that in which they come.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Batch:
         longest: int,
         plain: bool,
         pad: int,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.model, self.requests, self.decodings, self.programs = model, requests, decodings, programs
         self.handle, self.limit, self.rows, self.plain, self.pad = handle, limit, rows, plain, pad
@@ -64,7 +66,7 @@ class Batch:
         capacity = longest + _SLACK
         self.page = PAGE if self.paged else capacity
         self.capacity = -(-capacity // self.page) * self.page
-        self.cache = SlotCache(text.num_hidden_layers, rows, self.capacity, self.page)
+        self.cache = SlotCache(text.num_hidden_layers, rows, self.capacity, self.page, stored)
         # A window that no text outgrows is none.
         kinds, near = layer_kinds(text), window(text)
         self.near = near if near is not None and near < longest and "sliding_attention" in kinds else None

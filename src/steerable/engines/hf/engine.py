@@ -21,6 +21,7 @@ from steerable.engines.hf.batching import Batch
 from steerable.engines.hf.fallback import in_batches
 from steerable.engines.hf.fused import fuse
 from steerable.engines.hf.hooks import Handle
+from steerable.engines.hf.products import GenerationDtype, narrow, product_dtype
 from steerable.engines.hf.routes import check_ids, check_length, is_bound, route
 from steerable.engines.hf.scoring import score_tokens
 from steerable.engines.hf.slots import ATTENTION
@@ -42,6 +43,9 @@ class TransformersEngine:
         tokenizer: for gates that read text (`thinking`, `boundary`); may be None without them.
         rows: sequences that are computed together; None: 64 on an accelerator, 8 to 192 on a CPU
             (`pool.default_rows`).
+        generation_dtype: in which type the linear layers generate (`products.py`): "model", that of the weights;
+            "bfloat16"; or "auto", which is bfloat16 for a float32 model of 50 million parameters or more on a CPU with
+            AMX. Log-probabilities and activations are always computed by the model as it is.
 
     Example:
         >>> ids = tokenizer("2 + 2 =")["input_ids"]
@@ -54,6 +58,7 @@ class TransformersEngine:
     model: Any
     tokenizer: Any = None
     rows: int | None = None
+    generation_dtype: GenerationDtype = "model"
 
     @torch.inference_mode()
     def generate(
@@ -62,9 +67,9 @@ class TransformersEngine:
         """Continue every request, up to a token of the model's `generation_config.eos_token_id` or `max_new_tokens`;
         completions in the order of the requests.
 
-        Requests with any steerings and decodings share batches. Greedy tokens equal those of `model.generate`; sampled
-        ones depend on the request's seed and not on the other rows, up to the rounding of differently shaped matrix
-        products, which now and then tips a draw that lies on a boundary.
+        Requests with any steerings and decodings share batches. Greedy tokens equal those of `model.generate`, unless
+        `generation_dtype` is narrower; sampled ones depend on the request's seed and not on the other rows, up to the
+        rounding of differently shaped matrix products, which now and then tips a draw that lies on a boundary.
 
         Raises UsageError for an empty prompt, for what is no token of the model, for texts beyond its learned
         positions, for settings of the `generation_config` that this engine lacks, and for steerings that do not fit the
@@ -84,12 +89,15 @@ class TransformersEngine:
         check_length(model, longest)
         rows = rows or default_rows(model, longest)
         longest -= 1  # the last new token is never fed
-        way = route(model, longest)
+        way, products = route(model, longest), product_dtype(model, self.generation_dtype)
         if way.name == "slots":
             model = private_copy(model, _attn_implementation=ATTENTION)
-            fuse(model)
         elif not is_bound(model):
             model = private_copy(model)
+        if products != model.dtype:
+            narrow(model)
+        elif way.name == "slots":
+            fuse(model)
         default = Decoding()
         if any(request.decoding is None for request in requests):
             default = decoding_of(model)
@@ -103,6 +111,7 @@ class TransformersEngine:
                     batch = Batch(
                         model, [requests[i] for i in left], [decodings[i] for i in left], [programs[i] for i in left],
                         handle, limit=max_new_tokens, rows=min(rows, len(left)), longest=longest, plain=plain, pad=pad,
+                        stored=products if plain else None,
                     )  # fmt: skip
                     try:
                         batch.complete(progress)

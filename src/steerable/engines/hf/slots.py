@@ -81,9 +81,9 @@ class SlotLayer(CacheLayerMixin):
     attention can read.
     """
 
-    def __init__(self, plan: Plan, slots: int, capacity: int, page: int) -> None:
+    def __init__(self, plan: Plan, slots: int, capacity: int, page: int, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.plan, self.slots, self.page, self.pages = plan, slots, page, -(-capacity // page)
+        self.plan, self.slots, self.page, self.pages, self.stored = plan, slots, page, -(-capacity // page), dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (self.pages, self.slots)
@@ -94,6 +94,8 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the new `[rows, heads, T, head_dim]` and returns what this pass attends to."""
+        if self.stored is not None:
+            key_states, value_states = key_states.to(self.stored), value_states.to(self.stored)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
@@ -140,11 +142,11 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 class SlotCache(Cache):
-    """One `SlotLayer` a decoder layer, all reading the same `plan`."""
+    """One `SlotLayer` a decoder layer, all reading the same `plan`. dtype: of what is stored; None: as it comes."""
 
-    def __init__(self, layers: int, slots: int, capacity: int, page: int) -> None:
+    def __init__(self, layers: int, slots: int, capacity: int, page: int, dtype: torch.dtype | None = None) -> None:
         self.plan, self.page = Plan(), page
-        super().__init__(layers=[SlotLayer(self.plan, slots, capacity, page) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer(self.plan, slots, capacity, page, dtype) for _ in range(layers)])
 
     def move(self, moves: Sequence[tuple[int, int]], lengths: Sequence[int], device: torch.device) -> None:
         """Copy slots (from, to), which may overlap, as far as their rows reach: `lengths` of the rows by old slot."""
@@ -172,6 +174,7 @@ def slot_attention(
     heads that share keys are treated as further queries of one head, so keys are never repeated.
     """
     rows, heads, length, dim = query.shape
+    query = query.to(key.dtype)
     if plan is not None and plan.pages and not plan.prefill:
         scale = dim**-0.5 if scaling is None else scaling
         assert attention_mask is not None
@@ -182,7 +185,7 @@ def slot_attention(
     elif heads != kv_heads:
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     is_causal = plan is not None and plan.prefill and plan.causal
-    mask = None if is_causal else attention_mask
+    mask = None if is_causal or attention_mask is None else attention_mask.to(query.dtype)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=is_causal)
     if length == 1:
         return out.reshape(rows, 1, heads, dim), None
