@@ -211,16 +211,12 @@ def speed(given: Sources) -> str:
 
 
 def generation(given: Sources) -> str:
-    """The tokens a second of both models beside those of `model.generate`."""
+    """The tokens a second with each model that was measured, beside those of `model.generate`."""
     shown = []
-    for model in ("pocket", "smol"):
-        if measured := _generated(given, model):
-            size = measured["parameters"] / 1e6
-            ratio = measured["engines"]["ratio_wall"]
-            shown.append(f"×{ratio:.1f} with `{model}` ({size:.{0 if size >= 10 else 1}f} million parameters)")
-        else:
-            shown.append(f"{words.MISSING} with `{model}`")
-    return ", ".join(shown)
+    for model, measured in given.get("generation", {}).get("models", {}).items():
+        size, ratio = measured["parameters"] / 1e6, measured["engines"]["ratio_wall"]
+        shown.append(f"×{ratio:.1f} with `{model}` ({size:.{0 if size >= 10 else 1}f} million parameters)")
+    return ", ".join(shown) or words.MISSING
 
 
 def _generated(given: Sources, model: str) -> Mapping[str, Any]:
