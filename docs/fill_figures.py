@@ -213,8 +213,8 @@ def speed(given: Sources) -> str:
 def generation(given: Sources) -> str:
     """The tokens a second with each model that was measured, beside those of `model.generate`."""
     shown = []
-    for model, measured in given.get("generation", {}).get("models", {}).items():
-        size, ratio = measured["parameters"] / 1e6, measured["engines"]["ratio_wall"]
+    for model, row in given.get("generation", {}).get("models", {}).items():
+        size, ratio = row["parameters"] / 1e6, row["engines"]["ratio_wall"]
         shown.append(f"×{ratio:.1f} with `{model}` ({size:.{0 if size >= 10 else 1}f} million parameters)")
     return ", ".join(shown) or words.MISSING
 
