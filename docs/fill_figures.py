@@ -274,6 +274,42 @@ def memory(given: Sources) -> str:
     return _table(["command, with `--model smol`", "peak GiB", "aim, below"], rows)
 
 
+def agreement(given: Sources) -> str:
+    """One row a program: its conventions, and at each block how its log-probabilities agree with ours."""
+    measured_there = given.get("agreement", {})
+    blocks, rows = [str(block) for block in measured_there.get("blocks", ())], []
+    for tool in measured_there.get("tools", ()):
+        name, number = next(iter(tool["versions"].items()))
+        about = [f"{tool['program']}, {name} {number}", tool["layers"], tool["strength"]]
+        if "quantised" in tool:
+            for kind in ("quantised", "float32"):
+                at = [tool[kind]["blocks"][block]["cosine"] for block in blocks]
+                shown = [f"cosine {cosine['mean']:.4f}, lowest {cosine['lowest']:.4f}" for cosine in at]
+                rows.append([*about, *shown])
+                about = ["the same on weights in float32", "", ""]
+        else:
+            at = [tool["blocks"][block] for block in blocks]
+            rows.append([*about, *(f"{b['largest_difference']:.0e} ({b['of_the_largest']:.0e})" for b in at)])
+    return _table(["program", "its layers", "strength there", *(f"block {block}" for block in blocks)], rows)
+
+
+def llama_cpp(given: Sources) -> str:
+    """How far llama.cpp's arithmetic is from ours without any vector, and what tells one block from the next."""
+    measured_there = given.get("agreement", {})
+    row = next((tool for tool in measured_there.get("tools", ()) if "quantised" in tool), None)
+    if row is None:
+        return words.MISSING
+    quantised, wide = row["quantised"]["unsteered"], row["float32"]["unsteered"]
+    earlier = [at["cosine_one_block_earlier"]["mean"] for at in row["quantised"]["blocks"].values()]
+    return (
+        f"Unsteered, its log-probabilities differ from ours by {quantised['mean']:.2f} on average and at most "
+        f"{quantised['largest']:.2f} on the file as it is (KL {quantised['kl']:.4f} nats; the same likeliest token "
+        f"after {quantised['same_first_token']} of {measured_there['prompts']} prompts), and by {wide['mean']:.0e} and "
+        f"at most {wide['largest']:.0e} once its weights are written out in float32. With our vector one block earlier "
+        f"the cosines would be {_range(earlier, _two)}."
+    )
+
+
 def pocket(given: Sources) -> str:
     """The bundled model: pass@k by family, then everything else."""
     found = given.get("pocket")
@@ -365,6 +401,8 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "peers": peers,
     "long_chain": long_chain,
     "memory": memory,
+    "agreement": agreement,
+    "agreement.llama_cpp": llama_cpp,
     "pocket": pocket,
     "front_door": front_door,
     "options": options,
