@@ -161,10 +161,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def apart(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
-    """How far two sets of log-probabilities are apart: KL(ours || theirs) in nats, and absolute differences."""
+    """How far two sets of log-probabilities are apart, and for how many prompts the likeliest token is the same."""
     difference = np.abs(theirs - ours)
     return {
-        "kl": float((np.exp(ours) * (ours - theirs)).sum(-1).mean()),
         "largest": float(difference.max()),
         "mean": float(difference.mean()),
         "same_first_token": int((theirs.argmax(-1) == ours.argmax(-1)).sum()),

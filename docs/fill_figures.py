@@ -284,7 +284,7 @@ def agreement(given: Sources) -> str:
         if "quantised" in tool:
             for kind in ("quantised", "float32"):
                 at = [tool[kind]["blocks"][block]["cosine"] for block in blocks]
-                shown = [f"cosine {cosine['mean']:.4f}, lowest {cosine['lowest']:.4f}" for cosine in at]
+                shown = [f"cosine {cosine['mean']:.5f}, lowest {cosine['lowest']:.5f}" for cosine in at]
                 rows.append([*about, *shown])
                 about = ["the same on weights in float32", "", ""]
         else:
@@ -303,7 +303,7 @@ def llama_cpp(given: Sources) -> str:
     earlier = [at["cosine_one_block_earlier"]["mean"] for at in row["quantised"]["blocks"].values()]
     return (
         f"Unsteered, its log-probabilities differ from ours by {quantised['mean']:.2f} on average and at most "
-        f"{quantised['largest']:.2f} on the file as it is (KL {quantised['kl']:.4f} nats; the same likeliest token "
+        f"{quantised['largest']:.2f} on the file as it is (the same likeliest token "
         f"after {quantised['same_first_token']} of {measured_there['prompts']} prompts), and by {wide['mean']:.0e} and "
         f"at most {wide['largest']:.0e} once its weights are written out in float32. With our vector one block earlier "
         f"the cosines would be {_range(earlier, _two)}."
