@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from steerable.models import sinks as attention_sinks
+from steerable.methods.rows import (
+    Activations,
+    check_pairs,
+    estimated,
+    mean_norm,
+    ordinary_groups,
+    paired_sites,
+    sink_stats,
+)
 from steerable.models.sinks import Sinks
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.store.errors import SteerableWarning, UsageError
-
-Activations = dict[Site, Tensor] | Tensor
+from steerable.store.errors import UsageError
 
 
 def difference_of_means(
@@ -50,13 +53,12 @@ def difference_of_means(
         >>> st.difference_of_means(a, b, site="resid_post.2").at(2)
         tensor([1., 1., 1., 1., 1., 1., 1., 1.])
     """
-    groups = _paired_sites(positive, negative, site)
-    ordinary, left_out = _ordinary_rows(groups, sinks)
-    vectors = {s: (a.mean(0) - b.mean(0)).float() for s, (a, b) in ordinary.items()}
-    norms = {s: float(torch.cat(parts).norm(dim=1).mean()) for s, parts in ordinary.items()}
+    ordinary, left_out = ordinary_groups(paired_sites(positive, negative, site), sinks)
+    vectors = {s: a.mean(0) - b.mean(0) for s, (a, b) in ordinary.items()}
+    norms = {s: mean_norm(*parts) for s, parts in ordinary.items()}
     a, b = list(ordinary.values())[-1]
-    stats = {"positive": len(a), "negative": len(b), **_sink_stats(positive, negative, left_out)}
-    return Direction(vectors, norms=norms, **{"method": "difference_of_means", "stats": stats, **about})
+    stats = {"positive": len(a), "negative": len(b), **sink_stats(left_out, positive, negative)}
+    return estimated(vectors, norms, "difference_of_means", stats, about)
 
 
 def pca(
@@ -90,15 +92,13 @@ def pca(
         UsageError: for unequal numbers of pairs, activations that do not vary, NaN.
 
     Example:
-        >>> st.pca(torch.randn(16, 8), site="resid_post.2").at(2).norm()
-        tensor(1.)
+        >>> st.pca(torch.randn(16, 8), site="resid_post.2").at(2).shape
+        torch.Size([8])
     """
     is_paired = negative is not None
-    sites = _paired_sites(positive, positive if negative is None else negative, site)
-    for s, (a, b) in sites.items():
-        if is_paired and len(a) != len(b):
-            raise UsageError(f"pca needs pairs: {len(a)} positive and {len(b)} negative activations at {s}")
-    groups, left_out = _ordinary_rows(
+    sites = paired_sites(positive, positive if negative is None else negative, site)
+    check_pairs(sites, "pca")
+    groups, left_out = ordinary_groups(
         sites if is_paired else {s: (a,) for s, (a, _) in sites.items()}, sinks, is_paired
     )
     vectors, norms, explained = {}, {}, {}
@@ -113,61 +113,8 @@ def pca(
             raise UsageError(f"the activations at {s} do not vary, so they have no principal component")
         component = right[0]
         above = (a - b).mean(0) @ component if is_paired else a.mean(0) @ component
-        vectors[s] = (component * (-1 if above < 0 else 1)).float()
-        norms[s] = float(torch.cat([a, b] if is_paired else [a]).norm(dim=1).mean())
+        vectors[s] = component * (-1 if above < 0 else 1)
+        norms[s] = mean_norm(*group)
         explained[str(s)] = float(singular[0] ** 2 / (singular**2).sum())
-    stats = {"explained": explained, **_sink_stats(positive, negative, left_out)}
-    return Direction(vectors, norms=norms, **{"method": "pca", "stats": stats, **about})
-
-
-def _sink_stats(positive: Any, negative: Any, left_out: Mapping[Site, dict[str, Any]]) -> dict[str, Any]:
-    return attention_sinks.stats(getattr(positive, "sinks", {}), getattr(negative, "sinks", {}), left_out)
-
-
-def _paired_sites(
-    positive: Activations, negative: Activations, site: Site | str | None
-) -> dict[Site, tuple[Tensor, Tensor]]:
-    """Both groups at each site in float64, on the CPU. Raises UsageError where they do not fit each other."""
-    if isinstance(site, str):
-        site = Site.parse(site)
-    if isinstance(positive, torch.Tensor) and isinstance(negative, torch.Tensor):
-        if site is None:
-            raise UsageError("activations given as tensors need site=, as in site='resid_post.3'")
-        positive, negative = {site: positive}, {site: negative}
-    if isinstance(positive, torch.Tensor) or isinstance(negative, torch.Tensor) or set(positive) != set(negative):
-        raise UsageError("the positive and the negative activations must have the same sites")
-    if not positive:
-        raise UsageError("there are no activations")
-    pairs = {s: (positive[s].cpu().double(), negative[s].cpu().double()) for s in sorted(positive)}
-    for s, (a, b) in pairs.items():
-        if a.dim() != 2 or b.dim() != 2 or not len(a) or not len(b) or a.shape[1] != b.shape[1]:
-            raise UsageError(f"activations at {s} must be [n, d] of one width, not {tuple(a.shape)}, {tuple(b.shape)}")
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UsageError(f"the activations at {s} hold NaN or infinite numbers")
-    return pairs
-
-
-def _ordinary_rows(
-    groups: Mapping[Site, tuple[Tensor, ...]], sinks: str, paired: bool = False
-) -> tuple[dict[Site, tuple[Tensor, ...]], dict[Site, dict[str, Any]]]:
-    """The groups at each site without their attention sinks, and how many rows were left out; `paired` leaves a row's
-    partners out as well. Raises UsageError where a whole group is massive beside the others."""
-    attention_sinks.check(sinks)
-    if sinks == "keep":
-        return dict(groups), {}
-    ordinary, summaries = {}, {}
-    for site, parts in groups.items():
-        rows = list((~attention_sinks.massive_rows(torch.cat(parts))).split([len(part) for part in parts]))
-        if paired:
-            rows = [torch.stack(rows).all(0)] * len(rows)
-        if not all(some.any() for some in rows):
-            raise UsageError(
-                f"all activations of one group at {site} are massive beside the others, as those of attention sinks "
-                "are: capture other tokens, or take them as they are with sinks='keep'"
-            )
-        ordinary[site] = tuple(part[some] for part, some in zip(parts, rows, strict=True))
-        if left_out := sum(int((~some).sum()) for some in rows):
-            summaries[site] = {"left_out": left_out, "of": sum(map(len, parts))}
-    if warning := attention_sinks.sentence(summaries):
-        warnings.warn(warning, SteerableWarning, stacklevel=4)
-    return ordinary, summaries
+    stats = {"explained": explained, **sink_stats(left_out, positive, negative)}
+    return estimated(vectors, norms, "pca", stats, about)
