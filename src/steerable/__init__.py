@@ -32,6 +32,7 @@ _EXPORTS = {
     "calibrate": "evals.calibration",
     "SpanMeans": "methods.span_statistics",
     "span_means": "methods.span_statistics",
+    "WeightPatch": "methods.weight_patch",
     "attribute": "evals.attribution",
     "lens": "evals.logit_lens",
     "push_to_hub": "jobs.publish",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca
     from .methods.text_pairs import contrast as contrast
+    from .methods.weight_patch import WeightPatch as WeightPatch
     from .models.loading import Loaded as Loaded
     from .models.loading import load as load
     from .models.taps import tap as tap

@@ -66,9 +66,7 @@ def as_checkpoint(
             (`writers.placed`), or the folder is not empty.
         SteerableError: the tokenizer would be read back as another one, or writing fails.
     """
-    folder = Path(os.path.realpath(folder))  # a symbolic link stays, and what it points to is written
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
+    folder = _new(folder)
     _check(model)
     vectors = {} if direction is None else placed(model, direction, strength)
     after = after or ("mlp" if direction is None else None)
@@ -94,6 +92,28 @@ def as_checkpoint(
     holder.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         holder.generation_config = copy.deepcopy(model.generation_config)
+    return _save(holder, tokenizer, folder)
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+    """Write a folder that `AutoModelForCausalLM`, vLLM and others load: the model with the weights that it has now.
+
+    model, tokenizer, folder, what is returned and what is raised: as in `as_checkpoint`.
+    """
+    folder = _new(folder)
+    _check(model)
+    return _save(model, tokenizer, folder)
+
+
+def _new(folder: str | Path) -> Path:
+    """Where the folder will be. Raises UsageError where something is there already."""
+    folder = Path(os.path.realpath(folder))  # a symbolic link stays, and what it points to is written
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already: give a new folder for the checkpoint")
+    return folder
+
+
+def _save(holder: Any, tokenizer: Any, folder: Path) -> Path:
     with whole_folder(folder) as unfinished, models.no_progress_bar():
         if tokenizer is not None:
             holder.config.save_pretrained(unfinished)  # the tokenizer's class goes by it

@@ -320,9 +320,10 @@ def is_named(model: nn.Module, name: str) -> bool:
     return not ("/" in this and "/" in other) and this.rpartition("/")[2] == other.rpartition("/")[2]
 
 
-def warn_of_other(model: nn.Module, name: str, revision: str = "") -> None:
-    """SteerableWarning where a direction that was made on the model `name`, at a hub commit, meets another one; empty
-    texts are not known. It points at the line outside of this package, so that Python shows it once for each."""
+def warn_of_other(model: nn.Module, name: str, revision: str = "", what: str = "direction") -> None:
+    """SteerableWarning where a direction (or `what`) that was made on the model `name`, at a hub commit, meets another
+    one; empty texts are not known. It points at the line outside of this package, so that Python shows it once for
+    each."""
     here, commit = model_id(model), model_revision(model)
     if not is_named(model, name):
         made, this = repr(name), repr(here)
@@ -330,7 +331,7 @@ def warn_of_other(model: nn.Module, name: str, revision: str = "") -> None:
         made, this = f"{name!r} at revision {revision}", f"at revision {commit}"
     else:
         return
-    text = f"this direction was made on {made}, the model is {this}: it may do nothing here"
+    text = f"this {what} was made on {made}, the model is {this}: it may do nothing here"
     frame: Any = sys._getframe()
     level = 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (

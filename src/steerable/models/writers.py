@@ -61,13 +61,14 @@ def linear(model: nn.Module, place: Place) -> Any:
     adder = models.part(model, layer, family.mlp_added if after == "mlp" else family.attention_added)
     if module is None:
         raise UsageError(
-            f"the {name} of layer {layer} has no single last linear map to hold a bias (a mixture of experts, or a "
-            "model whose parts are not known): choose other layers, or steer with a hook"
+            f"the {name} of layer {layer} has no single last linear map (a mixture of experts, or a model "
+            "whose parts are not known): choose other layers, or steer with a hook"
         )
     # what is added has weights (so it is no dropout), but not the map: it comes behind the map
     if adder is not None and any(True for _ in adder.parameters()) and module not in list(adder.modules()):
         raise UsageError(
-            f"in this model a norm stands behind the {name}, so no bias adds a vector to the stream: steer with a hook"
+            f"in this model a norm stands behind the {name}, so its last map does not write to the stream: steer with "
+            "a hook"
         )
     module = getattr(module, "base_layer", module)
     if not (isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)):
