@@ -141,7 +141,7 @@ def test_unsound_files(tmp_path):
         ({"w": x}, good.replace('"stats": {}', '"stats": []'), "stats"),
         ({"w": x}, good.replace('"method": ""', '"method": 3'), "must be texts"),
         ({"w|left": x}, good, "unknown tensor"),
-        ({"w|left": x, "w|right": x}, good, "must be left"),
+        ({"w|left": x, "w|right": x.clone()}, good, "must be left"),
         ({"w": x.half()}, good, "float32 or float64"),
         ({"w": x * torch.nan}, good, "NaN"),
     ]
@@ -181,7 +181,9 @@ def test_wrong_models():
     with pytest.raises(UsageError, match=r"has shape \(32, 48\), its difference \(2, 3\)"):
         st.WeightPatch({DOWN + ".weight": x}).apply(model)
     before = bits(model)
-    huge = st.WeightPatch({DOWN + ".bias": torch.ones(32), DOWN + ".weight": torch.full((32, 48), 1e300).double()})
+    huge = st.WeightPatch(
+        {DOWN + ".bias": torch.ones(32), DOWN + ".weight": torch.full((32, 48), 1e300, dtype=torch.float64)}
+    )
     with pytest.raises(UsageError, match="is beyond float32"):
         huge.apply(model)
     assert same_bits(bits(model), before)
