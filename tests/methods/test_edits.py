@@ -204,7 +204,7 @@ def test_elastic_net_edits(name):
             mu = (positive[Site(sites[0], layer)].mean(0) + negative[Site(sites[0], layer)].mean(0)) / 2
             key, count = names[id(linear.weight)], 4 if after == "attention" else w.shape[1]
             delta = difference(model, patch, key) if key in patch.changes else torch.zeros_like(w)
-            for i, columns in enumerate(torch.arange(w.shape[1]).view(count, -1)):
+            for columns in torch.arange(w.shape[1]).view(count, -1):
                 part, here = delta[:, columns], w[:, columns]
                 g = torch.nn.functional.cosine_similarity(v, here @ mu[columns], dim=0)
                 gain = g * grid - rho[after] * (alpha * grid.abs() + (1 - alpha) / 2 * grid**2)

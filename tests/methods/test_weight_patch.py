@@ -9,6 +9,7 @@ from tiny_families import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steerable as st
+from steerable.engines.sampling import Decoding
 from steerable.methods.weight_patch import LowRank
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
@@ -200,6 +201,29 @@ def test_wrong_models():
         st.WeightPatch({DOWN + ".bias": torch.ones(32)}).apply(model.to("meta"))
     with pytest.raises(UsageError, match="what JSON can hold"):
         st.WeightPatch({}, stats={"x": torch.ones(1)}).to_bytes()
+
+
+def test_the_engine_generates_with_it():
+    model, tokenizer = st.load("pocket", device="cpu")
+    names = [f"model.layers.1.{part}.weight" for part in ("mlp.up_proj", "self_attn.o_proj", "mlp.down_proj")]
+    patch = patch_of(model, [*names, "model.embed_tokens.weight"], torch.float32)
+    engine = st.TransformersEngine(model, tokenizer)
+    ids = tokenizer("Find the value of w in the equation: 2*w + 8 = 30")["input_ids"]
+
+    def written():
+        (completion,) = engine.generate(
+            [st.Request(prompt_ids=ids, decoding=Decoding(temperature=0))], max_new_tokens=12
+        )
+        return completion.ids
+
+    plain = written()
+    with patch.apply(model):
+        applied = written()
+        ids_of_all = torch.tensor([[*ids, *applied]])
+        greedy = logits(model, ids_of_all)[0, len(ids) - 1 : -1].argmax(-1)
+    with patch.hooked(model):
+        hooked = written()
+    assert applied == hooked == greedy.tolist() != plain == written()
 
 
 def test_a_patch_of_another_model_warns():

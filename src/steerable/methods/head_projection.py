@@ -48,7 +48,7 @@ def head_scores(model: nn.Module, short: Mapping[Site, Tensor], direction: Direc
     """
     if not short or any(site.kind != "head_in" for site in short):
         raise UsageError("the scores of heads need activations at head_in, one site a layer: capture these")
-    scores = {}
+    scores: dict[Head, float] = {}
     for site, z in sorted(short.items()):
         writing = WritingMap(model, Place(site.layer, "attention"))
         w, v = writing.matrix.cpu(), unit(direction.at(site.layer), f"of layer {site.layer}", models.width(model))

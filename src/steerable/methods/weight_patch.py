@@ -138,7 +138,7 @@ class WeightPatch:
         """The file's bytes: safetensors; equal patches give equal bytes."""
         from safetensors.torch import save
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             if isinstance(change, LowRank):
                 tensors |= {f"{name}|left": change.left, f"{name}|right": change.right}
