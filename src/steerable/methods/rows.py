@@ -59,7 +59,7 @@ def check_pairs(groups: Mapping[Site, tuple[Tensor, Tensor]], method: str) -> No
 
 
 def ordinary_masks(
-    rows: Mapping[Site, Tensor], sinks: str, stacklevel: int = 4
+    rows: Mapping[Site, Tensor], sinks: str, stacklevel: int = 3
 ) -> tuple[dict[Site, Tensor], dict[Site, dict[str, Any]]]:
     """Which rows are not attention sinks at each site, [n] bool, and how many are left out; warns of them."""
     attention_sinks.check(sinks)
@@ -90,7 +90,7 @@ def ordinary_groups(
             )
         ordinary[site] = tuple(part[some] for part, some in zip(parts, rows, strict=True))
         masks[site] = torch.cat(rows)
-    return ordinary, _left_out(masks, 5)
+    return ordinary, _left_out(masks, 4)
 
 
 def _left_out(masks: Mapping[Site, Tensor], stacklevel: int) -> dict[Site, dict[str, Any]]:

@@ -4,7 +4,6 @@ length that means the same everywhere."""
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from steerable.engines.base import Continuation
 from steerable.evals.calibration import BUDGET, calibrate, check_budget
 from steerable.methods.contrasts import difference_of_means, pca
 from steerable.methods.estimators import Estimator
+from steerable.methods.layer_rules import separation_along
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
 from steerable.models.taps import missing
@@ -155,9 +155,7 @@ def separation(
     """How far apart the two sides of pairs lie along directions that were made without them: d' at each site, the mean
     of two halves.
 
-        d' = (mean a - mean b) / sqrt((var a + var b) / 2)
-
-    with a, b the projections of the pairs of one half on the estimator's direction of the other half.
+    The pairs of one half are projected on the estimator's direction of the other half (`layer_rules.separation_along`).
     """
     scores = dict.fromkeys(positive, 0.0)
     for half in range(2):
@@ -165,11 +163,9 @@ def separation(
         direction = _applied(
             estimator, {s: h[fit] for s, h in positive.items()}, {s: h[fit] for s, h in negative.items()}
         )
-        for site, vector in direction.vectors.items():
-            line = vector.double().reshape(-1, vector.shape[-1]).sum(0)
-            a, b = (group[site][held].double() @ line for group in (positive, negative))
-            spread = math.sqrt(float(a.var() + b.var()) / 2)
-            scores[site] += float(a.mean() - b.mean()) / max(spread, 1e-12) / 2
+        sides = [{s: h[held] for s, h in group.items()} for group in (positive, negative)]
+        for site, score in separation_along(direction, *sides, sinks="keep").items():
+            scores[site] += score / 2
     return scores
 
 
