@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["components", "discriminants", "layer_rules", "planes", "ridge_logistic", "weighted_means"]
+MODULES = ["components", "discriminants", "layer_rules", "planes", "probes", "weighted_means"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from steerable.methods import ridge_logistic as module
-from steerable.methods.ridge_logistic import probability_threshold, ridge_logistic
+from steerable.methods import probes
+from steerable.methods.probes import probability_threshold, ridge_logistic
 from steerable.steering.gates import probe
 from steerable.steering.maps import Clip
 from steerable.steering.site import Site
@@ -31,7 +31,7 @@ def test_as_scikit_learn_on_all_dimensions(d):
     a, b = classes(d=d)
     direction = ridge_logistic(a, b, site=SITE, strengths=FEW)
     x, y = torch.cat([a, b]).numpy(), np.repeat([1, 0], 40)
-    part = module._split([40, 40], 42)
+    part = probes._split([40, 40], 42)
     assert [int((part[y == 1] == number).sum()) for number in range(3)] == [24, 8, 8]
     scaler = StandardScaler().fit(x[part == 0])
 
