@@ -5,7 +5,17 @@ import importlib
 
 import pytest
 
-MODULES = ["components", "discriminants", "layer_rules", "planes", "probes", "weighted_means"]
+MODULES = [
+    "components",
+    "dictionaries",
+    "discriminants",
+    "layer_rules",
+    "planes",
+    "probes",
+    "purification",
+    "transport",
+    "weighted_means",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
