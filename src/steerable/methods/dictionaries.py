@@ -72,7 +72,7 @@ def kmeans_dictionary(activations: Tensor, count: int = 20, *, seed: int = 0, si
     centres, labels = _clusters(x.numpy(), count, seed)
     sizes = np.bincount(labels, minlength=count)
     u = torch.from_numpy(centres[np.argsort(-sizes, kind="stable")])
-    distances = torch.linalg.vector_norm(x[:, None] - u[None], dim=2)
+    distances = torch.cdist(x, u, compute_mode="donot_use_mm_for_euclid_dist")
     rest = float(distances.amin(1).square().sum() / x.square().sum())
     return Dictionary(u.float(), (1 / (1 + distances)).float(), rows, rest)
 
