@@ -9,6 +9,7 @@ MODULES = [
     "components",
     "dictionaries",
     "discriminants",
+    "grouped_means",
     "layer_rules",
     "planes",
     "probes",

@@ -5,14 +5,7 @@ import pytest
 import torch
 
 from steerable.methods.contrasts import difference_of_means
-from steerable.methods.weighted_means import (
-    entropy_weighted,
-    length_extremes,
-    macro_difference,
-    paired_difference,
-    weighted_mean,
-    within_problem_difference,
-)
+from steerable.methods.weighted_means import entropy_weighted, paired_difference, weighted_mean
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableWarning, UsageError
 
@@ -64,15 +57,6 @@ def test_pairs():
         paired_difference(a, b[1:], site=SITE)
 
 
-def test_each_group_weighs_the_same():
-    default, roles = normal(5, 4), {"a": normal(50, 4, seed=1) + 4, "b": normal(2, 4, seed=2)}
-    direction = macro_difference({"default": default}, roles, site=SITE)
-    close(direction, default.mean(0) - (roles["a"].mean(0) + roles["b"].mean(0)) / 2)
-    assert direction.stats == {"positive": {"default": 5}, "negative": {"a": 50, "b": 2}}
-    with pytest.raises(UsageError, match="one positive and one negative group"):
-        macro_difference({"default": default}, {}, site=SITE)
-
-
 def east(seed=0):
     rng = np.random.default_rng(seed)
     runs = np.repeat(["a", "b", "c"], [7, 4, 1])
@@ -113,26 +97,3 @@ def test_east_leaves_sinks_out_of_the_means_of_runs():
     with pytest.warns(SteerableWarning, match="1 of 13"):
         direction = entropy_weighted(with_sink, [*h, 0.7], [*runs, "a"], site=SITE)
     close(direction, entropy_weighted(z, h, runs, site=SITE).at(SITE))
-
-
-def test_right_against_wrong_within_a_problem():
-    x = normal(8, 3)
-    right = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1]).bool()
-    problems = ["p", "p", "p", "q", "q", "q", "r", "r"]
-    expected = ((x[0] - x[1:3].mean(0)) + (x[3:5].mean(0) - x[5])) / 2
-    direction = within_problem_difference(x, right, problems, site=SITE)
-    close(direction, expected)
-    assert direction.stats == {"problems": 2, "problems_left_out": 1}
-    difficulty = torch.tensor([0.0, 0, 0, 7, 7, 7, -9, -9], dtype=x.dtype)[:, None]
-    close(within_problem_difference(x + difficulty, right, problems, site=SITE), expected)
-    close(within_problem_difference(x, ~right, problems, site=SITE), -expected)
-    with pytest.raises(UsageError, match="no problem has both"):
-        within_problem_difference(x, [True] * 8, problems, site=SITE)
-
-
-def test_length_extremes():
-    assert length_extremes(torch.tensor([5, 9, 2, 4, 4, 7, 1]), list("aaabbcc")) == ([2, 6], [1, 5])
-    with pytest.raises(UsageError, match="two lengths"):
-        length_extremes([3, 3], ["a", "a"])
-    with pytest.raises(UsageError, match="expected one of each"):
-        length_extremes([3, 3], ["a"])

@@ -44,8 +44,8 @@ class AffineTransport:
     ) -> Program:
         """h' = (1 - strength) h + strength T(h) at the tokens of `where`; 1 is the whole way to the target.
 
-        layers: None: all. The basis at a site is one-hot, [d, k], for the k coordinates that T changes. Raises UsageError
-        for layers without a map, and where T changes nothing.
+        layers: None: all. The basis at a site is one-hot, [d, k], for the k coordinates that T changes. Raises
+        UsageError for layers without a map, and where T changes nothing.
         """
         chosen = {s.layer for s in self.scale} if layers is None else set(layers)
         if missing := sorted(chosen - {s.layer for s in self.scale}):
