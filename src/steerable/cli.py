@@ -87,12 +87,15 @@ COMMANDS = {
     "validate": Command("vector_files:validate", "steerable validate v.safetensors", ("file",)),
     "train rl": Command("reinforcement:train_rl", "steerable train rl --steps 40 --out runs/rl"),
     "train upft": Command("first_tokens:train_upft", "steerable train upft --out runs/upft"),
-    "pocket train": Command("pocket_figures:train", "steerable pocket train --out my-pocket"),
-    "pocket measure": Command("pocket_figures:measure", "steerable pocket measure --tasks 2 --samples 2"),
+    "pocket train": Command("taught_models:train_pocket", "steerable pocket train --out my-pocket"),
+    "pocket measure": Command("taught_models:measure_pocket", "steerable pocket measure --tasks 2 --samples 2"),
+    "smol train": Command("taught_models:train_smol", "steerable smol train --out my-smol-think"),
+    "smol measure": Command("taught_models:measure_smol", "steerable smol measure --tasks 8 --samples 4"),
 }  # fmt: skip
 GROUPS = {
     "train": "Vectors learned by gradient, all weights frozen; and what they are compared with.",
     "pocket": "The bundled model: its recipe and its figures.",
+    "smol": "smol-think, a pretrained model that was taught to think: its recipe and its figures.",
 }
 #: click's UsageError, wherever typer keeps it.
 _BadCommandLine: Any = typer.BadParameter.__base__

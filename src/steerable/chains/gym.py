@@ -68,9 +68,14 @@ def parse_families(rest: str) -> list[tuple[str, tuple[str, ...]]]:
     return chosen
 
 
-def stream(category: str, families: tuple[str, ...], seed: int) -> Iterator[Record]:
-    """Tasks of one category, its families in turn; an exhausted family leaves its share to the others."""
-    streams = [_family_stream(family, seed) for family in families]
+def stream(
+    category: str, families: tuple[str, ...], seed: int, sizes: Mapping[str, Mapping[str, Any]] = FAMILIES
+) -> Iterator[Record]:
+    """Tasks of one category, its families in turn; an exhausted family leaves its share to the others.
+
+    sizes: the arguments of `create_dataset` for families that a model was taught, whose training half is left out.
+    """
+    streams = [_family_stream(family, seed, sizes) for family in families]
     while streams:
         for one in list(streams):
             task = next(one, None)
@@ -80,20 +85,22 @@ def stream(category: str, families: tuple[str, ...], seed: int) -> Iterator[Reco
                 yield {**task, "category": category}
 
 
-def _family_stream(family: str, seed: int, patience: int = 4000) -> Iterator[Record]:
+def _family_stream(
+    family: str, seed: int, sizes: Mapping[str, Mapping[str, Any]], patience: int = 4000
+) -> Iterator[Record]:
     """Tasks of one family until `patience` in a row brought nothing new.
 
     reasoning-gym seeds task i with `seed + i`, so neighbouring seeds would share nearly all tasks: the seed is hashed.
     """
     seen: set[str] = set()
     last_new = 0
-    for index, made in enumerate(_entries(family, seed)):
+    for index, made in enumerate(_entries(family, seed, sizes.get(family, {}))):
         if index - last_new >= patience:
             return
         # One turn through JSON now: a task in memory and the same one read from a file must be equal.
         entry = json.loads(json.dumps(made))
         question = entry["question"]
-        if question in seen or (family in FAMILIES and not held_out(question)):
+        if question in seen or (family in sizes and not held_out(question)):
             continue
         seen.add(question)
         last_new = index
@@ -106,12 +113,12 @@ def _family_stream(family: str, seed: int, patience: int = 4000) -> Iterator[Rec
         }
 
 
-def _entries(family: str, seed: int) -> Iterator[Mapping[str, Any]]:
+def _entries(family: str, seed: int, size_of: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     size = _EAGER.get(family, 2**31 - 1)
     for part in itertools.count():
         name = f"{family}/{seed}/{part}" if part else f"{family}/{seed}"
         gym_seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        dataset = _create(family, size=size, seed=gym_seed, **FAMILIES.get(family, {}))
+        dataset = _create(family, size=size, seed=gym_seed, **size_of)
         yield from (dataset[index] for index in range(size))
 
 

@@ -52,8 +52,8 @@ def read_rows(place: str, options: Mapping[str, str]) -> tuple[Iterable[Row], st
         return _from_folder(path, options), path.name
     if (read := READERS.get(path.suffix.lower())) is None:
         raise UsageError(
-            f"unknown task source {place!r}: expected pocket, reasoning-gym, reasoning-gym:<family>,..., llm, "
-            f"{', '.join(HUB)}, hf:<data set>, a folder, or a path ending in {', '.join(READERS)}"
+            f"unknown task source {place!r}: expected pocket, smol-think, reasoning-gym, reasoning-gym:<family>,..., "
+            f"llm, {', '.join(HUB)}, hf:<data set>, a folder, or a path ending in {', '.join(READERS)}"
         )
     if not path.exists():
         raise UsageError(f"there is no file {path}: expected one with a task in each record")

@@ -17,7 +17,7 @@ from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, final_answer, judge, score
 from steerable.chains.records import Record, content_hash
-from steerable.models.pocket.families import FAMILIES
+from steerable.models.taught import TAUGHT
 from steerable.store.errors import UsageError
 from steerable.store.text import plural
 
@@ -39,10 +39,11 @@ def make_tasks(
     """`n` distinct tasks from a source, balanced over its categories.
 
     Categories alternate, so any beginning of the list is balanced as well. The same arguments give the same tasks.
-    Tasks of the bundled model's families come from the half that its training never saw.
+    Tasks of the bundled model's families, and of smol-think, come from the half that training never saw.
 
     Args:
-        source: `pocket` (the bundled model's families), `reasoning-gym` (the paper's categories),
+        source: `pocket` and `smol-think` (what these models were taught; `pocket:gcd,countdown`: some of it),
+            `reasoning-gym` (the paper's categories),
             `reasoning-gym:gcd,@causal-reasoning,...`, a data set (`gsm8k`, `math500:test`,
             `hf:<id>[:<config>][:<split>]`), the path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow`
             file or of a folder, or `llm[:MODEL[@URL]]`, tasks that a language model writes.
@@ -137,8 +138,12 @@ def _draw(
 def _open(source: str, seed: int) -> list[Callable[[], Iterable[Record]]]:
     """What gives a source's tasks, one stream a category, each as often as it is asked."""
     name, _, rest = source.partition(":")
-    if source == "pocket":
-        return [partial(gym.stream, family, (family,), seed) for family in FAMILIES]
+    if name in TAUGHT:
+        sizes = TAUGHT[name].families
+        families = rest.split(",") if rest else list(sizes)
+        if unknown := [family for family in families if family not in sizes]:
+            raise UsageError(f"{name} was not taught {unknown[0]!r}: expected some of {', '.join(sizes)}")
+        return [partial(gym.stream, family, (family,), seed, sizes) for family in dict.fromkeys(families)]
     if name == GYM:
         if not rest and ":" in source:
             raise UsageError(f"{source!r} names no family: expected for example {GYM}:countdown,gcd, or {GYM} alone")

@@ -30,6 +30,7 @@ from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.models.sources import find
+from steerable.models.taught import TAUGHT
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
 from steerable.store.display import Display
@@ -190,8 +191,8 @@ def job_of(s: Comparison, tasks: Sequence[Record] = ()) -> Job:
 
 
 def source_of(tasks: str, model: str) -> str:
-    """A source of tasks; "auto" is the bundled model's own, else reasoning-gym."""
-    return ("pocket" if model == "pocket" else "reasoning-gym") if tasks == "auto" else tasks
+    """A source of tasks; "auto" is what the model was taught, else reasoning-gym."""
+    return (model if model in TAUGHT else "reasoning-gym") if tasks == "auto" else tasks
 
 
 def draw_tasks(folder: RunFolder, source: str, s: Comparison, exclude: Sequence[str | Path]) -> list[Record]:

@@ -123,14 +123,14 @@ def contrast_file(
     )
     direction.save(out)
     display.tell(f"{out}: {direction!r}")
-    answers, is_pocket = None, models.model_id(loaded.model) == "pocket"
+    answers, name = None, models.model_id(loaded.model)
     if dialogue is not None and ask is not None:
         dialogue.set_steering([read_part(out)])
         dialogue.set_strengths("-1,0,1")
-        screen = Screen(is_pocket, display.quiet)
+        screen = Screen(name, display.quiet)
         answers = answer(dialogue, screen, ask)["answers"]
     elif getattr(loaded.tokenizer, "chat_template", None):  # without one there is no chat
-        prompt = "2*w + 8 = 30" if is_pocket else QUESTIONS[0]  # the bundled model solves tasks, and knows nothing else
+        prompt = "2*w + 8 = 30" if name == "pocket" else QUESTIONS[0]  # that one solves tasks, and knows nothing else
         display.tell(f"try: steerable chat {prompt!r} --model {model} --steer {out} --strength -1,0,1")
     return {
         "out": str(out),

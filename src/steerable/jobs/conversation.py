@@ -16,6 +16,7 @@ from steerable.chains.tasks import make_tasks
 from steerable.jobs.dialogue import Dialogue, read_part, read_strengths
 from steerable.jobs.panels import Screen
 from steerable.models import loading as models
+from steerable.models.taught import TAUGHT
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -95,13 +96,13 @@ def chat(
         file_target(out)
     parts = [read_part(text, parse_layers(layers), where) for text in texts]
     lines = None if prompt is not None or display is None else _typed(display)
-    if prompt is None and lines is None and model != "pocket":
+    if prompt is None and lines is None and model not in TAUGHT:
         raise UsageError("no prompt was given: write one after `steerable chat`, in quotes")
     loaded = models.load(model, revision=revision, dtype=dtype, device=device)
     dialogue = Dialogue(loaded, system=system, seed=seed, greedy=greedy, max_new_tokens=max_new_tokens)
     dialogue.strengths = strengths
     dialogue.set_steering(parts)
-    screen = Screen(models.model_id(loaded.model) == "pocket", quiet=display is None or display.quiet)
+    screen = Screen(models.model_id(loaded.model), quiet=display is None or display.quiet)
     result: dict[str, Any] = {"model": model}
     if lines is not None:
         result["turns"] = dialogue.turns
@@ -111,7 +112,7 @@ def chat(
             if out is not None:
                 write_json(out, result)
         return result
-    task = make_tasks("pocket", 1, seed)[0] if prompt is None else None
+    task = make_tasks(model, 1, seed)[0] if prompt is None else None
     turn = answer(dialogue, screen, task["prompt"] if task else str(prompt), task)
     answers = turn["answers"]
     result["prompt"] = turn["prompt"]
@@ -178,8 +179,8 @@ class Loop:
         error."""
         if self.is_terminal:
             self.screen.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation", "dim")
-            if self.screen.is_pocket:
-                self.screen.say("the bundled model answers single tasks: /task gives it one, /reset forgets it", "dim")
+            if self.screen.taught is not None:
+                self.screen.say("this model answers single tasks: /task gives it one, /reset forgets it", "dim")
         for line in map(str.strip, lines):
             name, _, value = line.partition(" ")
             try:
@@ -232,11 +233,11 @@ class Loop:
         self.screen.say(f"the conversation goes on from: {self.dialogue.keep(value)}", "dim")
 
     def task(self, value: str) -> None:
-        """/task: a new conversation with a task of the bundled model's kind"""
-        if not self.screen.is_pocket:
-            raise UsageError("/task is for the bundled model: type a question")
+        """/task: a new conversation with a task of the kind that pocket or smol-think was taught"""
+        if self.screen.taught is None:
+            raise UsageError("/task is for pocket and smol-think: type a question")
         self.tasks += 1
-        task = make_tasks("pocket", self.tasks, self.dialogue.seed)[-1]
+        task = make_tasks(models.model_id(self.dialogue.loaded.model), self.tasks, self.dialogue.seed)[-1]
         self.dialogue.reset()
         self._turn(task["prompt"], task)
 

@@ -10,13 +10,14 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from steerable.models import loading as models
-from steerable.models.sources import is_whole, smol_target
+from steerable.models.smol.merging import write_merged
+from steerable.models.sources import SMOL_ADAPTER, is_whole, smol_target, smol_think_target
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import sha256, whole_folder
@@ -44,7 +45,8 @@ def fetch_model(name: str, *, display: Display | None = None) -> dict[str, Any]:
 
     Args:
         name: smol: SmolLM2-135M-Instruct (Apache-2.0), 93 MB to download, 540 MB in the cache of the Hugging Face
-            libraries (HF_HOME).
+            libraries (HF_HOME); smol-think: the same, taught to think by an adapter that comes with this package,
+            another 540 MB.
         display: Where progress is shown; default: nowhere.
 
     Returns:
@@ -59,19 +61,23 @@ def fetch_model(name: str, *, display: Display | None = None) -> dict[str, Any]:
         >>> fetch_model("smol")["path"]
         '/home/you/.cache/huggingface/assets/steerable/smol'
     """
-    if name != "smol":
+    if name not in _MAKERS:
         raise UsageError(
-            f"there is nothing to fetch by the name {name!r}: expected smol; a model of the hub is fetched when it is "
-            "first used"
+            f"there is nothing to fetch by the name {name!r}: expected {' or '.join(_MAKERS)}; a model of the hub is "
+            "fetched when it is first used"
         )
-    display, started, folder = display or Display(quiet=True), time.monotonic(), smol_target()
+    display, started = display or Display(quiet=True), time.monotonic()
+    if name == "smol-think":  # which is made of the other one
+        fetch_model("smol")
+    target, make, example = _MAKERS[name]
+    folder = target()
     with _alone(folder, display):
         if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)  # somebody took files out of it
             with whole_folder(folder) as unfinished:
-                _make(unfinished, display)
+                make(unfinished, display)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    display.tell(f"The model is in {folder}; try: steerable chat --model smol 'What is the capital of France?'")
+    display.tell(f"The model is in {folder}; try: steerable chat --model {name}{example}")
     seconds = round(time.monotonic() - started, 3)
     return {"model": name, "path": str(folder), "sha256": SHA256, "bytes": size, "seconds": seconds}
 
@@ -141,3 +147,17 @@ def unpack(file: Path, folder: Path) -> None:
     with models.no_progress_bar():
         loaded.tokenizer.save_pretrained(folder)
         loaded.model.save_pretrained(folder)
+
+
+def _make_thinking(folder: Path, display: Display) -> None:
+    """Fill the folder of the model that thinks."""
+    display.say("merging the adapter of smol-think")
+    write_merged(SMOL_ADAPTER, folder)
+    (folder / "README.md").write_text((SMOL_ADAPTER / "README.md").read_text())
+
+
+_MAKERS: dict[str, tuple[Callable[[], Path], Callable[[Path, Display], None], str]] = {
+    "smol": (smol_target, _make, " 'What is the capital of France?'"),
+    "smol-think": (smol_think_target, _make_thinking, ""),
+}
+"""By name: where its folder is, what fills it, and what to ask it first (a taught model gives itself a task)."""

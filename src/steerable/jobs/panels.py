@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from steerable.models.pocket import language
+from steerable.models.taught import TAUGHT
 from steerable.store.text import plural, printable
 
 # Colours that are told apart on dark and light terminals.
@@ -28,14 +28,14 @@ _NARROWEST = 40  # columns of a panel beside another one
 
 
 class Screen:
-    """What `chat` shows. is_pocket: the thinking is coloured by behaviour. quiet: show nothing."""
+    """What `chat` shows. model: the thinking of one that was `TAUGHT` is coloured by behaviour. quiet: show nothing."""
 
-    def __init__(self, is_pocket: bool, quiet: bool):
-        self.is_pocket, self.quiet = is_pocket, quiet
+    def __init__(self, model: str, quiet: bool):
+        self.taught, self.quiet = TAUGHT.get(model), quiet
         self.console = Console(highlight=False)
         self._titles: Sequence[str] = ()
         self._texts: list[tuple[str, str]] = []  # thinking and answer of each
-        self._is_explained = not is_pocket
+        self._is_explained = self.taught is None
 
     def say(self, text: str, style: str = "") -> None:
         """A line of text."""
@@ -86,8 +86,8 @@ class Screen:
 
     def _coloured(self, thinking: str, answer: str) -> Text:
         text = Text(printable(thinking))  # as long as before: the spans' offsets stay true
-        if self.is_pocket:
-            for span in language.annotate({"task_id": "", "sample": 0, "thinking": thinking}):
+        if self.taught is not None:
+            for span in self.taught.annotate({"task_id": "", "sample": 0, "thinking": thinking}):
                 text.stylize(COLOURS[span["label"]], span["start"], span["end"])
         text.rstrip()
         answer = printable(answer.strip())

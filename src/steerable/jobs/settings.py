@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from steerable.chains.annotators.cue_files import LABEL_SETS, read_cues, read_labels
 from steerable.chains.records import is_label
 from steerable.chains.windows import WINDOWS
+from steerable.models.taught import TAUGHT
 from steerable.store.errors import UsageError
 from steerable.store.plugins import function_at
 
 Annotator = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
 ANNOTATORS = {
     "pocket": "steerable.models.pocket.language:annotate",
+    "smol-think": "steerable.models.smol.language:annotate",
     "keywords": "steerable.chains.annotators.keyword_rules:keywords",
 }
 """Annotators that are plain functions; `llm` and `probe:FILE` are not."""
@@ -146,7 +148,9 @@ class Config(Settings):
     }
 
     model: str = Field(
-        "pocket", description="'pocket' (the bundled model), 'smol' (of `fetch`), a folder, a .gguf file or a hub name."
+        "pocket",
+        description="'pocket' (the bundled model), 'smol' or 'smol-think' (of `fetch`), a folder, a .gguf file or a "
+        "hub name.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str | None = Field(None, description="Weights' type, e.g. bfloat16; default: the checkpoint's.")
@@ -160,8 +164,8 @@ class Config(Settings):
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
     tasks: str = Field(
         "auto",
-        description="pocket, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a .jsonl, .json "
-        "or .csv file, or llm; auto: pocket for the bundled model, else reasoning-gym.",
+        description="pocket, smol-think, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a "
+        ".jsonl, .json or .csv file, or llm; auto: that of pocket or smol-think, else reasoning-gym.",
     )
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
     generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
@@ -171,8 +175,8 @@ class Config(Settings):
     )
     annotator: str = Field(
         "auto",
-        description="pocket, keywords, length, llm, llm:FILE, cues:FILE (or cues:seal), probe:FILE, or "
-        "module:function of your own, chain -> spans; auto: pocket for the bundled model, else keywords.",
+        description="pocket, smol-think, keywords, length, llm, llm:FILE, cues:FILE (or cues:seal), probe:FILE, or "
+        "module:function of your own, chain -> spans; auto: that of pocket or smol-think, else keywords.",
     )
     stability: float = Field(
         0.0, ge=0, le=1, description="Keep a span only if this share of re-sampled continuations begins with its label."
@@ -245,10 +249,10 @@ class Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _resolve_auto(cls, values: dict[str, Any]) -> dict[str, Any]:
-        is_pocket = values.get("model", "pocket") == "pocket"
+        model = values.get("model", "pocket")
         defaults = {
-            "tasks": "pocket" if is_pocket else "reasoning-gym",
-            "annotator": "pocket" if is_pocket else "keywords",
+            "tasks": model if model in TAUGHT else "reasoning-gym",
+            "annotator": model if model in TAUGHT else "keywords",
             "baseline": "overall" if values.get("window") == "published" else "pooled",  # as published
         }
         if values.get("annotator") == "length":  # chains of one task begin alike

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from steerable.jobs.settings import ANNOTATORS, LARGEST_SEED, Annotator, Settings, label_file, plain_annotator
 from steerable.methods.train import Method
+from steerable.models.taught import TAUGHT
 from steerable.store.errors import UsageError
 from steerable.store.files import refuse_stand_in
 
@@ -33,7 +34,9 @@ class TrainSettings(Settings):
     }
 
     model: str = Field(
-        "pocket", description="'pocket' (the bundled model), 'smol' (of `fetch`), a folder, a .gguf file or a hub name."
+        "pocket",
+        description="'pocket' (the bundled model), 'smol' or 'smol-think' (of `fetch`), a folder, a .gguf file or a "
+        "hub name.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str | None = Field(
@@ -46,9 +49,9 @@ class TrainSettings(Settings):
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
     tasks: str = Field(
         "auto",
-        description="pocket, reasoning-gym[:<family>,...], gsm8k:train, math, ..., hf:<data set>, or a .jsonl, .json "
-        "or .csv file; each task needs an answer that can be checked. auto: pocket for the bundled model, else "
-        "reasoning-gym.",
+        description="pocket, smol-think, reasoning-gym[:<family>,...], gsm8k:train, math, ..., hf:<data set>, or a "
+        ".jsonl, .json or .csv file; each task needs an answer that can be checked. auto: that of pocket or "
+        "smol-think, else reasoning-gym.",
     )
     test: str | None = Field(
         None, description="Source of the tasks to judge on, e.g. gsm8k:test; default: unseen ones of --tasks."
@@ -87,7 +90,7 @@ class TrainSettings(Settings):
     annotator: str = Field(
         "auto",
         description="Labels behaviours before and after: pocket, keywords, cues:FILE (or cues:seal), module:function "
-        "of your own, or none; auto: pocket for the bundled model, else keywords.",
+        "of your own, or none; auto: that of pocket or smol-think, else keywords.",
     )
     controls: bool = Field(
         True,
@@ -99,13 +102,13 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         """Replace defaults that depend on other settings, so that config.json holds what was used."""
-        pocket = self.model == "pocket"
+        taught = self.model in TAUGHT
         if self.tasks == "auto":
-            self._derive(tasks="pocket" if pocket else "reasoning-gym")
+            self._derive(tasks=self.model if taught else "reasoning-gym")
         if self.annotator == "auto":
-            self._derive(annotator="pocket" if pocket else "keywords")
+            self._derive(annotator=self.model if taught else "keywords")
         if self.learning_rate is None:
-            self._derive(learning_rate=RATES["pocket" if pocket else "other"][self.method])
+            self._derive(learning_rate=RATES.get(self.model, RATES["other"])[self.method])
         if self.template is not None and "{prompt}" not in self.template:
             raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
         _ = self.chosen_layers

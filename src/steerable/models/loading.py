@@ -55,9 +55,9 @@ def load(
     The model's `generation_config` then stops at the tokenizer's end token, too, whether or not its files say so.
 
     Args:
-        name_or_path: "pocket" (the bundled model), "smol" (SmolLM2-135M-Instruct, after `steerable fetch smol`), a
-            folder, a GGUF file, or a name on the Hugging Face hub, also with a GGUF file behind it
-            (owner/model/file.gguf).
+        name_or_path: "pocket" (the bundled model), "smol" (SmolLM2-135M-Instruct, after `steerable fetch smol`),
+            "smol-think" (the same, taught to think), a folder, a GGUF file, or a name on the Hugging Face hub, also
+            with a GGUF file behind it (owner/model/file.gguf).
         dtype: None or "auto" (what the checkpoint says), "float32", "bfloat16", ..., or a torch.dtype.
         device: default the first CUDA device if there is one, else Apple's GPU (MPS), else the CPU.
         device_map: instead of a device, "auto" (accelerate spreads the layers over what there is) or a mapping of

@@ -10,7 +10,9 @@ from steerable.store.errors import UsageError
 from steerable.store.files import sha256, sha256_of
 
 _POCKET = Path(__file__).parent / "pocket" / "weights"
-NAMES = "'pocket', 'smol', a folder, a .gguf file or a hub name"
+#: The LoRA adapter that makes `smol-think` of `smol`, in the format of PEFT.
+SMOL_ADAPTER = Path(__file__).parent / "smol" / "adapter"
+NAMES = "'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name"
 
 
 class Source(NamedTuple):
@@ -71,6 +73,22 @@ def smol_target() -> Path:
     return Path(constants.HF_ASSETS_CACHE) / "steerable" / "smol"
 
 
+def smol_think_path() -> Path:
+    """Folder of the model that `steerable fetch smol-think` makes. Raises UsageError before it is there, and where it
+    was made with another adapter than this installation's."""
+    if not is_whole(folder := smol_think_target()):
+        raise UsageError(
+            "the model 'smol-think' (of this version) is not on this machine yet: get it with "
+            "`steerable fetch smol-think`"
+        )
+    return folder
+
+
+def smol_think_target() -> Path:
+    """Where that folder is or will be; its parent is named by the adapter that is merged into it."""
+    return smol_target().parent / f"adapter-{sha256(SMOL_ADAPTER / 'adapter_model.safetensors')[:12]}" / "smol-think"
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a named model's folder has its config and its weights."""
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
@@ -78,7 +96,7 @@ def is_whole(folder: Path) -> bool:
 
 def local_path(name: str | Path) -> Path:
     """The path that a model's name stands for: a folder, a file, or nothing there for a hub name."""
-    paths = {"pocket": pocket_path, "smol": smol_path}
+    paths = {"pocket": pocket_path, "smol": smol_path, "smol-think": smol_think_path}
     return paths[str(name)]() if str(name) in paths else Path(name)
 
 
@@ -86,8 +104,8 @@ def find(name: str | Path, gguf_file: str | None = None) -> Source:
     """What a model's name means.
 
     Args:
-        name: "pocket", "smol", a folder, a GGUF file, a hub name, or a hub name with a GGUF file behind it
-            (owner/model/file.gguf). A folder without a config.json, but with one GGUF file, means that file.
+        name: "pocket", "smol", "smol-think", a folder, a GGUF file, a hub name, or a hub name with a GGUF file behind
+            it (owner/model/file.gguf). A folder without a config.json, but with one GGUF file, means that file.
         gguf_file: the GGUF file to take from a folder or a hub repository.
 
     Raises:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from steerable.chains.records import LABELS, STEERABLE
-from steerable.jobs.pocket_figures import equations
+from steerable.jobs.taught_models import equations
 from steerable.models.pocket import language, solver
 from steerable.models.pocket.families import FAMILIES, LARGEST_NUMBER
 
@@ -137,7 +137,7 @@ def test_what_the_writer_cannot_solve_it_leaves():
     ],
 )
 def test_equations_are_read(equation, parts):
-    assert solver._parse_equation({"equation": equation, "variable": "x"}) == parts
+    assert solver.parse_equation({"equation": equation, "variable": "x"}) == parts
 
 
 @pytest.mark.parametrize(

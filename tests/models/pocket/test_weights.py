@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steerable.chains.generation import generate_chains
 from steerable.chains.tasks import correct, make_tasks
-from steerable.jobs import pocket_figures as measure
+from steerable.jobs import taught_models as measure
 from steerable.models import loading as models
 from steerable.models.pocket import language
 from steerable.models.sources import pocket_path

@@ -7,9 +7,9 @@ shape or an opening, so a sentence tells its behaviour without a judge.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
+
+from steerable.models.grammar import Grammar
 
 # Slots: {p} * {q} = {n} and {s} + {t} = {u} are true facts; {a} and {b} are numbers of the task.
 #: The four steerable behaviours and their wordings.
@@ -183,17 +183,6 @@ DEDUCTION: dict[str, tuple[str, ...]] = {
     "quit": ("I will settle for {answer}.", "I will just say {answer}.", "Enough, I go with {answer}."),
 }
 
-_NUMBER = re.compile(r"\d+")
-_LETTER = re.compile(r"(?<![A-Za-z@#])[a-z](?![A-Za-z])")
-_SLOT = re.compile(r"\{\w+\}")
-# Chains write no abbreviation and no decimal, so a full stop or a question mark always ends a sentence.
-_SENTENCE = re.compile(r"\S[^.?\n]*(?:[.?]|$|(?=\n))")
-
-
-def shape(sentence: str) -> str:
-    """A sentence without its numbers and variables, e.g. ``"So # * # = #."``."""
-    return _LETTER.sub("@", _NUMBER.sub("#", sentence))
-
 
 def templates() -> Iterator[tuple[str, str]]:
     """Every (label, template) of the language."""
@@ -206,57 +195,6 @@ def templates() -> Iterator[tuple[str, str]]:
         yield from ((label, template) for template in wordings)
 
 
-def _words(sentence: str) -> list[str]:
-    return shape(sentence).rstrip(".?").split()
-
-
-def openings() -> dict[tuple[str, ...], str]:
-    """Every opening of one to three words that belongs to one behaviour alone."""
-    labels: dict[tuple[str, ...], set[str]] = {}
-    for label, template in templates():
-        words = _words(_SLOT.sub("0", template))
-        for length in (1, 2, 3):
-            labels.setdefault(tuple(words[:length]), set()).add(label)
-    return {opening: names.pop() for opening, names in labels.items() if len(names) == 1}
-
-
-_OPENINGS = openings()
-
-
-def label_of(sentence: str) -> str | None:
-    """The behaviour of one sentence by its longest known opening, or None where the language knows none.
-
-    A model now and then mixes two templates; what a sentence opens with is what the model decided to do.
-    """
-    words = _words(sentence)
-    for length in (3, 2, 1):
-        label = _OPENINGS.get(tuple(words[:length]))
-        if label:
-            return label
-    return None
-
-
-def annotate(chain: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a chain's ``thinking`` into one span a sentence.
-
-    Args:
-        chain: a chain record with ``task_id``, ``sample`` and ``thinking``.
-
-    Returns:
-        Span records with character offsets into ``thinking``, in order and without overlap. Sentences that the
-        language does not know get no span, so that the coverage tells how much was understood.
-    """
-    spans = []
-    for match in _SENTENCE.finditer(chain["thinking"]):
-        label = label_of(match.group())
-        if label:
-            spans.append(
-                {
-                    "task_id": chain["task_id"],
-                    "sample": chain["sample"],
-                    "label": label,
-                    "start": match.start(),
-                    "end": match.end(),
-                }
-            )
-    return spans
+# Every slot stands for one word, and three words tell a template's label.
+GRAMMAR = Grammar(templates(), words=3)
+annotate = GRAMMAR.annotate

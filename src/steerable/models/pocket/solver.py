@@ -242,7 +242,7 @@ def _countdown(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str
 # simple equations ----------------------------------------------------------------------------------------------------
 
 
-def _parse_equation(facts: dict[str, Any]) -> tuple[int, int, int]:
+def parse_equation(facts: dict[str, Any]) -> tuple[int, int, int]:
     """``(m, b, c)`` of the equation m * x + b = c, signs included."""
     left, right = facts["equation"].split(" = ")
     x, sign, m, b = facts["variable"], 1, 0, 0
@@ -261,7 +261,7 @@ def _parse_equation(facts: dict[str, Any]) -> tuple[int, int, int]:
 
 def _simple_equations(facts: dict[str, Any], rng: random.Random, part: int) -> dict[str, Any] | None:
     x = facts["variable"]
-    m, b, c = _parse_equation(facts)
+    m, b, c = parse_equation(facts)
     if m == 0:
         return None
     d = (c - b) // m * abs(m)  # |m| * x = d
