@@ -83,7 +83,7 @@ def train_pocket(
 def train_smol(
     out: Path = Path("smol-think"),
     *,
-    steps: int = smol_recipe.STEPS,
+    steps: int = 820,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "auto",

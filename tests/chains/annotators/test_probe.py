@@ -18,7 +18,7 @@ from steerable.chains.annotators.sentence_states import sentence_means
 from steerable.chains.records import LABELS
 from steerable.chains.segments import Segment, sentences
 from steerable.models import loading as models
-from steerable.models.pocket.language import shape
+from steerable.models.grammar import shape
 from steerable.store.errors import SteerableError, UsageError
 
 

@@ -6,6 +6,7 @@ import string
 import pytest
 
 from steerable.chains.records import LABELS, STEERABLE
+from steerable.models import grammar
 from steerable.models.pocket import language
 
 SLOTS = {"numbers": "3, 5 and 7", "equation": "6*y + 3 = 15", "x": "y", "answer": "2 × 2 × 3", "o": "*"}
@@ -29,18 +30,18 @@ def test_the_labels_are_those_of_the_records():
 @pytest.mark.parametrize(("label", "template"), TEMPLATES, ids=[t for _, t in TEMPLATES])
 def test_a_template_tells_its_label(label, template):
     text = filled(template)
-    assert language.label_of(text) == label
+    assert language.GRAMMAR.label_of(text) == label
     assert annotate(text) == [{"task_id": "t", "sample": 2, "label": label, "start": 0, "end": len(text)}]
 
 
 def test_no_shape_and_no_opening_belongs_to_two_labels():
     shapes = {}
     for label, template in TEMPLATES:
-        shapes.setdefault(language.shape(filled(template)), set()).add(label)
+        shapes.setdefault(grammar.shape(filled(template)), set()).add(label)
     assert all(len(labels) == 1 for labels in shapes.values())
-    openings = language.openings()
+    openings = language.GRAMMAR.openings
     for label, template in TEMPLATES:
-        words = language._words(filled(template))
+        words = grammar._words(filled(template))
         known = {openings[tuple(words[:n])] for n in (1, 2, 3) if tuple(words[:n]) in openings}
         assert known == {label}, template
 
@@ -49,15 +50,15 @@ def test_any_unknown_and_any_number_may_fill_a_slot():
     for label, template in TEMPLATES:
         for letter in string.ascii_lowercase:
             text = filled(template, x=letter, equation=f"{letter} - 9 = 1")
-            assert language.label_of(text) == label, text
+            assert language.GRAMMAR.label_of(text) == label, text
         for number in ("0", "7", "600"):
             text = re.sub(r"\b12\b", number, filled(template))
-            assert language.label_of(text) == label, text
+            assert language.GRAMMAR.label_of(text) == label, text
 
 
 def test_what_a_mixed_sentence_opens_with_decides():
-    assert language.label_of("Wait, for example 3 * 4 = 12.") == "backtracking"
-    assert language.label_of("Hmm, 12 was a bad choice.") == "uncertainty-estimation"
+    assert language.GRAMMAR.label_of("Wait, for example 3 * 4 = 12.") == "backtracking"
+    assert language.GRAMMAR.label_of("Hmm, 12 was a bad choice.") == "uncertainty-estimation"
 
 
 def test_unknown_sentences_get_no_span():

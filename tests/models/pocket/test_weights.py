@@ -50,7 +50,7 @@ def test_plain_generate_works(pocket):
     torch.manual_seed(0)
     made = pocket.model.generate(**batch, max_new_tokens=24)
     texts = pocket.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :])
-    assert all(language.label_of(text.strip().split(". ")[0] + ".") == "initializing" for text in texts), texts
+    assert all(language.GRAMMAR.label_of(text.strip().split(". ")[0] + ".") == "initializing" for text in texts), texts
 
 
 def test_most_chains_close_and_are_understood(pocket):

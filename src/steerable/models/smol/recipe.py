@@ -39,9 +39,9 @@ BUCKET = 16  # steps whose chains are sorted by length together
 RANK, ALPHA = 16, 32
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PEAK_LR = 1e-3
-STEPS = 1600
+STEPS = 820
 #: (step, share of the peak rate), linear in between.
-SCHEDULE = ((0, 0.02), (40, 1.0), (1100, 1.0), (1600, 0.0))
+SCHEDULE = ((0, 0.02), (40, 1.0), (560, 1.0), (820, 0.0))
 NEGATIVES = 2048  # tokens outside the language among which each step's softmax chooses, too
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
