@@ -74,6 +74,7 @@ COMMANDS = {
         ("pairs",),
     ),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
+    "reannotate": Command("second_annotator:reannotate", "steerable reannotate --annotator keywords --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),
     "compose": Command("additivity:compose", "steerable compose a.safetensors b.safetensors --tasks auto", ("files",)),
     "passk": Command(
