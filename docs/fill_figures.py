@@ -2,10 +2,10 @@
 
     python docs/fill_figures.py [RUN] [benchmarks/results]
 
-RUN is a finished run folder, e.g. runs/pocket: its headline is copied to docs/figures.json, which is kept with the
-source. Without RUN the documents are filled again from that copy. A figure is what stands between
-`<!-- figures: NAME -->` and `<!-- /figures -->`; `FIGURES` below tells how each is made. What was not measured reads
-"not measured".
+RUN is a finished run folder, e.g. runs/pocket or runs/smol-think: its headline is copied to docs/figures.json or
+docs/figures-smol-think.json, which are kept with the source. Without RUN the documents are filled again from these
+copies. A figure is what stands between `<!-- figures: NAME -->` and `<!-- /figures -->`; `FIGURES` below tells how each
+is made. What was not measured reads "not measured".
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ sys.path.append(str(DOCS))
 import contrast_figures  # noqa: E402 - they lie beside this file
 import training_figures  # noqa: E402
 
-HEADLINE = DOCS / "figures.json"
+HEADLINES = {"pocket": DOCS / "figures.json", "smol-think": DOCS / "figures-smol-think.json"}
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
 STEPS = (-1.0, 1.0)
 
 Sources = Mapping[str, Any]
-"""`run`: the headline of a run (see `headline`), and each benchmark's JSON under its file's stem."""
+"""`run`, `think`: the headlines of the runs of pocket and smol-think (see `headline`), and each benchmark's JSON under
+its file's stem."""
 
 
 def headline(folder: Path) -> dict[str, Any]:
@@ -52,13 +53,15 @@ def headline(folder: Path) -> dict[str, Any]:
         "cosines": report["cosines"],
         "rank_correlation": {b: e.get("rank_correlation") for b, e in report["attribution"].items()},
         "cells": [cell for cell in report["cells"] if cell["strength"] in (0, *STEPS)],
+        **({"second_annotator": read_json(second)} if (second := folder / "second_annotator.json").exists() else {}),
     }
 
 
 def sources(benchmarks: Path = BENCHMARKS) -> dict[str, Any]:
     """Everything that figures are made of, as far as it is there."""
     found = {path.stem: read_json(path) for path in sorted(benchmarks.glob("*.json"))}
-    return {**found, "run": read_json(HEADLINE) if HEADLINE.exists() else {}}
+    run, think = (read_json(path) if path.exists() else {} for path in HEADLINES.values())
+    return {**found, "run": run, "think": think}
 
 
 def fill(text: str, given: Sources) -> str:
@@ -171,6 +174,28 @@ def between(given: Sources) -> str:
     """The range of the cosines between vectors of different behaviours."""
     matrix = given["run"].get("cosines", {}).get("selected", {}).get("matrix", [])
     return _range([x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j], _two)
+
+
+def of_think(make: Callable[[Sources], str], given: Sources) -> str:
+    """A figure of the run of smol-think."""
+    return make({**given, "run": given.get("think", {})})
+
+
+def second_annotator(given: Sources) -> str:
+    """One row an effect: the share of the behaviour by both annotators, by `steerable reannotate`."""
+    found = given.get("think", {}).get("second_annotator")
+    if not found:
+        return _table([], [])
+    rows = []
+    for effect_of in found["effects"]:
+        row = [words.short(effect_of["behaviour"]), words.signed(effect_of["strength"])]
+        for name in found["annotators"]:
+            shares, bold = effect_of["fractions"][name], "**" if effect_of["outside"][name] else ""
+            shown = [words.percent(share[0]) if share else words.MISSING for share in shares.values()]
+            row += [shown[0], f"{bold}{shown[1]}{bold}", " / ".join(shown[2:])]
+        rows.append(row)
+    heads = [[f"unsteered, by {name}", "steered", "random / shuffled"] for name in found["annotators"]]
+    return _table(["behaviour", "strength", *heads[0], *heads[1]], rows)
 
 
 def _settings(run: Mapping[str, Any]) -> Iterable[tuple[str, Setting]]:
@@ -310,17 +335,18 @@ def llama_cpp(given: Sources) -> str:
     )
 
 
-def pocket(given: Sources) -> str:
-    """The bundled model: pass@k by family, then everything else."""
-    found = given.get("pocket")
+def taught(name: str, given: Sources) -> str:
+    """A model that this project taught: pass@k by family, then everything else."""
+    found = given.get(name)
     if not found:
         return _table([], [])
     passes = found["pass"]
-    ks = list(passes["mean"])
+    ks = [k for k, value in passes["mean"].items() if value]
     return _table(["pass@k", *passes], [[k, *(_share(passes[f][k]) for f in passes)] for k in ks]) + _table(
         ["over all sampled chains", ""],
         [
             ["closed and answered", _share(found["closed_and_answered"])],
+            ["every number of the task copied", _share(found["copied"])],
             ["wrong equations", _share(found["wrong_equations"])],
             ["tokens a chain", words.with_interval(found["tokens"], "tokens")],
             *([f"{label} tokens", _share(value)] for label, value in found["fractions"].items()),
@@ -403,7 +429,15 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "memory": memory,
     "agreement": agreement,
     "agreement.llama_cpp": llama_cpp,
-    "pocket": pocket,
+    "pocket": partial(taught, "pocket"),
+    "smol-think": partial(taught, "smol_think"),
+    **{
+        f"think.{name}": partial(of_think, make)
+        for name, make in (("about", about), ("effects", effects), ("costs", costs), ("settings", other_settings))
+    },
+    "think.up": partial(of_think, partial(ratios, 1.0)),
+    "think.down": partial(of_think, partial(ratios, -1.0)),
+    "think.second": second_annotator,
     "front_door": front_door,
     "options": options,
     **contrast_figures.FIGURES,
@@ -418,7 +452,10 @@ def main(arguments: list[str]) -> None:
     if len(others) > 1 or any(not f.is_dir() for f in others):
         raise SystemExit("usage: python docs/fill_figures.py [RUN] [benchmarks/results]; RUN holds a report.json")
     if run is not None:
-        write_json(HEADLINE, headline(run))
+        made = headline(run)
+        if (name := made["config"]["model"]) not in HEADLINES:
+            raise SystemExit(f"{run} is a run of {name}: expected one of {' or '.join(HEADLINES)}")
+        write_json(HEADLINES[name], made)
     given = sources(others[0] if others else BENCHMARKS)
     for path in documents():
         old = path.read_text(encoding="utf-8")

@@ -114,7 +114,8 @@ def main(run: Path) -> None:
     report, made_from = read_json(run / "report.json"), sha256(run / "report.json")
     for name, draw in (("effect", effect), ("layers", layers)):
         svg = draw(report).replace("<style>", f"<metadata>report.json {made_from}</metadata><style>", 1)
-        print(write_atomic(IMAGES / f"{name}.svg", svg))
+        model = report["model"]["name"]
+        print(write_atomic(IMAGES / f"{name}{'' if model == 'pocket' else f'-{model}'}.svg", svg))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_links_lead_somewhere(page):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         # Pictures come with the figures of a published run.
-        if target.suffix != ".svg" or figures.HEADLINE.exists():
+        if target.suffix != ".svg" or figures.HEADLINES["pocket"].exists():
             assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
@@ -208,16 +208,14 @@ def test_figures_are_those_of_the_sources(page):
     assert figures.fill(text, figures.sources()) == text, "run: python docs/fill_figures.py"
 
 
-def test_pictures_are_of_the_same_run_as_the_figures():
-    if not figures.HEADLINE.exists():
-        pytest.skip(
-            "no run is published: python docs/fill_figures.py runs/pocket; python docs/make_images.py runs/pocket"
-        )
-    made_from = json.loads(figures.HEADLINE.read_text())["report_sha256"]
+@pytest.mark.parametrize(("model", "end"), [("pocket", ""), ("smol-think", "-smol-think")])
+def test_pictures_are_of_the_same_run_as_the_figures(model, end):
+    if not figures.HEADLINES[model].exists():
+        pytest.skip(f"no run of {model} is published: docs/fill_figures.py and docs/make_images.py make the figures")
+    made_from = json.loads(figures.HEADLINES[model].read_text())["report_sha256"]
     for name in ("effect", "layers"):
-        assert made_from in (ROOT / f"docs/images/{name}.svg").read_text(), (
-            "run: python docs/make_images.py runs/pocket"
-        )
+        picture = ROOT / f"docs/images/{name}{end}.svg"
+        assert made_from in picture.read_text(), f"run: python docs/make_images.py runs/{model}"
 
 
 @pytest.mark.parametrize("decoding", ["sampled", "greedy"])

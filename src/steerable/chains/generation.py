@@ -31,6 +31,7 @@ from steerable.steering.vocabulary import with_first
 from steerable.store.errors import UsageError
 
 _FEW = 128  # chains that are one piece of work
+_LONGEST = 4  # the longest chain that is allowed, as a multiple of what chains are on average
 _FEWEST = 8  # chains that are computed together: one alone takes as long as all of them
 
 
@@ -134,7 +135,7 @@ def generate_jobs(
     model = loaded.model
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
-    minute = tokens_a_minute(model) // max_new_tokens
+    minute = _LONGEST * tokens_a_minute(model) // max_new_tokens
     size = block_size(len(items), min(block, max(_FEWEST, minute)))
     parts = [items[i : i + size] for i in range(0, len(items), size)]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(parts))]
