@@ -35,6 +35,8 @@ HEADLINES = {"pocket": DOCS / "figures.json", "smol-think": DOCS / "figures-smol
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([\w.-]+) -->)(.*?)(<!-- /figures -->)", re.DOTALL)
 STEPS = (-1.0, 1.0)
+_EXAMPLE = ("behaviour", "prompt", "unsteered", "minus", "plus")
+_SHOWN = 6  # sentences of an example that are shown
 
 Sources = Mapping[str, Any]
 """`run`, `think`: the headlines of the runs of pocket and smol-think (see `headline`), and each benchmark's JSON under
@@ -53,6 +55,10 @@ def headline(folder: Path) -> dict[str, Any]:
         "cosines": report["cosines"],
         "rank_correlation": {b: e.get("rank_correlation") for b, e in report["attribution"].items()},
         "cells": [cell for cell in report["cells"] if cell["strength"] in (0, *STEPS)],
+        "examples": [
+            {key: e[key] if key in ("behaviour", "prompt") else e[key]["thinking"] for key in _EXAMPLE}
+            for e in report["examples"]
+        ],
         **({"second_annotator": read_json(second)} if (second := folder / "second_annotator.json").exists() else {}),
     }
 
@@ -179,6 +185,19 @@ def between(given: Sources) -> str:
 def of_think(make: Callable[[Sources], str], given: Sources) -> str:
     """A figure of the run of smol-think."""
     return make({**given, "run": given.get("think", {})})
+
+
+def example(given: Sources) -> str:
+    """What the model thinks about one task, unsteered, down and up: the first sentences."""
+    found = next((e for e in given["run"].get("examples", ()) if e["behaviour"] == "backtracking"), None)
+    if not found:
+        return _table([], [])
+    rows = []
+    for name, text in (("unsteered", found["unsteered"]), ("−1", found["minus"]), ("+1", found["plus"])):
+        parts = sentences(text)
+        shown = " ".join(text[: parts[min(_SHOWN, len(parts)) - 1].end].split())
+        rows.append([name, f"{shown}{' ...' if len(parts) > _SHOWN else ''}"])
+    return f"“{' '.join(found['prompt'].split())}”{_table(['backtracking', 'the chain begins'], rows)}"
 
 
 def second_annotator(given: Sources) -> str:
@@ -435,6 +454,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
         f"think.{name}": partial(of_think, make)
         for name, make in (("about", about), ("effects", effects), ("costs", costs), ("settings", other_settings))
     },
+    "think.example": partial(of_think, example),
     "think.up": partial(of_think, partial(ratios, 1.0)),
     "think.down": partial(of_think, partial(ratios, -1.0)),
     "think.second": second_annotator,

@@ -207,3 +207,33 @@ def test_it_answers(smol_folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(smol_folder.parents[1]))
     said = chat("What is the capital of France?", model="smol", greedy=True, max_new_tokens=30)["unsteered"]
     assert said == {"thinking": "", "answer": "The capital of France is Paris.", "closed": True, "tokens": 8}
+
+
+@pytest.mark.slow
+def test_the_thinking_one_is_smol_with_the_adapter(smol_folder, tmp_path, monkeypatch):
+    """The oracle of the merge is PEFT's own; what it writes is a chain of its language."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from steerable.models.smol.language import annotate
+    from steerable.models.sources import SMOL_ADAPTER
+
+    (tmp_path / "steerable").mkdir()
+    (tmp_path / "steerable" / "smol").symlink_to(smol_folder)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="get it with `steerable fetch smol-think`"):
+        chat(model="smol-think")
+    made = fetch.fetch_model("smol-think")
+    folder = Path(made["path"])
+    assert folder.name == "smol-think" and fetch.fetch_model("smol-think")["seconds"] < made["seconds"]
+    assert (folder / "README.md").read_text() == (SMOL_ADAPTER / "README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(smol_folder)
+    theirs = PeftModel.from_pretrained(base, SMOL_ADAPTER).merge_and_unload()
+    ids = torch.randint(0, 49_000, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-3)
+    turn = chat(model="smol-think", seed=1, max_new_tokens=160)["unsteered"]
+    spans = annotate({"task_id": "t", "sample": 0, "thinking": turn["thinking"]})
+    covered = sum(span["end"] - span["start"] for span in spans)
+    assert covered > 0.8 * len(turn["thinking"]) > 0

@@ -121,7 +121,7 @@ def generate_jobs(
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
         max_new_tokens: of a chain. rows, generation_dtype: as for the engine.
         block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
-            the model's size and the longest length, and no more than this.
+            the model's size, where chains are a quarter of the longest on average, and no more than this.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
             model that `load` can find again by its name or folder. spread: what distributes the blocks.
         keep: a folder that takes every finished block at once and gives back those of an earlier call with the same

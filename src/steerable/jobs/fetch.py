@@ -68,7 +68,7 @@ def fetch_model(name: str, *, display: Display | None = None) -> dict[str, Any]:
         )
     display, started = display or Display(quiet=True), time.monotonic()
     if name == "smol-think":  # which is made of the other one
-        fetch_model("smol")
+        fetch_model("smol", display=display)
     target, make, example = _MAKERS[name]
     folder = target()
     with _alone(folder, display):
