@@ -165,7 +165,7 @@ class Config(Settings):
     tasks: str = Field(
         "auto",
         description="pocket, smol-think, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a "
-        ".jsonl, .json or .csv file, or llm; auto: that of pocket or smol-think, else reasoning-gym.",
+        ".jsonl, .json or .csv file, or llm; auto: the one of pocket or smol-think for that model, else reasoning-gym.",
     )
     engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
     generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
@@ -176,7 +176,8 @@ class Config(Settings):
     annotator: str = Field(
         "auto",
         description="pocket, smol-think, keywords, length, llm, llm:FILE, cues:FILE (or cues:seal), probe:FILE, or "
-        "module:function of your own, chain -> spans; auto: that of pocket or smol-think, else keywords.",
+        "module:function of your own, chain -> spans; auto: the one of pocket or smol-think for that model, else "
+        "keywords.",
     )
     stability: float = Field(
         0.0, ge=0, le=1, description="Keep a span only if this share of re-sampled continuations begins with its label."

@@ -50,8 +50,8 @@ class TrainSettings(Settings):
     tasks: str = Field(
         "auto",
         description="pocket, smol-think, reasoning-gym[:<family>,...], gsm8k:train, math, ..., hf:<data set>, or a "
-        ".jsonl, .json or .csv file; each task needs an answer that can be checked. auto: that of pocket or "
-        "smol-think, else reasoning-gym.",
+        ".jsonl, .json or .csv file; each task needs an answer that can be checked. auto: the one of "
+        "pocket or smol-think for that model, else reasoning-gym.",
     )
     test: str | None = Field(
         None, description="Source of the tasks to judge on, e.g. gsm8k:test; default: unseen ones of --tasks."
@@ -90,7 +90,7 @@ class TrainSettings(Settings):
     annotator: str = Field(
         "auto",
         description="Labels behaviours before and after: pocket, keywords, cues:FILE (or cues:seal), module:function "
-        "of your own, or none; auto: that of pocket or smol-think, else keywords.",
+        "of your own, or none; auto: the one of pocket or smol-think for that model, else keywords.",
     )
     controls: bool = Field(
         True,
