@@ -15,9 +15,10 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "probe", "lens", "compose", "passk"]
-TABLE += ["import", "export", "validate"]
+TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "probe", "reannotate"]
+TABLE += ["lens", "compose", "passk", "import", "export", "validate"]
 GROUPS = ["train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
+GROUPS += ["smol", "smol train", "smol measure"]
 COMMANDS = [*TABLE, *GROUPS]
 
 
@@ -60,7 +61,7 @@ def test_no_argument_is_help(steerable):
 def test_the_table_of_commands():
     assert [c.name for c in app.registered_commands] == TABLE
     groups = {g.name: [c.name for c in g.typer_instance.registered_commands] for g in app.registered_groups}
-    assert groups == {"train": ["rl", "upft"], "pocket": ["train", "measure"]}
+    assert groups == {"train": ["rl", "upft"], "pocket": ["train", "measure"], "smol": ["train", "measure"]}
 
 
 def test_every_setting_is_an_option(steerable, monkeypatch):
@@ -80,7 +81,7 @@ def test_every_setting_is_an_option(steerable, monkeypatch):
 def test_every_help_shows_an_example(steerable):
     for command in COMMANDS:
         shown = steerable(*command.split(), "-h").out
-        if command not in ("train", "pocket"):
+        if command not in ("train", "pocket", "smol"):
             assert f"Example: steerable {command}" in shown, command
             assert "  --json " in shown and not any(line.rstrip().endswith(">") for line in shown.splitlines())
 
@@ -145,7 +146,10 @@ def test_an_option_without_its_value_names_its_command(steerable):
         ("pocket measure --workers -1", "--workers is -1: expected 1 or more"),
         ("run --dtype int", "unknown dtype 'int'"),
         ("run --device moon", "cannot use the device 'moon'"),
-        ("run --model {tmp}/nowhere", "nowhere'; give 'pocket', 'smol', a folder, a .gguf file or a hub name"),
+        (
+            "run --model {tmp}/nowhere",
+            "nowhere'; give 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name",
+        ),
         ("run --model {tmp}", "is not a loadable model folder"),
         ("run --model nobody/nothing", "'nobody/nothing' is neither a folder nor a known model"),
         *((stage, f"stage '{stage}' needs") for stage in STAGES[1:]),
@@ -425,7 +429,9 @@ def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tm
     for path in finished.rglob("*"):
         assert path.is_dir() or path.read_bytes() == (copy / path.relative_to(finished)).read_bytes()
     said = steerable(command, "--out", copy, *options, "--model", tmp_path / "other", "--overwrite")
-    assert_refused(said, 2, "give 'pocket', 'smol', a folder, a .gguf file or a hub name")  # it would have gone on
+    assert_refused(
+        said, 2, "give 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name"
+    )  # it would have gone on
 
 
 @pytest.mark.parametrize("command", ["train rl", "train upft", "passk", "compose {file} --tasks pocket"])

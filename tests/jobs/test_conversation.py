@@ -102,7 +102,7 @@ def test_the_picture_without_a_terminal(capsys, monkeypatch, file, columns):
 
 
 def test_an_answer_without_a_think_block_is_cut_off(capsys):
-    screen = Screen(is_pocket=False, quiet=False)
+    screen = Screen("smol", quiet=False)
     with screen.growing(["answer"]):
         screen.show(0, "", "It was")
     screen.finish([{"tokens": 2, "closed": False, "thinking": "", "answer": "It was"}])

@@ -58,7 +58,7 @@ def compose(
 
     Args:
         files: Direction files, usually of one layer each.
-        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        model: 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name.
         tasks: Tasks with answers, or auto; without it the files are only added up.
         pairs: Pairs to measure: all, adjacent (layers) or none.
         to: Also measure all files together on this sibling model.

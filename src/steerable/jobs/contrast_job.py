@@ -52,7 +52,7 @@ def contrast_file(
 
     Args:
         pairs: A .jsonl, .json or .csv file with `positive` and `negative` in each record: texts, or chat messages.
-        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        model: 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name.
         revision: Branch, tag or commit of a hub model.
         dtype: Weights' type, e.g. bfloat16; default: the checkpoint's.
         device: Device, e.g. cuda:0; default: CUDA, else MPS, else the CPU.

@@ -55,7 +55,7 @@ def chat(
 
     Args:
         prompt: The question.
-        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        model: 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name.
         revision: Branch, tag or commit of a hub model.
         dtype: Weights' type, e.g. bfloat16; default: the checkpoint's.
         device: Device, e.g. cuda:0; default: CUDA, else MPS, else the CPU.

@@ -68,7 +68,7 @@ def passk(
     Goes on where it was stopped.
 
     Args:
-        model: The base: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        model: The base: 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name.
         arms: NAME=FILE to compare with it: a direction file (steered at its own strength), a PEFT adapter (merged into
             the base) or a model. Repeatable.
         tasks: As in `steerable run`, with reference answers; auto: pocket's own, else reasoning-gym.

@@ -54,7 +54,7 @@ def lens_file(
 
     Args:
         file: A direction file, or another tool's vectors where the file itself says everything.
-        model: 'pocket', 'smol', a folder, a .gguf file or a hub name.
+        model: 'pocket', 'smol', 'smol-think', a folder, a .gguf file or a hub name.
         k: Tokens listed at either end.
         layers: Layers of the file to read, e.g. 2,3; default: all.
         persistence: Chains of the model (.jsonl): follow each layer's shift through the later layers, too.

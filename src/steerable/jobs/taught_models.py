@@ -28,7 +28,7 @@ from steerable.store.files import file_target, whole_folder
 from steerable.store.run_folder import write_json
 
 #: The k of pass@k.
-KS = (1, 4, 8, 16, 32)
+KS = {"pocket": (1, 4, 8, 32), "smol-think": (1, 4, 8, 16)}
 #: Chains of a task that is not among those with all samples.
 FEW = 4
 _NUMBER = re.compile(r"\d+")
@@ -257,7 +257,7 @@ def figures(
         return mean_interval(by_task(_values(seen, value)), seed)
 
     names = list(dict.fromkeys(family.values()))
-    deepest = {k: [task for task, row in marks.items() if len(row) >= k] for k in KS}
+    deepest = {k: [task for task, row in marks.items() if len(row) >= k] for k in KS[name]}
     return {
         "families": len(names),
         "tasks": len(marks),
@@ -266,12 +266,12 @@ def figures(
         "equations": sum(s.stated for s in seen),
         "pass_tasks": {f"pass@{k}": len(deep) for k, deep in deepest.items()},
         "pass": {
-            name: {
+            group: {
                 f"pass@{k}": curve(counts, [k], seed)[k] if counts else None
                 for k, deep in deepest.items()
-                for counts in [{t: (len(marks[t]), sum(marks[t])) for t in deep if name in ("mean", family[t])}]
+                for counts in [{t: (len(marks[t]), sum(marks[t])) for t in deep if group in ("mean", family[t])}]
             }
-            for name in [*names, "mean"]
+            for group in [*names, "mean"]
         },
         "closed_and_answered": interval("answered"),
         "copied": interval("copied"),

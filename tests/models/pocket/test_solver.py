@@ -7,6 +7,7 @@ import pytest
 
 from steerable.chains.records import LABELS, STEERABLE
 from steerable.jobs.taught_models import equations
+from steerable.models import grammar
 from steerable.models.pocket import language, solver
 from steerable.models.pocket.families import FAMILIES, LARGEST_NUMBER
 
@@ -65,7 +66,7 @@ def test_facts_in_words_are_true(written):
 
 def test_the_chain_ends_with_its_answer_and_closes(written):
     for chain in written:
-        last = [m.group() for m in language._SENTENCE.finditer(chain.thinking)][-1]
+        last = [m.group() for m in grammar._SENTENCE.finditer(chain.thinking)][-1]
         assert chain.answer in last and chain.labels[-1] == "deduction"
         assert chain.thinking.endswith(".\n") and "<" not in chain.thinking
         assert chain.labels[0] == "initializing"

@@ -1,5 +1,6 @@
 """The recipe of smol-think: data, loss, schedule, resuming, several processes, and the adapter that comes out."""
 
+import copy
 import json
 import math
 import subprocess
@@ -30,7 +31,8 @@ def small(monkeypatch, pocket_tokenizer):
     """Two chains a step, four steps a bucket, a tiny model in the place of smol."""
     for name, value in (("BATCH", 2), ("BUCKET", 4), ("RANK", 4), ("ALPHA", 8), ("NEGATIVES", 50)):
         monkeypatch.setattr(recipe, name, value)
-    monkeypatch.setattr(models, "load", lambda name, **_: models.Loaded(tiny(pocket_tokenizer), pocket_tokenizer))
+    tokenizer = copy.deepcopy(pocket_tokenizer)  # merging gives it another chat template
+    monkeypatch.setattr(models, "load", lambda name, **_: models.Loaded(tiny(tokenizer), tokenizer))
 
 
 def train(out, **options):
