@@ -68,3 +68,9 @@ def test_bad_sources(source, message):
 def test_formulas_that_are_harmless_are_judged(family):
     for task in itertools.islice(gym.stream("any", (family,), 3), 8):
         assert judge(task, task["entry"]["answer"]).reason == "right", task["entry"]["answer"]
+
+
+def test_tasks_whose_reference_is_reversed_are_left_out():
+    """An in-law's reference is what the second person is to the first: no right answer would be judged right."""
+    tasks = make_tasks("reasoning-gym:family_relationships", 60)
+    assert not any(task["entry"]["answer"].endswith("-in-law") for task in tasks)
