@@ -39,6 +39,8 @@ NOT_RUN = {
     "steerable chat --model smol": "needs what `fetch` downloads",
     "steerable chat --model deepseek-ai/": "needs a model of the hub",
     "steerable chat --steer runs/short": "needs a run that takes minutes",
+    "steerable run --model smol-think": "needs what `fetch` makes, and takes an hour",
+    "steerable reannotate --annotator keywords --out runs/smol-think": "needs that run",
     "steerable contrast --persona happy": "needs what `fetch` downloads",
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable pocket train": "takes up to hours",
