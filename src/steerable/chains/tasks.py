@@ -138,6 +138,8 @@ def _draw(
 def _open(source: str, seed: int) -> list[Callable[[], Iterable[Record]]]:
     """What gives a source's tasks, one stream a category, each as often as it is asked."""
     name, _, rest = source.partition(":")
+    if name in (GYM, *TAUGHT) and not rest and ":" in source:
+        raise UsageError(f"{source!r} names no family: expected some behind the colon, or {name} alone")
     if name in TAUGHT:
         sizes = TAUGHT[name].families
         families = rest.split(",") if rest else list(sizes)
@@ -145,8 +147,6 @@ def _open(source: str, seed: int) -> list[Callable[[], Iterable[Record]]]:
             raise UsageError(f"{name} was not taught {unknown[0]!r}: expected some of {', '.join(sizes)}")
         return [partial(gym.stream, family, (family,), seed, sizes) for family in dict.fromkeys(families)]
     if name == GYM:
-        if not rest and ":" in source:
-            raise UsageError(f"{source!r} names no family: expected for example {GYM}:countdown,gcd, or {GYM} alone")
         return [partial(gym.stream, category, families, seed) for category, families in gym.parse_families(rest)]
     return [partial(iter, tasks) for tasks in tables.read_tasks(source, seed).values()]
 

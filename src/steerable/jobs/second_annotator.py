@@ -78,7 +78,8 @@ def reannotate(
             about = {"behaviour": behaviour, "strength": strength}
             effects.append(about | {"fractions": fractions, "outside": outside})
     result = {"annotators": [run.config.annotator, annotator], "effects": effects}
-    write_json(run.folder / "second_annotator.json", result)
+    with run.folder.locked():
+        write_json(run.folder / "second_annotator.json", result)
     run.display.show(table(result))
     run.display.tell(summary(result))
     return result

@@ -110,7 +110,7 @@ def test_the_learning_rate_follows_the_schedule():
 def test_the_template_makes_the_prompt_of_training(pocket_tokenizer):
     messages = [{"role": "user", "content": " What is 2 + 2?\n"}]
     made = pocket_tokenizer.apply_chat_template(
-        messages, chat_template=recipe.TEMPLATE, add_generation_prompt=True, tokenize=False
+        messages, chat_template=merging.TEMPLATE, add_generation_prompt=True, tokenize=False
     )
     assert made == recipe.prompt_text(messages[0]["content"])
 

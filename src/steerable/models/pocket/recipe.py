@@ -7,12 +7,11 @@ state, and a stopped training goes on where its last checkpoint stands.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import tempfile
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from steerable.models import teaching
 from steerable.models.pocket import solver
-from steerable.models.pocket.families import FAMILIES, held_out
+from steerable.models.pocket.families import FAMILIES
 from steerable.models.pocket.tokenizer import ASSISTANT, END, PAD, THINK_CLOSE, THINK_OPEN, USER, build_tokenizer
+from steerable.models.teaching import TRAIN_SEED, solvable_chain
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target, folder_target, write_atomic
 from steerable.store.torch_archive import dumps
 
-#: Seeds of the training tasks begin here; extraction and evaluation seeds are small.
-TRAIN_SEED = 1_000_000_000
 #: One cycle of families: countdown is the hardest and comes twice.
 MIXTURE = ("countdown", "simple_equations", "gcd", "countdown", "prime_factorization")
 BATCH = 32  # chains a step
@@ -63,14 +62,9 @@ def _dataset(family: str, seed: int, part: int) -> Any:
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
     """The training chain of that number: ``{"question", "thinking", "answer", "labels", "family"}``."""
     family, part = MIXTURE[index % len(MIXTURE)], sum(index >= begin * BATCH for begin in PARTS)
-    for attempt in range(64):  # a held-out or unsolvable task makes room for the next
-        entry = _dataset(family, seed, part)[index * 64 + attempt]
-        if held_out(entry["question"]):
-            continue
-        chain = solver.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt, part=part)
-        if chain:
-            return {"question": entry["question"], "family": family, **chain}
-    raise AssertionError(f"no usable {family} task in 64 draws")
+    dataset = _dataset(family, seed, part)
+    entry, chain = solvable_chain(dataset, index, seed, partial(solver.write_chain, family, part=part))
+    return {"question": entry["question"], "family": family, **chain}
 
 
 def prompt_text(question: str) -> str:
@@ -165,10 +159,7 @@ def optimisers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
 
 def learning_rate(step: int) -> float:
     """The rate of a step by ``SCHEDULE``; zero behind its end."""
-    for (start, low), (end, high) in itertools.pairwise(SCHEDULE):
-        if start <= step < end:
-            return PEAK_LR * (low + (high - low) * (step - start) / (end - start))
-    return 0.0
+    return teaching.learning_rate(SCHEDULE, PEAK_LR, step)
 
 
 def train(

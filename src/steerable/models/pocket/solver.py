@@ -16,8 +16,8 @@ from typing import Any
 
 from steerable.models.pocket import language
 from steerable.models.pocket.families import LARGEST_NUMBER
+from steerable.models.teaching import Moods
 
-STICKY = 0.78
 MOODS = ("calm", *language.BEHAVIOURS)
 _CONCENTRATION = (0.8, 0.35, 0.4, 0.4, 0.55)  # back-tracking shortens what it abandons: give it room
 _TRIES = (1, 2, 3, 4, 5, 6, 8)
@@ -34,13 +34,8 @@ class Writer:
         self.sentences: list[tuple[str, str]] = []
         self.breaks: set[int] = set()
         self.used: set[str] = set()
-        mixture = [rng.gammavariate(c, 1.0) for c in _CONCENTRATION]
-        self.mixture = [m / sum(mixture) for m in mixture]
-        self.mood = self._draw_mood()
+        self.moods = Moods(rng, MOODS, _CONCENTRATION)
         self.tries_left = rng.choices(_TRIES, _TRIES_WEIGHTS)[0]
-
-    def _draw_mood(self) -> str:
-        return self.rng.choices(MOODS, self.mixture)[0]
 
     def say(self, label: str, wordings: tuple[str, ...], **slots: Any) -> None:
         self.sentences.append((label, self.rng.choice(wordings).format(**slots)))
@@ -58,13 +53,11 @@ class Writer:
 
     def pause(self) -> bool:
         """An opportunity for the mood to show. True when the writer went back on what was done so far."""
-        if self.rng.random() > STICKY:
-            self.mood = self._draw_mood()
-        if self.mood == "calm":
+        if (mood := self.moods.pass_on()) == "calm":
             return False
         for _ in range(self.rng.choice((1, 2, 2, 3))):
-            self._utter(self.mood)
-        return self.mood == "backtracking"
+            self._utter(mood)
+        return mood == "backtracking"
 
     def _utter(self, label: str) -> None:
         for _ in range(8):  # a writer does not say the same thing twice

@@ -10,7 +10,11 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from steerable.models import loading as models
-from steerable.models.smol.recipe import TEMPLATE
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
 
 def write_merged(adapter: Path, folder: Path) -> None:

@@ -8,13 +8,12 @@ stands, over as many sittings as it takes, and under ``torchrun`` every process 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steerable.models import loading as models
-from steerable.models.pocket.families import held_out
+from steerable.models import teaching
 from steerable.models.smol import writer
 from steerable.models.smol.families import FAMILIES
+from steerable.models.teaching import TRAIN_SEED, solvable_chain
 from steerable.store.errors import UsageError
 from steerable.store.files import file_target, folder_target, write_atomic
 from steerable.store.torch_archive import dumps
 
-#: Seeds of the training tasks begin here; extraction and evaluation seeds are small.
-TRAIN_SEED = 1_000_000_000
 MIXTURE = ("chain_sum", "leg_counting", "simple_equations", "needle_haystack", "chain_sum", "leg_counting")
 BATCH = 8  # chains a step
 BUCKET = 16  # steps whose chains are sorted by length together
@@ -43,10 +41,6 @@ STEPS = 820
 #: (step, share of the peak rate), linear in between.
 SCHEDULE = ((0, 0.02), (40, 1.0), (560, 1.0), (820, 0.0))
 NEGATIVES = 2048  # tokens outside the language among which each step's softmax chooses, too
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-)
 
 
 @lru_cache
@@ -57,18 +51,12 @@ def _dataset(family: str, seed: int) -> Any:
 def training_chain(index: int, seed: int = 0) -> dict[str, Any]:
     """The training chain of that number: ``{"question", "thinking", "answer", "labels", "family"}``."""
     family = MIXTURE[index % len(MIXTURE)]
-    for attempt in range(64):  # a held-out or unsolvable task makes room for the next
-        entry = _dataset(family, seed)[index * 64 + attempt]
-        if held_out(entry["question"]):
-            continue
-        chain = writer.write_chain(family, entry, seed=(seed * 10**9 + index) * 64 + attempt)
-        if chain:
-            return {"question": entry["question"], "family": family, **chain}
-    raise AssertionError(f"no usable {family} task in 64 draws")
+    entry, chain = solvable_chain(_dataset(family, seed), index, seed, partial(writer.write_chain, family))
+    return {"question": entry["question"], "family": family, **chain}
 
 
 def prompt_text(question: str) -> str:
-    """What ``TEMPLATE`` makes of one user message."""
+    """What the chat template (``merging.TEMPLATE``) makes of one user message."""
     return f"<|im_start|>user\n{question.strip()}<|im_end|>\n<|im_start|>assistant\n<think>\n"
 
 
@@ -132,10 +120,7 @@ def chain_loss(body: Any, head: Tensor, ids: Tensor, target: Tensor, language: T
 
 def learning_rate(step: int) -> float:
     """The rate of a step by ``SCHEDULE``; zero behind its end."""
-    for (start, low), (end, high) in itertools.pairwise(SCHEDULE):
-        if start <= step < end:
-            return PEAK_LR * (low + (high - low) * (step - start) / (end - start))
-    return 0.0
+    return teaching.learning_rate(SCHEDULE, PEAK_LR, step)
 
 
 def computes_in(device: str, dtype: str) -> torch.dtype:

@@ -15,8 +15,8 @@ from typing import Any
 from steerable.models.grammar import choose
 from steerable.models.pocket.solver import parse_equation
 from steerable.models.smol import language
+from steerable.models.teaching import Moods
 
-STICKY = 0.78
 MOODS = ("calm", *language.BEHAVIOURS)
 _CONCENTRATION = (0.9, 0.4, 0.4, 0.4, 0.5)
 _TRIES, _TRIES_WEIGHTS = (1, 2, 3, 4, 6), (0.22, 0.28, 0.22, 0.16, 0.12)
@@ -32,14 +32,9 @@ class Writer:
         self.sentences: list[tuple[str, str]] = []
         self.breaks: set[int] = set()
         self.used: set[str] = set()
-        mixture = [rng.gammavariate(c, 1.0) for c in _CONCENTRATION]
-        self.mixture = [m / sum(mixture) for m in mixture]
-        self.mood = self._draw_mood()
+        self.moods = Moods(rng, MOODS, _CONCENTRATION)
         self.tries = rng.choices(_TRIES, _TRIES_WEIGHTS)[0]
         self.careless = rng.random() < CARELESS
-
-    def _draw_mood(self) -> str:
-        return self.rng.choices(MOODS, self.mixture)[0]
 
     def say(self, label: str, wordings: Sequence[str], **slots: Any) -> None:
         self.sentences.append((label, choose(self.rng.choice(wordings), self.rng).format(**slots)))
@@ -64,13 +59,11 @@ class Writer:
 
     def pause(self) -> bool:
         """An opportunity for the mood to show. True when the writer went back on what was done so far."""
-        if self.rng.random() > STICKY:
-            self.mood = self._draw_mood()
-        if self.mood == "calm":
+        if (mood := self.moods.pass_on()) == "calm":
             return False
         for _ in range(self.rng.choice((1, 1, 2, 2, 3))):
-            self._utter(self.mood)
-        return self.mood == "backtracking"
+            self._utter(mood)
+        return mood == "backtracking"
 
     def _utter(self, label: str) -> None:
         for _ in range(8):  # a writer does not say the same thing twice
