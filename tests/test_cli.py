@@ -15,7 +15,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "probe", "reannotate"]
+TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "probe", "reannotate"]
 TABLE += ["lens", "compose", "passk", "import", "export", "validate"]
 GROUPS = ["train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
 GROUPS += ["smol", "smol train", "smol measure"]
@@ -372,7 +372,8 @@ def test_vector_files_that_cannot_be(steerable, finished, tmp_path, monkeypatch,
 
 WRITERS = (
     "run", *STAGES, "train rl", "train upft", "passk", "compose {file} --tasks pocket", "compose {file}",
-    "pocket train", "pocket measure", "chat 2+2?", "lens {file}", "import {file}", "export {file} --to llama.cpp",
+    "pocket train", "pocket measure", "calibrate {file} --target accuracy", "chat 2+2?", "lens {file}", "import {file}",
+    "export {file} --to llama.cpp",
     "export {file} --to svec", "export {file} --to peft-beft --model-type llama", "export {file} --to checkpoint "
     "--model pocket", "probe",
 )  # fmt: skip
@@ -434,7 +435,9 @@ def test_a_run_of_another_model_is_not_overwritten(steerable, finished, tiny, tm
     )  # it would have gone on
 
 
-@pytest.mark.parametrize("command", ["train rl", "train upft", "passk", "compose {file} --tasks pocket"])
+@pytest.mark.parametrize(
+    "command", ["train rl", "train upft", "passk", "calibrate {file}", "compose {file} --tasks pocket"]
+)
 def test_a_run_is_not_overwritten_by_another_job(steerable, finished, tmp_path, command):
     copy = shutil.copytree(finished, tmp_path / "run")
     file = finished / "vectors/backtracking.safetensors"

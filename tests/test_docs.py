@@ -43,6 +43,7 @@ NOT_RUN = {
     "steerable reannotate --annotator keywords --out runs/smol-think": "needs that run",
     "steerable contrast --persona happy": "needs what `fetch` downloads",
     "steerable contrast examples": "needs what `fetch` downloads",
+    "steerable calibrate runs/pocket": "takes minutes",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",
@@ -50,7 +51,7 @@ NOT_RUN = {
     "steerable train upft --model pocket": "takes minutes",
     "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
-SLOW = {"lens.md", "passk.md", "quickstart.md", "training.md"}
+SLOW = {"calibrate.md", "lens.md", "passk.md", "quickstart.md", "training.md"}
 # Added to commands for the sake of time.
 SHORTER = {"steerable chat": " --max-new-tokens 40", "steerable compose": " --limit 2 --max-new-tokens 40"}
 

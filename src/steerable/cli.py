@@ -73,6 +73,11 @@ COMMANDS = {
         'steerable contrast --persona happy --opposite sad --model smol --out happy.safetensors --ask "How are you?"',
         ("pairs",),
     ),
+    "calibrate": Command(
+        "calibration_job:calibrate_files", "steerable calibrate v.safetensors --out runs/calibrate", ("files",),
+        settings="model revision dtype device annotator tasks seed validation max_new_tokens greedy budget "
+        "generation_dtype rows block llm_model llm_url llm_concurrency llm_rpm llm_tpm",
+    ),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
     "reannotate": Command("second_annotator:reannotate", "steerable reannotate --annotator keywords --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),

@@ -1,0 +1,171 @@
+"""`steerable calibrate` on the bundled model: its figures against a recount, going on after a stop, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from steerable.chains.records import read_jsonl
+from steerable.jobs import calibration_grid
+from steerable.jobs.calibration_job import calibrate_files
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
+from steerable.store.errors import UsageError
+
+FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 1, "validation": 16, "max_new_tokens": 60, "workers": 1}
+FAST |= {"budget": 0.4, "accuracy": 1.0, "unclosed": 1.0}
+
+
+@pytest.fixture(scope="module")
+def file(finished, tmp_path_factory):
+    source = finished / "vectors/candidates/onset.pooled/backtracking.safetensors"
+    return shutil.copy(source, tmp_path_factory.mktemp("calibrate") / "backtracking.safetensors")
+
+
+@pytest.fixture(scope="module")
+def calibrated(file):
+    out = file.parent / "out"
+    return out, calibrate_files([file], full_grid=True, out=out, **FAST)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_the_grid_is_what_the_rows_say(calibrated):
+    out, result = calibrated
+    rows = read_jsonl(out / "measured.jsonl")
+    base = {row["task_id"]: row for row in rows if row["setting"] is None}
+    assert len(base) == 16 and len(result["grid"]) == 8 and len(result["arms"]) == 4
+    for setting in result["grid"]:
+        key = {name: setting[name] for name in ("arm", "layers", "strength", "dose")}
+        some = [row for row in rows if row["setting"] == key]
+        assert len(some) == setting["tasks"] == 16
+        gains = [row["target"] - base[row["task_id"]]["target"] for row in some]
+        assert setting["gain"][0] == pytest.approx(mean(gains))
+        for name in ("kl", "tokens", "loops", "accuracy", "unclosed"):
+            assert setting[name][0] == pytest.approx(mean(row[name] for row in some)), name
+        worse = {
+            "kl": setting["kl"][0] > 0.4,
+            "loops": setting["loops"][0] - mean(r["loops"] for r in base.values()) > 0.1,
+        }
+        assert [name for name in setting["broken"] if name in worse] == [
+            name for name, is_worse in worse.items() if is_worse
+        ]
+
+
+def test_strength_one_spends_the_budget_at_every_arm(calibrated):
+    for arm in calibrated[1]["arms"]:
+        about = arm["calibration"]
+        assert max(about["kl"], about["kl_reversed"]) == pytest.approx(0.4, rel=0.05)
+
+
+def test_the_search_costs_a_quarter_of_the_tokens(calibrated):
+    out, result = calibrated
+    rows = read_jsonl(out / "measured.jsonl")
+    assert result["cost"]["grid"] == sum(row["tokens"] for row in rows)
+    assert result["cost"]["share"] == result["cost"]["search"] / result["cost"]["grid"] <= 0.25
+    assert [r["settings"] for r in result["rounds"]][0] == 8
+
+
+def test_the_recommendation_is_written(calibrated, file):
+    out, result = calibrated
+    about, noted = result["recommended"], Direction.load(file).stats["recommended"]
+    assert about is not None, result["reason"]
+    assert noted["of"] == "backtracking" and noted["gain"] == about["gain"] and noted["layers"] == about["layers"]
+    assert about["gain"][0] > about["random"]["gain"][0]
+    made = Direction.load(out / "recommended.safetensors")
+    assert made.layers == about["layers"] and made.strength == about["strength"]
+    assert max(made.dose().values()) == pytest.approx(about["dose"], rel=1e-4)
+    if about["file_strength"] is not None:  # the same steering from the file that was given
+        whole = Direction.load(file)
+        for site, vector in made.vectors.items():
+            expected = about["file_strength"] * whole.vectors[site]
+            torch.testing.assert_close(made.strength * vector, expected, rtol=1e-4, atol=1e-6)
+    page = (out / "calibrate.html").read_text()
+    assert "Recommended" in page and "Pareto front" in page and page.count("<svg") > 4
+
+
+def test_it_goes_on_where_it_was_stopped(calibrated, file, tmp_path, monkeypatch):
+    """Stopped after the first round's chains were written; what is there already is not written again."""
+    out, result = calibrated
+    original = calibration_grid.GridSearch._rows_of
+    calls = []
+
+    def stopped(self, chains, steering):
+        calls.append(len(chains))
+        if len(calls) == 10:  # in the second round: the unsteered chains, and eight settings, are measured
+            raise KeyboardInterrupt
+        return original(self, chains, steering)
+
+    monkeypatch.setattr(calibration_grid.GridSearch, "_rows_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_files([file], full_grid=True, out=tmp_path / "again", **FAST)
+    monkeypatch.setattr(calibration_grid.GridSearch, "_rows_of", original)
+    written = []
+    generate = calibration_grid.generate_cells
+
+    def counted(run, cells, tasks, keep):
+        blocks = keep / "blocks"
+        there = sum(len(read_jsonl(file, "chain")) for file in blocks.glob("*.jsonl")) if blocks.exists() else 0
+        chains = generate(run, cells, tasks, keep)
+        written.append(sum(map(len, chains.values())) - there)
+        return chains
+
+    monkeypatch.setattr(calibration_grid, "generate_cells", counted)
+    assert calibrate_files([file], full_grid=True, out=tmp_path / "again", **FAST) == result
+    assert written[:2] == [0, 0] and sum(written) > 0  # unsteered and first round were there
+    for name in ("calibrate.json", "measured.jsonl", "recommended.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_of_a_run_folder(steerable, finished, file, tmp_path):
+    """Its validation tasks are few, so that there is no search; less of a label is sought at negative strengths."""
+    options = ["--run", finished, "--full-grid", "--layers", 3, "--strengths=-0.5,-1", "--samples", 1, "--workers", 1]
+    said = steerable("calibrate", file, *options, "--aim", "less", "--out", tmp_path / "c", "--json")
+    assert said.code == 0, said.err
+    result = json.loads(said.out)
+    tokens = sum(row["tokens"] for row in read_jsonl(tmp_path / "c/measured.jsonl"))
+    assert result["rounds"] == [] and result["cost"] == {"search": None, "grid": tokens, "share": None}
+    assert [row["strength"] for row in result["grid"]] == [-0.5, -1.0]
+    asked = {t["id"] for t in read_jsonl(finished / "tasks.jsonl", "task") if t["split"] == "validation"}
+    assert {t["id"] for t in read_jsonl(tmp_path / "c/tasks.jsonl", "task")} == asked
+    assert result["settings"]["max_new_tokens"] == 60  # the run's
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"target": "joy"}, "--target is 'joy', which --annotator pocket does not label: give --target one of"),
+        ({"aim": "up"}, "--aim is 'up': expected more or less"),
+        ({"strengths": "0,1"}, "--strengths is '0,1': expected numbers of one sign"),
+        ({"strengths": "-1,1"}, "expected numbers of one sign"),
+        ({"samples": 0}, "--samples is 0"),
+        ({"loops": -1.0}, "the limit of loops is -1.0: expected a number above 0"),
+        ({"layers": "9"}, "no vector at layer 9"),
+        (
+            {"validation": 5},
+            "settings need 15 tasks or more for a search at a quarter of the grid's cost, and there are 5",
+        ),
+        ({"run": "nowhere"}, "is no run folder"),
+    ],
+)
+def test_refused_before_anything_is_generated(file, tmp_path, options, text):
+    with pytest.raises(UsageError, match=text.replace("(", r"\(")):
+        calibrate_files([file], out=tmp_path / "c", **FAST | options)
+    assert not (tmp_path / "c/tasks.jsonl").exists()
+
+
+def test_files_that_do_not_fit(tmp_path):
+    narrow = Direction({Site("resid_post", 2): torch.ones(64)}, behaviour="backtracking").save(
+        tmp_path / "n.safetensors"
+    )
+    with pytest.raises(UsageError, match="width 64"):
+        calibrate_files([narrow], out=tmp_path / "c", **FAST)
+    ablating = Direction({Site("resid_post", 2): torch.ones(192)}, behaviour="backtracking", map="ablate")
+    with pytest.raises(UsageError, match="only what is added has a dose"):
+        calibrate_files([ablating.save(tmp_path / "a.safetensors")], out=tmp_path / "c", **FAST)
+    with pytest.raises(UsageError, match="give one direction file at least"):
+        calibrate_files([], out=tmp_path / "c")
