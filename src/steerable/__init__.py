@@ -24,6 +24,7 @@ _EXPORTS = {
     "Direction": "steering.direction",
     "steer": "engines.hf.hooks",
     "TransformersEngine": "engines.hf.engine",
+    "VllmEngine": "engines.vllm.engine",
     "Request": "engines.base",
     "capture": "engines.activations",
     "difference_of_means": "methods.contrasts",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .engines.base import Request as Request
     from .engines.hf.engine import TransformersEngine as TransformersEngine
     from .engines.hf.hooks import steer as steer
+    from .engines.vllm.engine import VllmEngine as VllmEngine
     from .evals.calibration import calibrate as calibrate
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca

@@ -1,0 +1,28 @@
+"""What an engine's config must not have where it steers: ways of running a model in which a layer does not see the
+tokens of the step, each once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steerable.engines.vllm.settings import settings_of
+from steerable.store.errors import UsageError
+
+
+def check_config(config: Any) -> None:
+    """Raises UsageError for what steering does not go together with, and for layers that the model has not."""
+    parallel, cache = config.parallel_config, config.cache_config
+    refused = {
+        "--kv-sharing-fast-prefill": getattr(cache, "kv_sharing_fast_prefill", False),
+        "--enable-dbo": getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--enable-prompt-embeds": getattr(config.model_config, "enable_prompt_embeds", False),
+    }
+    if names := [name for name, is_on in refused.items() if is_on]:
+        raise UsageError(
+            f"steering does not go together with {names[0]}, by which layers see other tokens: leave it out"
+        )
+    settings = settings_of(config.additional_config)
+    number = config.model_config.hf_text_config.num_hidden_layers
+    if settings is not None and (beyond := [i for i in settings.layers or () if i >= number]):
+        raise UsageError(f"the steering settings name layer {beyond[0]}, and the model has layers 0 to {number - 1}")

@@ -1,0 +1,171 @@
+"""vLLM as an engine of this package: the same requests, the same draws, another steering for each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.engines.activations import capture as capture_texts
+from steerable.engines.base import Completion, Continuation, Progress, Request
+from steerable.engines.sampling import Decoding, decoding_of
+from steerable.engines.vllm.plugin import TESTED, register
+from steerable.engines.vllm.settings import KEY, Settings
+from steerable.models.loading import load
+from steerable.models.sources import find
+from steerable.steering.spec import Steering, steering_of
+from steerable.store.errors import UsageError
+
+log = logging.getLogger("vllm.steerable")
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    """Generates and scores texts with vLLM, in which this package's plugin steers.
+
+    Attributes:
+        llm: a `vllm.LLM` that was started to steer; `VllmEngine.start` makes one.
+        model: where its weights are, as `steerable.load` takes it.
+
+    Example:
+        >>> engine = st.VllmEngine.start("pocket", dtype="float32", max_model_len=1024)  # doctest: +SKIP
+        >>> [done] = engine.generate([st.Request(ids, steering=direction.steering(0.5))])  # doctest: +SKIP
+    """
+
+    llm: Any
+    model: str
+
+    @classmethod
+    def start(cls, model: str, settings: Settings | None = None, **options: Any) -> VllmEngine:
+        """Start vLLM in this process.
+
+        Args:
+            model: "pocket", "smol", a folder or a hub name, as for `steerable.load`.
+            settings: for how much steering it is made ready; None: the defaults.
+            options: of `vllm.LLM`, such as dtype, tensor_parallel_size, gpu_memory_utilization.
+
+        Raises:
+            UsageError: vLLM is not installed, or the model's layers are not found.
+        """
+        vllm = installed()
+        source = find(model)
+        if source.gguf_file is not None:
+            raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
+        sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
+        options = {"enable_prefix_caching": True, "disable_log_stats": True, **options}
+        options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
+        options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
+        return cls(vllm.LLM(source.place, **options), model)
+
+    def generate(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 500, progress: Progress | None = None
+    ) -> list[Completion]:
+        """Continue every request, up to a token of the model's `generation_config.eos_token_id` or `max_new_tokens`;
+        completions in the order of the requests. Tokens are those of the other engine, up to rounding.
+
+        Raises UsageError for an empty prompt, texts that are too long for the engine, and steerings that it cannot do.
+        """
+        if not requests:
+            return []
+        default = Decoding()
+        if any(request.decoding is None for request in requests):
+            default = decoding_of(self._own)
+        params = [
+            self._params(request.steering, max_tokens=max_new_tokens, **_decoded(request, request.decoding or default))
+            for request in requests
+        ]
+        outputs = self._run([request.prompt_ids for request in requests], params, progress)
+        return [Completion(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
+
+    def logprobs(self, sequences: Sequence[Continuation]) -> list[Tensor]:
+        """The log-probability of each token of each continuation, given what stands before it and under the sequence's
+        own steering: float32 `[tokens]` on the CPU.
+
+        Raises UsageError as `generate`.
+        """
+        params = [
+            self._params(
+                s.steering, max_tokens=1, temperature=0.0, prompt_logprobs=0,
+                extra={"steering_prompt_tokens": len(s.prompt_ids)},
+            )
+            for s in sequences
+        ]  # fmt: skip
+        outputs = self._run([[*s.prompt_ids, *s.ids] for s in sequences], params, None)
+        scores = []
+        for s, output in zip(sequences, outputs, strict=True):
+            start = len(s.prompt_ids)
+            rows = output.prompt_logprobs[start:]
+            scores.append(torch.tensor([row[i].logprob for row, i in zip(rows, s.ids, strict=True)]).float())
+        return scores
+
+    def capture(self, texts: Sequence[str], **options: Any) -> Any:
+        """Activations of the texts' tokens, unsteered; see `steerable.capture`. The model is loaded by transformers for
+        it, since vLLM gives no activations out."""
+        return capture_texts(*load(self.model), texts, **options)
+
+    @property
+    def _own(self) -> Any:
+        """What `decoding_of` reads of a model."""
+        from transformers import GenerationConfig
+
+        config = self.llm.llm_engine.vllm_config.model_config.try_get_generation_config()
+        return SimpleNamespace(generation_config=GenerationConfig(**config))
+
+    def _params(self, steering: Steering, extra: dict[str, Any] | None = None, **options: Any) -> Any:
+        from vllm import SamplingParams
+
+        extra_args = dict(extra or {})
+        if steering_of(steering):
+            extra_args[KEY] = tuple(steering)
+        # Each has its own: nothing of it needs to be copied.
+        return SamplingParams(extra_args=extra_args or None, detokenize=False, skip_clone=True, **options)
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any], progress: Progress | None) -> list[Any]:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs.engine import tokens_input
+
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UsageError("a prompt is empty: every request needs at least one token")
+        engine, done = self.llm.llm_engine, {}
+        names = []
+        try:
+            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+                names.append(engine.add_request(str(number), tokens_input(list(prompt)), one))
+        except VLLMValidationError as error:
+            engine.abort_request(names, internal=True)
+            raise UsageError(str(error)) from error
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[int(output.request_id)] = output
+                    if progress is not None:
+                        progress(1, len(output.outputs[0].token_ids))
+        return [done[number] for number in range(len(prompts))]
+
+
+def _decoded(request: Request, decoding: Decoding) -> dict[str, Any]:
+    from steerable.engines.vllm.draws import DRAW, draw
+
+    if decoding.greedy:
+        return {"temperature": 0.0, "repetition_penalty": decoding.repetition_penalty}
+    return {"temperature": 0.0, "extra": {DRAW: draw(request.seed, decoding)}}
+
+
+def installed() -> Any:
+    """The module vllm. Raises UsageError where it is not installed, or this package's plugin is not seen by it."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise UsageError("vLLM is not installed: pip install 'steerable[vllm]'") from error
+    if not any(point.value.startswith("steerable.") for point in entry_points(group="vllm.general_plugins")):
+        raise UsageError("vLLM does not see this package's plugin: install steerable again (pip install -e .)")
+    register()
+    if not vllm.__version__.startswith(TESTED):
+        log.warning("vLLM %s is not among those tested (%s): run `steerable doctor`", vllm.__version__, TESTED)
+    return vllm

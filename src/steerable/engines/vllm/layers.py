@@ -1,0 +1,75 @@
+"""The model's decoder layers, found by their number, and given an output that is steered.
+
+A layer's class is replaced by a subclass of it whose `forward` adds one call, before anything is traced. A layer that
+takes a `residual` gives (hidden, residual), whose sum is the stream; else its output, or the first of it, is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from steerable.engines.vllm.banks import Bank
+from steerable.store.errors import UsageError
+
+
+def decoder_layers(model: Any, number: int) -> dict[int, nn.Module]:
+    """The layers of this process by their index in the whole model, which has `number` of them.
+
+    Raises UsageError where they are not told apart from other lists of modules.
+    """
+    if hasattr(model, "get_language_model"):  # of a model that sees or hears
+        model = model.get_language_model()
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number
+    }
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise UsageError(
+            f"{type(model).__name__} has {len(outer)} lists of {number} layers, one was expected: this model cannot "
+            "be steered in vLLM; use the transformers engine"
+        )
+    return {i: layer for i, layer in enumerate(lists[outer[0]]) if type(layer).__name__ != "PPMissingLayer"}
+
+
+def give_banks(layers: dict[int, nn.Module], banks: dict[int, Bank]) -> None:
+    """Steer the outputs of these layers by their banks."""
+    for number, bank in banks.items():
+        layer = layers[number]
+        layer.add_module("steering", bank)
+        layer.__class__ = _steered(type(layer))
+
+
+def _steered(cls: type[nn.Module]) -> type[nn.Module]:
+    takes_residual = "residual" in inspect.signature(cls.forward).parameters
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.forward(self, *args, **kwargs)
+        if not isinstance(output, tuple):
+            return _put(self.steering, output, None)
+        hidden, *rest = output
+        return (_put(self.steering, hidden, rest[0] if takes_residual and rest else None), *rest)
+
+    return type(f"Steered{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _put(bank: Bank, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    if hidden.shape[-1] != bank.width:
+        raise UsageError(
+            f"a layer's output has width {hidden.shape[-1]}, and the stream has {bank.width}: this model cannot be "
+            "steered in vLLM; use the transformers engine"
+        )
+    return bank(hidden, residual)  # type: ignore[no-any-return]
+
+
+def listed(layers: Iterable[int]) -> str:
+    """Layers as a person reads them, "0-5" or "2, 3"."""
+    numbers = sorted(layers)
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ", ".join(map(str, numbers)) or "none"

@@ -1,0 +1,72 @@
+"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): three of its methods are wrapped.
+
+- `EngineArgs.create_engine_config`: the settings are checked, and a hash of this code goes into the key of the graphs;
+- `InputProcessor.process_inputs`: the one door of every request (`requests.py`);
+- `Worker.load_model`: the model's layers are taken hold of (`worker.py`).
+
+Nothing else happens until `--additional-config '{"steering": {}}'` switches it on, but for one thing: a request that
+asks to be steered by an engine without steering is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+TESTED = ("0.32",)
+"""Versions of vLLM that the tests ran with."""
+
+
+def register() -> None:
+    """Wrap vLLM's methods, once a process."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_worker import Worker
+
+    _wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
+    _wrap(Worker, "load_model", _load_model)
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(cls, name)
+    if hasattr(original, "steerable"):
+        return
+
+    @wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    wrapped.steerable = True  # type: ignore[attr-defined]
+    setattr(cls, name, wrapped)
+
+
+def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.settings import settings_of, switched_on
+
+    if settings_of(self.additional_config) is None:
+        return original(self, *args, **kwargs)
+    from steerable.engines.vllm.checks import check_config
+
+    self.additional_config = switched_on(self.additional_config)
+    config = original(self, *args, **kwargs)
+    check_config(config)
+    return config
+
+
+def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.requests import admit
+
+    return admit(self, original(self, *args, **kwargs))
+
+
+def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.settings import settings_of
+
+    result = original(self, *args, **kwargs)
+    if (settings := settings_of(self.vllm_config.additional_config)) is not None:
+        from steerable.engines.vllm.worker import take_hold
+
+        take_hold(self, settings)
+    return result

@@ -1,0 +1,190 @@
+"""The door: a request's steering is read, checked and lowered before the request reaches the engine.
+
+`SamplingParams.extra_args["steering"]` (over HTTP `vllm_xargs`, as a JSON string) is one of
+
+- a steering: interventions, as `direction.steering(0.5)` gives them, or their JSON (`spec.to_json`);
+- its text, "0.5 happy@thinking - 0.2 verbose", whose names are directions of the engine's folder;
+- an object or a list of objects {"direction": name, or "vectors": {"3": [...]}, and "strength", "layers", "where",
+  "map", "schedule", "rescale", all of which may be left out}.
+
+`extra_args["steering_prompt_tokens"]` says how many of the tokens count as prompt, where text that was generated before
+is fed as a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerable.engines.vllm.layers import listed
+from steerable.engines.vllm.lowering import Lane, identity, lower, to_wire
+from steerable.engines.vllm.settings import KEY, Settings, settings_of
+from steerable.models.loading import short_name
+from steerable.steering.direction import Direction
+from steerable.steering.gates import resolve
+from steerable.steering.plain import is_index
+from steerable.steering.site import Site
+from steerable.steering.spec import Intervention, Program, Steering, from_json, steering_of
+from steerable.steering.text import parse_steering
+from steerable.steering.think import think_tags
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import strict_json
+
+PROMPT_TOKENS = "steering_prompt_tokens"
+_ENTRY = {"direction", "vectors", "strength", "layers", "where", "map", "schedule", "rescale"}
+
+
+def admit(processor: Any, request: Any) -> Any:
+    """An `EngineCoreRequest` whose steering is resolved. Raises vLLM's validation error, which a server answers with
+    400, for a steering that cannot be done."""
+    params = request.sampling_params
+    extra = getattr(params, "extra_args", None) or {}
+    if KEY not in extra and PROMPT_TOKENS not in extra:
+        return request
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        prompt = extra.get(PROMPT_TOKENS)
+        if prompt is not None and not is_index(prompt, 1):
+            raise UsageError(f"{PROMPT_TOKENS} is a number of tokens from 1 on, not {prompt!r}")
+        lanes = _lanes(processor, extra.get(KEY) or ())
+    except SteerableError as error:
+        raise VLLMValidationError(str(error), parameter=KEY) from error
+    remaining = {name: value for name, value in extra.items() if name not in (KEY, PROMPT_TOKENS)}
+    if lanes:
+        if request.prompt_token_ids is None:
+            raise VLLMValidationError("a steered request needs token ids, not embeddings, as its prompt", parameter=KEY)
+        remaining[KEY] = to_wire(lanes, prompt)
+        salt = f"steering:{identity(lanes, prompt)}"
+        request.cache_salt = salt if request.cache_salt is None else f"{request.cache_salt}|{salt}"
+    params.extra_args = remaining or None
+    return request
+
+
+def _lanes(processor: Any, given: Any) -> tuple[Lane, ...]:
+    config = processor.vllm_config
+    settings = settings_of(config.additional_config)
+    if settings is None:
+        raise UsageError(
+            "this engine does not steer: start it with --additional-config '{\"steering\": {}}', or take the steering "
+            "out of the request"
+        )
+    steering = read_steering(given, settings.directions)
+    model = config.model_config
+    text = model.hf_text_config
+    check_model(steering, model.model, text.num_hidden_layers, text.hidden_size, settings)
+    gates = {i.gate for i in steering}
+    if any(gate.uses("thinking", "answer") for gate in gates) or any(i.schedule.event == "close" for i in steering):
+        think_tags(_tokenizer(processor))
+    for gate in gates:
+        if gate.uses("boundary"):
+            resolve(gate, _tokenizer(processor))
+    return _lowered(steering, settings)
+
+
+_lowered = lru_cache(maxsize=512)(lower)
+
+
+def _tokenizer(processor: Any) -> Any:
+    if processor.tokenizer is None:
+        raise UsageError("a gate reads text, and the engine runs without a tokenizer (skip_tokenizer_init)")
+    return processor.tokenizer
+
+
+def read_steering(given: Any, folder: str = "") -> Steering:
+    """The steering that a request asks for. folder: where the directions are that it names. Raises UsageError."""
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
+        try:
+            value = strict_json(given)
+        except ValueError as error:
+            raise UsageError(f"the steering of the request is no sound JSON: {error}") from None
+        if isinstance(value, list) and value and isinstance(value[0], dict) and "basis" in value[0]:
+            return tuple(from_json(given))
+        given = value
+    if isinstance(given, str):
+        return tuple(parse_steering(given, lambda name: named(folder, name)))
+    if isinstance(given, Mapping):
+        given = [given]
+    if isinstance(given, (list, tuple)) and given and all(isinstance(entry, Mapping) for entry in given):
+        return tuple(i for entry in given for i in _entry(entry, folder))
+    if isinstance(given, Intervention):
+        given = (given,)
+    return tuple(steering_of(given))
+
+
+def _entry(entry: Mapping[str, Any], folder: str) -> Program:
+    if unknown := sorted(set(entry) - _ENTRY):
+        raise UsageError(f"unknown key {unknown[0]!r} in the steering: expected {', '.join(sorted(_ENTRY))}")
+    if ("direction" in entry) == ("vectors" in entry):
+        raise UsageError("a steering names a direction, or holds vectors by layer, and this has both or neither")
+    options = {name: value for name, value in entry.items() if name not in ("direction", "vectors")}
+    direction = named(folder, entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
+    strength = options.pop("strength", None)
+    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
+        raise UsageError(f"the strength of a steering is a number, not {strength!r}")
+    if not isinstance(options.get("rescale", False), bool):
+        raise UsageError(f"rescale is true or false, not {options['rescale']!r}")
+    layers = options.get("layers")
+    if layers is not None and not is_index(layers) and not (isinstance(layers, list) and all(map(is_index, layers))):
+        raise UsageError(f"layers are a list of layers, like [2, 3], not {layers!r}")
+    return direction.steering(strength, **options)
+
+
+def _inline(vectors: Any) -> Direction:
+    if not isinstance(vectors, Mapping) or not vectors:
+        raise UsageError('vectors are an object of layers and numbers, like {"3": [0.1, ...]}')
+    rows = {}
+    for layer, numbers in vectors.items():
+        site = Site.parse(f"resid_post.{layer}" if str(layer).isdigit() else str(layer))
+        try:
+            rows[site] = torch.tensor(numbers, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"the vector at {site} is no list of numbers [d], or of such lists [k, d]") from None
+    return Direction(rows)
+
+
+def named(folder: str, name: Any) -> Direction:
+    """The direction of this name in a folder. Raises UsageError."""
+    if not folder:
+        raise UsageError(
+            f"the request names the direction {name!r}, and the engine has no folder of directions: start it with "
+            '--additional-config \'{"steering": {"directions": "folder"}}\', or send the vectors'
+        )
+    path = Path(folder) / f"{name}.safetensors"
+    if not isinstance(name, str) or Path(name).name != name or name.startswith(".") or not path.is_file():
+        names = ", ".join(names_in(folder)) or "none"
+        raise UsageError(f"no direction is known as {str(name)[:80]!r}: there are {names}")
+    return _loaded(str(path), path.stat().st_mtime_ns)
+
+
+def names_in(folder: str) -> list[str]:
+    """The names of the directions in a folder."""
+    return sorted(path.stem for path in Path(folder).glob("*.safetensors"))
+
+
+@lru_cache(maxsize=256)
+def _loaded(path: str, changed: int) -> Direction:
+    return Direction.load(path)
+
+
+def check_model(steering: Steering, model: str, layers: int, width: int, settings: Settings) -> None:
+    """Raises UsageError for a steering that does not fit the engine's model."""
+    for i in steering:
+        if i.site.layer >= layers:
+            raise UsageError(f"the steering acts at {i.site}, and the model has layers 0 to {layers - 1}")
+        if settings.layers is not None and i.site.layer not in settings.layers:
+            raise UsageError(
+                f"the steering acts at {i.site}, and the engine was started to steer layers {listed(settings.layers)}"
+            )
+        if len(i.basis) != width:
+            raise UsageError(
+                f"the vector at {i.site} has width {len(i.basis)}, but the model's width there is {width}: use a "
+                "direction made on this model"
+            )
+        here, made = short_name(model), short_name(i.source.model_id)
+        if made and here != made and here.rpartition("/")[2] != made.rpartition("/")[2]:
+            raise UsageError(f"the direction {i.source.name} was made on {made!r}, and the engine serves {here!r}")

@@ -1,0 +1,136 @@
+"""The arithmetic in the graph and the lowering to it, against the formula itself (`Intervention.apply`)."""
+
+import pytest
+import torch
+
+import steerable as st
+from steerable.engines.vllm.banks import Bank, Tokens
+from steerable.engines.vllm.lowering import from_wire, identity, lower, slot_of, to_wire
+from steerable.engines.vllm.settings import Settings, settings_of, switched_on
+from steerable.engines.vllm.slots import Slots
+
+D, LAYER = 16, 2
+SETTINGS = Settings(lanes=2, maps=2)
+MAPS = (
+    "shift", "shift(0.5)", "ablate", "set(2)", "floor(0.5)", "ceiling(-0.5)", "clip(-0.3, 0.4)", "rotate(30)",
+    "rotate_to(200)", "affine(1.5, 0.2)", "affine(0.5, 1, -1, 1)", "affine([[1, 2], [3, 4]], [1, 0])",
+)  # fmt: skip
+
+
+def direction(*rows, layer=LAYER, seed=0):
+    vectors = torch.randn(*rows, D, generator=torch.Generator().manual_seed(seed))
+    return st.Direction({st.Site("resid_post", layer): vectors})
+
+
+def steered(steering, hidden, residual=None, settings=SETTINGS):
+    """A layer's output [n, d] where every token is steered."""
+    tokens = Tokens(settings, len(hidden), torch.device("cpu"))
+    bank = Bank(settings, (9, 9), D, tokens)
+    slots = [Slots({LAYER: bank}, is_map, 9) for is_map in (False, True)]
+    slot, strength = torch.zeros_like(tokens.slot), torch.zeros_like(tokens.strength)
+    for lane in lower(steering, settings):
+        held = slots[lane.number >= settings.lanes].hold({lane.digest: lane.content})
+        slot[lane.number], strength[lane.number] = held[lane.digest], lane.strength
+    tokens.put(slot, strength)
+    return bank(hidden, residual)
+
+
+def expected(steering, stream):
+    for i in steering:
+        stream = i.apply(stream[None])[0]
+    return stream
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("phi", MAPS)
+def test_every_map_is_the_formula(phi, rescale):
+    hidden, residual = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(9)).unbind()
+    steering = direction(2).steering(0.7, map=phi, rescale=rescale)  # rows that are not orthogonal
+    new = steered(steering, hidden, residual)
+    assert close(new + residual, expected(steering, hidden + residual))
+    assert close(steered(steering, hidden[None]), expected(steering, hidden)[None])  # one stream, [1, n, d]
+
+
+def test_several_act_in_their_order():
+    hidden = torch.randn(5, D, generator=torch.Generator().manual_seed(9))
+    a, b, c = (direction(seed=seed) for seed in (1, 2, 3))
+    shift, ablate, turn = a.steering(0.5), b.steering(1.0, map="ablate"), direction(2).steering(-0.5, map="rotate(50)")
+    for steering in (shift + ablate, ablate + shift, turn + ablate, shift + c.steering(2.0) + turn):
+        assert close(steered(steering, hidden), expected(steering, hidden))
+
+
+def test_additions_of_one_gate_are_one_lane():
+    a, b = direction(seed=1), direction(seed=2, layer=5)
+    both = a.steering(0.5) + b.steering(0.25) + a.steering(1.0)
+    [lane] = lower(both, SETTINGS)
+    slot = slot_of(lane.content)
+    assert torch.allclose(lane.strength * slot[LAYER][0], 1.5 * a.at(LAYER))
+    assert torch.allclose(lane.strength * slot[5][0], 0.25 * b.at(5))
+    assert len(lower(a.steering(0.5, where="prompt") + b.steering(0.5), SETTINGS)) == 2
+    # strengths differ, and the slot is the same
+    assert lower(a.steering(0.1), SETTINGS)[0].digest == lower(a.steering(0.9), SETTINGS)[0].digest
+
+
+def test_nothing_keeps_the_bits():
+    hidden = torch.randn(5, D, generator=torch.Generator().manual_seed(9))
+    for steering in ((), direction().steering(0.0), direction(2).steering(map="rotate(360)")):
+        assert lower(steering, SETTINGS) == ()
+        assert torch.equal(steered(steering, hidden), hidden)
+    low = hidden.bfloat16()
+    assert torch.equal(steered((), low, low), low)
+
+
+def test_wire_gives_back_the_lanes():
+    a = direction(seed=1)
+    steering = a.steering(0.5, where="thinking & ~boundary", schedule="ramp(0, 1, 5)") + a.steering(map="ablate")
+    lanes = lower(steering, SETTINGS)
+    assert from_wire(to_wire(lanes, 7)) == (lanes, 7)
+    others = [lower(s, SETTINGS) for s in (a.steering(0.5), a.steering(0.6), a.steering(0.5, where="prompt"), steering)]
+    assert len({identity(lanes, None) for lanes in others} | {identity(lanes, 7)}) == 5
+
+
+def test_slots_evict_what_was_not_used_for_longest():
+    bank = Bank(Settings(), (3, 1), D, Tokens(Settings(), 1, torch.device("cpu")))
+    slots = Slots({LAYER: bank}, False, 3)
+    contents = [lower(direction(seed=seed).steering(), SETTINGS)[0] for seed in range(3)]
+    contents = [(lane.digest, lane.content) for lane in contents]
+    first, second = (slots.hold(dict([one])) for one in contents[:2])
+    slots.hold(dict(contents[:1]))
+    third = slots.hold(dict(contents[2:]))
+    assert third.popitem()[1] == second.popitem()[1]
+    assert torch.equal(bank.vectors[first.popitem()[1]], direction(seed=0).at(LAYER))
+
+
+@pytest.mark.parametrize(
+    "steering, message",
+    [
+        (direction(3).steering(map="ablate"), '"rank": 3'),
+        (direction().steering(map="swap([1.0])"), "swap takes another run's activations"),
+        (direction().steering(map="ablate") * 3, '"maps": 3'),
+        ([direction().steering(where=f"positions(0, {n})")[0] for n in (1, 2, 3)], '"lanes": 3'),
+        (direction().steering(where=st.selectors.when(direction(), ">", 0.1)), "depends on activations"),
+        ((st.Direction({st.Site("mlp_out", 1): torch.ones(D)})).steering(), "resid_post"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(steering, message):
+    with pytest.raises(st.UsageError, match=message):
+        lower(tuple(steering), SETTINGS)
+
+
+def test_settings_are_checked():
+    assert settings_of({}) is None and settings_of({"steering": {}}) == Settings() == settings_of({"steering": True})
+    assert settings_of(switched_on({"steering": {"lanes": 1}, "other": 2})).lanes == 1
+    for given, message in (
+        ({"lane": 1}, "unknown key 'lane'"),
+        ({"lanes": -1}, "lanes of the steering settings"),
+        ({"layers": []}, "list of layers"),
+        ({"bank": "int8"}, "float32 or bfloat16"),
+        ({"directions": "/nowhere"}, "is a folder"),
+        ("yes", "are an object"),
+    ):
+        with pytest.raises(st.UsageError, match=message):
+            settings_of({"steering": given})
