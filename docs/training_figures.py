@@ -36,9 +36,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 
 
-def arms(names: Mapping[str, str], given: Sources) -> str:
+def arms(names: Mapping[str, str], given: Sources, source: str = "arms") -> str:
     """One row an arm: accuracy and recovered fraction, greedy and sampled, length and loops."""
-    found = given.get("arms", {}).get("arms", {})
+    found = given.get(source, {}).get("arms", {})
     rows = []
     for name, shown in names.items():
         if name not in found:
@@ -61,9 +61,9 @@ def arms(names: Mapping[str, str], given: Sources) -> str:
     return table(head, rows)
 
 
-def against(given: Sources) -> str:
+def against(given: Sources, source: str = "arms") -> str:
     """Bias minus each control, paired over tasks and seeds."""
-    found = given.get("arms", {}).get("against", {})
+    found = given.get(source, {}).get("against", {})
     rows = [[NAMES[name], *(_points(by[d]) for d in ("sampled", "greedy"))] for name, by in found.items()]
     return table(["bias, all layers, minus", "sampled", "greedy"], rows)
 
@@ -90,9 +90,9 @@ def chance(given: Sources) -> str:
     return words.MISSING if found is None else _two(found)
 
 
-def tokens(given: Sources) -> str:
+def tokens(given: Sources, source: str = "arms") -> str:
     """What every layer's vector says."""
-    found = given.get("arms", {}).get("vectors", {})
+    found = given.get(source, {}).get("vectors", {})
     rows = [
         [layer, words.number(found["norms"][layer]), *(_words(read[end]) for end in ("top", "bottom"))]
         for layer, read in found.get("tokens", {}).items()
@@ -151,6 +151,29 @@ def about(given: Sources) -> str:
         "Intervals are 95 %, of a bootstrap over tasks and seeds; R = (arm − base) / (full − base), and – where the "
         "interval of full − base holds 0: nothing clear was gained to recover."
     )
+
+
+def think_about(given: Sources) -> str:
+    """What the arms of smol-think share, as one sentence."""
+    found = given.get("think_arms", {})
+    if not found:
+        return words.MISSING
+    s = found["settings"]
+    return (
+        f"{s['steps']} steps of {s['prompts']} tasks × {s['group']} samples for every arm, learning rates not tuned, "
+        f"the last checkpoint judged on {found['tasks']} unseen tasks: once greedily and {s['samples']} times sampled. "
+        "Intervals are 95 %, of a bootstrap over tasks and seeds; R = (arm − base) / (LoRA − base), and – where the "
+        "interval of LoRA − base holds 0."
+    )
+
+
+def think_gain(given: Sources) -> str:
+    """What the vectors gain over the untrained model and over the reward by lot, sampled."""
+    found = given.get("think_arms", {})
+    if not found:
+        return words.MISSING
+    gain, lot = found["arms"]["bias"]["sampled"]["gain"], found["against"]["random-reward"]["sampled"]
+    return f"{_points(gain)}; {_points(lot)} beyond vectors that were paid by lot"
 
 
 def cost(given: Sources) -> str:
@@ -224,6 +247,11 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "arms.tokens": tokens,
     "arms.passk": passk,
     "arms.rates": rates,
+    "think.arms": partial(arms, NAMES, source="think_arms"),
+    "think.arms.about": think_about,
+    "think.arms.against": partial(against, source="think_arms"),
+    "think.arms.gain": think_gain,
+    "think.arms.tokens": partial(tokens, source="think_arms"),
     "training.cost": cost,
     "training.update": partial(ratio, "update_bias_over_lora", "times"),
     "training.memory": partial(ratio, "optimizer_bias_over_full", "percent"),
