@@ -1,7 +1,7 @@
 """Generation speed: `model.generate` in batches of 64 against this library, and steered against unsteered.
 
     python benchmarks/generation.py
-    python benchmarks/generation.py --model smol --threads 2 --limit 400 --repeats 0
+    python benchmarks/generation.py --model smol-think --threads 2 --repeats 0
 
 Both sides sample chains of thought for the same prompts at temperature 1, with the same weights in float32, each chain
 up to its stop token or the limit; tokens behind the stop token do not count. Our side runs in the type that it chooses
@@ -36,6 +36,7 @@ from steerable.engines.base import Completion
 from steerable.engines.hf.products import GenerationDtype, product_dtype
 from steerable.engines.sampling import Decoding, decoding_of
 from steerable.models.loading import blocks
+from steerable.models.taught import TAUGHT
 from steerable.steering.site import Site
 from steerable.steering.spec import shift
 from steerable.store.errors import UsageError
@@ -52,7 +53,7 @@ def material(name: str, source: str | None, count: int) -> tuple[str, Any, list[
         if name != "pocket":
             raise
         return "random model of the pocket model's shape", *stand_in(count)
-    tasks = make_tasks(source or ("pocket" if name == "pocket" else "reasoning-gym"), count, 7)
+    tasks = make_tasks(source or (name if name in TAUGHT else "reasoning-gym"), count, 7)
     return name, model, [prompt_ids(tokenizer, task["prompt"]) for task in tasks]
 
 
@@ -166,9 +167,9 @@ def compare_steering(model: Any, prompts: list[list[int]], limit: int, repeats: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generation speed against model.generate.")
-    parser.add_argument("--model", default="pocket", help="pocket, smol, a folder or a hub name")
+    parser.add_argument("--model", default="pocket", help="pocket, smol, smol-think, a folder or a hub name")
     parser.add_argument(
-        "--tasks", help="where its tasks are from; default: pocket for the bundled model, reasoning-gym"
+        "--tasks", help="where its tasks are from; default: those that the model was taught, or reasoning-gym"
     )
     parser.add_argument("--chains", type=int, default=300)
     parser.add_argument("--limit", type=int, default=500, help="new tokens of a chain at most")

@@ -238,7 +238,7 @@ def speed(given: Sources) -> str:
                 _generated(given, model).get("engines", {}).get("ratio_wall"),
                 aim,
             )
-            for model, aim in (("pocket", "≥ 4"), ("smol", "≥ 2.5"))
+            for model, aim in (("pocket", "≥ 4"), ("smol-think", "≥ 2.5"))
         ),
         ("steered generation, one layer", "unsteered", steered.get("one layer"), "≤ 1.05"),
         ("steered generation, all layers", "unsteered", steered.get("all layers"), "≤ 1.05"),
