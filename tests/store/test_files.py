@@ -17,7 +17,7 @@ from steerable.jobs.publish import save_pretrained
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.files import sha256, strict_json, write_atomic
+from steerable.store.files import sha256, strict_json, writable_target, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
 
 NODES = ("fifo", "socket", "device", "folder")
@@ -243,3 +243,12 @@ def test_a_model_of_pointers(tmp_path):
     (tmp_path / "model.safetensors").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n")
     with pytest.raises(UsageError, match=r"model\.safetensors is a Git LFS pointer"):
         models.load(tmp_path, device="cpu")
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(tmp_path):
+    assert writable_target(tmp_path / "new/deep/file.json") == tmp_path / "new/deep/file.json"
+    assert not list(tmp_path.iterdir())  # nothing was made
+    if not os.path.isdir("/proc"):
+        pytest.skip("no folder here takes no file, whoever asks: there is no /proc")
+    with pytest.raises(SteerableError, match=r"^cannot write /proc/file\.json: "):
+        writable_target("/proc/file.json")

@@ -21,7 +21,7 @@ from steerable.models.writers import not_added
 from steerable.steering import direction as directions
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
-from steerable.store.files import file_target, sha256
+from steerable.store.files import sha256, writable_target
 from steerable.store.plugins import load_plugins
 
 _SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".svec")  # of the files of a folder that are looked at
@@ -208,7 +208,7 @@ def import_to(path: str | Path, out: str | Path, **options: Any) -> dict[str, An
     Raises:
         UsageError: as `import_file`, and where `out` is no regular file.
     """
-    file_target(out)
+    writable_target(out)
     with _heard() as messages:
         direction = import_file(path, **options)
     direction.save(out)

@@ -21,7 +21,7 @@ from steerable.jobs.settings import ANNOTATORS, Annotator, Config
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.files import file_target
+from steerable.store.files import writable_target
 from steerable.store.text import counted
 
 Spans = list[Record]
@@ -244,7 +244,7 @@ def train_probe(
     Returns:
         `{"out", "layers", "scores"}`: the file, and how the probe does on held-out tasks.
     """
-    file_target(to)
+    writable_target(to)
     run = open_run(out, display)
     chains, spans = read_jsonl(run.folder / "chains.jsonl", "chain"), read_jsonl(run.folder / "spans.jsonl", "span")
     run.display.start("reading", len(chains))

@@ -17,7 +17,7 @@ from steerable.models import loading as models
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import file_target
+from steerable.store.files import file_target, writable_target
 from steerable.store.plugins import function_at
 from steerable.store.text import one_line
 
@@ -97,7 +97,7 @@ def contrast_file(
         raise UsageError(f"--reduce is {reduce!r}: expected mean, last or a number of last tokens")
     if pairs is not None and file_target(out) == file_target(pairs):
         raise UsageError(f"--out is the file of pairs, {pairs}: name another file")
-    file_target(out)
+    writable_target(out)
     check_budget(budget := BUDGET if budget is None else budget)
     names = f"{', '.join(ESTIMATORS)} or module:function, (positive, negative activations) -> Direction"
     estimator = ESTIMATORS.get(method) or function_at(method, "--method", names)

@@ -20,7 +20,7 @@ from steerable.models.taught import TAUGHT
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.files import file_target
+from steerable.store.files import writable_target
 from steerable.store.run_folder import write_json
 from steerable.store.text import one_line
 
@@ -93,7 +93,7 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty: write one in quotes")
     if out is not None:
-        file_target(out)
+        writable_target(out)
     parts = [read_part(text, parse_layers(layers), where) for text in texts]
     lines = None if prompt is not None or display is None else _typed(display)
     if prompt is None and lines is None and model not in TAUGHT:

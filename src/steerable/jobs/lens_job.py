@@ -21,7 +21,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import file_target, folder_target, write_atomic
+from steerable.store.files import folder_target, writable_target, write_atomic
 from steerable.store.run_folder import read_json, sha256, write_json
 
 RANDOM = 200
@@ -121,7 +121,7 @@ def targets(out: str | Path) -> list[Path]:
     """The files that `write_lens` makes. Raises UsageError for what cannot be one."""
     out = Path(out)
     if out.suffix in (".json", ".html", ".htm"):
-        file_target(out)
+        writable_target(out)
         return [out]
     folder_target(out)
     return [out / "lens.json", out / "lens.html"]

@@ -24,7 +24,7 @@ from steerable.models.smol.merging import write_merged
 from steerable.models.taught import TAUGHT
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import file_target, whole_folder
+from steerable.store.files import whole_folder, writable_target
 from steerable.store.run_folder import write_json
 
 #: The k of pass@k.
@@ -186,7 +186,7 @@ def _measure(
 ) -> dict[str, Any]:
     """The figures of a model that was taught what the model `name` was."""
     if out is not None:
-        file_target(out)
+        writable_target(out)
     counts = (("tasks", tasks, 1), ("samples", samples, 1), ("deep", deep, 0), ("workers", workers, 1))
     for option, value, least in counts:
         if value is not None and value < least:

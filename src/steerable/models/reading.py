@@ -37,9 +37,9 @@ _LONG = 4096  # tokens: behind longer prefixes, what backward needs of a block i
 
 
 def most_logits(device: torch.device) -> int:
-    """How many logits are held at a time, of all passes together: 32 MiB of float32 on a CPU, where fewer tokens at once
-    would spend their time on reading the weights, 256 MiB on an accelerator. What is made of them takes several times
-    that."""
+    """How many logits are held at a time, of all passes together: 32 MiB of float32 on a CPU, where fewer tokens would
+    spend their time on reading the weights, 256 MiB on an accelerator. What is made of them takes several times that.
+    """
     return 2**23 if device.type == "cpu" else 2**26
 
 

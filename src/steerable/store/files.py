@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def file_target(path: str | Path) -> Path:
     Raises UsageError where that is no regular file, and where something on the way to it is no folder.
     """
     return _target(path, stat.S_ISREG, "expected a regular file, or a new name")
+
+
+def writable_target(path: str | Path) -> Path:
+    """`file_target`, where a file can be made: for a command that writes at its end and had better say so at once.
+
+    Raises SteerableError where the folder, or the nearest one above that exists, takes no file.
+    """
+    target = file_target(path)
+    folder = next(parent for parent in target.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return target
+    except OSError as error:
+        raise SteerableError(_sentence(Path(path), error)) from error
 
 
 def folder_target(path: str | Path) -> Path:
