@@ -12,7 +12,7 @@ from typing import Any
 
 from steerable.chains.judging import is_marked
 from steerable.chains.records import Record, read_jsonl, write_jsonl
-from steerable.engines.base import Completion, Progress, Request
+from steerable.engines.base import Completion, Engine, Progress, Request
 from steerable.engines.pool import (
     MapBlocks,
     Report,
@@ -104,6 +104,7 @@ def generate_jobs(
     max_new_tokens: int = 500,
     rows: int | None = None,
     generation_dtype: GenerationDtype = "auto",
+    engine: Engine | None = None,
     block: int = 512,
     workers: int | None = None,
     spread: MapBlocks = map_blocks,
@@ -120,6 +121,7 @@ def generate_jobs(
             jobs differs by the steering alone.
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
         max_new_tokens: of a chain. rows, generation_dtype: as for the engine.
+        engine: what generates, in this process; None: transformers.
         block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
             the model's size, where chains are a quarter of the longest on average, and no more than this.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
@@ -169,6 +171,7 @@ def generate_jobs(
             max_new_tokens=max_new_tokens,
             rows=rows,
             generation_dtype=generation_dtype,
+            engine=engine,
         ),
         [block_of(parts[i]) for i in missing],
         setup=loader(model) if workers > 1 or spread is not map_blocks else tuple,
@@ -201,6 +204,7 @@ def _answer(
     max_new_tokens: int,
     rows: int | None,
     generation_dtype: GenerationDtype,
+    engine: Engine | None,
 ) -> list[Record]:
     """The chains of one block, each of a steering, a prompting, a task's id and prompt, and the sample's number."""
     model, tokenizer = loaded
@@ -208,7 +212,7 @@ def _answer(
         Request(prompting.ids(tokenizer, prompt), request_seed(seed, task, sample), steering, decoding)
         for steering, prompting, task, prompt, sample in block
     ]
-    engine = TransformersEngine(model, tokenizer, rows, generation_dtype)
+    engine = engine or TransformersEngine(model, tokenizer, rows, generation_dtype)
     completions = engine.generate(
         requests, max_new_tokens=max_new_tokens, progress=lambda chains, tokens: report((chains, tokens))
     )

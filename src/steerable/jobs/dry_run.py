@@ -104,7 +104,7 @@ def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
     c, model = run.config, run.loaded.model
     limit = min(c.max_new_tokens, _PROBED_TOKENS)
     options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None}
-    options |= {"rows": c.rows, "generation_dtype": c.generation_dtype}
+    options |= {"rows": c.rows, "generation_dtype": c.generation_dtype, "engine": run.engine}
     generate_chains(run.loaded, tasks[:1], max_new_tokens=2, **options)  # what is done once is not counted
     began = time.perf_counter()
     chains = generate_chains(run.loaded, tasks, max_new_tokens=limit, **options)

@@ -11,9 +11,11 @@ from typing import Any
 from steerable.chains.generation import prompt_text
 from steerable.chains.records import Record, by_chain, chain_key, read_jsonl, steered_by_default
 from steerable.chains.windows import align_chains
+from steerable.engines.base import Engine
 from steerable.engines.cluster import map_blocks as map_blocks_on_cluster
 from steerable.engines.pool import default_workers, map_blocks
 from steerable.engines.sampling import warn_if_endless
+from steerable.engines.vllm.engine import VllmEngine
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
 from steerable.models.sources import find
@@ -78,8 +80,25 @@ class Run:
 
     @property
     def spread(self) -> dict[str, Any]:
-        """On what chains are generated: `workers` and `spread` of the functions that do it."""
+        """On what chains are generated: `workers`, `spread` and `engine` of the functions that do it."""
+        if self.engine is not None:
+            return {"workers": 1, "spread": map_blocks, "engine": self.engine}
         return self._spread(self.workers or default_workers(self.loaded.model))
+
+    @cached_property
+    def engine(self) -> Engine | None:
+        """What generates, where it is not transformers; started when a stage first needs it. Raises UsageError for
+        settings that it does not know."""
+        c = self.config
+        if c.engine == "transformers":
+            return None
+        others = {"--quantization": c.quantization, "--device": c.device, "--attention": c.attention, "--ray": self.ray}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UsageError(f"{given[0]} is a setting of --engine transformers: leave it out, vLLM has its own")
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        return VllmEngine.start(
+            c.model, dtype=dtype, revision=c.revision, trust_remote_code=c.trust_remote_code, seed=c.seed
+        )
 
     @property
     def spread_reading(self) -> dict[str, Any]:

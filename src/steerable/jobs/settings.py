@@ -167,7 +167,9 @@ class Config(Settings):
         description="pocket, smol-think, reasoning-gym[:<family>,...], gsm8k, math500, aime24, ..., hf:<data set>, a "
         ".jsonl, .json or .csv file, or llm; auto: the one of pocket or smol-think for that model, else reasoning-gym.",
     )
-    engine: Literal["transformers"] = Field("transformers", description="What generates: transformers.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What generates: transformers, or vllm (the extra steerable[vllm])."
+    )
     generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
         "auto",
         description="Type in which linear layers generate: model (the weights'), bfloat16, or auto: bfloat16 for a "

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import steerable as st
+from steerable.chains.generation import Job, generate_jobs
 from steerable.engines.base import Continuation
 from steerable.engines.sampling import Decoding
 from steerable.engines.vllm.settings import Settings
+from steerable.models.loading import Loaded
 from steerable.steering.think import render
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` adds it")
@@ -147,6 +149,14 @@ def test_requests_draw_and_stop_as_in_the_other_engine(engine, reference, prompt
         for seed, (p, s) in enumerate(zip(cycle(prompts), [(), a.steering(0.3, where="thinking")] * 6, strict=False))
     ]
     assert engine.generate(requests, max_new_tokens=40) == reference.generate(requests, max_new_tokens=40)
+
+
+def test_chains_of_the_main_job_are_those_of_the_other_engine(engine, reference):
+    loaded = Loaded(reference.model, reference.tokenizer)
+    tasks = [{"id": str(n), "prompt": f"How many legs do {n} cats have?"} for n in range(2, 6)]
+    jobs = [Job(tasks, (0, 1)), Job(tasks, steering=directions()[0][0].steering(0.3, where="thinking"))]
+    chains = generate_jobs(loaded, jobs, max_new_tokens=40, engine=engine)
+    assert chains == generate_jobs(loaded, jobs, max_new_tokens=40, workers=1)
 
 
 def test_unsteered_requests_are_those_of_an_engine_without_steering(engine, environment, prompts):

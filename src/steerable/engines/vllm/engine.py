@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
@@ -58,7 +59,7 @@ class VllmEngine:
         if source.gguf_file is not None:
             raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
-        options = {"enable_prefix_caching": True, "disable_log_stats": True, **options}
+        options = _fitting_here() | options
         options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
         options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
         return cls(vllm.LLM(source.place, **options), model)
@@ -147,6 +148,15 @@ class VllmEngine:
                     if progress is not None:
                         progress(1, len(output.outputs[0].token_ids))
         return [done[number] for number in range(len(prompts))]
+
+
+def _fitting_here() -> dict[str, Any]:
+    """Options for this machine. On a CPU vLLM shares memory and cores with all else: it takes a part of the memory, and
+    runs in this process."""
+    if torch.cuda.is_available():
+        return {}
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return {"gpu_memory_utilization": 0.2}
 
 
 def _decoded(request: Request, decoding: Decoding) -> dict[str, Any]:
