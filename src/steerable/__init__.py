@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# exported name -> module that defines it under the same name
+# exported name -> module that defines it under the same name, or package that holds the module of this name
 _EXPORTS = {
     "load": "models.loading",
     "Loaded": "models.loading",
@@ -34,6 +34,7 @@ _EXPORTS = {
     "SpanMeans": "methods.span_statistics",
     "span_means": "methods.span_statistics",
     "WeightPatch": "methods.weight_patch",
+    "recipes": "methods",
     "attribute": "evals.attribution",
     "lens": "evals.logit_lens",
     "push_to_hub": "jobs.publish",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .engines.hf.hooks import steer as steer
     from .engines.vllm.engine import VllmEngine as VllmEngine
     from .evals.calibration import calibrate as calibrate
+    from .methods import recipes as recipes
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca
     from .methods.text_pairs import contrast as contrast
@@ -74,7 +76,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
+    value: Any = getattr(module, name, None) or importlib.import_module(f".{name}", module.__name__)
     if name == "Direction":
         value.from_pairs = staticmethod(_from_pairs)
     return globals().setdefault(name, value)

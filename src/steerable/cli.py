@@ -49,16 +49,20 @@ class Command:
     summary: str = ""
 
 
+_STAGE_JOBS = {"annotate": "main_job:annotate_or_compare", "steer": "recipe_job:steer_or_recipe"}
+_RECIPES = "With --recipe NAME (`steerable ls recipes`): a method of the literature instead, as a file to steer with."
 _ONE_STAGE = {"fresh": False, "config": None, "quick": False, "paper": False, "dry_run": False}
 COMMANDS = {
     "run": Command("main_job:run", "steerable run --quick --out runs/look", fixed={"stage": None, "fresh": True}),
     **{
         stage.name: Command(
-            "main_job:annotate_or_compare" if stage.name == "annotate" else "main_job:run",
+            _STAGE_JOBS.get(stage.name, "main_job:run"),
             f"steerable {stage.name} --out runs/pocket",
-            fixed={} if stage.name == "annotate" else {"stage": stage.name, **_ONE_STAGE},
+            fixed={} if stage.name in _STAGE_JOBS else {"stage": stage.name, **_ONE_STAGE},
             settings=stage.options,
-            summary=f"{stage.summary}\n\nSettings that are not given are taken from the run folder's config.json.",
+            flags={"options": "--set"},
+            summary=f"{stage.summary}\n\nSettings that are not given are taken from the run folder's config.json."
+            + (f"\n\n{_RECIPES}" if stage.name == "steer" else ""),
         )
         for stage in STAGES
     },
@@ -78,6 +82,11 @@ COMMANDS = {
         settings="model revision dtype device annotator tasks seed validation max_new_tokens greedy budget "
         "generation_dtype rows block llm_model llm_url llm_concurrency llm_rpm llm_tpm",
     ),
+    "edit": Command(
+        "recipe_job:edit", "steerable edit --recipe laser --model pocket --set share=0.5 --out laser.safetensors",
+        flags={"options": "--set"},
+    ),
+    "ls recipes": Command("recipe_job:list_recipes", "steerable ls recipes"),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
     "reannotate": Command("second_annotator:reannotate", "steerable reannotate --annotator keywords --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),
@@ -99,6 +108,7 @@ COMMANDS = {
     "smol measure": Command("taught_models:measure_smol", "steerable smol measure --tasks 8 --samples 4"),
 }  # fmt: skip
 GROUPS = {
+    "ls": "What there is to choose from.",
     "train": "Vectors learned by gradient, all weights frozen; and what they are compared with.",
     "pocket": "The bundled model: its recipe and its figures.",
     "smol": "smol-think, a pretrained model that was taught to think: its recipe and its figures.",

@@ -141,6 +141,7 @@ def window_positions(window: str, start: int, end: int) -> range:
       last one (the slice `s-1 : min(e-1, s+10)` of the published code).
     - `span`: s ... e-1, all its tokens.
     - `onset`: s-1 alone, the position at which the model decides what comes.
+    - `predicting`: s-1 ... e-2, the positions at which the model predicts its tokens; for recipes, no setting of a run.
     """
     if not 0 < start < end:
         raise UsageError(f"a span needs a token before it and at least one of its own, got [{start}, {end})")
@@ -150,6 +151,8 @@ def window_positions(window: str, start: int, end: int) -> range:
         return range(start, end)
     if window == "onset":
         return range(start - 1, start)
+    if window == "predicting":
+        return range(start - 1, end - 1)
     raise UsageError(f"unknown window {window!r}: expected one of {', '.join(WINDOWS)}")
 
 

@@ -197,12 +197,13 @@ def read_strengths(strengths: float | str, option: str = "--strength") -> tuple[
 
 
 def read_part(text: str | Path, layers: Sequence[int] | None = None, where: str | None = None) -> Part:
-    """A direction file, whose strength is what it says, or a text like "0.5 a.safetensors@thinking - b", whose strength
-    is 1. layers, where: instead of theirs. Raises UsageError."""
-    if os.path.lexists(text) or not set(str(text)) & set(" @|["):
+    """A direction file, whose strength is what it says, a steering file (.json), or a text like "0.5
+    a.safetensors@thinking - b", whose strength is 1. layers, where: instead of theirs. Raises UsageError."""
+    is_program = str(text).endswith(".json")
+    if not is_program and (os.path.lexists(text) or not set(str(text)) & set(" @|[")):
         direction = Direction.load(text) if os.path.lexists(text) else named_direction(str(text))
         return Part(direction.steering(1.0, layers, where, name=quoted(str(text))), direction.strength)
-    program = parse_steering(str(text))
+    program = Program.load(text) if is_program else parse_steering(str(text))
     changes: dict[str, Any] = {} if where is None else {"gate": parse_gate(where)}
     having = sorted({i.site.layer for i in program})
     if missing := sorted({*(layers or ())} - {*having}):

@@ -85,6 +85,28 @@ class Ramp(Schedule):
         return self.start + (self.stop - self.start) * share
 
 
+@SCHEDULES.registering("cosine")
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """From 1 at the first generated token down half a cosine that ends at the one with number `tokens`, but never below
+    `floor`: max((1 + cos(pi min(t, tokens) / tokens)) / 2, floor), as in Fractional Reasoning (arXiv 2506.15882). The
+    prompt has 1."""
+
+    tokens: int = 50
+    floor: float = 0.5
+    needs_tokens = True
+
+    def __post_init__(self) -> None:
+        _finite((self.floor,))
+        if not is_index(self.tokens, 1):
+            raise UsageError(f"a cosine needs a whole number of tokens, 1 or more, not {self.tokens!r}")
+        object.__setattr__(self, "floor", float(self.floor))
+
+    def over(self, tokens: Tokens) -> Tensor:
+        share = (tokens.generated().float() / self.tokens).clamp(max=1)
+        return ((1 + torch.cos(math.pi * share)) / 2).clamp_min(self.floor)
+
+
 @SCHEDULES.registering("until")
 @dataclass(frozen=True)
 class Until(Schedule):

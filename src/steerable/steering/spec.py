@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from steerable.steering.plain import decoded, encoded, number_text
 from steerable.steering.schedule import SCHEDULES, Constant, Schedule, schedule_text
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
-from steerable.store.files import strict_json
+from steerable.store.files import strict_json, write_atomic
 from steerable.store.text import one_line
 
 
@@ -167,13 +168,26 @@ def steering_of(given: Any) -> Steering:
 
 
 class Program(tuple[Intervention, ...]):
-    """A Steering whose `str` is its text form."""
+    """A Steering whose `str` is its text form; `save` keeps it as JSON, where no direction file can hold it."""
 
     def __str__(self) -> str:
         return format_steering(self)
 
     def __add__(self, other: Any) -> Program:
         return Program((*self, *other))
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json`, whole or not at all. Raises SteerableError when that fails."""
+        return write_atomic(path, f"{to_json(self)}\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Program:
+        """Read a file of `save`. Raises UsageError when there is none, or something else in it."""
+        try:
+            return from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UsageError) as error:
+            why = one_line(str(error), 200)
+            raise UsageError(f"{path} is no steering file ({why}): give one that a recipe wrote") from None
 
 
 def rescaled(new: Tensor, h: Tensor) -> Tensor:
