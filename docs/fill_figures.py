@@ -19,7 +19,9 @@ from typing import Any
 
 from steerable.chains.records import STEERABLE
 from steerable.chains.segments import sentences
+from steerable.jobs.recipe_job import command
 from steerable.jobs.settings import Config
+from steerable.methods.recipes import RECIPES
 from steerable.pages import words
 from steerable.pages.cells import Setting, doses, effect, main_setting, measured, settings, unsteered
 from steerable.store.files import write_atomic
@@ -421,6 +423,16 @@ def _range(values: list[float], shown: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def recipes(given: Sources) -> str:
+    """One row a recipe; what was measured is `figures` of benchmarks/results/recipes.json."""
+    figures = given.get("recipes", {}).get("figures", {})
+    rows = []
+    for name, recipe in RECIPES.items():
+        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in recipe.papers)
+        rows.append([f"`{name}`", papers, recipe.parts, f"`{command(name)}`", figures.get(name, words.MISSING)])
+    return _table(["recipe", "arXiv", "parts", "command", "measured"], rows)
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return f"\n\n_{words.MISSING}_\n\n"
@@ -429,6 +441,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 FIGURES: dict[str, Callable[[Sources], str]] = {
+    "recipes": recipes,
     "about": about,
     "effects": effects,
     "costs": costs,

@@ -15,9 +15,9 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "probe", "reannotate"]
+TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "edit", "probe", "reannotate"]
 TABLE += ["lens", "compose", "passk", "import", "export", "validate"]
-GROUPS = ["train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
+GROUPS = ["ls", "ls recipes", "train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
 GROUPS += ["smol", "smol train", "smol measure"]
 COMMANDS = [*TABLE, *GROUPS]
 
@@ -61,6 +61,7 @@ def test_no_argument_is_help(steerable):
 def test_the_table_of_commands():
     assert [c.name for c in app.registered_commands] == TABLE
     groups = {g.name: [c.name for c in g.typer_instance.registered_commands] for g in app.registered_groups}
+    assert groups.pop("ls") == ["recipes"]
     assert groups == {"train": ["rl", "upft"], "pocket": ["train", "measure"], "smol": ["train", "measure"]}
 
 
@@ -81,7 +82,7 @@ def test_every_setting_is_an_option(steerable, monkeypatch):
 def test_every_help_shows_an_example(steerable):
     for command in COMMANDS:
         shown = steerable(*command.split(), "-h").out
-        if command not in ("train", "pocket", "smol"):
+        if command not in ("ls", "train", "pocket", "smol"):
             assert f"Example: steerable {command}" in shown, command
             assert "  --json " in shown and not any(line.rstrip().endswith(">") for line in shown.splitlines())
 

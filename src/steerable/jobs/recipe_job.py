@@ -227,7 +227,8 @@ def _made(
     before the model is loaded."""
     parameters = _parameters(name, recipe, options)
     if bool(recipe.data) != (data is not None):
-        raise UsageError(f"the recipe {name} takes --data: {DATA[recipe.data]}")
+        takes = f"needs --data, {DATA[recipe.data]}" if recipe.data else "takes no --data"
+        raise UsageError(f"the recipe {name} {takes}")
     if recipe.data in ("thoughts", "lengths"):
         job = open_run(data or "")
         job.config = job.config.replace(**settings)

@@ -184,7 +184,9 @@ class Program(tuple[Intervention, ...]):
     def load(cls, path: str | Path) -> Program:
         """Read a file of `save`. Raises UsageError when there is none, or something else in it."""
         try:
-            return from_json(Path(path).read_text(encoding="utf-8"))
+            if program := from_json(Path(path).read_text(encoding="utf-8")):
+                return program
+            raise UsageError("it holds no intervention")
         except (OSError, UnicodeDecodeError, UsageError) as error:
             why = one_line(str(error), 200)
             raise UsageError(f"{path} is no steering file ({why}): give one that a recipe wrote") from None

@@ -1,0 +1,166 @@
+"""`steer --recipe`, `edit` and `ls recipes`: examples run on the bundled model, mistakes are one sentence."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerable import WeightPatch
+from steerable.jobs.recipe_job import command
+from steerable.methods.recipes import RECIPES
+from steerable.steering.direction import Direction
+from steerable.steering.spec import Program
+
+ROOT = Path(__file__).parents[2]
+INSTEAD = {  # the bundled model knows arithmetic, and few words; and the run is a short one
+    "efficiency": ("--data runs/short", "--data runs/short --set layer=3"),
+    "raptor": ("happy-sad", "questions-statements"),
+    "selective": ("happy-sad", "questions-statements"),
+    "vla-neurons": ("one,two,three,four,five,six,seven,eight,nine", "0,1,2,3,4,5,6,7,8,9"),
+    "persona": ("--set persona", "--set prompts=2 --set max_new_tokens=4 --set persona"),
+}
+
+
+@pytest.fixture(scope="module")
+def material(finished, made_once):
+    """A folder with all that the examples name: runs, files, and a direction."""
+
+    def make(folder):
+        from steerable.jobs import main_job
+        from steerable.jobs.recipe_job import steer_or_recipe
+
+        shutil.copytree(finished, folder / "runs/pocket")
+        few = {"limit": 16, "validation": 1, "evaluation": 1, "samples": 4, "max_new_tokens": 100}
+        main_job.run(folder / "runs/short", stage="tasks", model="pocket", annotator="length", workers=1, **few)
+        main_job.run(folder / "runs/short", stage="generate", fresh=False, workers=1)
+        shutil.copytree(ROOT / "examples/contrasts", folder / "examples/contrasts")
+        roles = [("default", "How can I help?"), ("default", "It is 7."), ("pirate", "Arr, 7!"), ("ghost", "Boo")]
+        steps = [("Button A gave 3.", 0.6, 1), ("Button B gave 5.", 0.2, 1), ("Button A gave 1.", 0.5, 2)]
+        write(folder / "roles.jsonl", [dict(zip(("role", "text"), row, strict=True)) for row in roles])
+        write(folder / "steps.jsonl", [dict(zip(("prompt", "entropy", "run"), row, strict=True)) for row in steps])
+        pairs = folder / "examples/contrasts/formal-casual.jsonl"
+        steer_or_recipe(folder / "formal.safetensors", recipe="caa", data=pairs, model="pocket")
+
+    return made_once("recipes", make)
+
+
+@pytest.fixture
+def place(material, tmp_path, monkeypatch):
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_example_runs(steerable, place, name):
+    line = command(name).replace("--model smol", "--model pocket").replace(*INSTEAD.get(name, ("", "")))
+    said = steerable(*shlex.split(line)[1:], "--json")
+    assert said.code == 0, said.err
+    made = json.loads(said.out)
+    assert (made["recipe"], made["model"]) == (name, "pocket")
+    if RECIPES[name].gives == "direction":
+        direction = Direction.load(made["out"])
+        assert [str(site) for site in direction.vectors] == made["sites"] and direction.strength == made["strength"]
+        assert direction.model_id == "pocket" and direction.method
+    elif RECIPES[name].gives == "steering":
+        program = Program.load(made["out"])
+        assert [str(part.site) for part in program] == made["sites"]
+        assert program == Program.load(program.save(place / "again.json"))
+    else:
+        patch = WeightPatch.load(made["out"])
+        assert list(patch.changes) == made["weights"] and patch.model_id == "pocket"
+
+
+@pytest.mark.parametrize("name", ["assistant-axis", "linear-act"])
+def test_chat_takes_a_steering_file(steerable, place, name):
+    line = command(name).replace("--model smol", "--model pocket")
+    steerable(*shlex.split(line)[1:])
+    said = steerable("chat", "2 + 2 = ?", "--steer", f"{name}.json", "--layers", 4, "--max-new-tokens", 3, "--json")
+    assert said.code == 0 and json.loads(said.out)["steered"]
+    (place / "none.json").write_text("{}")
+    for file in ("nothing.json", "none.json"):
+        said = steerable("chat", "2 + 2 = ?", "--steer", file, "--max-new-tokens", 3)
+        assert said.code == 2 and f"{file} is no steering file" in said.err and said.err.count("\n") == 1
+
+
+def test_the_edited_model_is_the_patched_one(steerable, place):
+    line = "edit --recipe laser --set share=0.5 --out p.safetensors --merge edited --json"
+    said = steerable(*line.split())
+    made = json.loads(said.out)
+    assert (said.code, made["merged"], made["stats"]["rank"]) == (0, "edited", 96)
+    import steerable as st
+
+    (base, tokenizer), (edited, _) = st.load("pocket", device="cpu"), st.load("edited", device="cpu")
+    inputs = tokenizer("2 + 2", return_tensors="pt")
+    with torch.no_grad(), WeightPatch.load("p.safetensors").apply(base):
+        torch.testing.assert_close(edited(**inputs).logits, base(**inputs).logits)
+
+
+def test_chains_without_the_labels_are_labelled_by_seals_cues(steerable, place):
+    """Pocket's chains have none of the labels; its words are not SEAL's, so that all thoughts are execution."""
+    said = steerable("steer", "--recipe", "seal", "--data", "runs/pocket")
+    assert said.code == 2 and "labelled reflection or transition: their labels are execution" in said.err
+
+
+def test_ls_recipes(steerable):
+    said = steerable("ls", "recipes")
+    assert said.code == 0 and all(name in said.out for name in RECIPES)
+    rows = json.loads(steerable("ls", "recipes", "--json").out)
+    assert [row["recipe"] for row in rows] == list(RECIPES)
+    assert rows[0]["command"] == command("seal") and rows[0]["papers"] == "arXiv 2504.07986"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("edit --recipe leser --out x", "unknown recipe 'leser': expected one like laser"),
+        ("steer --recipe dance --out x", "unknown recipe 'dance': expected one of seal, efficiency"),
+        ("steer --recipe laser", "the recipe laser gives a patch: use `steerable edit --recipe laser`"),
+        ("edit --recipe caa --out x", "the recipe caa gives a direction: use `steerable steer --recipe caa`"),
+        ("steer --recipe caa", "the recipe caa needs --data, a file: positive, negative"),
+        ("edit --recipe laser --data runs/short --out x", "the recipe laser takes no --data"),
+        ("steer --recipe caa --data nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("steer --recipe seal --data .", "is no run folder"),
+        ("steer --recipe caa --samples 3", "--samples is an option of the stage, not of a recipe"),
+        ("steer --set layer=3", "--data and --set go with --recipe"),
+        ("steer --recipe raptor --out a.safetensors", "gives a steering, whose file ends in .json"),
+        ("steer --recipe caa --set depth=3", "the recipe caa takes layer, strength"),
+        ("steer --recipe caa --set layer", "the recipe caa takes layer, strength"),
+        ("steer --recipe caa --set layer=deep", "layer is 'deep': expected a whole number"),
+        ("steer --recipe angular --set adaptive=3", "adaptive is '3': expected true or false"),
+        ("steer --recipe persona --set keep=f", "keep is a function, which only Python can give"),
+        ("steer --recipe cast --data examples/contrasts/happy-sad.jsonl", "the recipe cast needs --set direction=..."),
+        ("steer --recipe caa --data examples/contrasts/happy-sad.jsonl --set layer=9", "there is no layer 9"),
+        ("steer --recipe assistant-axis --data steps.jsonl", "record 1 has no 'role': expected role, text"),
+        ("steer --recipe east --data steps.txt", "there is no file steps.txt with prompt, entropy, run"),
+        ("edit --recipe thinkedit --data runs/short --out x", "no chain has "),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(steerable, place, line, text):
+    before = {path.name for path in place.iterdir()}
+    said = steerable(*shlex.split(line))
+    assert said.code == 2 and said.out == "" and text in said.err
+    assert said.err.startswith("steerable: ") and said.err.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_data_that_lack_something_are_one_sentence(steerable, place):
+    write(place / "roles.jsonl", [{"role": "ghost", "text": "Boo"}])
+    assert (
+        "no record with the role 'default': the roles are ghost"
+        in steerable("steer", "--recipe", "assistant-axis", "--data", "roles.jsonl").err
+    )
+    write(place / "steps.jsonl", [{"prompt": "A", "entropy": "high", "run": 1}])
+    said = steerable("steer", "--recipe", "east", "--data", "steps.jsonl")
+    assert "record 1 has the entropy 'high': expected a number" in said.err
+    chains = [json.loads(line) | {"closed": False} for line in Path("runs/short/chains.jsonl").read_text().splitlines()]
+    write(place / "runs/short/chains.jsonl", chains)
+    said = steerable("steer", "--recipe", "efficiency", "--data", "runs/short")
+    assert said.code == 2 and "holds no right chain that came to an end" in said.err
