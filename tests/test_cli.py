@@ -15,7 +15,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
-TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "edit", "probe", "reannotate"]
+TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "audit", "edit", "probe", "reannotate"]
 TABLE += ["lens", "compose", "passk", "import", "export", "validate"]
 GROUPS = ["ls", "ls recipes", "train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
 GROUPS += ["smol", "smol train", "smol measure"]
@@ -373,7 +373,7 @@ def test_vector_files_that_cannot_be(steerable, finished, tmp_path, monkeypatch,
 
 WRITERS = (
     "run", *STAGES, "train rl", "train upft", "passk", "compose {file} --tasks pocket", "compose {file}",
-    "pocket train", "pocket measure", "calibrate {file} --target accuracy", "chat 2+2?", "lens {file}", "import {file}",
+    "pocket train", "pocket measure", "calibrate {file} --target accuracy", "audit {file}", "chat 2+2?", "lens {file}", "import {file}",
     "export {file} --to llama.cpp",
     "export {file} --to svec", "export {file} --to peft-beft --model-type llama", "export {file} --to checkpoint "
     "--model pocket", "probe",

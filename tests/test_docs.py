@@ -44,6 +44,7 @@ NOT_RUN = {
     "steerable contrast --persona happy": "needs what `fetch` downloads",
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable calibrate runs/pocket": "takes minutes",
+    "steerable audit runs/pocket": "takes minutes",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",

@@ -1,0 +1,113 @@
+"""`steerable audit`: a planted direction is trusted, a random one is not; what cannot be checked is listed."""
+
+import json
+
+import pytest
+from planted_model import planted_model, texts
+
+from steerable.evals.calibration import calibrate
+from steerable.jobs.audit_job import audit, judge
+from steerable.models.loading import load
+from steerable.steering.direction import Direction
+from steerable.store.errors import UsageError
+
+NAMES = ["halves", "separation", "effect", "sign", "linearity", "side effects", "budget", "heads", "turns", "drift"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A model with a planted direction, the direction, a random one, and pairs, as files."""
+    root = tmp_path_factory.mktemp("audit")
+    model, direction = planted_model()
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    pairs = [[tokenizer.decode(ids).strip() for ids in side] for side in texts()]
+    pairs = [[" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in side] for side in texts()]
+    rows = (json.dumps({"positive": a, "negative": b}) + "\n" for a, b in zip(*pairs, strict=True))
+    (root / "pairs.jsonl").write_text("".join(rows))
+    loaded = load(root / "model")
+    made = calibrate(*loaded, direction, pairs[0][:8] + pairs[1][:8], budget=0.05)
+    made.save(root / "planted.safetensors")
+    made.random_like(3).save(root / "random.safetensors")
+    return root
+
+
+def audited(place, name, **more):
+    options = {"model": str(place / "model"), "max_new_tokens": 12, "limit": 4, "samples": 1, "workers": 1}
+    return audit(place / f"{name}.safetensors", out=place / name, **options | more)
+
+
+@pytest.fixture(scope="module")
+def trusted(place):
+    return audited(place, "planted", pairs=place / "pairs.jsonl")
+
+
+def test_a_planted_direction_is_trusted(trusted, place):
+    status = {check["name"]: check["status"] for check in trusted["checks"]}
+    assert list(status) == NAMES
+    assert trusted["verdict"] == "trusted", trusted
+    assert {status[name] for name in ("halves", "separation", "effect", "sign", "linearity")} == {"pass"}
+    assert json.loads((place / "planted/audit.json").read_text()) == trusted
+    page = (place / "planted/audit.html").read_text()
+    assert "Trusted." in page and page.count("<svg") >= 3 and "not checked" not in page.lower()
+
+
+def test_a_random_direction_is_not(place):
+    result = audited(place, "random", pairs=place / "pairs.jsonl")
+    failed = {check["name"] for check in result["checks"] if check["status"] == "fail"}
+    assert result["verdict"] == "not trusted" and "effect" in failed
+    assert any("Effect beside controls" in reason for reason in result["reasons"])
+
+
+def test_without_data_it_is_weak_and_says_what_was_not_checked(place):
+    result = audited(place, "planted", annotator="keywords")
+    status = {check["name"]: check["status"] for check in result["checks"]}
+    assert result["verdict"] == "weak"
+    assert {name for name in NAMES if status[name] == "not checked"} == set(NAMES) - {"side effects", "budget"}
+    reasons = {check["figure"] for check in result["checks"] if check["status"] == "not checked"}
+    assert reasons == {
+        "no --pairs, and --annotator keywords cannot judge it: the behaviour 'planted' is none of its labels"
+    }
+
+
+def test_pairs_that_it_was_made_of_are_cut_in_halves(place):
+    from steerable.chains.text_pairs import read_pairs
+    from steerable.jobs.audit_job import _sha256
+    from steerable.methods.text_pairs import contrast
+
+    loaded, sides = load(place / "model"), read_pairs(place / "pairs.jsonl")
+    made = contrast(*loaded, *sides, layers=2, budget=None)
+    assert made.data_sha256 == _sha256(sides)
+    made.save(place / "made.safetensors")
+    result = audited(place, "made", pairs=place / "pairs.jsonl", strength=0.1)
+    assert "the other half" in next(c["figure"] for c in result["checks"] if c["name"] == "separation")
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict"),
+    [
+        ({"effect": "pass", "halves": "pass", "separation": "pass", "sign": "pass"}, "trusted"),
+        ({"effect": "pass", "sign": "pass", "halves": "not checked", "turns": "warn"}, "trusted"),
+        ({"effect": "pass", "sign": "warn"}, "weak"),
+        ({"effect": "pass", "side effects": "fail"}, "weak"),
+        ({"effect": "warn", "sign": "pass"}, "weak"),
+        ({"effect": "not checked", "side effects": "pass"}, "weak"),
+        ({"effect": "pass", "separation": "fail"}, "not trusted"),
+        ({"effect": "fail"}, "not trusted"),
+    ],
+)
+def test_verdicts(checks, verdict):
+    rows = [{"name": n, "title": n, "status": s, "figure": "?"} for n, s in checks.items()]
+    said, reasons = judge(rows)
+    assert said == verdict and reasons
+
+
+def test_refusals(place, steerable):
+    with pytest.raises(UsageError, match="must be 1 or more"):
+        audited(place, "planted", controls=0)
+    said = steerable("audit", place / "none.safetensors", "--out", place / "x")
+    assert said.code == 2 and said.err.count("\n") == 1
+    narrow = Direction.load(place / "planted.safetensors")
+    narrow.save(place / "narrow.safetensors")
+    said = steerable("audit", place / "narrow.safetensors", "--model", "pocket", "--out", place / "x")
+    assert said.code == 2 and "width 32" in said.err and not (place / "x").exists()
