@@ -373,8 +373,8 @@ def test_vector_files_that_cannot_be(steerable, finished, tmp_path, monkeypatch,
 
 WRITERS = (
     "run", *STAGES, "train rl", "train upft", "passk", "compose {file} --tasks pocket", "compose {file}",
-    "pocket train", "pocket measure", "calibrate {file} --target accuracy", "audit {file}", "chat 2+2?", "lens {file}", "import {file}",
-    "export {file} --to llama.cpp",
+    "pocket train", "pocket measure", "calibrate {file} --target accuracy", "audit {file}", "chat 2+2?", "lens {file}",
+    "import {file}", "export {file} --to llama.cpp",
     "export {file} --to svec", "export {file} --to peft-beft --model-type llama", "export {file} --to checkpoint "
     "--model pocket", "probe",
 )  # fmt: skip
