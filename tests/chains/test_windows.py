@@ -70,6 +70,7 @@ def test_window_positions(start, end):
     assert list(window_positions("published", start, end)) == list(published)
     assert list(window_positions("span", start, end)) == list(range(start, end))
     assert list(window_positions("onset", start, end)) == [start - 1]
+    assert list(window_positions("predicting", start, end)) == list(range(start - 1, end - 1))
 
 
 def test_window_positions_refuse_nonsense():

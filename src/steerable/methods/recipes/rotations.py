@@ -80,8 +80,8 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
         UsageError: differences that span no plane; no layer with opposite sides.
 
     Example:
-        >>> happy, sad = ["I am glad.", "What a joy!"], ["I am sad.", "What a pity!"]
-        >>> st.recipes.selective(model, tokenizer, happy, sad).map  # doctest: +SKIP
+        >>> questions, statements = ["Is it 3?", "Is it 7?"], ["It is 3.", "It is 7."]
+        >>> st.recipes.selective(model, tokenizer, questions, statements).map
         'rotate(60)'
     """
     plane, rows = _plane(model, tokenizer, positive, negative)
