@@ -24,11 +24,11 @@ from arms import copy
 from arms_summary import RESULTS, _cells, _interval, _lines, _right
 
 SEEDS = (0, 1)
-SIZES = {"train": 512, "test": 96}
-COMMON = {"model": "smol-think", "steps": 8, "prompts": 8, "group": 8, "max-new-tokens": 400, "samples": 4}
+SIZES = {"train": 512, "test": 64}
+COMMON = {"model": "smol-think", "steps": 10, "prompts": 8, "group": 8, "max-new-tokens": 400, "samples": 4}
 ARMS: dict[str, dict[str, Any]] = {
-    "bias": {"method": "bias", "learning-rate": 5e-3},
-    "random-reward": {"method": "bias", "learning-rate": 5e-3, "reward": "random"},
+    "bias": {"method": "bias", "learning-rate": 1e-2},
+    "random-reward": {"method": "bias", "learning-rate": 1e-2, "reward": "random"},
     "lora": {"method": "lora", "learning-rate": 1e-3},
 }
 RESAMPLES = 2000
