@@ -164,6 +164,13 @@ def ratios(strength: float, given: Sources) -> str:
     return _range([r for r in found if r is not None], words.times)
 
 
+def beyond_controls(given: Sources) -> str:
+    """How many effects at +-1 lie beyond the intervals of both controls, of how many."""
+    run = given["run"]
+    clear = [effect(run["cells"], b, where, s).clear for b, where in _settings(run) for s in STEPS]
+    return f"{sum(clear)} of {len(clear)}" if clear else words.MISSING
+
+
 def correlations(metric: str, given: Sources) -> str:
     """The range of a cheap metric's rank correlation with exact patching."""
     found = given["run"].get("rank_correlation") or {}
@@ -470,6 +477,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "think.example": partial(of_think, example),
     "think.up": partial(of_think, partial(ratios, 1.0)),
     "think.down": partial(of_think, partial(ratios, -1.0)),
+    "think.clear": partial(of_think, beyond_controls),
     "think.second": second_annotator,
     "front_door": front_door,
     "options": options,
