@@ -82,16 +82,16 @@ COMMANDS = {
         settings="model revision dtype device annotator tasks seed validation max_new_tokens greedy budget "
         "generation_dtype rows block llm_model llm_url llm_concurrency llm_rpm llm_tpm",
     ),
-    "edit": Command(
-        "recipe_job:edit", "steerable edit --recipe laser --model pocket --set share=0.5 --out laser.safetensors",
-        flags={"options": "--set"},
-    ),
-    "ls recipes": Command("recipe_job:list_recipes", "steerable ls recipes"),
     "audit": Command(
         "audit_job:audit", "steerable audit runs/pocket/vectors/backtracking.safetensors --model pocket", ("file",),
         settings="model revision dtype device annotator tasks seed max_new_tokens greedy generation_dtype rows "
         "llm_model llm_url llm_concurrency llm_rpm llm_tpm",
     ),
+    "edit": Command(
+        "recipe_job:edit", "steerable edit --recipe laser --model pocket --set share=0.5 --out laser.safetensors",
+        flags={"options": "--set"},
+    ),
+    "ls recipes": Command("recipe_job:list_recipes", "steerable ls recipes seal", ("recipe",)),
     "probe": Command("annotation:train_probe", "steerable probe --to probe.safetensors --out runs/pocket"),
     "reannotate": Command("second_annotator:reannotate", "steerable reannotate --annotator keywords --out runs/pocket"),
     "lens": Command("lens_job:lens_file", "steerable lens runs/pocket/vectors/backtracking.safetensors", ("file",)),

@@ -114,6 +114,9 @@ def test_ls_recipes(steerable):
     assert said.code == 0 and all(name in said.out for name in RECIPES)
     rows = json.loads(steerable("ls", "recipes", "--json").out)
     assert [row["recipe"] for row in rows] == list(RECIPES)
+    shown = steerable("ls", "recipes", "seal").out
+    assert "h' = h + alpha S at paragraph breaks" in shown and f"Example: {command('seal')}" in shown
+    assert "expected one like seal" in steerable("ls", "recipes", "zeal").err
     assert rows[0]["command"] == command("seal") and rows[0]["papers"] == "arXiv 2504.07986"
 
 

@@ -35,6 +35,7 @@ DATA = {
     "": "nothing",
 }
 """What each kind of data is."""
+GIVES = ("direction", "steering", "patch")
 _LOADING = {"model": "name_or_path", "attention": "attn_implementation"}
 _MODEL = ("model", "revision", "dtype", "device", "quantization", "attention", "trust_remote_code")
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
@@ -158,31 +159,40 @@ def edit(
     return {"out": str(out), "recipe": recipe, "model": name, **about}
 
 
-def list_recipes(*, display: Display | None = None) -> list[dict[str, str]]:
+def list_recipes(recipe: str | None = None, *, display: Display | None = None) -> list[dict[str, str]]:
     """The recipes: the field's methods by name, for `steerable steer --recipe` and `steerable edit --recipe`.
 
     Args:
-        display: Where the table is shown; default: nowhere.
+        recipe: One of them, of which all is said: formula, paper, data, parameters, and an example.
+        display: Where this is shown; default: nowhere.
 
     Returns:
-        `{"recipe", "papers", "does", "data", "gives", "command"}` of each.
+        `{"recipe", "papers", "does", "data", "gives", "command"}` of each, of a single one also its text, `about`.
+
+    Raises:
+        UsageError: an unknown recipe.
 
     Example:
         >>> [row["recipe"] for row in list_recipes()][:2]
         ['seal', 'efficiency']
     """
+    chosen = {recipe: _recipe(recipe, GIVES)} if recipe else RECIPES
     rows = [
         {
             "recipe": name,
-            "papers": ", ".join(f"arXiv {paper}" for paper in recipe.papers),
-            "does": recipe.parts,
-            "data": DATA[recipe.data],
-            "gives": recipe.gives,
+            "papers": ", ".join(f"arXiv {paper}" for paper in entry.papers),
+            "does": entry.parts,
+            "data": DATA[entry.data],
+            "gives": entry.gives,
             "command": command(name),
         }
-        for name, recipe in RECIPES.items()
+        for name, entry in chosen.items()
     ]
-    if display is not None:
+    if recipe:
+        rows[0]["about"] = inspect.getdoc(chosen[recipe].function) or ""
+        if display is not None:
+            display.tell(rows[0]["about"], "", f"Example: {rows[0]['command']}")
+    elif display is not None:
         from rich.table import Table
 
         table = Table("recipe", "gives", "--data", "paper", box=None)

@@ -74,8 +74,9 @@ def span_activations(
     shuffles: int = 0,
     seed: int = 0,
     kind: str = "resid_post",
+    layers: Sequence[int] | None = None,
 ) -> SpanActivations:
-    """Read the chains once and take the mean activation of every span over `window`, at all layers.
+    """Read the chains once and take the mean activation of every span over `window`, at all layers or some.
 
     Memory is spans x layers x d numbers. Spans of which every token is an attention sink are left out. shuffles, seed:
     as in `span_means`, so that the same shuffle is meant.
@@ -98,14 +99,17 @@ def span_activations(
 
     def means(cut: list[list[int]]) -> _SpanRows:
         rows_of_spans = _SpanRows()
-        stream(model, read(cut), [rows_of_spans], kind=kind)
+        stream(model, read(cut), [rows_of_spans], kind=kind, layers=layers)
         return rows_of_spans
 
     rows_of_spans = in_narrower_batches(batches, means)
     ordinary = torch.stack([torch.cat(parts) for parts in rows_of_spans.weights.values()]).gt(0).all(0)
     labels = [[label for i in order for label in labelling[i]] for labelling in names]
     return SpanActivations(
-        {Site(kind, layer): torch.cat(parts)[ordinary] for layer, parts in rows_of_spans.means.items()},
+        {
+            Site(kind, index if layers is None else layers[index]): torch.cat(parts)[ordinary]
+            for index, parts in rows_of_spans.means.items()
+        },
         [list(compress(labelling, ordinary.tolist())) for labelling in labels],
     )
 

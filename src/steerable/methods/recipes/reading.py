@@ -75,9 +75,9 @@ def read_texts(
 
 
 def read_spans(
-    model: Any, chains: Sequence[AlignedChain], groups: Sequence[Sequence[str]], *, kind: str, window: str
+    model: Any, chains: Sequence[AlignedChain], groups: Sequence[Sequence[str]], site: Site, window: str
 ) -> list[Rows]:
-    """For each group of labels the mean activation of every such span over a window, {site: [spans, d]}, at all layers.
+    """For each group of labels the mean activation of every such span over a window, {site: [spans, d]}.
 
     Raises UsageError for a group without a span.
     """
@@ -86,7 +86,7 @@ def read_spans(
         if not labels & {*group}:
             there = ", ".join(sorted(labels)) or "none"
             raise UsageError(f"no span of the chains is labelled {' or '.join(group)}: their labels are {there}")
-    read = span_activations(model, chains, window, kind=kind)
+    read = span_activations(model, chains, window, kind=site.kind, layers=[site.layer])
     masks = [torch.tensor([label in group for label in read.labels[0]]) for group in groups]
     return [{s: h[mask] for s, h in read.activations.items()} for mask in masks]
 

@@ -14,6 +14,7 @@ from steerable.methods.text_pairs import separation
 from steerable.methods.weighted_means import paired_difference
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate, resolve
+from steerable.steering.site import Site
 from steerable.steering.think import think_tags
 from steerable.store.errors import UsageError
 
@@ -65,11 +66,12 @@ def seal(
     """
     think_tags(tokenizer)
     resolve(parse_gate(gate := "thinking & boundary"), tokenizer)
-    layer = at_depth(model, 20 / 28, layer)
+    site = Site("resid_pre", at_depth(model, 20 / 28, layer))
     later = [replace(chain, spans=tuple(sorted(chain.spans, key=lambda span: span.start)[1:])) for chain in chains]
-    rows = read_spans(model, later, [execution, others], kind="resid_pre", window="onset")
-    direction = difference_of_means(*rows, **origin(model, "execution"))
-    return replace(direction.only([layer]), method="SEAL", gate=gate, strength=strength)
+    direction = difference_of_means(
+        *read_spans(model, later, [execution, others], site, "onset"), **origin(model, "execution")
+    )
+    return replace(direction, method="SEAL", gate=gate, strength=strength)
 
 
 def efficiency(
