@@ -16,7 +16,7 @@ from steerable.steering.site import Site
 
 STAGES = ["tasks", "generate", "annotate", "extract", "attribute", "select", "steer", "evaluate", "report"]
 TABLE = ["run", *STAGES, "chat", "fetch", "contrast", "calibrate", "audit", "edit", "probe", "reannotate"]
-TABLE += ["lens", "compose", "passk", "import", "export", "validate"]
+TABLE += ["lens", "compose", "passk", "import", "export", "validate", "serve", "doctor"]
 GROUPS = ["ls", "ls recipes", "train", "train rl", "train upft", "pocket", "pocket train", "pocket measure"]
 GROUPS += ["smol", "smol train", "smol measure"]
 COMMANDS = [*TABLE, *GROUPS]

@@ -50,8 +50,11 @@ NOT_RUN = {
     "steerable train rl --model pocket --tasks": "takes minutes",
     "steerable train rl --recipe": "needs a model of the hub",
     "steerable train upft --model pocket": "takes minutes",
+    "steerable serve": "serves until it is stopped",
     "steerable passk --model pocket --tasks reasoning-gym:countdown": "needs trained arms",
 }
+NEEDED = {"serving.md": "vllm"}
+"""Packages that a page's snippets need and CI has not."""
 SLOW = {"calibrate.md", "lens.md", "passk.md", "quickstart.md", "training.md"}
 # Added to commands for the sake of time.
 SHORTER = {"steerable chat": " --max-new-tokens 40", "steerable compose": " --limit 2 --max-new-tokens 40"}
@@ -126,6 +129,8 @@ def shell(capfd, monkeypatch):
 )
 def test_snippets_run(page, place, shell):
     """All of a page in its order, in one namespace. A snippet that begins with `# name.py` is also that file."""
+    if page.name in NEEDED:
+        pytest.importorskip(NEEDED[page.name])
     namespace = {"__name__": page.stem}
     for kind, code in snippets(page, "python", "bash", "console"):
         if kind == "python":

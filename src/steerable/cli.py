@@ -105,6 +105,8 @@ COMMANDS = {
         "vector_files:export_vectors", "steerable export v.safetensors --to llama.cpp --out v.gguf", ("file",)
     ),
     "validate": Command("vector_files:validate", "steerable validate v.safetensors", ("file",)),
+    "serve": Command("serving:serve", "steerable serve pocket --directions directions", ("model", "options")),
+    "doctor": Command("self_check:doctor", "steerable doctor pocket --engine vllm", ("model",)),
     "train rl": Command("reinforcement:train_rl", "steerable train rl --steps 40 --out runs/rl"),
     "train upft": Command("first_tokens:train_upft", "steerable train upft --out runs/upft"),
     "pocket train": Command("taught_models:train_pocket", "steerable pocket train --out my-pocket"),
@@ -259,6 +261,8 @@ def _register(app: typer.Typer, name: str, command: Command) -> None:
             result = job(**command.fixed, **given, display=display)
         if as_json:
             _print(_document(result, name))
+        if isinstance(result, Mapping) and result.get("ok") is False:
+            raise SteerableError(result["why"])
 
     call.__signature__ = inspect.Signature([*options, *settings])  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in [*options, *settings]}

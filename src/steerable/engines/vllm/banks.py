@@ -21,6 +21,11 @@ class Tokens:
         self.slot = torch.zeros(lanes, tokens, dtype=torch.int32, device=device)
         self.strength = torch.zeros(lanes, tokens, dtype=torch.float32, device=device)
         self.used = 0
+        self.touched = torch.zeros((), dtype=torch.int64, device=device)
+
+    def count(self) -> None:
+        """Add the steered tokens of this step to `touched`, on the device."""
+        self.touched += (self.strength[:, : self.used] != 0).any(0).sum()
 
     def put(self, slot: Tensor, strength: Tensor) -> None:
         """The tokens of the next step, [lanes, n]; all behind them have strength 0."""

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from steerable.engines.vllm.folder import Folder
 from steerable.engines.vllm.layers import listed
 from steerable.engines.vllm.lowering import Lane, identity, lower, to_wire
 from steerable.engines.vllm.settings import KEY, Settings, settings_of
@@ -74,16 +74,23 @@ def _lanes(processor: Any, given: Any) -> tuple[Lane, ...]:
             "out of the request"
         )
     steering = read_steering(given, settings.directions)
-    model = config.model_config
-    text = model.hf_text_config
-    check_model(steering, model.model, text.num_hidden_layers, text.hidden_size, settings)
+    lanes = check_steering(steering, config)
     gates = {i.gate for i in steering}
     if any(gate.uses("thinking", "answer") for gate in gates) or any(i.schedule.event == "close" for i in steering):
         think_tags(_tokenizer(processor))
     for gate in gates:
         if gate.uses("boundary"):
             resolve(gate, _tokenizer(processor))
-    return _lowered(steering, settings)
+    return lanes
+
+
+def check_steering(steering: Steering, config: Any) -> tuple[Lane, ...]:
+    """The lanes of a steering in an engine that steers, of vLLM's config. Raises UsageError for what it cannot do."""
+    settings = settings_of(config.additional_config)
+    assert settings is not None
+    text = config.model_config.hf_text_config
+    check_model(steering, config.model_config.model, text.num_hidden_layers, text.hidden_size, settings)
+    return _lowered(tuple(steering), settings)
 
 
 _lowered = lru_cache(maxsize=512)(lower)
@@ -106,7 +113,7 @@ def read_steering(given: Any, folder: str = "") -> Steering:
             return tuple(from_json(given))
         given = value
     if isinstance(given, str):
-        return tuple(parse_steering(given, lambda name: named(folder, name)))
+        return tuple(parse_steering(given, Folder(folder).load))
     if isinstance(given, Mapping):
         given = [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(entry, Mapping) for entry in given):
@@ -122,7 +129,7 @@ def _entry(entry: Mapping[str, Any], folder: str) -> Program:
     if ("direction" in entry) == ("vectors" in entry):
         raise UsageError("a steering names a direction, or holds vectors by layer, and this has both or neither")
     options = {name: value for name, value in entry.items() if name not in ("direction", "vectors")}
-    direction = named(folder, entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
+    direction = Folder(folder).load(entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
     strength = options.pop("strength", None)
     if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
         raise UsageError(f"the strength of a steering is a number, not {strength!r}")
@@ -147,30 +154,6 @@ def _inline(vectors: Any) -> Direction:
     return Direction(rows)
 
 
-def named(folder: str, name: Any) -> Direction:
-    """The direction of this name in a folder. Raises UsageError."""
-    if not folder:
-        raise UsageError(
-            f"the request names the direction {name!r}, and the engine has no folder of directions: start it with "
-            '--additional-config \'{"steering": {"directions": "folder"}}\', or send the vectors'
-        )
-    path = Path(folder) / f"{name}.safetensors"
-    if not isinstance(name, str) or Path(name).name != name or name.startswith(".") or not path.is_file():
-        names = ", ".join(names_in(folder)) or "none"
-        raise UsageError(f"no direction is known as {str(name)[:80]!r}: there are {names}")
-    return _loaded(str(path), path.stat().st_mtime_ns)
-
-
-def names_in(folder: str) -> list[str]:
-    """The names of the directions in a folder."""
-    return sorted(path.stem for path in Path(folder).glob("*.safetensors"))
-
-
-@lru_cache(maxsize=256)
-def _loaded(path: str, changed: int) -> Direction:
-    return Direction.load(path)
-
-
 def check_model(steering: Steering, model: str, layers: int, width: int, settings: Settings) -> None:
     """Raises UsageError for a steering that does not fit the engine's model."""
     for i in steering:
@@ -187,4 +170,4 @@ def check_model(steering: Steering, model: str, layers: int, width: int, setting
             )
         here, made = short_name(model), short_name(i.source.model_id)
         if made and here != made and here.rpartition("/")[2] != made.rpartition("/")[2]:
-            raise UsageError(f"the direction {i.source.name} was made on {made!r}, and the engine serves {here!r}")
+            raise UsageError(f"the direction {i.source.name!r} was made on {made!r}, and the engine serves {here!r}")

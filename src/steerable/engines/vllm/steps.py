@@ -100,6 +100,11 @@ class Steps:
         self.tokens.clear()
         self._decoding = None
 
+    def status(self) -> dict[str, Any]:
+        """What is steered here: layers, filled slots and how many there are, and tokens that were touched so far."""
+        slots = {name: [len(one.of), one.number - 1] for name, one in (("vectors", self.vectors), ("maps", self.maps))}
+        return {"layers": sorted(self.vectors.banks), "tokens": int(self.tokens.touched), **slots}
+
     def prepare(
         self,
         names: Sequence[str],
@@ -125,6 +130,7 @@ class Steps:
             self._decoding = list(names) if is_decoding and bool((starts >= known).all()) else None
         for following in self._following:
             self._follow(following, ids, positions)
+        self.tokens.count()
 
     def _request(self, name: str, arrival: Callable[[str], Arrival]) -> _Request | None:
         if name not in self._requests:

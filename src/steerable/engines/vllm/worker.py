@@ -57,7 +57,7 @@ def take_hold(worker: Any, settings: Settings) -> None:
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
-    worker.steering = steps
+    worker.steering, worker.steering_status = steps, steps.status
 
 
 def _tokenizer(config: Any) -> Any:

@@ -1,0 +1,80 @@
+"""The folder of the directions that requests name: `<name>.safetensors`. It is read anew where a file has changed, so
+that several processes may share it, and what is put there is there after a restart."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, UsageError
+from steerable.store.files import write_atomic
+
+MAX_BYTES = 64 << 20
+"""Of a file that is put into the folder."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Directions by name. path: empty where there is no folder."""
+
+    path: str
+
+    def names(self) -> list[str]:
+        """The names of all directions."""
+        if not self.path:
+            return []
+        return sorted(file.stem for file in Path(self.path).glob(f"*{_SUFFIX}") if _NAME.fullmatch(file.stem))
+
+    def load(self, name: str) -> Direction:
+        """The direction of this name. Raises UsageError for a name that is not there, SteerableError for a file that is
+        not sound."""
+        file = self._file(name)
+        if not file.is_file():
+            names = ", ".join(self.names()[:20]) or "none"
+            raise UsageError(f"no direction is known as {name!r}: there are {names}")
+        return _loaded(str(file), file.stat().st_mtime_ns)
+
+    def put(self, name: str, content: bytes, check: Callable[[Direction], Any] = lambda direction: None) -> Direction:
+        """Keep a direction file under a name, whole or not at all. check: raises for a direction that is not to be
+        kept. Raises UsageError for a name that is none, and for content that is no sound direction."""
+        file = self._file(name)
+        if len(content) > MAX_BYTES:
+            raise UsageError(f"a direction file has {MAX_BYTES >> 20} MiB at most, and this has {len(content) >> 20}")
+        with tempfile.TemporaryDirectory() as place:
+            received = Path(place) / f"{name}{_SUFFIX}"
+            received.write_bytes(content)
+            try:
+                direction = Direction.load(received)
+            except SteerableError as error:
+                raise UsageError(str(error).replace(f"{place}/", "")) from None
+        check(direction)
+        write_atomic(file, direction.to_bytes())
+        return direction
+
+    def remove(self, name: str) -> None:
+        """Remove a direction. Raises UsageError for a name that is not there."""
+        self.load(name)
+        self._file(name).unlink()
+
+    def _file(self, name: str) -> Path:
+        if not self.path:
+            raise UsageError(
+                f"the request names the direction {name!r:.80}, and the engine has no folder of directions: start it "
+                'with --additional-config \'{"steering": {"directions": "folder"}}\', or send the vectors'
+            )
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r:.80} cannot name a direction: expected letters, digits, '_', '-' and '.'")
+        return Path(self.path) / f"{name}{_SUFFIX}"
+
+
+@lru_cache(maxsize=256)
+def _loaded(file: str, changed: int) -> Direction:
+    return Direction.load(file)

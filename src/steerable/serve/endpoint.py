@@ -1,0 +1,160 @@
+"""What vLLM's OpenAI server is given besides (entry point `vllm.endpoint_plugins`): routes, presets and metrics.
+
+    GET    /v1/steering/directions          what there is
+    GET    /v1/steering/directions/{name}   one direction file
+    PUT    /v1/steering/directions/{name}   put it there, or another in its place: a direction file as the body
+    DELETE /v1/steering/directions/{name}
+    GET    /v1/steering                     layers and slots of every worker
+
+They lie under /v1, which vLLM's own API key guards. Requests that run keep the vectors that they came with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import wraps
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from steerable.engines.vllm.folder import MAX_BYTES, Folder
+from steerable.engines.vllm.presets import VARIABLE, Models, Presets
+from steerable.engines.vllm.requests import check_steering, read_steering
+from steerable.engines.vllm.settings import KEY, settings_of
+from steerable.serve.metrics import count_requests
+from steerable.steering.direction import Direction
+from steerable.store.errors import SteerableError, UsageError
+
+_PATH = "/v1/steering"
+
+
+class Endpoint:
+    """The plugin as vLLM asks for it."""
+
+    name = "steerable"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes to vLLM's application."""
+        app.add_api_route(_PATH, self.status, methods=["GET"])
+        app.add_api_route(f"{_PATH}/directions", self.list_directions, methods=["GET"])
+        for method, answer in (("GET", self.get), ("PUT", self.put), ("DELETE", self.delete)):
+            app.add_api_route(f"{_PATH}/directions/{{name}}", answer, methods=[method])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Learn of the engine, and have vLLM's requests read model names."""
+        self.engine, self.config = engine_client, engine_client.vllm_config
+        settings = settings_of(self.config.additional_config)
+        if settings is None:
+            raise UsageError("this server does not steer: start it by `steerable serve`")
+        self.folder = Folder(settings.directions)
+        presets = Presets(self.folder, json.loads(os.environ.get(VARIABLE, "{}")))
+        models = state.openai_serving_models
+        paths = models.base_model_paths
+        registry = getattr(models, "registry", models)
+        models.base_model_paths = registry.base_model_paths = Models(paths, presets)
+        self._read_names(presets)
+
+    def _read_names(self, presets: Presets) -> None:
+        """Steer the requests that name a preset, and refuse at once, with 400 also for streams, what cannot be done."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+        from vllm.exceptions import VLLMValidationError
+
+        def steered(request: Any, params: Any) -> Any:
+            extra = dict(getattr(params, "extra_args", None) or {})
+            preset = presets.steering(request.model or "")
+            try:
+                if preset is not None and KEY in extra:
+                    raise UsageError(
+                        f"the model {request.model!r} is a steering, and the request has another: give one"
+                    )
+                if (given := extra.get(KEY, preset)) is not None:
+                    check_steering(read_steering(given, self.folder.path), self.config)
+                    count_requests()
+                    params.extra_args = {**extra, KEY: given}
+            except SteerableError as error:
+                raise VLLMValidationError(str(error), parameter=KEY) from error
+            return params
+
+        def refused(request: Any, params: Any) -> Any:
+            if presets.steering(request.model or "") is not None or KEY in (request.vllm_xargs or {}):
+                raise VLLMValidationError("vLLM's beam search drops the steering: leave beams out", parameter=KEY)
+            return params
+
+        for cls in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+            _after(cls, "to_sampling_params", steered)
+            if hasattr(cls, "to_beam_search_params"):
+                _after(cls, "to_beam_search_params", refused)
+
+    async def status(self) -> Any:
+        """What every worker steers: layers, and how many slots of vectors and maps are filled."""
+        return {"workers": await self.engine.collective_rpc("steering_status")}
+
+    async def list_directions(self) -> Any:
+        """All directions of the folder."""
+        return {"object": "list", "data": [_about(name, self.folder.load(name)) for name in self.folder.names()]}
+
+    async def get(self, name: str) -> Any:
+        """One direction file."""
+        try:
+            return Response(self.folder.load(name).to_bytes(), media_type="application/octet-stream")
+        except SteerableError as error:
+            return _error(404, str(error))
+
+    async def put(self, name: str, request: Request) -> Any:
+        """Take a direction file in."""
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BYTES:
+                return _error(413, f"a direction file has {MAX_BYTES >> 20} MiB at most")
+        try:
+            is_new = name not in self.folder.names()
+            direction = self.folder.put(
+                name, bytes(content), lambda direction: check_steering(direction.steering(), self.config)
+            )
+        except SteerableError as error:
+            return _error(400, str(error))
+        return JSONResponse(_about(name, direction), 201 if is_new else 200)
+
+    async def delete(self, name: str) -> Any:
+        """Remove a direction."""
+        try:
+            self.folder.remove(name)
+        except SteerableError as error:
+            return _error(404, str(error))
+        return Response(status_code=204)
+
+
+def _after(cls: type, name: str, change: Any) -> None:
+    """Pass what a method of vLLM returns through a function of the object and it."""
+    original = getattr(getattr(cls, name), "steerable_original", getattr(cls, name))
+
+    @wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return change(self, original(self, *args, **kwargs))
+
+    wrapped.steerable_original = original  # type: ignore[attr-defined]
+    setattr(cls, name, wrapped)
+
+
+def _about(name: str, direction: Direction) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "steering.direction",
+        "layers": direction.layers,
+        "map": direction.map,
+        "where": str(direction.gate),
+        "strength": direction.strength,
+        "behaviour": direction.behaviour,
+        "model": direction.model_id,
+    }
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": "steering", "code": status}}, status)

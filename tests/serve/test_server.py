@@ -1,0 +1,127 @@
+"""`steerable serve` as a client sees it: a real process, the bundled model."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import steerable as st
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` adds it")
+httpx = pytest.importorskip("httpx")
+pytestmark = pytest.mark.slow
+
+OPTIONS = (
+    "--enforce-eager --dtype float32 --max-model-len 512 --max-num-seqs 8 --gpu-memory-utilization 0.1 --api-key secret"
+)
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def direction():
+    v = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    return st.Direction({st.Site("resid_post", 3): v / v.norm() * 6}, behaviour="happy", model_id="pocket")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("served")
+    command = [str(Path(sys.executable).with_name("steerable")), "serve", "pocket", "--port", str(port)]
+    command += [
+        "--directions",
+        str(folder / "directions"),
+        "--preset",
+        "merry=0.5 happy@generated",
+        "--",
+        *OPTIONS.split(),
+    ]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except httpx.HTTPError:
+                assert server.poll() is None, (folder / "log").read_text()[-4000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture
+def client(url):
+    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=300) as client:
+        assert client.put("/v1/steering/directions/happy", content=direction().to_bytes()).status_code in (200, 201)
+        yield client
+
+
+def scores(client, model="pocket", steering=None, **more):
+    body = {"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 4, "temperature": 0, "logprobs": 0, **more}
+    if steering is not None:
+        body["vllm_xargs"] = {"steering": steering}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def test_a_request_is_steered_by_its_model_or_its_field(client):
+    plain = scores(client)
+    happy = scores(client, "pocket:happy")
+    assert happy != plain
+    assert happy == scores(client, steering="1.0 happy") == scores(client, steering='{"direction": "happy"}')
+    vectors = json.dumps({"vectors": {"3": direction().at(3).tolist()}})
+    assert happy == pytest.approx(scores(client, steering=vectors), abs=1e-5)
+    assert scores(client, "pocket:merry") == scores(client, steering="0.5 happy@generated")
+    assert scores(client, steering="0 happy") == plain == scores(client)
+    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert names == ["pocket", "pocket:happy", "pocket:merry"]
+    assert "steerable_requests_total" in client.get("/metrics").text
+    [worker] = client.get("/v1/steering").json()["workers"]
+    assert worker["layers"] == [0, 1, 2, 3, 4, 5] and worker["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "body, status, message",
+    [
+        ({"vllm_xargs": {"steering": "0.5 sad"}}, 400, "no direction is known as 'sad'"),
+        ({"vllm_xargs": {"steering": "0.5 sad"}, "stream": True}, 400, "no direction is known as 'sad'"),
+        ({"vllm_xargs": {"steering": '{"vectors": {"3": [1, 2]}}'}}, 400, "width 2"),
+        ({"vllm_xargs": {"steering": "1 happy"}, "model": "pocket:happy"}, 400, "has another: give one"),
+        ({"model": "pocket:happy", "use_beam_search": True, "n": 2}, 400, "beam search drops the steering"),
+        ({"model": "pocket:sad"}, 404, "does not exist"),
+    ],
+)
+def test_what_cannot_be_steered_is_never_answered(client, body, status, message):
+    answer = client.post("/v1/completions", json={"model": "pocket", "prompt": [5, 6], "max_tokens": 4} | body)
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_directions_come_and_go(client, url):
+    assert httpx.get(f"{url}/v1/steering/directions").status_code == 401
+    assert httpx.put(f"{url}/v1/steering/directions/x", content=direction().to_bytes()).status_code == 401
+    wide = st.Direction({st.Site("resid_post", 3): torch.ones(5)})
+    for name, content, status in (
+        (".hidden", direction().to_bytes(), 400),
+        ("..%2fout", direction().to_bytes(), 404),
+        ("pickled", b"\x80\x04", 400),
+        ("wide", wide.to_bytes(), 400),
+        ("big", b"x" * ((64 << 20) + 1), 413),
+        ("calm", direction().to_bytes(), 201),
+        ("calm", direction().to_bytes(), 200),
+    ):
+        assert client.put(f"/v1/steering/directions/{name}", content=content).status_code == status, name
+    assert [d["id"] for d in client.get("/v1/steering/directions").json()["data"]] == ["calm", "happy"]
+    assert client.get("/v1/steering/directions/calm").content == direction().to_bytes()
+    assert client.delete("/v1/steering/directions/calm").status_code == 204
+    assert client.delete("/v1/steering/directions/calm").status_code == 404
