@@ -88,6 +88,14 @@ def test_early_limits_are_wider_and_only_the_same_tasks_count():
     assert Limits().broken(few, base, is_early=True) == []  # half a share and more, of four chains
 
 
+def test_a_share_that_is_not_clearly_worse_breaks_nothing():
+    base = [row | {"accuracy": 1.0} for row in rows(6, **BASE)]
+    one_wrong = [row | {"accuracy": float(i > 0)} for i, row in enumerate(base)]
+    assert Limits(accuracy=0.1).broken(one_wrong, base) == []  # 17 points, and the interval reaches 0
+    four_wrong = [row | {"accuracy": float(i > 3)} for i, row in enumerate(base)]
+    assert Limits(accuracy=0.1).broken(four_wrong, base) == ["accuracy"] and Limits().broken([], base) == []
+
+
 def test_limits_are_positive():
     with pytest.raises(UsageError, match="the limit of kl is 0: expected a number above 0"):
         Limits(kl=0)

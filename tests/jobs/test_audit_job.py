@@ -70,6 +70,20 @@ def test_without_data_it_is_weak_and_says_what_was_not_checked(place):
     }
 
 
+def test_a_behaviour_is_judged_in_chains(finished, tmp_path):
+    """Every check has its data: the spans of chains, and the share of the behaviour in them."""
+    file = finished / "vectors/candidates/onset.pooled/initializing.safetensors"
+    direction = Direction.load(file).only([3])
+    direction.save(tmp_path / "initializing.safetensors")
+    options = {"limit": 4, "samples": 2, "controls": 1, "max_new_tokens": 60, "workers": 1, "model": "pocket"}
+    result = audit(tmp_path / "initializing.safetensors", out=tmp_path / "out", **options)
+    checks = {check["name"]: check for check in result["checks"]}
+    assert [name for name in NAMES if checks[name]["status"] == "not checked"] == []
+    assert checks["separation"]["status"] == "pass" and len(checks["turns"]["values"]["margins"]) == 4
+    effects = checks["linearity"]["values"]["effects"]
+    assert effects["1"] == checks["effect"]["values"]["effect"] == checks["sign"]["values"]["paraphrases"]["{prompt}"]
+
+
 def test_pairs_that_it_was_made_of_are_cut_in_halves(place):
     from steerable.chains.text_pairs import read_pairs
     from steerable.jobs.audit_job import _sha256

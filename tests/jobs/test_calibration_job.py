@@ -47,13 +47,7 @@ def test_the_grid_is_what_the_rows_say(calibrated):
         assert setting["gain"][0] == pytest.approx(mean(gains))
         for name in ("kl", "tokens", "loops", "accuracy", "unclosed"):
             assert setting[name][0] == pytest.approx(mean(row[name] for row in some)), name
-        worse = {
-            "kl": setting["kl"][0] > 0.4,
-            "loops": setting["loops"][0] - mean(r["loops"] for r in base.values()) > 0.1,
-        }
-        assert [name for name in setting["broken"] if name in worse] == [
-            name for name, is_worse in worse.items() if is_worse
-        ]
+        assert ("kl" in setting["broken"]) == (setting["kl"][0] > 0.4)
 
 
 def test_strength_one_spends_the_budget_at_every_arm(calibrated):
@@ -147,7 +141,7 @@ def test_of_a_run_folder(steerable, finished, file, tmp_path):
         ({"layers": "9"}, "no vector at layer 9"),
         (
             {"validation": 5},
-            "settings need 15 tasks or more for a search at a quarter of the grid's cost, and there are 5",
+            "settings need 16 tasks or more for a search at a quarter of the grid's cost, and there are 5",
         ),
         ({"run": "nowhere"}, "is no run folder"),
     ],

@@ -49,7 +49,8 @@ class Limits:
         accuracy: by how much it may fall.
 
     Example:
-        >>> Limits(kl=0.05).broken([{"task_id": "a", "kl": 0.1}], [{"task_id": "a", "kl": 0.0}])
+        >>> base = {"task_id": "a", "kl": 0.0, "loops": 0, "unclosed": 0, "accuracy": 1, "nats": 9.0, "tokens": 9}
+        >>> Limits(kl=0.05).broken([base | {"kl": 0.1}], [base])
         ['kl']
     """
 
@@ -67,19 +68,23 @@ class Limits:
     def broken(self, rows: Rows, base: Rows, *, is_early: bool = False) -> list[str]:
         """Which limits the rows break beside the unsteered rows of the same tasks; what was not measured breaks none.
 
-        is_early: for few chains, the limits on shares are wider by two standard errors of a share at most, 1 / sqrt(n),
-        and that on the KL by a quarter of it.
+        A share breaks its limit where it is worse by more, and clearly worse than unsteered: the interval of the
+        difference is clear of 0. Few tasks alone break nothing. is_early: for the first rounds of a search, the limits
+        on shares are wider by two standard errors of a share at most, 1 / sqrt(n), instead.
         """
+        if not rows:
+            return []
         base = of_tasks(base, rows)
-        slack = 1 / math.sqrt(len(rows)) if is_early and rows else 0.0
-        limits = {"kl": self.kl * (1.25 if is_early else 1)}
-        limits |= {name: getattr(self, name) + slack for name in ("loops", "unclosed", "accuracy")}
-        worse = {name: _mean(change(rows, base, name)) for name in limits if rows and name in rows[0]}
-        signs = dict.fromkeys(limits, 1.0) | {"accuracy": -1.0}
-        broken = [
-            name for name, value in worse.items() if value is not None and signs[name] * value > limits[name] + 1e-9
-        ]
-        if not is_early and rows and "nats" in rows[0]:
+        broken = []
+        if (moved := _mean(change(rows, base, "kl"))) is not None and moved > self.kl:
+            broken.append("kl")
+        for name, sign in (("loops", 1.0), ("unclosed", 1.0), ("accuracy", -1.0)):
+            worse = {task: sign * value for task, value in change(rows, base, name).items()}
+            limit = getattr(self, name) + (1 / math.sqrt(len(rows)) if is_early else 0.0) + 1e-9
+            if worse and sum(worse.values()) / len(worse) > limit:
+                interval = None if is_early else mean_interval(worse)
+                broken += [name] * (interval is None or interval[1] > 0)
+        if not is_early:
             ratio = perplexity_beside(rows, base)
             broken += ["perplexity"] * (ratio is not None and ratio[0] > self.perplexity)
         return broken

@@ -18,7 +18,7 @@ from steerable.store.errors import UsageError
 T = TypeVar("T", bound=Hashable)
 SHARE = 0.25
 """Of the full grid's cost, the unsteered chains in both."""
-_MARGIN = 0.95  # chains to come may be longer than those that were seen
+_MARGIN = 0.9  # what the whole grid would cost is known from few tasks, and too little is planned rather than too much
 _FINALISTS = 2
 
 
@@ -52,7 +52,7 @@ def fewest_tasks(settings: int, share: float = SHARE) -> int:
 def successive_halving(
     settings: Sequence[T],
     tasks: int,
-    measure: Callable[[Sequence[T], int, int], None],
+    measure: Callable[[Sequence[T], int, int], float],
     ranked: Callable[[Sequence[T], bool], Sequence[T]],
     cost: Callable[[T | None], float],
     share: float = SHARE,
@@ -64,9 +64,10 @@ def successive_halving(
     Args:
         settings: the grid.
         tasks: how many there are for each setting. The unsteered model has answered all of them.
-        measure: `measure(settings, start, stop)` measures settings on the tasks start ... stop - 1.
+        measure: `measure(settings, start, stop)` measures settings on the tasks start ... stop - 1, and returns what
+            that cost.
         ranked: `ranked(settings, is_last)`, the best first.
-        cost: what a setting's measured tasks cost on average, each; of None, the unsteered one.
+        cost: what a task of a measured setting is expected to cost; of None, the unsteered one.
         share: of the full cost.
 
     Returns:
@@ -78,10 +79,11 @@ def successive_halving(
     Example:
         >>> gains = {s: -(s - 7) ** 2 for s in range(20)}
         >>> rounds = successive_halving(
-        ...     list(gains), 40, lambda *_: None, lambda some, _: sorted(some, key=gains.get, reverse=True), lambda _: 1
+        ...     list(gains), 40, lambda some, start, stop: len(some) * (stop - start),
+        ...     lambda some, is_last: sorted(some, key=gains.get, reverse=True), lambda some: 1.0,
         ... )
         >>> [(len(r.settings), r.stop) for r in rounds], rounds[-1].survivors[0]
-        ([(20, 3), (5, 12), (2, 39)], 7)
+        ([(20, 3), (5, 11), (2, 35)], 7)
     """
     if tasks < (fewest := fewest_tasks(len(settings), share)):
         raise UsageError(
@@ -96,9 +98,8 @@ def successive_halving(
     rounds: list[Round[T]] = []
     start = 0
     for size in [*sizes[1:], 0]:
-        measure(left, start, stop)
+        spent += measure(left, start, stop)
         is_last = size == 0
-        spent += sum(map(cost, left)) * (stop - start)
         order = list(ranked(left, is_last))
         rounds.append(Round(start, stop, left, order if is_last else order[:size]))
         if is_last:

@@ -312,6 +312,8 @@ class _Audit:
         for template, steering in missing:
             tasks = [{**task, "prompt": template.replace("{prompt}", task["prompt"])} for task in self.tasks]
             jobs.append(Job(tasks, range(self.samples), steering))
+        if not jobs:
+            return
         chains = generate_jobs(
             self.job.loaded, jobs, seed=c.seed, greedy=True if c.greedy else None, max_new_tokens=c.max_new_tokens,
             rows=c.rows, generation_dtype=c.generation_dtype, workers=self.job.workers,

@@ -43,6 +43,7 @@ FIELDS = (
     "block"
 )
 _TEXTS, _TOKENS = 8, 800  # unsteered chains that arms are calibrated on, at most
+_CLEAR = 8  # chains, of which an interval may be clear of 0
 _METRICS = ("target", "kl", "accuracy", "tokens", "thinking", "loops", "unclosed")
 
 
@@ -206,8 +207,10 @@ class GridSearch:
         value = all_metrics()[self.how["target"]].value(m)
         return None if value is None else float(value)
 
-    def _extend(self, settings: Sequence[Setting], start: int, stop: int) -> None:
+    def _extend(self, settings: Sequence[Setting], start: int, stop: int) -> float:
+        before = self._tokens()
         self._take(f"search.{start}", {s: slice(start, stop) for s in settings})
+        return self._tokens() - before
 
     def _fill(self, grid: Sequence[Setting]) -> None:
         """Every setting on the tasks that it has not met."""
@@ -225,9 +228,12 @@ class GridSearch:
         return sum(row["tokens"] for rows in self.rows.values() for row in rows)
 
     def _cost(self, setting: Setting | None) -> float:
-        """Generated tokens a task."""
-        rows = self.rows[setting]
-        return sum(row["tokens"] for row in rows) / len({row["task_id"] for row in rows})
+        """The tokens that a task is expected to take: as many times the unsteered ones as on the tasks that were met,
+        of which some are longer than others."""
+        base = column(self.rows[None], "tokens")
+        mine = column(self.rows[setting], "tokens")
+        ratio = sum(mine.values()) / sum(base[task] for task in mine)
+        return ratio * sum(base.values()) / len(base) * self.how["samples"]
 
     def _gains(self, setting: Setting) -> dict[str, float]:
         """By task."""
@@ -251,16 +257,20 @@ class GridSearch:
         return sorted(settings, key=lambda s: (broken[s], -score[s]))
 
     def _choose(self, grid: Sequence[Setting]) -> tuple[Setting | None, str]:
-        """The setting within the limits with the largest gain, among those measured on most tasks; else why none."""
+        """The setting within the limits with the largest gain that is clear of 0, among those measured on most tasks;
+        else why there is none."""
         measured = [s for s in grid if s in self.rows]
+        reason = "every setting that was measured breaks a limit"
         for chains in sorted({len(self.rows[s]) for s in measured}, reverse=True):
-            ranked = self._ranked([s for s in measured if len(self.rows[s]) == chains], True)
-            if not self.limits.broken(self.rows[ranked[0]], self.rows[None]):
-                interval = gain_interval(self.rows[ranked[0]], self.rows[None], self.aim, self.seed)
-                if interval is None or interval[1] <= 0:
-                    return None, f"no setting within the limits has a clear gain of {self.how['target']}"
-                return ranked[0], ""
-        return None, "every setting that was measured breaks a limit"
+            some = [s for s in measured if len(self.rows[s]) == chains]
+            for s in self._ranked(some, True):
+                if self.limits.broken(self.rows[s], self.rows[None]):
+                    break  # those within the limits come first
+                interval = gain_interval(self.rows[s], self.rows[None], self.aim, self.seed)
+                if interval is not None and interval[1] > 0 and chains >= _CLEAR:
+                    return s, ""
+                reason = f"no setting within the limits has a clear gain of {self.how['target']}"
+        return None, reason
 
     def _lost(self, chosen: Setting | None, best: Setting | None) -> dict[str, Any]:
         """What the search's choice gives away beside the full grid's, and what one step of the grid changes there."""
