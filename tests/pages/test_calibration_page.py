@@ -15,7 +15,8 @@ def row(arm, strength, gain, kl, broken=()):
     shares = {name: [0.1, 0.0, 0.2] for name in ("target", "accuracy", "loops", "unclosed")}
     return {"arm": arm, "layers": [2], "strength": strength, "dose": 0.3 * strength, "tasks": 20,
             "broken": list(broken), "gain": [gain, gain - 0.1, gain + 0.1], "kl": [kl, kl / 2, 2 * kl],
-            "tokens": [90.0, 80.0, 99.0], "thinking": [80.0, 70.0, 90.0], "perplexity": [1.1, 1.0, 1.2], **shares}  # fmt: skip
+            "tokens": [90.0, 80.0, 99.0], "thinking": [80.0, 70.0, 90.0], "perplexity": [1.1, 1.0, 1.2],
+            **shares}  # fmt: skip
 
 
 @pytest.fixture
