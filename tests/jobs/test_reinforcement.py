@@ -277,6 +277,23 @@ def test_settings_go_through_a_dict():
     assert RLSettings(prompts=8, group=8, micro_batch=48).micro_batch == 32
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "on_cpu", "given", "expected"),
+    [
+        (1328, True, {}, 64),  # of the bundled model: nothing changes
+        (49152, True, {}, 4),  # 400 tokens of SmolLM2: six texts would fit, four divide 128
+        (49152, False, {}, 32),
+        (151936, False, {}, 16),
+        (10**9, True, {}, 1),
+        (151936, True, {"micro_batch": 32}, 32),  # what is asked for is done
+    ],
+)
+def test_a_large_vocabulary_takes_fewer_texts_in_a_pass(vocabulary, on_cpu, given, expected):
+    s = RLSettings(**given)
+    s.fit_to_memory(vocabulary, on_cpu)
+    assert s.micro_batch == expected and s.batch_size % s.micro_batch == 0
+
+
 def test_every_recipe_is_sound():
     for name in recipes():
         assert RLSettings(**read_recipe(name)).steps > 0

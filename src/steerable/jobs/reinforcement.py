@@ -17,6 +17,7 @@ from steerable.jobs.training_settings import MODEL, RLSettings, read_recipe
 from steerable.methods.train.loop import check_length
 from steerable.methods.train.parameters import Trained, artefact
 from steerable.methods.train.rewards import is_verifiable, refuse_constants, reward_of
+from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -63,7 +64,8 @@ def train_rl(
     """
     s = RLSettings(**(read_recipe(recipe) if recipe else {}) | settings)
     with opened("train rl", out, s, workers=workers, overwrite=overwrite, display=display) as training:
-        folder, display = training.folder, training.display
+        folder, display, model = training.folder, training.display, training.loaded.model
+        s.fit_to_memory(models.vocabulary(model), models.device(model).type == "cpu")
         training.stage("tasks", (), _TASKS, ["tasks.jsonl"], lambda _: _make_tasks(folder, s, display))
         write_json(folder / "config.json", s.to_dict())
         outputs = [artefact(s.method), "training.json"]

@@ -21,6 +21,7 @@ RATES: dict[str, dict[str, float]] = {
     "other": {"bias": 1e-3, "adaptive": 1e-4, "lora": 1e-4, "tinylora": 1e-3, "full": 1e-6},
 }
 """Learning rates: of the bundled model, tuned on validation tasks; of other models, from the papers' configurations."""
+_LOGITS_ON_CPU, _LOGITS = 2**27, 2**30  # half a gigabyte and four of float32
 MODEL = "model revision dtype device attention trust_remote_code"
 """The settings that name a model."""
 
@@ -82,7 +83,11 @@ class TrainSettings(Settings):
     temperature: float = Field(
         1.0, gt=0, description="Temperature of sampled judging, and of the rollouts that are paid for."
     )
-    micro_batch: int = Field(64, ge=1, description="Texts in one forward and backward pass, on each device.")
+    micro_batch: int = Field(
+        64,
+        ge=1,
+        description="Texts in one forward and backward pass, on each device; fewer by itself for a large vocabulary.",
+    )
     checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: slower, in less memory."
     )
@@ -112,10 +117,21 @@ class TrainSettings(Settings):
         if self.template is not None and "{prompt}" not in self.template:
             raise UsageError("--template has no {prompt}: expected a text with {prompt} where the task belongs")
         _ = self.chosen_layers
-        batch = self.batch_size
-        if batch % self.micro_batch:  # the passes of a step must be equally large
-            self._derive(micro_batch=max(n for n in range(1, min(self.micro_batch, batch) + 1) if batch % n == 0))
+        self._divide(self.micro_batch)
         return self
+
+    def fit_to_memory(self, vocabulary: int, on_cpu: bool) -> None:
+        """Fewer texts a pass, unless --micro-batch was given, where the logits of so many would fill the memory: a
+        pass holds several tensors as large as `micro_batch x max_new_tokens x vocabulary`."""
+        if "micro_batch" not in self.model_fields_set:
+            most = _LOGITS_ON_CPU if on_cpu else _LOGITS
+            self._divide(max(1, min(self.micro_batch, most // (self.max_new_tokens * vocabulary))))
+
+    def _divide(self, most: int) -> None:
+        """The passes of a step must be equally large."""
+        if self.batch_size % most or most != self.micro_batch:
+            fitting = (n for n in range(1, min(most, self.batch_size) + 1) if self.batch_size % n == 0)
+            self._derive(micro_batch=max(fitting))
 
     def _derive(self, **values: Any) -> None:
         """Set fields without counting them as given."""
