@@ -16,7 +16,7 @@ from steerable.chains.tasks import correct
 from steerable.chains.text_pairs import check_text, read_pairs
 from steerable.chains.windows import AlignedChain, align_chains
 from steerable.jobs.main_job import run
-from steerable.jobs.run import Run, open_run
+from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.settings import Config, flag
 from steerable.methods.recipes import RECIPES, Recipe
 from steerable.models import loading as models
@@ -241,7 +241,8 @@ def _made(
         raise UsageError(f"the recipe {name} {takes}")
     if recipe.data in ("thoughts", "lengths"):
         job = open_run(data or "")
-        job.config = job.config.replace(**settings)
+        recorded = recorded_settings(job.folder)
+        job.config = Config(recorded.keys() - settings.keys(), **recorded | dict(settings))
         records = _thoughts(job, recipe, parameters) if recipe.data == "thoughts" else _lengths(job)
         loaded, model = job.loaded, job.config.model
         inputs: list[Any] = [_aligned(job, *records)]
