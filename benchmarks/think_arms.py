@@ -24,8 +24,16 @@ from arms import copy
 from arms_summary import RESULTS, _cells, _interval, _lines, _right
 
 SEEDS = (0, 1)
-SIZES = {"train": 512, "test": 48}
-COMMON = {"model": "smol-think", "max-new-tokens": 400, "steps": 5, "prompts": 8, "group": 8, "samples": 3}
+SIZES = {"train": 512, "test": 96}
+COMMON = {
+    "model": "smol-think",
+    "max-new-tokens": 400,
+    "steps": 16,
+    "prompts": 8,
+    "group": 8,
+    "samples": 3,
+    "save-every": 2,
+}
 ARMS: dict[str, dict[str, Any]] = {
     "bias": {"method": "bias", "learning-rate": 1e-2},
     "random-reward": {"method": "bias", "learning-rate": 1e-2, "reward": "random"},
