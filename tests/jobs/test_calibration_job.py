@@ -13,7 +13,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
-FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 1, "validation": 16, "max_new_tokens": 60, "workers": 1}
+FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 2, "validation": 16, "max_new_tokens": 40, "workers": 1}
 FAST |= {"budget": 0.4, "accuracy": 1.0, "unclosed": 1.0}
 
 
@@ -37,13 +37,13 @@ def mean(values):
 def test_the_grid_is_what_the_rows_say(calibrated):
     out, result = calibrated
     rows = read_jsonl(out / "measured.jsonl")
-    base = {row["task_id"]: row for row in rows if row["setting"] is None}
-    assert len(base) == 16 and len(result["grid"]) == 8 and len(result["arms"]) == 4
+    base = {(row["task_id"], row["sample"]): row for row in rows if row["setting"] is None}
+    assert len(base) == 32 and len(result["grid"]) == 8 and len(result["arms"]) == 4
     for setting in result["grid"]:
         key = {name: setting[name] for name in ("arm", "layers", "strength", "dose")}
         some = [row for row in rows if row["setting"] == key]
-        assert len(some) == setting["tasks"] == 16
-        gains = [row["target"] - base[row["task_id"]]["target"] for row in some]
+        assert len(some) == 2 * setting["tasks"] == 32
+        gains = [row["target"] - base[row["task_id"], row["sample"]]["target"] for row in some]
         assert setting["gain"][0] == pytest.approx(mean(gains))
         for name in ("kl", "tokens", "loops", "accuracy", "unclosed"):
             assert setting[name][0] == pytest.approx(mean(row[name] for row in some)), name
