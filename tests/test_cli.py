@@ -107,9 +107,9 @@ def test_settings_from_a_file(steerable, tmp_path):
 
 
 def test_as_a_module():
-    said = subprocess.run([sys.executable, "-m", "steerable", "ls-l"], capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-m", "steerable", "dance"], capture_output=True, text=True)
     assert (said.returncode, said.stdout) == (2, "")
-    assert said.stderr == "steerable: No such command 'ls-l'; see `steerable --help`\n"
+    assert said.stderr == "steerable: No such command 'dance'; see `steerable --help`\n"
 
 
 # --- mistakes ---
