@@ -34,6 +34,8 @@ _EXPORTS = {
     "SpanMeans": "methods.span_statistics",
     "span_means": "methods.span_statistics",
     "WeightPatch": "methods.weight_patch",
+    "SparseAutoencoder": "methods.sparse_autoencoders",
+    "read_sae": "methods.sparse_autoencoders",
     "recipes": "methods",
     "attribute": "evals.attribution",
     "lens": "evals.logit_lens",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from .methods import recipes as recipes
     from .methods.contrasts import difference_of_means as difference_of_means
     from .methods.contrasts import pca as pca
+    from .methods.sparse_autoencoders import SparseAutoencoder as SparseAutoencoder
+    from .methods.sparse_autoencoders import read_sae as read_sae
     from .methods.text_pairs import contrast as contrast
     from .methods.weight_patch import WeightPatch as WeightPatch
     from .models.loading import Loaded as Loaded

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_files import make_sae
 
 from steerable import WeightPatch
 from steerable.jobs.recipe_job import command
@@ -41,6 +42,7 @@ def material(finished, made_once):
         steps = [("Button A gave 3.", 0.6, 1), ("Button B gave 5.", 0.2, 1), ("Button A gave 1.", 0.5, 2)]
         write(folder / "roles.jsonl", [dict(zip(("role", "text"), row, strict=True)) for row in roles])
         write(folder / "steps.jsonl", [dict(zip(("prompt", "entropy", "run"), row, strict=True)) for row in steps])
+        make_sae(folder / "autoencoder", "blocks.3.hook_resid_post", features=200, width=192)
         pairs = folder / "examples/contrasts/formal-casual.jsonl"
         steer_or_recipe(folder / "formal.safetensors", recipe="caa", data=pairs, model="pocket")
 
@@ -144,6 +146,9 @@ def test_ls_recipes(steerable):
         ("steer --recipe assistant-axis --data steps.jsonl", "record 1 has no 'role': expected role, text"),
         ("steer --recipe east --data steps.txt", "there is no file steps.txt with prompt, entropy, run"),
         ("edit --recipe thinkedit --data runs/short --out x", "no chain has "),
+        ("steer --recipe sae --data runs/short --set feature=1", "runs/short is no folder of a sparse autoencoder"),
+        ("steer --recipe sae --data autoencoder --set feature=200", "there is no feature 200"),
+        ("steer --recipe sae --data autoencoder --set along=formal.safetensors", "the autoencoder reads resid_post.3"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(steerable, place, line, text):

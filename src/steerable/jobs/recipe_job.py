@@ -19,6 +19,7 @@ from steerable.jobs.main_job import run
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.settings import Config, flag
 from steerable.methods.recipes import RECIPES, Recipe
+from steerable.methods.sparse_autoencoders import read_sae
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
@@ -32,6 +33,7 @@ DATA = {
     "pairs": "a file: positive, negative",
     "roles": "a file: role, text",
     "steps": "a file: prompt, entropy, run",
+    "autoencoder": "a folder: an autoencoder of SAELens",
     "": "nothing",
 }
 """What each kind of data is."""
@@ -95,6 +97,9 @@ def steer_or_recipe(
     else:
         sites, strength = [part.site for part in result], 1.0
     if display is not None:
+        stats = result.stats if isinstance(result, Direction) else {}
+        if "coefficient" in stats:  # of an autoencoder's feature
+            display.tell(stats["coefficient"], *(f"feature {i}: cosine {c:.3f}" for i, c in stats.get("nearest", [])))
         where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)} sites)"
         display.tell(f"{target}: {result!r}" if isinstance(result, Direction) else f"{target}: {recipe} at {where}")
         display.tell(f"try: steerable chat --model {model} --steer {target} --strength 0,{strength:g}")
@@ -364,13 +369,19 @@ def _rows(path: Path, keys: Sequence[str]) -> list[Any]:
     return rows
 
 
-_READ = {"pairs": lambda path: list(read_pairs(path)), "roles": _roles, "steps": _steps}
+_READ = {
+    "pairs": lambda path: list(read_pairs(path)),
+    "roles": _roles,
+    "steps": _steps,
+    "autoencoder": lambda path: [read_sae(path)],
+}
 _INPUTS = {
     "thoughts": ("chains",),
     "lengths": ("chains",),
     "pairs": ("positive", "negative", "target", "source"),
     "roles": ("default", "roles"),
     "steps": ("prompts", "entropies", "runs"),
+    "autoencoder": ("autoencoder",),
     "": (),
 }
 """The parameters of recipes that the data fill."""

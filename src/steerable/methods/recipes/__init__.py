@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from steerable.methods.recipes.characters import assistant_axis, persona
 from steerable.methods.recipes.edits import laser, steer2edit, thinkedit
 from steerable.methods.recipes.exploration import east
+from steerable.methods.recipes.features import sae
 from steerable.methods.recipes.neurons import vla_neurons
 from steerable.methods.recipes.pairs import caa, fractional, language, linear_act, repe, shift_vectors
 from steerable.methods.recipes.probes import cast, guiding_giants, raptor
@@ -22,8 +23,8 @@ from steerable.methods.recipes.thoughts import efficiency, seal
 class Recipe(NamedTuple):
     """A recipe: its function, its papers (arXiv), the data it takes, what it gives, its parts, and an example.
 
-    data: "thoughts" or "lengths" (chains of a run folder), "pairs", "roles" or "steps" (a file), "" (none). gives:
-    "direction", "steering" or "patch". example: the options behind `--recipe NAME`.
+    data: "thoughts" or "lengths" (chains of a run folder), "pairs", "roles" or "steps" (a file), "autoencoder" (a
+    folder), "" (none). gives: "direction", "steering" or "patch". example: the options behind `--recipe NAME`.
     """
 
     function: Callable[..., Any]
@@ -135,5 +136,10 @@ RECIPES = {
         vla_neurons, ("2509.00328",), "", "direction",
         "neurons by the logit lens, set to a value",
         "--model smol --set words=one,two,three,four,five,six,seven,eight,nine",
+    ),
+    "sae": Recipe(
+        sae, ("2309.08600", "2501.17148"), "autoencoder", "direction",
+        "row of an autoencoder's decoder, shift",
+        "--data autoencoder --model smol --set feature=123",
     ),
 }  # fmt: skip
