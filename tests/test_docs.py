@@ -45,6 +45,7 @@ NOT_RUN = {
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable calibrate runs/pocket": "takes minutes",
     "steerable audit runs/pocket": "takes minutes",
+    "steerable steer --recipe sae": "needs an autoencoder",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",
     "steerable train rl --model pocket --tasks": "takes minutes",

@@ -4,7 +4,8 @@
 
 A gate on activations (`when`, `probe`) compares each token's activation at a site with a threshold. It reads the
 activation as it arrives there in the same forward pass, before anything is done at that site; what was done at earlier
-sites is in it. The site is that of the intervention or an earlier one, so that the answer is known in time.
+sites is in it. The site is that of the intervention or an earlier one, so that the answer is known in time. `latched`
+asks such a gate at the last token of the prompt alone, and holds the answer until the next prompt ends.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class Gate:
         if self.op == "~":
             inner = str(self.parts[0])
             return f"~({inner})" if self.parts[0].op in "&|" else f"~{inner}"
+        if self.op == "latched":
+            return f"latched({self.parts[0]})"
         if self.op in ("&", "|"):
             left, right = self.parts
             # & binds tighter than |; both group to the left
@@ -134,6 +137,9 @@ class Gate:
                 return self.parts[0](tokens, opened) | self.parts[1](tokens, opened)
             case "~":
                 return tokens.valid & ~self.parts[0](tokens, opened)
+            case "latched":
+                held = tokens.latched(self, self.parts[0](tokens, opened))
+                return tokens.valid & held & (tokens.last_prompt | ~tokens.prompt)
             case "boundary":
                 return self._boundary(tokens) if tokens.boundary is None else tokens.boundary
             case "when" | "probe":
@@ -169,6 +175,11 @@ class Gate:
     def readings(self) -> tuple[Gate, ...]:
         """The parts that compare activations."""
         return (self,) if self.reads else tuple(leaf for part in self.parts for leaf in part.readings)
+
+    @property
+    def latches(self) -> tuple[Gate, ...]:
+        """The parts that are decided at the end of a prompt."""
+        return (self,) * (self.op == "latched") + tuple(latch for part in self.parts for latch in part.latches)
 
     def uses(self, *ops: str) -> bool:
         """Whether one of these gates occurs in this one."""
@@ -271,6 +282,20 @@ def probe(
     return _comparing("probe", weights, comparison, threshold, name, bias)
 
 
+def latched(gate: Gate) -> Gate:
+    """A condition that is asked once for each prompt: open from the last token of the prompt on, over the whole answer,
+    where the gate is open at that token. A further prompt of a conversation asks anew; within prompts it is shut.
+
+    gate: one with `when` or `probe`, alone or combined: latched(when(a > 0.4) & ~when(b > 1)). Raises UsageError for a
+        gate that reads no activation.
+    """
+    if not gate.readings:
+        raise UsageError(
+            f"latched({gate}) holds no condition on activations: expected one with when(...) or probe(...)"
+        )
+    return Gate("latched", (gate,))
+
+
 def _comparing(op: str, vectors: Any, comparison: str, threshold: float, name: str, bias: Any) -> Gate:
     if comparison not in _SIGNS:
         raise UsageError(f"{comparison!r} is no comparison: expected one of {', '.join(_SIGNS)}")
@@ -301,6 +326,7 @@ class selectors:
     positions = staticmethod(positions)
     when = staticmethod(when)
     probe = staticmethod(probe)
+    latched = staticmethod(latched)
 
 
 _NAMES = ("all", "prompt", "generated", "thinking", "answer", "last_prompt", "boundary")
@@ -331,8 +357,9 @@ def parse_gate(text: str | Gate, directions: Callable[[str], Any] | None = None)
     """Read the text of a gate, such as "thinking & ~boundary".
 
     Args:
-        text: names, tokens(i, ...), positions(start, stop), when(name > 0.4), probe(name > 0.5) and the gates of other
-            packages, combined by & | ~ and parentheses; `~` binds tightest, then `&`, then `|`. A gate is returned.
+        text: names, tokens(i, ...), positions(start, stop), when(name > 0.4), probe(name > 0.5), latched(...) around
+            these two, and the gates of other packages, combined by & | ~ and parentheses; `~` binds tightest, then `&`,
+            then `|`. A gate is returned.
         directions: gives the direction that a name in `when` or `probe` means.
 
     Returns:
@@ -389,6 +416,11 @@ def _gate(node: ast.expr, text: str, directions: Callable[[str], Any] | None) ->
             return left & right if isinstance(node.op, ast.BitAnd) else left | right
         case ast.Call(func=ast.Name(id="when" | "probe" as op), args=[ast.Compare(ops=[_]) as compared], keywords=[]):
             return _comparison(op, compared, text, directions)
+        case ast.Call(func=ast.Name(id="latched"), args=[inner], keywords=[]):
+            try:
+                return latched(_gate(inner, text, directions))
+            except UsageError as error:
+                raise _Misread(node, str(error)) from None
         case ast.Call(func=ast.Name(id="when" | "probe" as op)):
             raise _Misread(node, f"{op} compares a direction with a number: {op}(name > 0.4)")
         case ast.Call(func=ast.Name(), keywords=[]) if node.args:

@@ -12,7 +12,7 @@ one only, so its first tokens still belong to what it ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -42,6 +42,8 @@ class Tokens:
     boundary: Tensor | None = None  # bool: completes a paragraph break (see `automaton`); None: was not followed
     made: Tensor | None = None  # int: tokens generated before this one; None: was not counted
     passed: Mapping[Event, Tensor] = field(default_factory=dict)  # bool: the event was completed before this token
+    state: SequenceState | None = None  # whose tokens these are, where it holds decisions
+    held: Tensor | None = None  # [B, latches] bool: what was decided before this pass
 
     def generated(self) -> Tensor:
         """Tokens generated before each one. Raises UsageError where they were not counted."""
@@ -55,25 +57,45 @@ class Tokens:
             raise UsageError(f"the sequences were not watched for {event!r}: make the SequenceState with events=")
         return self.passed[event]
 
+    def latched(self, latch: Hashable, now: Tensor) -> Tensor:
+        """What `now` [B, T] was at the last prompt token before each token, or there; False where none came yet. It is
+        held for the passes to come. Asked again in the same pass, it gives the same.
+
+        Raises UsageError where the sequences do not hold this decision.
+        """
+        if self.state is None or self.held is None or latch not in self.state.latches:
+            raise UsageError(f"the sequences hold no decision on {latch}: make the SequenceState with latches=")
+        number = self.state.latches.index(latch)
+        column = torch.arange(1, now.shape[1] + 1, device=now.device)
+        # the last decision so far: its column and what it was in one number, so that cummax finds it
+        decided = torch.where(self.last_prompt, column * 2 + now, 0).cummax(1).values
+        held = torch.where(decided > 0, decided % 2 > 0, self.held[:, number, None])
+        after = self.state.held.clone()
+        after[:, number] = held[:, -1]
+        self.state.held = after
+        return held
+
 
 class SequenceState:
     """Per-row state that is carried from one cached call to the next: tokens seen, in or after the think block, part of
     a tag or of a paragraph break, events among the generated tokens.
 
     tags: without them no token counts as thinking or answer. breaks: what finds paragraph breaks (`Gate.breaks`).
-    events: what schedules wait for; None where the generated tokens need not be counted.
+    events: what schedules wait for; None where the generated tokens need not be counted. latches: the gates that are
+    decided at the end of a prompt and hold for the answer.
     """
 
-    ROWS = ("seen", "phase", "tag", "line", "prompt_lengths", "made", "parts", "passed")
-    """The fields that hold the state: tensors [rows] or [rows, events], or None."""
+    ROWS = ("seen", "phase", "tag", "line", "prompt_lengths", "made", "parts", "passed", "held")
+    """The fields that hold the state: tensors [rows], [rows, events] or [rows, latches], or None."""
 
     def __init__(
         self,
         tags: ThinkTags | None = None,
         breaks: Automaton | None = None,
         events: tuple[Event, ...] | None = None,
+        latches: tuple[Hashable, ...] = (),
     ) -> None:
-        self.tags, self.breaks, self.events = tags, breaks, events
+        self.tags, self.breaks, self.events, self.latches = tags, breaks, events, latches
         self.start(0)
 
     def start(self, rows: int, device: torch.device | str = "cpu", prompt_lengths: Tensor | None = None) -> None:
@@ -88,6 +110,7 @@ class SequenceState:
         self.made = torch.zeros_like(self.seen)
         self.parts = self.seen.new_zeros(rows, len(self.events or ()))  # how much of each event
         self.passed = self.parts.bool()
+        self.held = self.passed.new_zeros(rows, len(self.latches))
         self.prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device)
         self._fresh = True
 
@@ -100,7 +123,7 @@ class SequenceState:
     def join(self, other: SequenceState) -> SequenceState:
         """The rows of this state and, behind them, those of another, of the same tags and with prompt lengths in both
         or neither."""
-        joined = SequenceState(self.tags, self.breaks, self.events)
+        joined = SequenceState(self.tags, self.breaks, self.events, self.latches)
         for name in self.ROWS:
             if (rows := getattr(self, name)) is not None:
                 setattr(joined, name, torch.cat([rows, getattr(other, name)]))
@@ -136,6 +159,8 @@ class SequenceState:
             boundary = events > 0
         self.seen = self.seen + valid.sum(1)
         tokens = Tokens(ids, valid, position, is_prompt, last_prompt, thinking, answer, boundary)
+        if self.latches:
+            tokens.state, tokens.held = self, self.held
         return tokens if self.events is None else self._advance_events(tokens, tags)
 
     def _advance_phase(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -68,6 +68,7 @@ GATE = {
     "all": selectors.all,
     "tokens": selectors.thinking | selectors.positions(0, 2),
     "when": when({BEFORE: draw(D, seed=5)}, ">", 0.0) & ~selectors.tokens(7),
+    "latched": selectors.latched(when({BEFORE: draw(D, seed=10)}, ">", 0.0) & ~selectors.tokens(7)),
     "probe here": probe({SITE: draw(D, seed=6)}, "<=", 0.4, bias=0.1),
 }
 GATE["nth"] = parse_selector("nth(2)")
@@ -117,6 +118,10 @@ def chosen_by_hand(gate, row, h, read):
     if gate == "when":
         v = draw(D, seed=5).double()
         return [float(read[BEFORE][t] @ v) > 0 and int(row[t]) != 7 for t in range(len(row))]
+    if gate == "latched":
+        last = next(n for other, n in zip(ROWS, PROMPTS, strict=True) if torch.equal(row, other)) - 1
+        opened = float(read[BEFORE][last] @ draw(D, seed=10).double()) > 0 and int(row[last]) != 7
+        return [opened and t >= last for t in range(len(row))]
     v = draw(D, seed=6).double()
     return [1 / (1 + math.exp(-float(h[t] @ v) - 0.1)) <= 0.4 for t in range(len(row))]
 

@@ -1,6 +1,7 @@
 """RAPTOR, CAST and the gate of Guiding Giants against their formulas."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -48,14 +49,17 @@ def test_raptor_of_what_cannot_be_told_apart(tiny_llama, tokenizer, texts):
         st.recipes.raptor(tiny_llama, tokenizer, *mixed, above=1.0)
 
 
-def test_cast_opens_where_the_condition_tells_the_prompts_apart(tiny_llama, tokenizer, texts, read, direction):
+@pytest.mark.parametrize("each_token", [False, True])
+def test_cast_opens_where_the_condition_tells_the_prompts_apart(
+    tiny_llama, tokenizer, texts, read, direction, each_token
+):
     """The layer and the threshold with the best F1 of all layers up to the direction's, tried one by one."""
-    given = st.recipes.cast(tiny_llama, tokenizer, *texts, direction=direction)
+    given = st.recipes.cast(tiny_llama, tokenizer, *texts, direction=direction, each_token=each_token)
     best = 0.0
     for i in range(3):
         a, b = (
-            torch.stack([read(tokenizer(text)["input_ids"])[f"resid_post.{i}"].mean(0) for text in side])
-            for side in texts
+            torch.stack([h.mean(0) if each_token else h[-1] for h in rows])
+            for rows in ([read(tokenizer(text)["input_ids"])[f"resid_post.{i}"] for text in side] for side in texts)
         )
         signed = (a - b) * torch.tensor([1.0, -1.0]).repeat(10)[:, None]
         c = torch.linalg.svd(signed - signed.mean(0))[2][0]
@@ -65,7 +69,10 @@ def test_cast_opens_where_the_condition_tells_the_prompts_apart(tiny_llama, toke
             best = max(best, 2 * right / (right + wrong + 20))
     condition = given.stats["condition"]
     assert condition["f1"] == pytest.approx(best)
-    assert str(given.gate).startswith("when(condition > ") and given.strength == 0.5
+    assert (
+        str(given.gate).startswith("when(condition > " if each_token else "latched(when(condition > ")
+        and given.strength == 0.5
+    )
     assert torch.equal(given.at(2), direction.at(2))
 
 
@@ -73,7 +80,8 @@ def test_cast_opens_where_the_condition_tells_the_prompts_apart(tiny_llama, toke
 def test_the_gate_decides_token_by_token(tiny_llama, tokenizer, read, direction, recipe):
     pytest.importorskip("sklearn")
     sides = [[f"w{k} w{k + 1 + i % 3} w{k} w{k + i % 2}" for i in range(20)] for k in (5, 25)]
-    given = getattr(st.recipes, recipe)(tiny_llama, tokenizer, *sides, direction=direction, strength=2)
+    options = {"each_token": True} if recipe == "cast" else {}
+    given = getattr(st.recipes, recipe)(tiny_llama, tokenizer, *sides, direction=direction, strength=2, **options)
     condition = given.stats["condition"]
     ids = torch.arange(7, 64)
     reading = given.gate.args[0]
@@ -92,7 +100,25 @@ def test_the_gate_decides_token_by_token(tiny_llama, tokenizer, read, direction,
 def test_a_direction_keeps_its_gate_beside_the_condition(tiny_llama, tokenizer, texts, direction):
     direction.gate = "answer"
     given = st.recipes.cast(tiny_llama, tokenizer, *texts, direction=direction)
-    assert str(given.gate).startswith("answer & when(condition > ")
+    assert str(given.gate).startswith("answer & latched(when(condition > ")
+
+
+def test_cast_asks_once_for_each_prompt(tiny_llama, tokenizer, texts, read, direction):
+    """Open from the last token of a prompt of one kind on, whatever is generated; shut in prompts of the other kind."""
+    given = st.recipes.cast(tiny_llama, tokenizer, *texts, direction=direction)
+    site, threshold = given.stats["condition"]["site"], given.stats["condition"]["threshold"]
+    (leaf,) = given.gate.readings
+    decisions = set()
+    for text in (*texts[0][:4], *texts[1][:4]):
+        ids = tokenizer(text)["input_ids"]
+        opened = float(read(ids)[site][-1] @ leaf.args[0].weight()) > threshold
+        decisions.add(opened)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", st.SteerableWarning)  # the gate may stay shut
+            with st.steer(tiny_llama, given, tokenizer=tokenizer) as handle:
+                tiny_llama.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert handle.report()["resid_post.2"]["tokens"] == 6 * opened
+    assert decisions == {True, False}
 
 
 def test_a_gate_behind_its_direction_is_refused(tiny_llama, tokenizer, texts, direction):

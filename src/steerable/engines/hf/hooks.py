@@ -175,12 +175,13 @@ class Handle:
         self.breaks = next((g.breaks for g in resolutions.values() if g.uses("boundary")), None)
         counts = any(s.needs_tokens for s in schedules)
         self.events = tuple(events) if counts else None
+        self._latches = tuple(dict.fromkeys(latch for p in self.programs for i in p for latch in i.gate.latches))
         self.needs_tokens = (
             counts
             or any(g != selectors.all for g in gates)
             or any(getattr(i.map, "by_position", False) for i in interventions)
         )
-        prompts = counts or any(g.uses("prompt", "generated", "last_prompt") for g in gates)
+        prompts = counts or any(g.uses("prompt", "generated", "last_prompt", "latched") for g in gates)
         self._model, self._norms = model, norms
         self._follower = Follower(self.new_state, prompts)
         self._local = _Local()
@@ -205,7 +206,7 @@ class Handle:
 
     def new_state(self) -> SequenceState:
         """A state of sequences that follows what these programs ask of the tokens."""
-        return SequenceState(self.tags, self.breaks, self.events)
+        return SequenceState(self.tags, self.breaks, self.events, self._latches)
 
     def start(self) -> Handle:
         """Steer the passes of this thread, until `remove`. Raises UsageError for a handle that was started before."""
@@ -480,6 +481,8 @@ class _SteeredSite:
     def __init__(self, handle: Handle, site: Site, track: bool) -> None:
         self.handle, self.site = handle, site
         self.readings = handle._table.readings.get(site)
+        # decided where the last of what they read is computed
+        self.latches = [g for g in handle._latches if max(leaf.args[0].site for leaf in g.readings) == site]  # type: ignore[index]
         self.touched = Count()
         self.was_on = False  # at any time
         self.meter = Meter() if track else None
@@ -495,6 +498,8 @@ class _SteeredSite:
             return None
         if self.readings is not None:
             current.opened[self.site] = self.readings, self.readings.open(h)
+            for latch in self.latches:  # also where nothing is steered now: the strength may rise later
+                latch(current.tokens, current.is_open)  # type: ignore[arg-type]
         if not (steps := current.plan.steps.get(self.site)):
             return None
         new, taken, chosen = h, None, []

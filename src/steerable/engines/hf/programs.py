@@ -121,7 +121,7 @@ class Passing:
         """What a window selects of this pass."""
         key = (id(window), device)
         if key not in self._seen:
-            chosen = window.choose(self, self._is_open).to(device)
+            chosen = window.choose(self, self.is_open).to(device)
             if window.reads:
                 return chosen
             self._seen[key] = chosen
@@ -131,7 +131,8 @@ class Passing:
         """[B, T] places of the tokens in their sequences."""
         return None if self.tokens is None else self.tokens.position.to(device)
 
-    def _is_open(self, leaf: Gate) -> Tensor:
+    def is_open(self, leaf: Gate) -> Tensor:
+        """Where a gate on activations is open in this pass, [B, T]."""
         site = leaf.args[0].site  # type: ignore[index]
         if site not in self.opened:
             raise SteerableError(f"the gate {leaf} reads {site}, which did not run before it was needed")

@@ -68,20 +68,20 @@ def score_tokens(
         columns = torch.arange(longest := ids.shape[1], device=device)
         # the token at position t is predicted at t - 1
         predicts = (columns >= firsts[:, None] - 1) & (columns < valid.sum(1, keepdim=True) - 1)
-        state = handle.new_state() if handle else SequenceState()
-        state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
+        states = [handle.new_state() if handle else SequenceState() for _ in passes]
+        for state in states:
+            state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
         is_whole = longest <= most or len(batch) > 1
         caches = [None if is_whole else new_cache(model, longest) for _ in passes]
         values = torch.zeros(0)
         restart_rope(model)
         for start, stop in [(0, longest)] if is_whole else pieces(model, longest, most):
-            fed = state.advance(ids[:, start:stop], valid[:, start:stop])
             read = predicts[:, start:stop]
             logs = []
-            for programs, cache in zip(passes, caches, strict=True):
+            for programs, cache, state in zip(passes, caches, states, strict=True):
                 if handle:
                     handle.assign(torch.tensor([programs[i] for i in batch], device=device))
-                    handle.feed(fed)
+                    handle.feed(state.advance(ids[:, start:stop], valid[:, start:stop]))
                 logits: Tensor = model(
                     input_ids=ids[:, start:stop],
                     attention_mask=valid.long() if is_whole else None,

@@ -89,8 +89,10 @@ class Sequences:
 
     def _go_back(self, columns: int) -> None:
         ids, valid, prompt = (torch.cat(parts, 1)[:, :columns] for parts in zip(*self._fed, strict=True))
+        held = self.state.held  # which activations decided that are not computed again
         self.state.start(len(ids), ids.device, self.state.prompt_lengths)
         self.state.advance(ids, valid, prompt)
+        self.state.held = held
         self._fed, self.columns = [(ids, valid, prompt)], columns
 
 

@@ -104,7 +104,7 @@ RECIPES = {
     ),
     "cast": Recipe(
         cast, ("2409.05907",), "pairs", "direction",
-        "principal component of pairs, any direction, gate `when`",
+        "principal component of pairs, any direction, gate `latched(when)`",
         _PAIRS.format("questions-statements.jsonl") + " --set direction=formal.safetensors",
     ),
     "guiding-giants": Recipe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from steerable.methods.layer_rules import accurate_layers
 from steerable.methods.probes import probability_threshold, ridge_logistic
 from steerable.methods.recipes.reading import NEW, at_depth, origin, read_texts, sites_of
 from steerable.steering.direction import Direction
-from steerable.steering.gates import Gate, parse_gate, probe, when
+from steerable.steering.gates import Gate, latched, parse_gate, probe, when
 from steerable.steering.maps import Clip
 from steerable.steering.site import Site
 from steerable.steering.spec import Program
@@ -77,16 +77,19 @@ def cast(
     *,
     direction: Direction,
     strength: float | None = None,
+    each_token: bool = False,
 ) -> Direction:
     """h' = h + alpha u where <h, c> > theta: a direction that acts on prompts of one kind alone.
 
     Conditional activation steering, CAST (arXiv 2409.05907): the condition vector c is the first principal component of
-    pairs of prompts that fulfil and that do not fulfil the condition, averaged over their tokens; its layer, at or
-    before that of the direction, and the threshold theta are those that tell these prompts apart with the best F1.
-    Rules of several conditions are gates: `gate_a & ~gate_b`.
+    pairs of prompts that fulfil and that do not fulfil the condition; its layer, at or before that of the direction,
+    and the threshold theta are those that tell these prompts apart with the best F1. Rules of several conditions are
+    gates: `latched(gate_a & ~gate_b)`.
 
-    The paper compares cosines, and asks once for each prompt. A gate here compares projections and asks at each token,
-    so that it also opens where the text comes to the matter later.
+    The paper asks once for each prompt, by the cosine with its activation averaged over its tokens, and steers the
+    whole answer. Here the last token of the prompt is asked, by its projection, and decides for it and all of the
+    answer. `each_token` asks at every token instead, by a condition that is averaged over the tokens of the prompts, so
+    that the gate also opens where the text comes to the matter later.
 
     Data: as many prompts that fulfil the condition as others, and a direction of any recipe.
 
@@ -97,6 +100,7 @@ def cast(
         negative: prompts on which not to.
         direction: what is added, with its own map.
         strength: None: the direction's own.
+        each_token: ask at each token, not once for a prompt.
 
     Returns:
         The direction with the gate; `stats["condition"]` holds its site, threshold and F1.
@@ -112,12 +116,14 @@ def cast(
     """
     layers = range(min(site.layer for site in direction.vectors) + 1)
     sites = [s for s in sites_of(model, ["resid_post"], layers) if s <= min(direction.vectors)]
-    rows = read_texts(model, tokenizer, [positive, negative], sites or [min(direction.vectors)])
+    reduce: Literal["mean", "last"] = "mean" if each_token else "last"
+    rows = read_texts(model, tokenizer, [positive, negative], sites or [min(direction.vectors)], reduce)
     condition = pca(*rows)
     best = {s: _best_f1(*(group[s].double() @ v.double() for group in rows)) for s, v in condition.vectors.items()}
     site = max(best, key=lambda s: best[s][0])
     f1, threshold = best[site]
     gate = when({site: condition.vectors[site]}, ">", threshold, "condition")
+    gate = gate if each_token else latched(gate)
     return _conditional(direction, gate, strength, {"site": str(site), "threshold": threshold, "f1": f1})
 
 
