@@ -31,6 +31,7 @@ DOCS = Path(__file__).parent
 sys.path.append(str(DOCS))
 
 import contrast_figures  # noqa: E402 - they lie beside this file
+import recipe_figures  # noqa: E402
 import training_figures  # noqa: E402
 
 HEADLINES = {"pocket": DOCS / "figures.json", "smol-think": DOCS / "figures-smol-think.json"}
@@ -431,8 +432,8 @@ def _range(values: list[float], shown: Callable[[float], str]) -> str:
 
 
 def recipes(given: Sources) -> str:
-    """One row a recipe; what was measured is `figures` of benchmarks/results/recipes.json."""
-    figures = given.get("recipes", {}).get("figures", {})
+    """One row a recipe."""
+    figures = recipe_figures.measured(given)
     rows = []
     for name, recipe in RECIPES.items():
         papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in recipe.papers)
@@ -482,6 +483,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "front_door": front_door,
     "options": options,
     **contrast_figures.FIGURES,
+    **recipe_figures.FIGURES,
     **training_figures.FIGURES,
 }
 

@@ -1,0 +1,524 @@
+"""Every recipe for reasoning on the bundled model at one KL budget: which shortens chains, which lifts accuracy?
+
+    python benchmarks/recipes.py --out runs/recipes             # goes on where it was stopped; one thread
+    python benchmarks/recipes.py --out runs/recipes --summary   # benchmarks/results/recipes.json
+
+Directions come from chains of extraction tasks; the layer, where a recipe leaves it open, is chosen on validation
+tasks; figures are those of evaluation tasks that neither has seen, with the seeds of the unsteered chains. Whatever a
+recipe gives is scaled until KL(steered || unsteered), in nats a token, is the budget over whole unsteered chains of
+validation tasks: the strength of what is added, of a floor or of a transport, the angle of a relative rotation, the
+difference of the weights. Two controls are scaled to the same budget, each drawn twice: the recipe's own map in random
+directions, and the recipe on data with shuffled labels. Intervals are 95 % over tasks, paired with the unsteered
+chains. `--budget`, `--tasks` and `--only` make a short pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipe_data import (
+    Data,
+    Pairs,
+    edited_heads,
+    shuffled_efficiency,
+    shuffled_pairs,
+    shuffled_steer2edit,
+    shuffled_thinkedit,
+    shuffled_thoughts,
+)
+
+from steerable.chains.generation import Job, generate_jobs
+from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.chains.tasks import make_splits
+from steerable.engines.base import Request
+from steerable.engines.transformers import Handle, TransformersEngine, score_tokens
+from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
+from steerable.evals.metrics import measure
+from steerable.methods import recipes
+from steerable.methods.weight_patch import LowRank, WeightPatch
+from steerable.models import loading as models
+from steerable.steering.direction import Direction
+from steerable.steering.maps import Rotate
+from steerable.steering.spec import Steering, scaled
+from steerable.store.errors import SteerableError, SteerableWarning
+from steerable.store.run_folder import read_json, write_json
+
+RESULTS = Path(__file__).parent / "results" / "recipes.json"
+SIZES = {"extraction": 120, "validation": 48, "evaluation": 100}
+SAMPLES = {"extraction": 4, "validation": 4, "evaluation": 4}
+CONTROLS = ("random", "shuffled")
+DRAWS = 2  # of each control: sample k is steered by draw k
+LAYERS = (2, 4)
+LONGEST, TEXTS, TOLERANCE = 400, 8, 0.05
+Made = Steering | WeightPatch
+Make = Callable[[Data, Any, int | None], Made | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe with an aim. make: of the data, one of `choices`, and the seed of shuffled labels or None."""
+
+    recipe: str
+    aim: str
+    make: Make
+    choices: tuple[Any, ...] = (None,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-{self.aim}"
+
+
+# --- the recipes ---
+
+
+def on_pairs(recipe: Callable[..., Any], read: Callable[[Data], Pairs], option: str = "layer", **more: Any) -> Make:
+    def make(data: Data, choice: Any, seed: int | None) -> Made:
+        pairs = read(data) if seed is None else shuffled_pairs(read(data), seed)
+        chosen = {} if choice is None else {option: choice}
+        return steering(recipe(*data.loaded, *pairs, **chosen, **more))
+
+    return make
+
+
+def seal(data: Data, layer: int, seed: int | None) -> Made:
+    chains = data.thoughts if seed is None else shuffled_thoughts(data.thoughts, seed)
+    labels = {"execution": ["deduction"], "others": ["backtracking", "uncertainty-estimation"]}
+    return steering(recipes.seal(*data.loaded, chains, **labels, layer=layer))
+
+
+def _efficiency(data: Data, layer: int, seed: int | None) -> Direction:
+    made = data.of_lengths(layer)
+    return made if seed is None else shuffled_efficiency(data, made, seed)
+
+
+def efficiency(data: Data, layer: int, seed: int | None) -> Made:
+    return steering(_efficiency(data, layer, seed))
+
+
+def conditional(recipe: Callable[..., Direction]) -> Make:
+    """Efficiency Steering on tasks that are mostly answered right."""
+
+    def make(data: Data, layer: int, seed: int | None) -> Made:
+        return steering(recipe(*data.loaded, *data.prompts(), direction=_efficiency(data, layer, seed)))
+
+    return make
+
+
+def thinkedit(data: Data, _: Any, seed: int | None) -> Made:
+    lengths = sorted(chain.spans[0].end - chain.spans[0].start for chain in data.lengths)
+    short, long = lengths[len(lengths) // 5], lengths[-len(lengths) // 5]
+    if seed is not None:
+        return shuffled_thinkedit(data, (sum(n < short for n in lengths), sum(n > long for n in lengths)), seed)
+    return recipes.thinkedit(*data.loaded, data.lengths, short=short, long=long, heads=edited_heads(data.loaded.model))
+
+
+def steer2edit(data: Data, _: Any, seed: int | None) -> Made:
+    made = recipes.steer2edit(*data.loaded, data.lengths)
+    if seed is None:
+        return made
+    count = max(1, round(0.05 * len(data.lengths)))
+    settings = {key: made.stats[key] for key in ("alpha", "rho_attention", "rho_mlp")}
+    return shuffled_steer2edit(data, (count, count), seed, **settings)
+
+
+def laser(data: Data, layer: int, seed: int | None) -> Made | None:
+    return recipes.laser(*data.loaded, layer=layer) if seed is None else None
+
+
+def east(data: Data, layer: int, seed: int | None) -> Made:
+    texts, entropies, runs = data.steps
+    if seed is not None:
+        order = torch.randperm(len(entropies), generator=torch.Generator().manual_seed(seed)).tolist()
+        entropies = [entropies[i] for i in order]
+    return steering(recipes.east(*data.loaded, texts, entropies, runs, layer=layer))
+
+
+def steering(given: Any) -> Steering:
+    return given.steering() if isinstance(given, Direction) else tuple(given)
+
+
+def rows() -> list[Row]:
+    """Every recipe that reads chains or pairs of them, with what it is asked for."""
+    made = [
+        Row("efficiency", "shorter", efficiency, LAYERS),
+        Row("steer2edit", "shorter", steer2edit),
+    ]
+    for name, choices, more in (
+        ("caa", LAYERS, {"strength": 1.0}),
+        ("linear-act", (None,), {}),
+        ("shift-vectors", LAYERS, {}),
+        ("fractional", (None,), {}),
+        ("angular", (None,), {}),
+    ):
+        function = recipes.RECIPES[name].function
+        made += [
+            Row(name, "right", on_pairs(function, Data.more_right, **more), choices),
+            Row(name, "shorter", on_pairs(function, Data.shorter, **more), choices),
+        ]
+    made += [
+        Row("seal", "shorter", seal, LAYERS),
+        Row("thinkedit", "right", thinkedit),
+        Row("repe", "shorter", on_pairs(recipes.repe, Data.shorter)),
+        Row("selective", "shorter", on_pairs(recipes.selective, Data.shorter)),
+        Row("raptor", "shorter", on_pairs(recipes.raptor, Data.shorter, above=0.5)),
+        Row("cast", "shorter", conditional(recipes.cast), LAYERS),
+        Row("guiding-giants", "shorter", conditional(recipes.guiding_giants), LAYERS),
+        Row("laser", "right", laser, (4, 5)),
+        Row("east", "right", east, LAYERS),
+    ]
+    return made
+
+
+# --- doses ---
+
+
+def dosed(made: Made, factor: float) -> Made:
+    """What a recipe gives, `factor` times as strong."""
+    if isinstance(made, WeightPatch):
+        changes = {
+            name: LowRank(change.left * factor, change.right) if isinstance(change, LowRank) else change * factor
+            for name, change in made.changes.items()
+        }
+        return replace(made, changes=changes)
+    if any(isinstance(i.map, Rotate) and not i.map.absolute for i in made):
+        return tuple(replace(i, map=Rotate(min(180.0, i.map.degrees * factor))) for i in made)
+    return tuple(scaled(made, factor))
+
+
+def random_like(made: Made, seed: int) -> Made:
+    """The same maps in random directions; of a patch, what is written is random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        new = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return (new / new.norm(dim=0, keepdim=True) * like.double().norm(dim=0, keepdim=True)).to(like.dtype)
+
+    if isinstance(made, WeightPatch):
+        changes = {
+            name: LowRank(drawn(change.left), change.right) if isinstance(change, LowRank) else drawn(change)
+            for name, change in made.changes.items()
+        }
+        return replace(made, changes=changes)
+    bases = [torch.linalg.qr(drawn(i.basis.double()))[0] for i in made]
+    return tuple(replace(i, basis=basis) for i, basis in zip(made, bases, strict=True))
+
+
+@contextmanager
+def patched(model: Any, made: Made) -> Iterator[Steering]:
+    """The steering to generate with, while a patch is in the weights."""
+    if isinstance(made, WeightPatch):
+        with made.apply(model):
+            yield ()
+    else:
+        yield made
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Unsteered chains, on which the divergence of whatever steers is measured."""
+
+    loaded: models.Loaded
+    chains: Sequence[Record]
+
+    @cached_property
+    def plain(self) -> torch.Tensor:
+        return self.logs(())
+
+    def logs(self, made: Made) -> torch.Tensor:
+        """Log-probabilities [tokens, vocabulary] over all chains."""
+        model, tokenizer = self.loaded
+        texts = [[*c["prompt_ids"], *c["ids"]] for c in self.chains]
+        starts = [len(c["prompt_ids"]) for c in self.chains]
+        with patched(model, made) as steered, Handle(model, [steered], tokenizer, track=False) as handle:
+            passes = [[0 if steered else -1] * len(texts)]
+            return torch.cat(score_tokens(model, texts, starts, _first, handle=handle, passes=passes))
+
+    def divergence(self, made: Made) -> float:
+        """KL(steered || unsteered), the mean over all tokens."""
+        steered = self.logs(made)
+        value = float((steered.exp() * (steered - self.plain)).sum(-1).mean())
+        return value if math.isfinite(value) else math.inf
+
+    def dose(self, made: Made, budget: float, factor: float = 1.0) -> tuple[float, float]:
+        """The factor at which the divergence is the budget, and the divergence there: bracketed, then by the secant of
+        its logarithm over that of the factor. factor: where the search begins. Raises SteerableError where the budget
+        is not reached."""
+        curve: dict[float, float] = {}
+        for step in range(30):
+            curve[factor] = value = max(1e-9, self.divergence(dosed(made, factor)))
+            if abs(value - budget) <= TOLERANCE * budget:
+                return factor, value
+            above = min((f for f, kl in curve.items() if kl > budget), default=None)
+            below = max((f for f, kl in curve.items() if kl <= budget and (above is None or f < above)), default=None)
+            if above is None or below is None:
+                guess = factor * min(4.0, max(0.25, math.sqrt(budget / value)))
+                factor = guess * (1.1 if above is None else 1 / 1.1)
+                if not 1e-4 < factor < 1e4:
+                    break
+                continue
+            share = math.log(budget / curve[below]) / math.log(curve[above] / curve[below]) if step % 3 else 0.5
+            factor = below * (above / below) ** min(max(share, 0.05), 0.95)
+        best = min(curve, key=lambda f: abs(curve[f] - budget))
+        if abs(curve[best] - budget) <= 0.1 * budget:
+            return best, curve[best]
+        raise SteerableError(f"no dose moves the model by {budget:g}: {curve[best]:.3g} at {best:.3g} is the nearest")
+
+
+# --- the work ---
+
+
+class Work:
+    """One folder of chains, settings and times; what is finished is not done again."""
+
+    def __init__(self, out: Path, budget: float, sizes: dict[str, int]):
+        self.out, self.budget = out, budget
+        self.loaded = models.load("pocket")
+        if not (out / "tasks.jsonl").exists():
+            write_jsonl(out / "tasks.jsonl", make_splits("pocket", sizes, seed=0))
+        tasks = read_jsonl(out / "tasks.jsonl", "task")
+        self.tasks = {split: [t for t in tasks if t["split"] == split][:size] for split, size in sizes.items()}
+        self.cache: dict[Any, Made | None] = {}
+
+    def chains(self, name: str, split: str, cells: Callable[[], Sequence[tuple[Sequence[int], Made]]]) -> list[Record]:
+        """The chains of a file; each cell has its samples and what steers them."""
+        file = self.out / "chains" / f"{name}.jsonl"
+        if not file.exists():
+            chains = []
+            for samples, made in cells():
+                with patched(self.loaded.model, made) as steered:
+                    job = Job(self.tasks[split], samples, steered)
+                    chains += generate_jobs(self.loaded, [job], max_new_tokens=LONGEST, workers=1)[0]
+            write_jsonl(file, chains)
+        return read_jsonl(file, "chain")
+
+    def unsteered(self, split: str) -> list[Record]:
+        return self.chains(split, split, lambda: [(range(SAMPLES[split]), ())])
+
+    @cached_property
+    def data(self) -> Data:
+        tasks = {task["id"]: task for task in self.tasks["extraction"]}
+        return Data(self.loaded, tasks, [c for c in self.unsteered("extraction") if c["task_id"] in tasks])
+
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts(self.loaded, [c for c in self.unsteered("validation") if c["sample"] == 0][:TEXTS])
+
+    def made(self, row: Row, choice: Any, seed: int | None = None) -> Made | None:
+        key = row.name, choice, seed
+        if key not in self.cache:
+            self.cache[key] = row.make(self.data, choice, seed)
+        return self.cache[key]
+
+    def setting(self, row: Row) -> dict[str, Any]:
+        """The choice that validation tasks prefer, and its dose.
+
+        Where chains are to be shorter: the shortest of those whose accuracy falls by no more than 5 points, else the
+        most accurate. Where answers are to be right: the most accurate.
+        """
+        file = self.out / "settings" / f"{row.name}.json"
+        if not file.exists():
+            before = self.measured("validation", self.unsteered("validation"))
+            accuracy = _mean(before, "accuracy")
+            tried = []
+            for choice in row.choices:
+                try:
+                    made = self.made(row, choice)
+                    assert made is not None
+                    factor, kl = self.texts.dose(made, self.budget)
+                except SteerableError as error:
+                    tried.append({"choice": choice, "error": str(error)})
+                    continue
+                if len(row.choices) == 1:
+                    tried.append({"choice": choice, "factor": factor, "kl": kl, "accuracy": None, "thinking": None})
+                    continue
+                name = f"validation/{row.name}-{choice}"
+                cells = [((0, 1), dosed(made, factor))]
+                after = self.measured("validation", self.chains(name, "validation", lambda cells=cells: cells))
+                figures = {key: _mean(after, key) for key in ("accuracy", "thinking")}
+                tried.append({"choice": choice, "factor": factor, "kl": kl, **figures})
+            able = [t for t in tried if "error" not in t]
+            best = able[0] if len(able) == 1 else None
+            if len(able) > 1:
+                cheap = [t for t in able if t["accuracy"] >= accuracy - 0.05] if row.aim == "shorter" else []
+                best = min(cheap, key=lambda t: t["thinking"]) if cheap else max(able, key=lambda t: t["accuracy"])
+            unsteered = {key: _mean(before, key) for key in ("accuracy", "thinking")}
+            write_json(file, {"chosen": best, "tried": tried, "unsteered": unsteered})
+        return read_json(file)  # type: ignore[no-any-return]
+
+    def steered(self, row: Row) -> Made:
+        chosen = self.setting(row)["chosen"]
+        return dosed(self.made(row, chosen["choice"]), chosen["factor"])  # type: ignore[arg-type]
+
+    def evaluate(self, row: Row) -> list[Record]:
+        return self.chains(row.name, "evaluation", lambda: [(range(SAMPLES["evaluation"]), self.steered(row))])
+
+    def control(self, row: Row, kind: str) -> list[Record] | None:
+        """Chains of a control at the same budget; None where the recipe has none, or none that reaches the budget."""
+        chosen = self.setting(row)["chosen"]
+        file = self.out / "settings" / f"{row.name}-{kind}.json"
+        if not file.exists():
+            doses: list[dict[str, Any]] | None = []
+            try:
+                for seed in range(DRAWS):
+                    if (made := self.undosed(row, kind, seed)) is None:
+                        raise SteerableError("it learns from nothing that could be shuffled")
+                    factor, kl = self.texts.dose(made, self.budget, chosen["factor"])
+                    doses.append({"factor": factor, "kl": kl})
+            except SteerableError as error:
+                doses = [{"error": str(error)}]
+            write_json(file, doses)
+        doses = read_json(file, list)
+        if "error" in doses[0]:
+            return None
+        drawn = enumerate(dose["factor"] for dose in doses)
+        return self.chains(
+            f"{row.name}-{kind}",
+            "evaluation",
+            lambda: [([seed], dosed(self.undosed(row, kind, seed), factor)) for seed, factor in drawn],
+        )
+
+    def undosed(self, row: Row, kind: str, seed: int) -> Made | None:
+        """A draw of a control as it comes."""
+        choice = self.setting(row)["chosen"]["choice"]
+        if kind == "shuffled":
+            return self.made(row, choice, seed + 1)
+        return random_like(self.made(row, choice), seed)
+
+    def measured(self, split: str, chains: Sequence[Record]) -> list[dict[str, Any]]:
+        figures = measure(self.tasks[split], chains, None, self.loaded.tokenizer)
+        return [
+            {
+                "task_id": m.task_id, "sample": m.sample, "accuracy": float(bool(m.correct)),
+                "thinking": m.chain["thinking_tokens"], "loops": m.loops, "unclosed": float(m.unclosed),
+            }
+            for m in figures
+        ]  # fmt: skip
+
+    def seconds(self, row: Row, rows: int = 64, tokens: int = 24, repeats: int = 3) -> float:
+        """CPU seconds a token beside the unsteered model's, which take turns; the median of the ratios."""
+        file = self.out / "times" / f"{row.name}.json"
+        if not file.exists():
+            made, model = self.steered(row), self.loaded.model
+            prompts = [c["prompt_ids"] for c in self.unsteered("evaluation")[:rows]]
+            stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+            ratios = []
+            for _ in range(repeats):
+                spent = []
+                for given in ((), made):
+                    with patched(model, given) as steered:
+                        requests = [Request(ids, seed, steered) for seed, ids in enumerate(prompts)]
+                        start = time.process_time()
+                        TransformersEngine(*self.loaded).generate(requests, max_new_tokens=tokens)
+                        spent.append(time.process_time() - start)
+                ratios.append(spent[1] / spent[0])
+            model.generation_config.eos_token_id = stops
+            write_json(file, sorted(ratios))
+        return sorted(read_json(file))[repeats // 2]  # type: ignore[no-any-return]
+
+
+def _first(logs: list[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    return logs[0]
+
+
+def _mean(measured: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in measured) / len(measured)
+
+
+# --- the summary ---
+
+
+def summarise(work: Work, chosen: Sequence[Row], out: Path) -> None:
+    base = work.measured("evaluation", work.unsteered("evaluation"))
+    table = []
+    for row in chosen:
+        if not (work.out / "chains" / f"{row.name}.jsonl").exists():
+            continue
+        made: dict[str, Any] = {"recipe": row.recipe, "aim": row.aim, **work.setting(row)}
+        made |= effects(work.measured("evaluation", work.evaluate(row)), base)
+        made["kl_of_its_own_chains"] = of_own_chains(work, row)
+        for kind in CONTROLS:
+            if (work.out / "settings" / f"{row.name}-{kind}.json").exists() and (chains := work.control(row, kind)):
+                made[kind] = effects(work.measured("evaluation", chains), base)
+                made[kind]["doses"] = read_json(work.out / "settings" / f"{row.name}-{kind}.json")
+                made[kind]["beyond"] = effects(
+                    work.measured("evaluation", work.evaluate(row)), work.measured("evaluation", chains)
+                )
+        if (work.out / "times" / f"{row.name}.json").exists():
+            made["time"] = work.seconds(row)
+        table.append(made)
+    unsteered = {k: mean_interval(by_task((r["task_id"], r[k]) for r in base)) for k in COLUMNS}
+    about = {"model": "pocket", "budget": work.budget, "tasks": {k: len(v) for k, v in work.tasks.items()}}
+    write_json(out, {**about, "samples": SAMPLES, "unsteered": unsteered, "rows": table})
+    for made in table:
+        print(made["recipe"], made["aim"], {k: made[k] for k in ("accuracy_change", "thinking_ratio")})
+
+
+COLUMNS = ("accuracy", "thinking", "loops", "unclosed")
+
+
+def effects(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means, and differences to the same samples of the same tasks, with their intervals."""
+    samples = {row["sample"] for row in rows} & {row["sample"] for row in base}
+    after, before = (
+        {k: by_task((r["task_id"], r[k]) for r in some if r["sample"] in samples) for k in COLUMNS}
+        for some in (rows, base)
+    )
+    whole = {k: by_task((r["task_id"], r[k]) for r in rows) for k in COLUMNS}
+    return {
+        **{k: mean_interval(whole[k]) for k in COLUMNS},
+        "accuracy_change": difference_interval(after["accuracy"], before["accuracy"]),
+        "thinking_ratio": ratio_interval(after["thinking"], before["thinking"]),
+        "loops_change": difference_interval(after["loops"], before["loops"]),
+    }
+
+
+def of_own_chains(work: Work, row: Row) -> float:
+    """KL(steered || unsteered) over the recipe's own chains of 60 tasks."""
+    file = work.out / "divergences" / f"{row.name}.json"
+    if not file.exists():
+        chains = [c for c in work.evaluate(row) if c["sample"] == 0][:60]
+        write_json(file, Texts(work.loaded, chains).divergence(work.steered(row)))
+    return float(read_json(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--budget", type=float, default=0.05, help="nats a token")
+    parser.add_argument("--tasks", type=float, default=1.0, help="share of the tasks")
+    parser.add_argument("--only", nargs="+", help="rows, recipe-aim")
+    parser.add_argument("--stages", nargs="+", default=["settings", "evaluation", "controls", "times"])
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", SteerableWarning)
+    work = Work(args.out, args.budget, {name: round(n * args.tasks) for name, n in SIZES.items()})
+    chosen = [row for row in rows() if not args.only or row.name in args.only]
+    if not args.summary:
+        do = {
+            "settings": lambda row: work.setting(row)["chosen"],
+            "evaluation": lambda row: len(work.evaluate(row)),
+            "controls": lambda row: [len(work.control(row, kind) or ()) for kind in CONTROLS],
+            "times": work.seconds,
+        }
+        work.unsteered("evaluation")
+        for row, stage in itertools.product(chosen, args.stages):
+            if stage == "settings" or work.setting(row)["chosen"]:
+                print(time.strftime("%H:%M:%S"), stage, row.name, do[stage](row), flush=True)
+    summarise(work, chosen, args.to)
+
+
+if __name__ == "__main__":
+    main()
