@@ -115,6 +115,8 @@ def test_margin_over_turns(planted, sides):
         passage_means(model, whole(side), [SITE])[SITE].double() @ direction.vectors[SITE].double() for side in sides
     )
     spread = ((a.var() + b.var()) / 2).sqrt()  # turn 0 is the margin of the texts alone
+    with pytest.raises(UsageError, match="two pairs or more"):
+        margin_over_turns(model, direction, contexts, sides[0][:1], sides[1][:1])
     assert margins[0] == pytest.approx(float((a.mean() - b.mean()) / spread), rel=1e-3)
 
 

@@ -141,7 +141,7 @@ def test_of_a_run_folder(steerable, finished, file, tmp_path):
         ({"strengths": "0,1"}, "--strengths is '0,1': expected numbers of one sign"),
         ({"strengths": "-1,1"}, "expected numbers of one sign"),
         ({"samples": 0}, "--samples is 0"),
-        ({"loops": -1.0}, "the limit of loops is -1.0: expected a number above 0"),
+        ({"loops": -1.0}, "the limit of loops is -1.0: expected 0 or more"),
         ({"layers": "9"}, "no vector at layer 9"),
         (
             {"validation": 5},

@@ -130,7 +130,7 @@ def test_ls_recipes(steerable):
         ("steer --recipe laser", "the recipe laser gives a patch: use `steerable edit --recipe laser`"),
         ("edit --recipe caa --out x", "the recipe caa gives a direction: use `steerable steer --recipe caa`"),
         ("steer --recipe caa", "the recipe caa needs --data, a file: positive, negative"),
-        ("edit --recipe laser --data runs/short --out x", "the recipe laser takes no --data"),
+        ("edit --recipe laser --data runs/short --out x.safetensors", "the recipe laser takes no --data"),
         ("steer --recipe caa --data nowhere.jsonl", "there is no file nowhere.jsonl"),
         ("steer --recipe seal --data .", "is no run folder"),
         ("steer --recipe caa --samples 3", "--samples is an option of the stage, not of a recipe"),
@@ -145,10 +145,15 @@ def test_ls_recipes(steerable):
         ("steer --recipe caa --data examples/contrasts/happy-sad.jsonl --set layer=9", "there is no layer 9"),
         ("steer --recipe assistant-axis --data steps.jsonl", "record 1 has no 'role': expected role, text"),
         ("steer --recipe east --data steps.txt", "there is no file steps.txt with prompt, entropy, run"),
-        ("edit --recipe thinkedit --data runs/short --out x", "no chain has "),
         ("steer --recipe sae --data runs/short --set feature=1", "runs/short is no folder of a sparse autoencoder"),
         ("steer --recipe sae --data autoencoder --set feature=200", "there is no feature 200"),
         ("steer --recipe sae --data autoencoder --set along=formal.safetensors", "the autoencoder reads resid_post.3"),
+        ("edit --recipe thinkedit --data runs/short --out x.safetensors", "no chain has "),
+        ("edit --recipe laser --out x", "--out is x: a patch's file ends in .safetensors"),
+        ("edit --recipe laser --out x.safetensors --merge runs", "--merge is runs, which is there already"),
+        ("edit --recipe laser --out x.safetensors --merge steps.jsonl", "steps.jsonl is a file: --merge must name a"),
+        ("edit --recipe laser --out x.safetensors --set share=-3", "share is -3: expected a number above 0 and below"),
+        ("steer --recipe seal --data steps.jsonl", "steps.jsonl is a file: --data must name a folder"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(steerable, place, line, text):
@@ -168,6 +173,14 @@ def test_data_that_lack_something_are_one_sentence(steerable, place):
     write(place / "steps.jsonl", [{"prompt": "A", "entropy": "high", "run": 1}])
     said = steerable("steer", "--recipe", "east", "--data", "steps.jsonl")
     assert "record 1 has the entropy 'high': expected a number" in said.err
+    write(place / "same.jsonl", [{"positive": "So it is 7.", "negative": "So it is 7."}] * 4)
+    said = steerable("steer", "--recipe", "caa", "--data", "same.jsonl")
+    assert said.code == 2 and "the recipe caa gives nothing" in said.err and not (place / "caa.safetensors").exists()
+    tasks = Path("runs/short/tasks.jsonl").read_text()
+    (place / "runs/short/tasks.jsonl").write_text("".join(tasks.splitlines(keepends=True)[1:]))
+    said = steerable("steer", "--recipe", "efficiency", "--data", "runs/short")
+    assert said.code == 2 and "tasks.jsonl lacks the task" in said.err
+    (place / "runs/short/tasks.jsonl").write_text(tasks)
     chains = [json.loads(line) | {"closed": False} for line in Path("runs/short/chains.jsonl").read_text().splitlines()]
     write(place / "runs/short/chains.jsonl", chains)
     said = steerable("steer", "--recipe", "efficiency", "--data", "runs/short")

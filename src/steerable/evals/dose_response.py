@@ -62,8 +62,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value >= 0 or name in ("kl", "perplexity") and not value > 0:
-                raise UsageError(f"the limit of {name} is {value!r}: expected a number above 0")
+            above = name in ("kl", "perplexity")
+            if not value >= 0 or above and not value > 0:
+                expected = "a number above 0" if above else "0 or more"
+                raise UsageError(f"the limit of {name} is {value!r}: expected {expected}")
 
     def broken(self, rows: Rows, base: Rows, *, is_early: bool = False) -> list[str]:
         """Which limits the rows break beside the unsteered rows of the same tasks; what was not measured breaks none.

@@ -44,7 +44,8 @@ def fewest_tasks(settings: int, share: float = SHARE) -> int:
     spare = share * _MARGIN * (settings + 1) - 1
     if spare <= 0:
         raise UsageError(
-            f"a grid of {settings} settings is too small to be searched at {share:.0%} of its cost: measure all of it"
+            f"a grid of {settings} settings is too small to be searched at {share:.0%} of its cost: measure all of it "
+            "(--full-grid)"
         )
     return math.ceil(2 * settings / spare)
 

@@ -203,10 +203,15 @@ def margin_over_turns(
     Returns:
         The margin behind every context, in standard deviations of the projections of both sides behind the first.
 
+    Raises:
+        UsageError: fewer than two pairs, which have no standard deviation.
+
     Example:
         >>> margin_over_turns(model, direction, [[], first_turn, both_turns], happy, sad)
         [2.1, 1.9, 1.8]
     """
+    if min(len(positive), len(negative)) < 2:
+        raise UsageError("a margin in standard deviations needs two pairs or more")
     margins: list[float] = []
     spread = 1.0
     for context in contexts:

@@ -270,6 +270,11 @@ class GridSearch:
                 if interval is not None and interval[1] > 0 and chains >= _CLEAR:
                     return s, ""
                 reason = f"no setting within the limits has a clear gain of {self.how['target']}"
+                if chains < _CLEAR:
+                    reason = (
+                        f"a gain is told from {_CLEAR} chains of a setting or more, and there are {chains}: give more "
+                        "--validation or --samples"
+                    )
         return None, reason
 
     def _lost(self, chosen: Setting | None, best: Setting | None) -> dict[str, Any]:

@@ -108,6 +108,10 @@ def calibrate_files(
     source = None if run is None else open_run(run)
     recorded = {} if source is None else recorded_settings(source.folder)
     config = Config(recorded.keys() - settings.keys(), **recorded | settings)
+    if source is not None and "validation" in settings:
+        raise UsageError(
+            "--validation is the number of tasks, which --run has already: leave it out, or leave out --run"
+        )
     limits = Limits(config.budget, perplexity, loops, unclosed, accuracy)
     directions = {str(file): import_file(file) for file in files}
     target, is_label = _target(target, next(iter(directions.values())), config)
@@ -120,9 +124,10 @@ def calibrate_files(
     tasks = make_tasks(config.tasks, config.validation, config.seed) if source is None else source.tasks("validation")
     grid = len(arms) * len(doses)
     if not full_grid and len(tasks) < (fewest := fewest_tasks(grid)):
+        more = f"--validation {fewest}, " if source is None else ""
         raise UsageError(
             f"{grid} settings need {fewest} tasks or more for a search at a quarter of the grid's cost, and there are "
-            f"{len(tasks)}: give --validation {fewest}, fewer --strengths or --layers, or --full-grid"
+            f"{len(tasks)}: give {more}fewer --strengths or --layers, or --full-grid"
         )
     reference = None if source is None else source.reference
     how = {"target": target, "aim": aim, "strengths": doses, "samples": samples, "full_grid": full_grid}

@@ -24,7 +24,7 @@ from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import file_target, folder_target
+from steerable.store.files import folder_target, writable_target
 from steerable.store.text import one_line
 
 DATA = {
@@ -87,7 +87,7 @@ def steer_or_recipe(
     if odd := [name for name in settings if name not in _MODEL]:
         raise UsageError(f"{flag(odd[0])} is an option of the stage, not of a recipe: give recipes' options with --set")
     suffix = _suffix(chosen)
-    file_target(target := out or Path(f"{recipe}{suffix}"))
+    writable_target(target := out or Path(f"{recipe}{suffix}"))
     if target.suffix != suffix:
         raise UsageError(f"--out is {target}: the recipe {recipe} gives a {chosen.gives}, whose file ends in {suffix}")
     result, model = _made(recipe, chosen, data, options, settings)
@@ -148,9 +148,11 @@ def edit(
         >>> edit("laser", model="pocket", options=["share=0.5"], out="laser.safetensors")  # doctest: +SKIP
     """
     chosen = _recipe(recipe, ("patch",))
-    file_target(out)
-    if merge is not None:
-        folder_target(merge)
+    if out.suffix != _suffix(chosen):
+        raise UsageError(f"--out is {out}: a patch's file ends in {_suffix(chosen)}")
+    writable_target(out)
+    if merge is not None and folder_target(merge, "--merge").exists():
+        raise UsageError(f"--merge is {merge}, which is there already: name a new folder")
     given = {"model": model, "revision": revision, "dtype": dtype, "device": device}
     settings = {name: value for name, value in given.items() if value is not None}
     loaded: list[models.Loaded] = []
@@ -245,6 +247,8 @@ def _made(
         takes = f"needs --data, {DATA[recipe.data]}" if recipe.data else "takes no --data"
         raise UsageError(f"the recipe {name} {takes}")
     if recipe.data in ("thoughts", "lengths"):
+        folder_target(data or "", "--data")
+    if recipe.data in ("thoughts", "lengths"):
         job = open_run(data or "")
         recorded = recorded_settings(job.folder)
         job.config = Config(recorded.keys() - settings.keys(), **recorded | dict(settings))
@@ -259,7 +263,10 @@ def _made(
         loaded = models.load(**given)
     if keep is not None:
         keep.append(loaded)
-    return recipe.function(*loaded, *inputs, **parameters), model
+    made = recipe.function(*loaded, *inputs, **parameters)
+    if isinstance(made, Direction) and not any(vector.any() for vector in made.vectors.values()):
+        raise UsageError(f"the recipe {name} gives nothing: its two kinds of data are the same to the model")
+    return made, model
 
 
 # --- parameters ---
@@ -325,11 +332,17 @@ def _lengths(job: Run) -> Records:
         chain
         for chain in read_jsonl(job.folder / "chains.jsonl", "chain")
         if chain["closed"] and chain["thinking"].strip()
-        if correct(tasks[chain["task_id"]], chain["answer"]) is not False
+        if correct(_task(tasks, chain), chain["answer"]) is not False
     ]
     if not chains:
         raise UsageError(f"{job.folder.root} holds no right chain that came to an end: give a run with more tasks")
     return chains, [[{"label": "thinking", "start": 0, "end": len(chain["thinking"])}] for chain in chains]
+
+
+def _task(tasks: Mapping[str, Any], chain: Mapping[str, Any]) -> Any:
+    if (task := tasks.get(chain["task_id"])) is None:
+        raise UsageError(f"tasks.jsonl lacks the task {chain['task_id']!r} of a chain: give the folder of a whole run")
+    return task
 
 
 def _aligned(job: Run, chains: list[Any], spans: list[Any]) -> list[AlignedChain]:

@@ -73,12 +73,13 @@ def writable_target(path: str | Path) -> Path:
         raise SteerableError(_sentence(Path(path), error)) from error
 
 
-def folder_target(path: str | Path) -> Path:
+def folder_target(path: str | Path, option: str = "--out") -> Path:
     """The folder that writing into `path` would use or make: the end of its symbolic links. Nothing is touched.
+    option: the one that names it.
 
     Raises UsageError where that is something else, and where something on the way to it is no folder.
     """
-    return _target(path, stat.S_ISDIR, "--out must name a folder")
+    return _target(path, stat.S_ISDIR, f"{option} must name a folder")
 
 
 def _target(path: str | Path, is_wanted: Callable[[int], bool], expected: str) -> Path:

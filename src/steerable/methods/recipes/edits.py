@@ -160,6 +160,8 @@ def laser(
         raise UsageError(f"a block of this model has no matrix {matrix}: expected one of {', '.join(maps)}")
     weight = maps[matrix]
     name = next(name for name, other in models.unwrap(model).named_parameters() if other is weight)
+    if not 0 < share < 1:
+        raise UsageError(f"share is {share}: expected a number above 0 and below 1")
     return truncate_matrix(model, name, max(1, int(share * min(weight.shape))))
 
 
