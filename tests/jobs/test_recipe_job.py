@@ -126,7 +126,7 @@ def test_ls_recipes(steerable):
     ("line", "text"),
     [
         ("edit --recipe leser --out x", "unknown recipe 'leser': expected one like laser"),
-        ("steer --recipe dance --out x", "unknown recipe 'dance': expected one of seal, efficiency"),
+        ("steer --recipe xyz --out x", "unknown recipe 'xyz': expected one of seal, efficiency"),
         ("steer --recipe laser", "the recipe laser gives a patch: use `steerable edit --recipe laser`"),
         ("edit --recipe caa --out x", "the recipe caa gives a direction: use `steerable steer --recipe caa`"),
         ("steer --recipe caa", "the recipe caa needs --data, a file: positive, negative"),
