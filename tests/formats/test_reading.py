@@ -8,6 +8,7 @@ from vector_files import direction_of, gguf_bytes, steering_lite_bytes, torch_by
 import steerable as st
 from steerable.formats import NeedsChoice, export_file, import_file, import_to, validate_file
 from steerable.steering.direction import Direction
+from steerable.steering.spec import Program, shift
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 
@@ -332,3 +333,11 @@ def test_a_name_in_a_file_is_no_path(tmp_path, name):
     for path in st.save_pretrained(direction, inside / "card"):
         assert path.parent == inside / "card" and path.name.isprintable()
     assert {p.name for p in tmp_path.iterdir()} == {"inside"}
+
+
+def test_a_steering_file_and_a_patch_are_called_what_they_are(tmp_path):
+    Program([shift(st.Site("resid_post", 1), torch.ones(4), 1.0)]).save(tmp_path / "steering.json")
+    st.WeightPatch({"up.weight": torch.ones(2, 2)}).save(tmp_path / "patch.safetensors")
+    for name, text in (("steering.json", "it is a steering file"), ("patch.safetensors", "it is a patch of weights")):
+        with pytest.raises(UsageError, match=text):
+            import_file(tmp_path / name)

@@ -35,6 +35,16 @@ def refuse(source: Source) -> None:
         raise UsageError(
             "it names features of a sparse autoencoder (BrainPatch 0.1) and holds no vectors: compile it first"
         )
+    if isinstance(source.json, list) and any(
+        isinstance(i, Mapping) and {"site", "basis", "map"} <= set(i) for i in source.json
+    ):
+        raise UsageError(
+            "it is a steering file, several interventions that no direction file can hold: `chat --steer` takes it"
+        )
+    if "steerable.patch" in source.safetensors[0]:
+        raise UsageError(
+            "it is a patch of weights, made by `steerable edit`, and holds no vectors: st.WeightPatch loads it"
+        )
     content = source.torch
     keys = {str(key) for key in content} if isinstance(content, Mapping) else set()
     reft_folder = source.kind == "folder" and any(source.path.glob("intkey_*.bin"))
