@@ -180,14 +180,20 @@ def test_stopped_by_ctrl_c(finished, tiny, tmp_path, nursery, steerable):
         assert nursery.end() == 1  # and nothing else on standard output
         *progress, last = errors.read_text().splitlines()
         assert last == "steerable: stopped; what was finished is kept, and the same command goes on from there"
-        assert all(line.endswith(("done", "was done already")) for line in progress), progress
+        assert_stages_alone(progress)
         assert_gone(group)
     assert any(out.glob(".partial/generate-*/blocks/0.jsonl")) and not any(out.rglob("*.tmp"))
     last = steerable("run", "--workers", 1, "--out", out, *tiny)
     assert last.code == 0
     assert_same(out, finished)  # also: two workers make the same bytes as one
-    said = last.err.splitlines()
-    assert len(said) == len(STAGES) and all(line.endswith(("done", "already")) for line in said), last.err
+    assert assert_stages_alone(last.err.splitlines()) == len(STAGES)
+
+
+def assert_stages_alone(lines):
+    """Nothing but the stages that are done, how many, and on a busy machine how far the others are."""
+    done = [line for line in lines if not line.startswith("stage ")]
+    assert all(line.endswith(("done", "was done already")) for line in done), lines
+    return len(done)
 
 
 def test_the_run_folder_is_what_the_design_says(finished):
