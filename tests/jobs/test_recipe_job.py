@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,13 @@ def test_what_does_not_fit_is_one_sentence(steerable, place, line, text):
     assert said.code == 2 and said.out == "" and text in said.err
     assert said.err.startswith("steerable: ") and said.err.count("\n") == 1
     assert {path.name for path in place.iterdir()} == before
+
+
+def test_scikit_learn_is_asked_for_before_the_model(steerable, place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name, more in (("raptor", ""), ("guiding-giants", " --set direction=formal.safetensors")):
+        line = f"steer --recipe {name} --data examples/contrasts/happy-sad.jsonl --model no/where{more}"
+        assert "pip install 'steerable[probe]'" in steerable(*line.split()).err
 
 
 def test_data_that_lack_something_are_one_sentence(steerable, place):

@@ -1,6 +1,7 @@
 """Weight patches: the same function applied and as hooks, taken back bit for bit, saved and merged."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def test_revert_is_exact_in_lower_precision_and_after_an_exception(dtype):
     with pytest.raises(ZeroDivisionError), patch.hooked(model):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("size", "is_lost"), [(1e-6, True), (1e-3, False)])
+def test_a_patch_that_rounding_takes_away_is_told(size, is_lost):
+    """A weight of 0.02 has steps of 1e-4 in bfloat16."""
+    model, name = tiny("llama").bfloat16(), DOWN + ".weight"
+    weight = model.get_parameter(name)
+    with torch.no_grad():
+        weight.fill_(0.02)
+    patch, before = st.WeightPatch({name: torch.full(weight.shape, size)}), bits(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", SteerableWarning)
+        with patch.apply(model):
+            assert same_bits(bits(model), before) == is_lost
+        with st.WeightPatch({name: torch.zeros(weight.shape)}).apply(model):
+            pass
+        with patch.apply(model.float()):
+            pass
+    text = f"most of the patch is lost in the rounding to bfloat16 in 1 of 1 weight, {name} the first"
+    assert [text in str(w.message) for w in told] == [True] * is_lost
 
 
 def test_patches_on_each_other_are_reverted_in_turn():

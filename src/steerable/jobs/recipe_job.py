@@ -40,8 +40,8 @@ DATA = {
 GIVES = ("direction", "steering", "patch")
 _LOADING = {"model": "name_or_path", "attention": "attn_implementation"}
 _MODEL = ("model", "revision", "dtype", "device", "quantization", "attention", "trust_remote_code")
-_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool}
+_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def steer_or_recipe(
@@ -90,7 +90,7 @@ def steer_or_recipe(
     writable_target(target := out or Path(f"{recipe}{suffix}"))
     if target.suffix != suffix:
         raise UsageError(f"--out is {target}: the recipe {recipe} gives a {chosen.gives}, whose file ends in {suffix}")
-    result, model = _made(recipe, chosen, data, options, settings)
+    result, model, _ = _made(recipe, chosen, data, options, settings)
     result.save(target)
     if isinstance(result, Direction):
         sites, strength = list(result.vectors), result.strength
@@ -155,11 +155,10 @@ def edit(
         raise UsageError(f"--merge is {merge}, which is there already: name a new folder")
     given = {"model": model, "revision": revision, "dtype": dtype, "device": device}
     settings = {name: value for name, value in given.items() if value is not None}
-    loaded: list[models.Loaded] = []
-    patch, name = _made(recipe, chosen, data, options, settings, loaded)
+    patch, name, loaded = _made(recipe, chosen, data, options, settings)
     patch.save(out)
     if merge is not None:
-        patch.merge(*loaded[0], merge)
+        patch.merge(*loaded, merge)
     if display is not None:
         display.tell(f"{out}: {patch!r}", *([f"{merge}: the edited model"] if merge else []))
     about = {"weights": list(patch.changes), "stats": patch.stats, "merged": None if merge is None else str(merge)}
@@ -233,22 +232,18 @@ def _recipe(name: str, gives: Sequence[str]) -> Recipe:
 
 
 def _made(
-    name: str,
-    recipe: Recipe,
-    data: Path | None,
-    options: Sequence[str],
-    settings: Mapping[str, Any],
-    keep: list[models.Loaded] | None = None,
-) -> tuple[Any, str]:
-    """What a recipe gives, and the model's name. keep: takes the model. Raises UsageError, as far as it can be told
-    before the model is loaded."""
+    name: str, recipe: Recipe, data: Path | None, options: Sequence[str], settings: Mapping[str, Any]
+) -> tuple[Any, str, models.Loaded]:
+    """What a recipe gives, the model's name, and the model. Raises UsageError, before the model is loaded wherever it
+    can be told by then."""
     parameters = _parameters(name, recipe, options)
     if bool(recipe.data) != (data is not None):
         takes = f"needs --data, {DATA[recipe.data]}" if recipe.data else "takes no --data"
         raise UsageError(f"the recipe {name} {takes}")
+    if recipe.check is not None:
+        recipe.check()
     if recipe.data in ("thoughts", "lengths"):
         folder_target(data or "", "--data")
-    if recipe.data in ("thoughts", "lengths"):
         job = open_run(data or "")
         recorded = recorded_settings(job.folder)
         job.config = Config(recorded.keys() - settings.keys(), **recorded | dict(settings))
@@ -261,12 +256,10 @@ def _made(
         model = config.model
         given = {_LOADING.get(key, key): getattr(config, key) for key in _MODEL}
         loaded = models.load(**given)
-    if keep is not None:
-        keep.append(loaded)
     made = recipe.function(*loaded, *inputs, **parameters)
     if isinstance(made, Direction) and not any(vector.any() for vector in made.vectors.values()):
         raise UsageError(f"the recipe {name} gives nothing: its two kinds of data are the same to the model")
-    return made, model
+    return made, model, loaded
 
 
 # --- parameters ---
@@ -274,8 +267,8 @@ def _made(
 
 def _parameters(name: str, recipe: Recipe, options: Sequence[str]) -> dict[str, Any]:
     """The parameters of a recipe that --set names. Raises UsageError."""
-    known = {p.name: p for p in inspect.signature(recipe.function).parameters.values()}
-    takes = {key: p for key, p in known.items() if key not in ("model", "tokenizer", *_INPUTS[recipe.data])}
+    signature = inspect.signature(recipe.function).parameters
+    takes = {key: p for key, p in signature.items() if key not in ("model", "tokenizer", *_INPUTS[recipe.data])}
     values: dict[str, Any] = {}
     for option in options:
         key, sign, text = option.partition("=")
@@ -297,7 +290,7 @@ def _value(name: str, text: str, annotation: str) -> Any:
     if "Direction" in annotation:
         return Direction.load(text)
     kind = annotation.partition(" ")[0]
-    if kind not in _TYPES or kind == "str":
+    if kind not in _TYPES:
         return text
     try:
         value = json.loads(text)

@@ -77,8 +77,7 @@ def ridge_logistic(
         >>> probe.stats["accuracy"]
         {'resid_post.2': 1.0}
     """
-    if importlib.util.find_spec("sklearn") is None:
-        raise UsageError("ridge_logistic needs scikit-learn: pip install 'steerable[probe]'")
+    check_scikit_learn()
     if select not in ("accuracy", "log_loss"):
         raise UsageError(f"ridge_logistic selects by 'accuracy' or by 'log_loss', not by {select!r}")
     if not strengths or not all(math.isfinite(c) and c > 0 for c in strengths):
@@ -101,6 +100,12 @@ def ridge_logistic(
             stats[key][str(s)] = value
         norms[s] = mean_norm(x[masks[s]])
     return estimated(vectors, norms, "ridge_logistic", {**stats, **sink_stats(left_out, positive, negative)}, about)
+
+
+def check_scikit_learn() -> None:
+    """Raises UsageError where scikit-learn, which fits the probe, is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UsageError("the probe needs scikit-learn: pip install 'steerable[probe]'")
 
 
 def probability_threshold(direction: Direction, probability: float) -> dict[Site, float]:

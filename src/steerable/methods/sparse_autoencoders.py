@@ -73,8 +73,8 @@ class SparseAutoencoder:
 
     def __post_init__(self) -> None:
         if self.normalisation not in NORMALISATIONS:
-            known = ", ".join(NORMALISATIONS)
-            raise UsageError(f"unknown normalisation {self.normalisation!r} of an autoencoder: expected one of {known}")
+            names = ", ".join(NORMALISATIONS)
+            raise UsageError(f"unknown normalisation {self.normalisation!r} of an autoencoder: expected one of {names}")
         self.decoder = self.decoder.detach().to("cpu", torch.float32)
         if self.decoder.dim() != 2 or not self.decoder.numel() or not self.decoder.isfinite().all():
             raise UsageError(

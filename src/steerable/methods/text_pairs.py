@@ -96,7 +96,9 @@ def contrast(
         check_budget(budget)
     if reduce == "none":
         raise UsageError("contrast needs one activation a text: reduce is 'mean', 'last' or a number of last tokens")
-    sides = [rendered(tokenizer, side, name) for side, name in ((positive, "positive"), (negative, "negative"))]
+    sides = [
+        rendered(tokenizer, side, name, "contrast") for name, side in (("positive", positive), ("negative", negative))
+    ]
     if len(sides[0]) != len(sides[1]):
         raise UsageError(f"{len(sides[0])} positive and {len(sides[1])} negative texts make no pairs: give as many")
     if sides[0] == sides[1]:
@@ -184,9 +186,10 @@ def _estimator(method: str | Estimator) -> Estimator:
     return ESTIMATORS[method]
 
 
-def rendered(tokenizer: Any, side: Sequence[str | Messages], name: str) -> list[str]:
-    """The texts of one side, chats through the template."""
-    items = text_list(side, "contrast")
+def rendered(tokenizer: Any, side: Sequence[str | Messages], name: str, function: str) -> list[str]:
+    """The texts of one side, chats through the template. name, function: what errors call the side, and who reads
+    it."""
+    items = text_list(side, function)
     for number, item in enumerate(items):
         check_text(item, f"the {name} text {number}")
     return [item if isinstance(item, str) else render_messages(tokenizer, item) for item in items]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +25,9 @@ from steerable.models import loading as models
 from steerable.models.taps import Hook, heed_hooks
 from steerable.models.writers import Place, linear
 from steerable.steering.float64 import wide
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
-from steerable.store.text import one_line
+from steerable.store.text import counted, one_line
 
 FORMAT, VERSION = "steerable.patch", "1"
 _TEXT = ("method", "model_id", "model_revision")
@@ -91,7 +92,8 @@ class WeightPatch:
 
         Raises:
             UsageError: the model has no such weight, or one of another shape, quantised, or not in memory; nothing is
-                changed then.
+                changed then. Warns (SteerableWarning) where most of a difference is lost in the rounding to the
+                weight's type.
         """
         return Applied(self._parameters(model), self)
 
@@ -200,15 +202,28 @@ class Applied:
 
     def __init__(self, parameters: dict[str, nn.Parameter], patch: WeightPatch) -> None:
         self._before: list[tuple[Any, Tensor]] = []
+        lost = []
         with torch.no_grad():
             for name, parameter in parameters.items():
-                new = wide(parameter) + dense(patch.changes[name]).to(wide(parameter).device)
-                if not torch.isfinite(new.to(parameter.dtype)).all():
+                difference = dense(patch.changes[name]).to(wide(parameter).device)
+                new = wide(parameter) + difference
+                rounded = new.to(parameter.dtype)
+                if not torch.isfinite(rounded).all():
                     self.revert()
-                    raise UsageError(f"with the patch {name} is beyond {str(parameter.dtype).removeprefix('torch.')}")
+                    raise UsageError(f"with the patch {name} is beyond {_type(parameter)}")
+                if (wide(rounded) - new).norm() > difference.norm() / 2:
+                    lost.append(name)
                 self._before.append((parameter, parameter.detach().clone()))
                 vars(parameter).setdefault(_APPLIED, []).append(self)
-                parameter.copy_(new)
+                parameter.copy_(rounded)
+        if lost:
+            warnings.warn(
+                f"most of the patch is lost in the rounding to {_type(parameters[lost[0]])} in {len(lost)} of "
+                f"{counted(len(parameters), 'weight')}, {lost[0]} the first: load the model with dtype='float32', or "
+                "use patch.hooked",
+                SteerableWarning,
+                stacklevel=3,
+            )
 
     def revert(self) -> None:
         """Put the weights back, bit for bit; what else was done to them since is lost. A second call does nothing.
@@ -291,6 +306,10 @@ def unit(vector: Tensor, name: str, d: int) -> Tensor:
 # --- checks, hooks and files ---
 
 
+def _type(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
 def _checked(name: str, change: Any) -> Difference:
     """Tensors of their own memory, which the file's library asks for."""
     parts = change if isinstance(change, LowRank) else (change,)
@@ -304,8 +323,8 @@ def _checked(name: str, change: Any) -> Difference:
     ):
         shapes = f"{tuple(change.left.shape)} and {tuple(change.right.shape)}"
         raise UsageError(f"the difference of {name} must be left [rows, r] and right [r, columns], not {shapes}")
-    own = [part.detach().clone(memory_format=torch.contiguous_format) for part in parts]
-    return LowRank(*own) if isinstance(change, LowRank) else own[0]
+    copies = [part.detach().clone(memory_format=torch.contiguous_format) for part in parts]
+    return LowRank(*copies) if isinstance(change, LowRank) else copies[0]
 
 
 def _adding(module: Any, kind: str, name: str, change: Difference) -> Any:

@@ -133,5 +133,7 @@ def test_refusals(tiny_llama, tokenizer, texts):
     for recipe in (st.recipes.repe, st.recipes.fractional, st.recipes.linear_act):
         with pytest.raises(UsageError, match="20 .* 19 .*|as many"):
             recipe(tiny_llama, tokenizer, texts[0], texts[1][:-1])
-    with pytest.raises(UsageError, match="a list"):
+    with pytest.raises(UsageError, match="a recipe takes a list of texts, and got one text"):
         st.recipes.caa(tiny_llama, tokenizer, "w1", ["w2"])
+    with pytest.raises(UsageError, match="the second group's text 1 is empty"):
+        st.recipes.caa(tiny_llama, tokenizer, ["w1"], ["w2", ""])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from steerable.methods.probes import check_scikit_learn
 from steerable.methods.recipes.characters import assistant_axis, persona
 from steerable.methods.recipes.edits import laser, steer2edit, thinkedit
 from steerable.methods.recipes.exploration import east
@@ -24,7 +25,8 @@ class Recipe(NamedTuple):
     """A recipe: its function, its papers (arXiv), the data it takes, what it gives, its parts, and an example.
 
     data: "thoughts" or "lengths" (chains of a run folder), "pairs", "roles" or "steps" (a file), "autoencoder" (a
-    folder), "" (none). gives: "direction", "steering" or "patch". example: the options behind `--recipe NAME`.
+    folder), "" (none). gives: "direction", "steering" or "patch". example: the options behind `--recipe NAME`. check:
+    raises UsageError where the recipe needs a library that is not installed.
     """
 
     function: Callable[..., Any]
@@ -33,6 +35,7 @@ class Recipe(NamedTuple):
     gives: str
     parts: str
     example: str
+    check: Callable[[], None] | None = None
 
 
 _PAIRS = "--data examples/contrasts/{} --model smol"
@@ -86,6 +89,7 @@ RECIPES = {
         raptor, ("2602.00158",), "pairs", "steering",
         "ridge logistic probe, floor at its probability, accurate layers",
         _PAIRS.format("happy-sad.jsonl"),
+        check_scikit_learn,
     ),
     "assistant-axis": Recipe(
         assistant_axis, ("2601.10387",), "roles", "steering",
@@ -111,6 +115,7 @@ RECIPES = {
         guiding_giants, ("2505.20309",), "pairs", "direction",
         "ridge logistic probe, any direction, gate `probe`",
         _PAIRS.format("questions-statements.jsonl") + " --set direction=formal.safetensors",
+        check_scikit_learn,
     ),
     "linear-act": Recipe(
         linear_act, ("2410.23054",), "pairs", "steering",

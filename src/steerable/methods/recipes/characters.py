@@ -81,8 +81,8 @@ def persona(
     texts = [[tokenizer.decode(c.ids[c.spans[0].start :]) if c.spans else "" for c in side] for side in sides]
     pairs = [
         (a, b)
-        for a, b, said in zip(*sides, zip(*texts, strict=True), strict=True)
-        if a.spans and b.spans and (keep is None or keep(*said))
+        for a, b, replies in zip(*sides, zip(*texts, strict=True), strict=True)
+        if a.spans and b.spans and (keep is None or keep(*replies))
     ]
     if not pairs:
         raise UsageError(f"no pair of {prompts} replies counts: give more prompts, or another judge")

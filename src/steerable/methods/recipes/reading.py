@@ -65,7 +65,8 @@ def read_texts(
     reduce: Literal["mean", "last"] = "mean",
 ) -> list[Rows]:
     """Each group's texts as activations {site: [texts, d]}, chats by the chat template. Raises UsageError."""
-    texts = [rendered(tokenizer, group, f"{number}. group's") for number, group in enumerate(groups, 1)]
+    names = ("first group's", "second group's")
+    texts = [rendered(tokenizer, group, name, "a recipe") for name, group in zip(names, groups, strict=False)]
     if not all(texts):
         raise UsageError("a group holds no text: give one at least to each side")
     with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # of attention sinks that are left out
