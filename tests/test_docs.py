@@ -218,6 +218,12 @@ def test_figures_are_those_of_the_sources(page):
     assert figures.fill(text, figures.sources()) == text, "run: python docs/fill_figures.py"
 
 
+def test_the_published_run_of_smol_think_has_its_default_settings():
+    """So that the README's command makes the README's figures."""
+    published = json.loads(figures.HEADLINES["smol-think"].read_text())["config"]
+    assert Config(model="smol-think").to_dict() == published
+
+
 @pytest.mark.parametrize(("model", "end"), [("pocket", ""), ("smol-think", "-smol-think")])
 def test_pictures_are_of_the_same_run_as_the_figures(model, end):
     if not figures.HEADLINES[model].exists():

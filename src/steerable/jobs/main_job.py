@@ -407,7 +407,7 @@ def run(
         stage: One stage alone, by its name in `STAGES`.
         fresh: Settings that are not given have their defaults; else those of the folder's config.json.
         config: A JSON file of settings, e.g. the config.json of a former run; options on the command line go before it.
-        quick: Fewer tasks and samples: a look in under a minute, not a result.
+        quick: Fewer tasks and samples: a look, in under a minute with the bundled model, and not a result.
         paper: The published setting: 500 tasks, written and annotated by a language model; greedy, 1000 tokens.
         dry_run: Do nothing, but say what would be done, how long it would take and what it would cost.
         workers: Processes that generate; default: one a core for small models. Changes no result.
