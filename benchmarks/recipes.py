@@ -16,41 +16,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipe_data import (
-    Data,
-    Pairs,
-    edited_heads,
-    shuffled_efficiency,
-    shuffled_pairs,
-    shuffled_steer2edit,
-    shuffled_thinkedit,
-    shuffled_thoughts,
-)
+from recipe_data import Data
+from recipe_doses import Made, Texts, dosed, patched, random_like
+from recipe_rows import Row, rows
 
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits
 from steerable.engines.base import Request
-from steerable.engines.transformers import Handle, TransformersEngine, score_tokens
+from steerable.engines.transformers import TransformersEngine
 from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
 from steerable.evals.metrics import measure
-from steerable.methods import recipes
-from steerable.methods.weight_patch import LowRank, WeightPatch
 from steerable.models import loading as models
-from steerable.steering.direction import Direction
-from steerable.steering.maps import Rotate
-from steerable.steering.spec import Steering, scaled
 from steerable.store.errors import SteerableError, SteerableWarning
 from steerable.store.run_folder import read_json, write_json
 
@@ -59,220 +44,7 @@ SIZES = {"extraction": 120, "validation": 48, "evaluation": 100}
 SAMPLES = {"extraction": 4, "validation": 4, "evaluation": 4}
 CONTROLS = ("random", "shuffled")
 DRAWS = 2  # of each control: sample k is steered by draw k
-LAYERS = (2, 4)
-LONGEST, TEXTS, TOLERANCE = 400, 8, 0.05
-Made = Steering | WeightPatch
-Make = Callable[[Data, Any, int | None], Made | None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A recipe with an aim. make: of the data, one of `choices`, and the seed of shuffled labels or None."""
-
-    recipe: str
-    aim: str
-    make: Make
-    choices: tuple[Any, ...] = (None,)
-
-    @property
-    def name(self) -> str:
-        return f"{self.recipe}-{self.aim}"
-
-
-# --- the recipes ---
-
-
-def on_pairs(recipe: Callable[..., Any], read: Callable[[Data], Pairs], option: str = "layer", **more: Any) -> Make:
-    def make(data: Data, choice: Any, seed: int | None) -> Made:
-        pairs = read(data) if seed is None else shuffled_pairs(read(data), seed)
-        chosen = {} if choice is None else {option: choice}
-        return steering(recipe(*data.loaded, *pairs, **chosen, **more))
-
-    return make
-
-
-def seal(data: Data, layer: int, seed: int | None) -> Made:
-    chains = data.thoughts if seed is None else shuffled_thoughts(data.thoughts, seed)
-    labels = {"execution": ["deduction"], "others": ["backtracking", "uncertainty-estimation"]}
-    return steering(recipes.seal(*data.loaded, chains, **labels, layer=layer))
-
-
-def _efficiency(data: Data, layer: int, seed: int | None) -> Direction:
-    made = data.of_lengths(layer)
-    return made if seed is None else shuffled_efficiency(data, made, seed)
-
-
-def efficiency(data: Data, layer: int, seed: int | None) -> Made:
-    return steering(_efficiency(data, layer, seed))
-
-
-def conditional(recipe: Callable[..., Direction]) -> Make:
-    """Efficiency Steering on tasks that are mostly answered right."""
-
-    def make(data: Data, layer: int, seed: int | None) -> Made:
-        return steering(recipe(*data.loaded, *data.prompts(), direction=_efficiency(data, layer, seed)))
-
-    return make
-
-
-def thinkedit(data: Data, _: Any, seed: int | None) -> Made:
-    lengths = sorted(chain.spans[0].end - chain.spans[0].start for chain in data.lengths)
-    short, long = lengths[len(lengths) // 5], lengths[-len(lengths) // 5]
-    if seed is not None:
-        return shuffled_thinkedit(data, (sum(n < short for n in lengths), sum(n > long for n in lengths)), seed)
-    return recipes.thinkedit(*data.loaded, data.lengths, short=short, long=long, heads=edited_heads(data.loaded.model))
-
-
-def steer2edit(data: Data, _: Any, seed: int | None) -> Made:
-    made = recipes.steer2edit(*data.loaded, data.lengths)
-    if seed is None:
-        return made
-    count = max(1, round(0.05 * len(data.lengths)))
-    settings = {key: made.stats[key] for key in ("alpha", "rho_attention", "rho_mlp")}
-    return shuffled_steer2edit(data, (count, count), seed, **settings)
-
-
-def laser(data: Data, layer: int, seed: int | None) -> Made | None:
-    return recipes.laser(*data.loaded, layer=layer) if seed is None else None
-
-
-def east(data: Data, layer: int, seed: int | None) -> Made:
-    texts, entropies, runs = data.steps
-    if seed is not None:
-        order = torch.randperm(len(entropies), generator=torch.Generator().manual_seed(seed)).tolist()
-        entropies = [entropies[i] for i in order]
-    return steering(recipes.east(*data.loaded, texts, entropies, runs, layer=layer))
-
-
-def steering(given: Any) -> Steering:
-    return given.steering() if isinstance(given, Direction) else tuple(given)
-
-
-def rows() -> list[Row]:
-    """Every recipe that reads chains or pairs of them, with what it is asked for."""
-    made = [
-        Row("efficiency", "shorter", efficiency, LAYERS),
-        Row("steer2edit", "shorter", steer2edit),
-    ]
-    for name, choices, more in (
-        ("caa", LAYERS, {"strength": 1.0}),
-        ("linear-act", (None,), {}),
-        ("shift-vectors", LAYERS, {}),
-        ("fractional", (None,), {}),
-        ("angular", (None,), {}),
-    ):
-        function = recipes.RECIPES[name].function
-        made += [
-            Row(name, "right", on_pairs(function, Data.more_right, **more), choices),
-            Row(name, "shorter", on_pairs(function, Data.shorter, **more), choices),
-        ]
-    made += [
-        Row("seal", "shorter", seal, LAYERS),
-        Row("thinkedit", "right", thinkedit),
-        Row("repe", "shorter", on_pairs(recipes.repe, Data.shorter)),
-        Row("selective", "shorter", on_pairs(recipes.selective, Data.shorter)),
-        Row("raptor", "shorter", on_pairs(recipes.raptor, Data.shorter, above=0.5)),
-        Row("cast", "shorter", conditional(recipes.cast), LAYERS),
-        Row("guiding-giants", "shorter", conditional(recipes.guiding_giants), LAYERS),
-        Row("laser", "right", laser, (4, 5)),
-        Row("east", "right", east, LAYERS),
-    ]
-    return made
-
-
-# --- doses ---
-
-
-def dosed(made: Made, factor: float) -> Made:
-    """What a recipe gives, `factor` times as strong."""
-    if isinstance(made, WeightPatch):
-        changes = {
-            name: LowRank(change.left * factor, change.right) if isinstance(change, LowRank) else change * factor
-            for name, change in made.changes.items()
-        }
-        return replace(made, changes=changes)
-    if any(isinstance(i.map, Rotate) and not i.map.absolute for i in made):
-        return tuple(replace(i, map=Rotate(min(180.0, i.map.degrees * factor))) for i in made)
-    return tuple(scaled(made, factor))
-
-
-def random_like(made: Made, seed: int) -> Made:
-    """The same maps in random directions; of a patch, what is written is random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(like: torch.Tensor) -> torch.Tensor:
-        new = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return (new / new.norm(dim=0, keepdim=True) * like.double().norm(dim=0, keepdim=True)).to(like.dtype)
-
-    if isinstance(made, WeightPatch):
-        changes = {
-            name: LowRank(drawn(change.left), change.right) if isinstance(change, LowRank) else drawn(change)
-            for name, change in made.changes.items()
-        }
-        return replace(made, changes=changes)
-    bases = [torch.linalg.qr(drawn(i.basis.double()))[0] for i in made]
-    return tuple(replace(i, basis=basis) for i, basis in zip(made, bases, strict=True))
-
-
-@contextmanager
-def patched(model: Any, made: Made) -> Iterator[Steering]:
-    """The steering to generate with, while a patch is in the weights."""
-    if isinstance(made, WeightPatch):
-        with made.apply(model):
-            yield ()
-    else:
-        yield made
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Unsteered chains, on which the divergence of whatever steers is measured."""
-
-    loaded: models.Loaded
-    chains: Sequence[Record]
-
-    @cached_property
-    def plain(self) -> torch.Tensor:
-        return self.logs(())
-
-    def logs(self, made: Made) -> torch.Tensor:
-        """Log-probabilities [tokens, vocabulary] over all chains."""
-        model, tokenizer = self.loaded
-        texts = [[*c["prompt_ids"], *c["ids"]] for c in self.chains]
-        starts = [len(c["prompt_ids"]) for c in self.chains]
-        with patched(model, made) as steered, Handle(model, [steered], tokenizer, track=False) as handle:
-            passes = [[0 if steered else -1] * len(texts)]
-            return torch.cat(score_tokens(model, texts, starts, _first, handle=handle, passes=passes))
-
-    def divergence(self, made: Made) -> float:
-        """KL(steered || unsteered), the mean over all tokens."""
-        steered = self.logs(made)
-        value = float((steered.exp() * (steered - self.plain)).sum(-1).mean())
-        return value if math.isfinite(value) else math.inf
-
-    def dose(self, made: Made, budget: float, factor: float = 1.0) -> tuple[float, float]:
-        """The factor at which the divergence is the budget, and the divergence there: bracketed, then by the secant of
-        its logarithm over that of the factor. factor: where the search begins. Raises SteerableError where the budget
-        is not reached."""
-        curve: dict[float, float] = {}
-        for step in range(30):
-            curve[factor] = value = max(1e-9, self.divergence(dosed(made, factor)))
-            if abs(value - budget) <= TOLERANCE * budget:
-                return factor, value
-            above = min((f for f, kl in curve.items() if kl > budget), default=None)
-            below = max((f for f, kl in curve.items() if kl <= budget and (above is None or f < above)), default=None)
-            if above is None or below is None:
-                guess = factor * min(4.0, max(0.25, math.sqrt(budget / value)))
-                factor = guess * (1.1 if above is None else 1 / 1.1)
-                if not 1e-4 < factor < 1e4:
-                    break
-                continue
-            share = math.log(budget / curve[below]) / math.log(curve[above] / curve[below]) if step % 3 else 0.5
-            factor = below * (above / below) ** min(max(share, 0.05), 0.95)
-        best = min(curve, key=lambda f: abs(curve[f] - budget))
-        if abs(curve[best] - budget) <= 0.1 * budget:
-            return best, curve[best]
-        raise SteerableError(f"no dose moves the model by {budget:g}: {curve[best]:.3g} at {best:.3g} is the nearest")
+LONGEST, TEXTS = 400, 8
 
 
 # --- the work ---
@@ -425,10 +197,6 @@ class Work:
             model.generation_config.eos_token_id = stops
             write_json(file, sorted(ratios))
         return sorted(read_json(file))[repeats // 2]  # type: ignore[no-any-return]
-
-
-def _first(logs: list[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-    return logs[0]
 
 
 def _mean(measured: Sequence[dict[str, Any]], name: str) -> float:

@@ -15,13 +15,13 @@ _LESS, _MORE, _LOSS = 0.8, 0.05, -0.02  # the bars: thinking, accuracy, accuracy
 
 def reasoning(given: Sources) -> str:
     """The unsteered model, then one row a recipe and aim, the shorter chains first."""
-    found = given.get("recipes", {})
-    if not found.get("rows"):
+    result = given.get("recipes", {})
+    if not result.get("rows"):
         return table([], [])
-    base = found["unsteered"]
+    base = result["unsteered"]
     shown = [["unsteered", "", _share(base["accuracy"]), words.with_interval(base["thinking"], "tokens"),
-              words.percent(base["loops"][0]), words.percent(base["unclosed"][0]), "", "", "", ""]]  # fmt: skip
-    order = sorted(found["rows"], key=lambda r: (r["aim"], r["thinking_ratio"][0]))
+              words.percent(base["loops"][0]), words.percent(base["unclosed"][0]), *[""] * 5]]  # fmt: skip
+    order = sorted(result["rows"], key=lambda r: (r["aim"], r["thinking_ratio"][0]))
     for row in order:
         shown.append(
             [
@@ -31,28 +31,31 @@ def reasoning(given: Sources) -> str:
                 _change(row["thinking_ratio"], _cut),
                 words.percent(row["loops"][0]),
                 words.percent(row["unclosed"][0]),
+                words.fixed(row["chosen"]["factor"]),
                 words.fixed(row["kl_of_its_own_chains"], ".3f"),
                 *(_control(row.get(kind)) for kind in ("random", "shuffled")),
                 words.fixed(row.get("time")),
             ]
         )
-    head = ["recipe", "to be", "accuracy", "thinking", "loops", "unclosed", "KL of its chains", "random", "shuffled"]
-    return table([*head, "time a token"], shown)
+    head = ["recipe", "to be", "accuracy", "thinking", "loops", "unclosed", "dose", "KL of its chains"]
+    return table([*head, "random", "shuffled", "time a token"], shown)
 
 
 def verdict(given: Sources) -> str:
-    """Which rows meet the two bars, and the best of each where none does."""
+    """Which rows meet the two bars, and which others make chains shorter or longer."""
     rows = given.get("recipes", {}).get("rows", [])
     if not rows:
         return words.MISSING
     short = [r for r in rows if r["thinking_ratio"][0] <= _LESS and r["accuracy_change"][1] >= _LOSS]
     right = [r for r in rows if r["accuracy_change"][0] >= _MORE and r["accuracy_change"][1] > 0]
-    least = min(rows, key=lambda r: r["thinking_ratio"][0])
-    most = max(rows, key=lambda r: r["accuracy_change"][0])
+    others = [r for r in rows if r["thinking_ratio"][2] < 1 and r not in short]
+    longer = [r for r in rows if r["thinking_ratio"][1] > 1]
+    as_shuffled = [r for r in longer if r.get("shuffled") and r["shuffled"]["thinking_ratio"][1] > 1]
     return (
         f"Cut thinking by a fifth or more while the interval excludes a loss of more than 2 points: {_named(short)}. "
-        f"Lift accuracy by 5 points or more, with an interval above 0: {_named(right)}. The shortest chains are those "
-        f"of {_named([least])}, the most right answers those of {_named([most])}."
+        f"Lift accuracy by 5 points or more, with an interval above 0: {_named(right)}. Others whose thinking is "
+        f"shorter, with an interval below 0: {_named(others)}. Longer, with an interval above 0: {_named(longer)}; on "
+        f"shuffled labels, too: {_named(as_shuffled)}."
     )
 
 
