@@ -5,8 +5,10 @@ import json
 import pytest
 from planted_model import planted_model, texts
 
+from steerable.chains.text_pairs import read_pairs
 from steerable.evals.calibration import calibrate
 from steerable.jobs.audit_job import audit, judge
+from steerable.methods.text_pairs import contrast
 from steerable.models.loading import load
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
@@ -21,7 +23,6 @@ def place(tmp_path_factory, tokenizer):
     model, direction = planted_model()
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    pairs = [[tokenizer.decode(ids).strip() for ids in side] for side in texts()]
     pairs = [[" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in side] for side in texts()]
     rows = (json.dumps({"positive": a, "negative": b}) + "\n" for a, b in zip(*pairs, strict=True))
     (root / "pairs.jsonl").write_text("".join(rows))
@@ -85,13 +86,8 @@ def test_a_behaviour_is_judged_in_chains(finished, tmp_path):
 
 
 def test_pairs_that_it_was_made_of_are_cut_in_halves(place):
-    from steerable.chains.text_pairs import read_pairs
-    from steerable.jobs.audit_job import _sha256
-    from steerable.methods.text_pairs import contrast
-
     loaded, sides = load(place / "model"), read_pairs(place / "pairs.jsonl")
     made = contrast(*loaded, *sides, layers=2, budget=None)
-    assert made.data_sha256 == _sha256(sides)
     made.save(place / "made.safetensors")
     result = audited(place, "made", pairs=place / "pairs.jsonl", strength=0.1)
     assert "the other half" in next(c["figure"] for c in result["checks"] if c["name"] == "separation")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerable.chains.records import read_bytes
+from steerable.chains.records import dump, read_bytes
 from steerable.chains.sources import READERS
 from steerable.store.errors import UsageError
 
 Messages = Sequence[Mapping[str, Any]]
 """A chat: [{"role": "user", "content": ...}, ...]."""
 SIDES = ("positive", "negative")
+
+
+def pairs_sha256(positive: Sequence[str | Messages], negative: Sequence[str | Messages]) -> str:
+    """The hash of pairs that a direction made of them keeps: what `sha256sum` prints of them as JSON lines."""
+    rows = (dump(dict(zip(SIDES, pair, strict=True))) + b"\n" for pair in zip(positive, negative, strict=True))
+    return hashlib.sha256(b"".join(rows)).hexdigest()
 
 
 def read_pairs(path: str | Path) -> tuple[list[str | Messages], list[str | Messages]]:

@@ -1,81 +1,32 @@
-"""`steerable audit`: is this vector to be trusted? Its receipts on one page, and one verdict with its reasons.
-
-Every check is one function of `evals/`; here they are given their data and their thresholds. What cannot be checked is
-listed with the reason.
-"""
+"""`steerable audit`: is this vector to be trusted? Its receipts on one page, and one verdict with its reasons."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
-from steerable.chains.everyday import QUESTIONS
-from steerable.chains.generation import Job, generate_jobs, prompt_ids
-from steerable.chains.offsets import chain_tokens
-from steerable.chains.records import Record, by_chain, chain_key, dump
-from steerable.chains.spans import owners
-from steerable.chains.tasks import make_tasks
 from steerable.chains.text_pairs import read_pairs
-from steerable.engines.base import Continuation, Request
-from steerable.engines.transformers import TransformersEngine, steer
-from steerable.evals.calibration import BUDGET, replies
-from steerable.evals.control_effects import (
-    Effect,
-    control_directions,
-    effect_beside_controls,
-    linearity,
-    pair_preferences,
-    sign_stability,
-)
-from steerable.evals.intervals import by_task
-from steerable.evals.metrics import measure
-from steerable.evals.passages import (
-    Passage,
-    drift_over_chains,
-    halves_agreement,
-    held_out_auc,
-    margin_over_turns,
-    passage_means,
-)
-from steerable.evals.side_effects import text_effects
-from steerable.evals.site_budgets import site_budget
+from steerable.engines.transformers import steer
 from steerable.formats import import_file
-from steerable.jobs.annotation import annotate, labels_among, labels_of
-from steerable.jobs.run import Run, open_run, recorded_settings
+from steerable.jobs.audit_checks import DECISIVE, Checks
+from steerable.jobs.run import Run, load_model, open_run, recorded_settings
 from steerable.jobs.settings import Config
-from steerable.methods.contrasts import difference_of_means
-from steerable.methods.head_projection import head_scores
 from steerable.models import loading as models
 from steerable.pages.audit_page import render, sentence, tables
-from steerable.steering.direction import Direction
-from steerable.steering.site import Site
-from steerable.steering.spec import Steering
-from steerable.steering.think import render_messages
-from steerable.steering.vocabulary import encode
 from steerable.store.display import Display
-from steerable.store.errors import SteerableError, UsageError
+from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
-from steerable.store.text import counted
 
-#: Thresholds: what passes, and what fails; between them a check warns.
-HALVES, SEPARATION, RIGHT, LINEAR = (0.8, 0.4), (0.8, 0.6), (0.75, 0.5), (0.8, 0.0)
-PERPLEXITY, CHORD, LATER = (1.5, 3.0), (0.5, 1.5), (0.5, 0.0)
-DECISIVE = ("halves", "separation", "effect", "sign")
-"""A vector that fails one of these is not trusted; one that passes none of them, or not the effect, is weak."""
-_PAIRS = 48  # pairs that are read, at most
-_LONGEST = 512  # tokens of a text
-_STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
-_WRAPPED = ("{prompt}", "Please answer: {prompt}", "{prompt}\nTake your time.")
-_BEFORE = ("", "Someone wrote this: ", "NOTE. ")
-_TURNS = 3
+
+class _AnyRun(Run):
+    """A model without a chat template will do: then what needs chains is not checked."""
+
+    @cached_property
+    def loaded(self) -> models.Loaded:
+        return load_model(self.config)
 
 
 def audit(
@@ -130,18 +81,16 @@ def audit(
     direction = import_file(file)
     sides = None if pairs is None else read_pairs(pairs)
     display = display or Display(quiet=True)
-    job = Run(RunFolder(out), config, workers, display=display)
+    job = _AnyRun(RunFolder(out), config, workers, display=display)
     job.folder.refuse_other("audit", config.model, config.revision, overwrite=overwrite)
-    loaded = models.load(config.model, dtype=config.dtype, device=config.device, revision=config.revision)
-    job.__dict__["loaded"] = loaded  # one without a chat template will do
+    loaded = job.loaded
     with steer(loaded.model, direction, tokenizer=loaded.tokenizer, track=False):
         pass
     with job.folder.locked():
-        write_json(job.folder / "config.json", {"job": "audit", "model": config.model})
-        tasks = None if source is None else source.tasks("evaluation")
-        made = _Audit(job, direction, direction.strength if strength is None else strength, sides, tasks,
+        write_json(job.folder / "config.json", {"job": "audit", "model": config.model, "revision": config.revision})
+        made = Checks(job, direction, direction.strength if strength is None else strength, sides, source,
                       limit, samples, controls)  # fmt: skip
-        checks = made.checks()
+        checks = made.all()
         verdict, reasons = judge(checks)
         result = {
             "file": str(file), "model": models.model_id(loaded.model) or config.model,
@@ -176,355 +125,3 @@ def judge(checks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
         return "weak", [f"{c['title']}: {c['figure']}" for c in doubts]
     passed = [c for c in checks if c["name"] in DECISIVE and c["status"] == "pass"]
     return "trusted", [f"{c['title']}: {c['figure']}" for c in passed]
-
-
-@dataclass
-class _Audit:
-    """What the checks share; each is a method that returns its status, its figure in words, and its values."""
-
-    job: Run
-    direction: Direction
-    strength: float
-    sides: Any
-    given: list[Record] | None
-    limit: int
-    samples: int
-    controls: int
-    written: dict[tuple[str, Steering], list[Record]] = field(default_factory=dict)
-
-    def checks(self) -> list[dict[str, Any]]:
-        """All of them, in the order of the page."""
-        rows = (
-            ("halves", "Halves of the data agree", f"cosine {HALVES[0]} or more; under {HALVES[1]} fails", self.halves),
-            ("separation", "Separation of held-out text",
-             f"AUC {SEPARATION[0]} or more; under {SEPARATION[1]} fails", self.separation),
-            ("effect", "Effect beside controls",
-             "the difference to random and to label-shuffled directions is clear of 0", self.effect_check),
-            ("sign", "Sign over prompts and paraphrases",
-             f"right in {RIGHT[0]:.0%} or more and in every paraphrase; under {RIGHT[1]:.0%} fails", self.sign),
-            ("linearity", "Linearity of the gain", f"R2 {LINEAR[0]} or more", self.linear),
-            ("side effects", "Side effects on unrelated text",
-             f"KL at most twice the budget, perplexity at most x{PERPLEXITY[0]}; beyond x{PERPLEXITY[1]} fails",
-             self.side_effects),
-            ("budget", "Displacement at each site",
-             f"chord {CHORD[0]} or less; over {CHORD[1]} fails", self.budget),
-            ("heads", "Heads that write it", "", self.heads),
-            ("turns", "Margin over the turns of a conversation",
-             f"{LATER[0]:.0%} of the first or more; turned round fails", self.turns),
-            ("drift", "Projection over a chain",
-             f"the last third keeps {LATER[0]:.0%} of the first or more", self.drift),
-        )  # fmt: skip
-        made = []
-        self.job.display.start("auditing", len(rows), "check")
-        for name, title, threshold, check in rows:
-            try:
-                status, figure, values = check()
-            except SteerableError as error:
-                status, figure, values = "not checked", str(error), {}
-            made.append({"name": name, "title": title, "status": status, "figure": figure, "threshold": threshold,
-                         "values": values})  # fmt: skip
-            self.job.display.advance(1)
-        self.job.display.done()
-        return made
-
-    # --- data ---
-
-    @cached_property
-    def label(self) -> str:
-        """The behaviour, as a label of the annotator. Raises UsageError."""
-        labels, name = labels_of(self.job.config), self.direction.behaviour
-        if name and (labels is None or name in labels):
-            return name
-        what = f"the behaviour {name!r} is none of its labels" if name else "the file names no behaviour"
-        raise UsageError(f"no --pairs, and --annotator {self.job.config.annotator} cannot judge it: {what}")
-
-    @cached_property
-    def tasks(self) -> list[Record]:
-        tasks = self.given if self.given is not None else make_tasks(
-            self.job.config.tasks, self.limit, self.job.config.seed
-        )  # fmt: skip
-        return tasks[: self.limit]
-
-    @cached_property
-    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The token ids of both sides of the pairs."""
-        tokenizer = self.job.loaded.tokenizer
-        sides = []
-        for side in self.sides:
-            items = (t if isinstance(t, str) else render_messages(tokenizer, t) for t in side[:_PAIRS])
-            sides.append([encode(tokenizer, text)[:_LONGEST] for text in items])
-        return sides[0], sides[1]
-
-    @cached_property
-    def passages(self) -> tuple[list[Passage], list[Passage]]:
-        """Both sides: the texts of pairs, or of each unsteered chain the spans with the label and those with others."""
-        if self.sides is not None:
-            return tuple([Passage.whole(ids) for ids in side] for side in self.texts)  # type: ignore[return-value]
-        label, tokenizer = self.label, self.job.loaded.tokenizer
-        chains = self.chains(())
-        spans = by_chain(self.spans(chains))
-        prompts = {task["id"]: task["prompt"] for task in self.tasks}
-        sides: tuple[list[Passage], list[Passage]] = ([], [])
-        for chain, tokens in zip(chains, chain_tokens(tokenizer, chains, prompts), strict=True):
-            some = spans[chain_key(chain)]
-            owner = owners(some, max((end for _, end in tokens.offsets), default=0))
-            shows: dict[bool, list[int]] = {True: [], False: []}
-            for place, (start, end) in enumerate(tokens.offsets):
-                if end > start and owner[start] >= 0:
-                    shows[some[owner[start]]["label"] == label].append(place)
-            if shows[True] and shows[False]:
-                for side, is_shown in zip(sides, (True, False), strict=True):
-                    side.append(Passage(tokens.ids, shows[is_shown]))
-        if len(sides[0]) < 4:
-            raise UsageError(f"{label} is in {len(sides[0])} of {len(chains)} chains: give --limit or --samples more")
-        return sides
-
-    @cached_property
-    def means(self) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-        positive, negative = (
-            passage_means(self.job.loaded.model, s, list(self.direction.vectors)) for s in self.passages
-        )
-        return positive, negative
-
-    def made_of(self, some: Sequence[int], swapped: Tensor | None = None) -> Direction:
-        """The difference of means of some of the examples; swapped: whose sides are exchanged."""
-        rows = list(some)
-        positive, negative = ({s: h[rows] for s, h in side.items()} for side in self.means)
-        if swapped is not None:
-            turned = swapped[rows, None]
-            positive, negative = (
-                {s: torch.where(turned, negative[s], h) for s, h in positive.items()},
-                {s: torch.where(turned, positive[s], h) for s, h in negative.items()},
-            )
-        return difference_of_means(positive, negative, sinks="keep")
-
-    # --- chains, and what they show ---
-
-    def chains(self, steering: Steering, template: str = _WRAPPED[0]) -> list[Record]:
-        """The chains of the tasks, as the template puts them."""
-        self.write([(template, steering)])
-        return self.written[template, steering]
-
-    def write(self, settings: Sequence[tuple[str, Steering]]) -> None:
-        """The chains of these settings that are not there yet, in one go."""
-        c, missing = self.job.config, [s for s in dict.fromkeys(settings) if s not in self.written]
-        jobs = []
-        for template, steering in missing:
-            tasks = [{**task, "prompt": template.replace("{prompt}", task["prompt"])} for task in self.tasks]
-            jobs.append(Job(tasks, range(self.samples), steering))
-        if not jobs:
-            return
-        chains = generate_jobs(
-            self.job.loaded, jobs, seed=c.seed, greedy=True if c.greedy else None, max_new_tokens=c.max_new_tokens,
-            rows=c.rows, generation_dtype=c.generation_dtype, workers=self.job.workers,
-        )  # fmt: skip
-        self.written.update(zip(missing, chains, strict=True))
-
-    def write_all(self, shuffled: Sequence[Direction]) -> None:
-        """The chains of all checks; written together, they keep the model busy."""
-        if self.sides is not None:
-            return
-        controls = control_directions(self.direction, shuffled, self.controls, self.job.config.seed)
-        signed = [one.steering(sign * self.strength) for some in controls.values() for one in some for sign in (1, -1)]
-        signed += [self.direction.steering(s * self.strength) for s in _STRENGTHS]
-        wrapped = [(way, s) for way in _WRAPPED for s in ((), self.direction.steering(self.strength))]
-        self.write([*((_WRAPPED[0], s) for s in signed), *wrapped])
-
-    def spans(self, chains: Sequence[Record]) -> list[Record]:
-        spans = annotate(
-            self.job.config, chains, self.tasks, self.job.loaded,
-            replies=self.job.folder / "replies", display=Display(quiet=True),
-        ).spans  # fmt: skip
-        return [span for some in spans for span in some or ()]
-
-    def shares(self, steering: Steering, template: str) -> dict[str, float]:
-        chains = self.chains(steering, template)
-        spans = self.spans(chains)
-        labels = labels_among(labels_of(self.job.config), {self.label, *(span["label"] for span in spans)})
-        measured = measure(self.tasks, chains, spans, self.job.loaded.tokenizer, labels)
-        return by_task((m.task_id, None if m.fractions is None else m.fractions[self.label]) for m in measured)
-
-    def effect(self, number: int = 0) -> Effect:
-        """What is measured, with the numbered paraphrase."""
-        if self.sides is not None:
-            before = encode(self.job.loaded.tokenizer, _BEFORE[number]) if number else []
-            return pair_preferences(*self.job.loaded, *self.texts, prompts=[before] * len(self.texts[0]))
-        _ = self.label  # refuses
-
-        def effect(steering: Steering) -> dict[str, float]:
-            base, steered = self.shares((), _WRAPPED[number]), self.shares(steering, _WRAPPED[number])
-            return {task: steered[task] - base[task] for task in sorted(base.keys() & steered.keys())}
-
-        return effect
-
-    @cached_property
-    def main_effect(self) -> Effect:
-        return self.effect()
-
-    @property
-    def effect_of(self) -> str:
-        """The effect in words."""
-        if self.sides is not None:
-            return "the preference for the positive text of a pair, in nats a token"
-        return f"the share of {self.direction.behaviour or 'the behaviour'} in chains"
-
-    # --- the checks ---
-
-    def halves(self) -> tuple[str, str, dict[str, Any]]:
-        cosine = halves_agreement(self.made_of, len(self.passages[0]), self.job.config.seed)
-        near = sum(self.made_of(range(len(self.passages[0]))).cosine(self.direction).values())
-        near /= len(self.direction.vectors)
-        figure = (
-            f"cosine {cosine:.2f}, of {counted(len(self.passages[0]), 'example')}; the file's with theirs {near:.2f}"
-        )
-        return _graded(cosine, HALVES), figure, {"cosine": cosine, "file": near}
-
-    def separation(self) -> tuple[str, str, dict[str, Any]]:
-        made: Callable[[Sequence[int]], Direction] = lambda _: self.direction  # noqa: E731
-        how = "by the file's vector"
-        if self.sides is not None and self.direction.data_sha256 == _sha256(self.sides):
-            made, how = self.made_of, "by the direction of the other half, as the file was made of these pairs"
-        values = held_out_auc(made, *self.means)
-        figure = f"AUC {values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f}), {how}"
-        return _graded(values[0], SEPARATION), figure, {"auc": values}
-
-    def effect_check(self) -> tuple[str, str, dict[str, Any]]:
-        generator = torch.Generator().manual_seed(self.job.config.seed)
-        count = len(self.passages[0])
-        shuffled = []
-        for _ in range(self.controls):
-            swapped = torch.zeros(count, dtype=torch.bool)
-            swapped[torch.randperm(count, generator=generator)[: count // 2]] = True
-            shuffled.append(self.made_of(range(count), swapped))
-        self.write_all(shuffled)
-        values = effect_beside_controls(
-            self.main_effect, self.direction, shuffled, strength=self.strength, controls=self.controls,
-            seed=self.job.config.seed,
-        )  # fmt: skip
-        own, random, above = values["effect"], values["random"], (values["above_random"], values["above_shuffled"])
-        figure = f"{_interval(own)}; random {_interval(random)}, label-shuffled {_interval(values['shuffled'])}"
-        is_clear = all(interval is not None and interval[1] > 0 for interval in above)
-        is_above = own is not None and own[0] > (values["largest"] or 0.0)
-        return (
-            "pass" if is_clear and is_above else "warn" if own and own[1] > 0 and is_above else "fail",
-            figure,
-            values,
-        )
-
-    def sign(self) -> tuple[str, str, dict[str, Any]]:
-        ways = _BEFORE if self.sides is not None else _WRAPPED
-        steering = self.direction.steering(self.strength)
-        effects = {way or "alone": (self.effect(i) if i else self.main_effect)(steering) for i, way in enumerate(ways)}
-        values = sign_stability(effects, self.job.config.seed)
-        means = [interval[0] for interval in values["paraphrases"].values() if interval is not None]
-        holds = sum(mean > 0 for mean in means)
-        figure = f"right in {values['right']:.0%} of the cases, on average in {holds} of {len(means)} paraphrases"
-        status = _graded(values["right"], RIGHT)
-        return status if holds == len(means) else "fail" if holds < len(means) / 2 else "warn", figure, values
-
-    def linear(self) -> tuple[str, str, dict[str, Any]]:
-        values = linearity(self.main_effect, self.direction, [s * self.strength for s in _STRENGTHS])
-        if values is None or values["r2"] is None:
-            raise UsageError("nothing was measured at all strengths")
-        figure = f"R2 {values['r2']:.2f}, slope {_interval(values['coefficient'])}"
-        return _graded(values["r2"], LINEAR, worst="warn"), figure, values
-
-    def side_effects(self) -> tuple[str, str, dict[str, Any]]:
-        budget = self.direction.stats.get("calibration", {}).get("budget", BUDGET)
-        values = {
-            f"{sign * self.strength:g}": text_effects(
-                *self.job.loaded, self.unrelated, self.direction.steering(sign * self.strength)
-            )
-            for sign in (1, -1)
-        }
-        moved = max(one["kl"][0] for one in values.values())
-        ratio = max(one["perplexity"][0] for one in values.values())
-        figure = f"KL {moved:.2g} nats a token (budget {budget:g}), perplexity x{ratio:.2f}, at the worse sign"
-        status = "pass" if moved <= 2 * budget and ratio <= PERPLEXITY[0] else "warn"
-        return "fail" if ratio > PERPLEXITY[1] else status, figure, {"budget": budget, "strengths": values}
-
-    def budget(self) -> tuple[str, str, dict[str, Any]]:
-        passages = [Passage.whole([*t.prompt_ids, *t.ids], len(t.prompt_ids)) for t in self.unrelated]
-        values = site_budget(self.job.loaded.model, passages, self.direction.steering(self.strength))
-        worst = max(values, key=lambda site: values[site]["chord"])
-        about = values[worst]
-        figure = (
-            f"chord {about['chord']:.2f}, angle {about['angle']:.0f} degrees, norm x{about['norm']:.2f}, at {worst}"
-        )
-        return _graded(-about["chord"], (-CHORD[0], -CHORD[1])), figure, values
-
-    def heads(self) -> tuple[str, str, dict[str, Any]]:
-        model = self.job.loaded.model
-        first = min(self.direction.vectors)
-        line = self.direction.vectors[first].reshape(-1, self.direction.vectors[first].shape[-1]).sum(0)
-        layers = range(first.layer + (first.kind not in ("resid_pre", "attn_out", "head_in")))
-        if first.kind in ("head_in", "mlp_act") or not layers:
-            raise UsageError(f"no head writes into {first} before it is steered")
-        sites = [Site("head_in", layer) for layer in layers]
-        positive, negative = (passage_means(model, side, sites) for side in self.passages)
-        difference = {s: (positive[s].mean(0) - negative[s].mean(0))[None] for s in sites}
-        against = Direction({Site("resid_mid", layer): -line for layer in layers})
-        scores = head_scores(model, difference, against)
-        few = max(1, len(scores) // 10)
-        total = sum(abs(score) for score in scores.values()) or 1.0
-        share = sum(abs(s) for s in sorted(scores.values(), key=abs, reverse=True)[:few]) / total
-        best = [{"layer": h.layer, "head": h.head, "score": s} for h, s in list(scores.items())[:10]]
-        named = ", ".join(f"{h['layer']}.{h['head']}" for h in best[:3])
-        figure = f"most by heads {named}; {few} of {len(scores)} heads do {share:.0%} of it"
-        return "shown", figure, {"heads": best, "share": share, "of": few}
-
-    def turns(self) -> tuple[str, str, dict[str, Any]]:
-        contexts: list[list[int]] = [[]]
-        for text in self.unrelated[:_TURNS]:
-            contexts.append([*contexts[-1], *text.prompt_ids, *text.ids])
-        sides = [[[p.ids[i] for i in p.tokens] for p in side] for side in self.passages]
-        values = margin_over_turns(self.job.loaded.model, self.direction, contexts, *sides)
-        figure = " -> ".join(f"{margin:.2f}" for margin in values) + " standard deviations"
-        if values[0] <= 0:
-            raise UsageError(f"there is no margin to be kept: it is {values[0]:.2f} before the first turn")
-        return _graded(min(values) / values[0], LATER), figure, {"margins": values}
-
-    def drift(self) -> tuple[str, str, dict[str, Any]]:
-        steering = self.direction.steering(self.strength)
-        if self.sides is None:
-            _ = self.label
-            sides = [[Continuation(c["prompt_ids"], c["ids"]) for c in self.chains(s)] for s in (steering, ())]
-        else:
-            sides = [self._answers(steering), self._answers(())]
-        steered, plain = ([Passage.whole([*t.prompt_ids, *t.ids], len(t.prompt_ids)) for t in side] for side in sides)
-        values = drift_over_chains(self.job.loaded.model, self.direction, steered, plain)
-        figure = " -> ".join(f"{part:+.2f}" for part in values) + " standard deviations, by thirds"
-        if values[0] <= 0:
-            return "warn", f"{figure}: the chains do not begin along the vector", {"parts": values}
-        return _graded(values[-1] / values[0], LATER, worst="warn"), figure, {"parts": values}
-
-    # --- texts that have nothing to do with it ---
-
-    @cached_property
-    def unrelated(self) -> list[Continuation]:
-        """The unsteered model's replies to everyday questions."""
-        return [t for t in replies(*self.job.loaded, seed=self.job.config.seed) if len(t.ids) > 1]
-
-    def _answers(self, steering: Steering) -> list[Continuation]:
-        model, tokenizer = self.job.loaded
-        chats = bool(getattr(tokenizer, "chat_template", None))
-        asked = [prompt_ids(tokenizer, q) if chats else encode(tokenizer, q) for q in QUESTIONS[8 : 8 + self.limit]]
-        requests = [Request(ids, self.job.config.seed + n, steering) for n, ids in enumerate(asked)]
-        longest = min(90, self.job.config.max_new_tokens)
-        written = TransformersEngine(model, tokenizer).generate(requests, max_new_tokens=longest)
-        return [Continuation(ids, one.ids) for ids, one in zip(asked, written, strict=True)]
-
-
-def _graded(value: float, thresholds: tuple[float, float], worst: str = "fail") -> str:
-    passes, fails = thresholds
-    return "pass" if value >= passes else worst if value < fails else "warn"
-
-
-def _interval(value: Sequence[float] | None) -> str:
-    return "not measured" if value is None else f"{value[0]:+.3g} ({value[1]:+.3g} to {value[2]:+.3g})"
-
-
-def _sha256(sides: Any) -> str:
-    """As `contrast` writes it."""
-    rows = (dump({"positive": a, "negative": b}) + b"\n" for a, b in zip(*sides, strict=True))
-    return hashlib.sha256(b"".join(rows)).hexdigest()

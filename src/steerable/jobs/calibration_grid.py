@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import Record, write_jsonl
 from steerable.engines.base import Continuation
 from steerable.evals.calibration import BudgetNotReached, calibrate
@@ -83,6 +84,8 @@ class GridSearch:
         """Measure, and write calibrate.json and recommended.safetensors."""
         self.partial = partial
         chains = self._generate("unsteered", {None: slice(None)}, lambda _: ())[None]
+        if self.reference is None and self.job.config.annotator == "length":
+            self.reference = reference_length(chains)
         self.rows[None] = self._measured("unsteered", {None: chains}, lambda _: ())[None]
         self._calibrate(chains)
         grid = [Setting(k, s) for k in range(len(self.arms)) for s in self.strengths]
@@ -118,8 +121,8 @@ class GridSearch:
         for chain in chains:
             if chain["sample"] == 0 and len(texts) < _TEXTS and sum(len(t.ids) for t in texts) < _TOKENS:
                 texts.append(Continuation(chain["prompt_ids"], chain["ids"]))
-        kept = self.partial / "calibrations.json"
-        done: dict[str, Any] = read_json(kept, dict) if kept.exists() else {}
+        file = self.partial / "calibrations.json"
+        done: dict[str, Any] = read_json(file, dict) if file.exists() else {}
         arms = []
         self.job.display.start("calibrating", len(self.arms), "arm")
         for arm in self.arms:
@@ -134,7 +137,7 @@ class GridSearch:
                 except BudgetNotReached as error:
                     self.job.display.say(f"calibrate: {arm.name} is left out: {error}")
                     done[arm.name] = None
-                write_json(kept, done)
+                write_json(file, done)
             if (about := done[arm.name]) is not None:
                 norms = {s: about["norms"][str(s)] for s in arm.direction.vectors}
                 made = arm.direction.rescaled_to({s: about["lengths"][str(s)] for s in norms})
@@ -167,12 +170,12 @@ class GridSearch:
         self, name: str, chains: Mapping[Any, Sequence[Record]], steering: Callable[[Any], Any]
     ) -> dict[Any, list[dict[str, Any]]]:
         """A row for every chain: what is aimed at, and every side effect."""
-        kept = self.partial / f"{name}.json"
-        if not kept.exists():
+        file = self.partial / f"{name}.json"
+        if not file.exists():
             self.job.display.start("measuring", sum(map(len, chains.values())))
-            write_json(kept, [self._rows_of(some, steering(setting)) for setting, some in chains.items()])
+            write_json(file, [self._rows_of(some, steering(setting)) for setting, some in chains.items()])
             self.job.display.done()
-        return dict(zip(chains, read_json(kept, list), strict=True))
+        return dict(zip(chains, read_json(file, list), strict=True))
 
     def _rows_of(self, chains: Sequence[Record], steering: Any) -> list[dict[str, Any]]:
         run, (model, tokenizer) = self.job, self.job.loaded
@@ -334,9 +337,9 @@ class GridSearch:
         arm = self.arms[chosen.arm]
         original = {s: float(v.double().norm()) for s, v in import_file(arm.file).vectors.items()}
         factors = {float(v.double().norm()) / original[s] for s, v in arm.direction.vectors.items()}
-        own = factors.pop() * chosen.strength if len(factors) == 1 else None
+        file_strength = factors.pop() * chosen.strength if len(factors) == 1 else None
         return {
-            **about, "file": arm.file, "file_strength": own,
+            **about, "file": arm.file, "file_strength": file_strength,
             "random": {name: self._about(chosen, control)[name] for name in ("gain", "kl", "accuracy", "tokens")},
         }  # fmt: skip
 

@@ -64,7 +64,7 @@ def calibrate_files(
 
     Every arm (a file at one layer, or at all its layers) gets the length at which strength 1 spends the KL budget; its
     strengths are multiples of that. Side effects are measured over whole chains. The recommended setting is written
-    into the direction file's stats, and as a file of its own. Goes on where it was stopped.
+    into the direction file's stats (not into a run folder's), and as a file of its own. Goes on where it was stopped.
 
     Args:
         files: Direction files; several are compared at equal KL and at equal dose.
@@ -127,7 +127,7 @@ def calibrate_files(
         more = f"--validation {fewest}, " if source is None else ""
         raise UsageError(
             f"{grid} settings need {fewest} tasks or more for a search at a quarter of the grid's cost, and there are "
-            f"{len(tasks)}: give {more}fewer --strengths or --layers, or --full-grid"
+            f"{len(tasks)}: give {more}more --strengths or --layers, or --full-grid, which measures all of them"
         )
     reference = None if source is None else source.reference
     how = {"target": target, "aim": aim, "strengths": doses, "samples": samples, "full_grid": full_grid}
@@ -209,8 +209,14 @@ def _note(result: Mapping[str, Any], display: Display) -> None:
     """Write the recommendation into the stats of the direction file that it is about, if that is one of ours."""
     if (about := result["recommended"]) is None:
         return
+    path = Path(about["file"])
+    if any((folder / "stages").is_dir() and (folder / "config.json").exists() for folder in path.resolve().parents):
+        display.say(
+            f"calibrate: {path} is a run's, which would be done again if the recommendation were written into it"
+        )
+        return
     try:
-        direction = Direction.load(path := Path(about["file"]))
+        direction = Direction.load(path)
     except SteerableError:
         display.say(f"calibrate: {about['file']} is another tool's, so that the recommendation is not written into it")
         return

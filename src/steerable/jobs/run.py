@@ -41,20 +41,7 @@ class Run:
     def loaded(self) -> models.Loaded:
         """The model and its tokenizer. Raises UsageError for a model that the main job cannot use."""
         c = self.config
-        if c.trust_remote_code:
-            c.check_own("trust_remote_code")
-        if "/" in (c.attention or ""):  # a kernel on the hub is code
-            c.check_own("attention")
-        where = {"device_map": "auto"} if c.device == "auto" else {"device": c.device}
-        loaded = models.load(
-            c.model,
-            dtype=c.dtype,
-            attn_implementation=c.attention,
-            quantization=c.quantization,
-            revision=c.revision,
-            trust_remote_code=c.trust_remote_code,
-            **where,
-        )
+        loaded = load_model(c)
         if parse_gate(c.gate).uses("thinking", "answer"):
             think_tags(loaded.tokenizer)
         prompt_text(loaded.tokenizer, "?")
@@ -157,6 +144,24 @@ class Run:
         chains = read_jsonl(self.folder / "chains.jsonl", "chain")
         spans_of = [spans[chain_key(chain)] for chain in chains]
         return align_chains(self.loaded.tokenizer, self.prompts("extraction"), chains, spans_of)
+
+
+def load_model(c: Config) -> models.Loaded:
+    """The model of the settings and its tokenizer, whatever they can be used for."""
+    if c.trust_remote_code:
+        c.check_own("trust_remote_code")
+    if "/" in (c.attention or ""):  # a kernel on the hub is code
+        c.check_own("attention")
+    where = {"device_map": "auto"} if c.device == "auto" else {"device": c.device}
+    return models.load(
+        c.model,
+        dtype=c.dtype,
+        attn_implementation=c.attention,
+        quantization=c.quantization,
+        revision=c.revision,
+        trust_remote_code=c.trust_remote_code,
+        **where,
+    )
 
 
 def recorded_settings(folder: RunFolder) -> dict[str, Any]:

@@ -3,7 +3,6 @@ length that means the same everywhere."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,8 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from steerable import __version__
-from steerable.chains.records import dump
-from steerable.chains.text_pairs import Messages, check_text
+from steerable.chains.text_pairs import Messages, check_text, pairs_sha256
 from steerable.engines.activations import capture, mean_norms
 from steerable.engines.base import Continuation
 from steerable.evals.calibration import BUDGET, calibrate, check_budget
@@ -133,7 +131,6 @@ def contrast(
         "separation": {str(s): round(score, 4) for s, score in scores.items()},
         **attention_sinks.stats({s: about for s, about in captured.sinks.items() if s in chosen}),
     }
-    pairs = b"".join(dump({"positive": a, "negative": b}) + b"\n" for a, b in zip(positive, negative, strict=True))
     rows = [encode(tokenizer, text) for side in sides for text in side]
     direction = replace(
         direction,
@@ -143,7 +140,7 @@ def contrast(
         method=direction.method or getattr(estimator, "__name__", "contrast"),
         norms={} if budget is not None else mean_norms(model, rows, chosen),
         stats={**direction.stats, **about},
-        data_sha256=hashlib.sha256(pairs).hexdigest(),
+        data_sha256=pairs_sha256(positive, negative),
         created_by=f"steerable {__version__} contrast",
     )
     if budget is None:
