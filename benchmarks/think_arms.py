@@ -24,20 +24,20 @@ from arms import copy
 from arms_summary import RESULTS, _cells, _interval, _lines, _right
 
 SEEDS = (0, 1)
-SIZES = {"train": 512, "test": 96}
+SIZES = {"train": 512, "test": 128}
 COMMON = {
     "model": "smol-think",
-    "max-new-tokens": 400,
+    "max-new-tokens": 320,
     "steps": 16,
-    "prompts": 8,
+    "prompts": 4,
     "group": 8,
-    "samples": 3,
+    "samples": 2,
     "save-every": 2,
 }
 ARMS: dict[str, dict[str, Any]] = {
-    "bias": {"method": "bias", "learning-rate": 1e-2},
-    "random-reward": {"method": "bias", "learning-rate": 1e-2, "reward": "random"},
-    "lora": {"method": "lora", "learning-rate": 1e-3},
+    "bias": {"method": "bias", "learning-rate": 3e-2},
+    "random-reward": {"method": "bias", "learning-rate": 3e-2, "reward": "random"},
+    "lora": {"method": "lora", "learning-rate": 2e-3},
 }
 RESAMPLES = 2000
 
@@ -68,7 +68,7 @@ def make_data(out: Path) -> None:
 
 def train(out: Path, parallel: int) -> None:
     """Every arm of every seed that is not finished."""
-    todo = [(name, seed) for seed in SEEDS for name in ARMS if not (out / f"{name}-{seed}/report.json").exists()]
+    todo = [(name, seed) for name in ARMS for seed in SEEDS if not (out / f"{name}-{seed}/report.json").exists()]
     running: dict[str, subprocess.Popen[bytes]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     while todo or running:
