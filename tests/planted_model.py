@@ -25,13 +25,13 @@ def planted_model():
     return model, Direction({SITE: 2 * line / line.norm()}, norms={SITE: 20.0}, behaviour="planted", model_id="model")
 
 
-def texts(count=24, length=6, seed=1):
+def texts(count=24, length=6, seed=1, kinds=(POSITIVE, NEGATIVE)):
     """Pairs of texts as ids: the same words between, positive or negative ones at every other place."""
     generator = torch.Generator().manual_seed(seed)
     sides = ([], [])
     for _ in range(count):
         common = torch.randint(45, 60, (length,), generator=generator).tolist()
-        for side, kind in zip(sides, (POSITIVE, NEGATIVE), strict=True):
+        for side, kind in zip(sides, kinds, strict=True):
             own = [kind[i] for i in torch.randint(0, len(kind), (length,), generator=generator).tolist()]
             side.append([token for pair in zip(common, own, strict=True) for token in pair])
     return sides

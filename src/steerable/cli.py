@@ -80,12 +80,12 @@ COMMANDS = {
     "calibrate": Command(
         "calibration_job:calibrate_files", "steerable calibrate v.safetensors --out runs/calibrate", ("files",),
         settings="model revision dtype device annotator tasks seed validation max_new_tokens greedy budget "
-        "generation_dtype rows block llm_model llm_url llm_concurrency llm_rpm llm_tpm",
+        "generation_dtype rows block llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     ),
     "audit": Command(
         "audit_job:audit", "steerable audit runs/pocket/vectors/backtracking.safetensors --model pocket", ("file",),
         settings="model revision dtype device annotator tasks seed max_new_tokens greedy generation_dtype rows "
-        "llm_model llm_url llm_concurrency llm_rpm llm_tpm",
+        "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     ),
     "edit": Command(
         "recipe_job:edit", "steerable edit --recipe laser --model pocket --set share=0.5 --out laser.safetensors",

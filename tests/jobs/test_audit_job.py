@@ -5,15 +5,29 @@ import json
 import pytest
 from planted_model import planted_model, texts
 
+from steerable.chains import generation
 from steerable.chains.text_pairs import read_pairs
 from steerable.evals.calibration import calibrate
+from steerable.jobs.audit_checks import LOOKALIKES, Checks
 from steerable.jobs.audit_job import audit, judge
 from steerable.methods.text_pairs import contrast
 from steerable.models.loading import load
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
 
-NAMES = ["halves", "separation", "effect", "sign", "linearity", "side effects", "budget", "heads", "turns", "drift"]
+NAMES = [
+    "halves",
+    "separation",
+    "lookalikes",
+    "effect",
+    "sign",
+    "linearity",
+    "side effects",
+    "budget",
+    "heads",
+    "turns",
+    "drift",
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +37,13 @@ def place(tmp_path_factory, tokenizer):
     model, direction = planted_model()
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    pairs = [[" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in side] for side in texts()]
-    rows = (json.dumps({"positive": a, "negative": b}) + "\n" for a, b in zip(*pairs, strict=True))
-    (root / "pairs.jsonl").write_text("".join(rows))
+    sides = {"pairs": texts(), "clean": (texts()[0], texts(kinds=[range(22, 30)] * 2)[0])}
+    sides["confounded"] = texts()[0], texts(seed=2)[0]  # what looks alike lies where the concept lies
+    for name, some in sides.items():
+        words = ([" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in side] for side in some)
+        rows = (json.dumps({"positive": a, "negative": b}) + "\n" for a, b in zip(*words, strict=True))
+        (root / f"{name}.jsonl").write_text("".join(rows))
+    pairs = read_pairs(root / "pairs.jsonl")
     loaded = load(root / "model")
     made = calibrate(*loaded, direction, pairs[0][:8] + pairs[1][:8], budget=0.05)
     made.save(root / "planted.safetensors")
@@ -40,17 +58,21 @@ def audited(place, name, **more):
 
 @pytest.fixture(scope="module")
 def trusted(place):
-    return audited(place, "planted", pairs=place / "pairs.jsonl")
+    return audited(place, "planted", pairs=place / "pairs.jsonl", lookalikes=place / "clean.jsonl")
 
 
 def test_a_planted_direction_is_trusted(trusted, place):
     status = {check["name"]: check["status"] for check in trusted["checks"]}
     assert list(status) == NAMES
     assert trusted["verdict"] == "trusted", trusted
-    assert {status[name] for name in ("halves", "separation", "effect", "sign", "linearity")} == {"pass"}
+    assert {status[name] for name in NAMES[:6]} == {"pass"}
     assert json.loads((place / "planted/audit.json").read_text()) == trusted
     page = (place / "planted/audit.html").read_text()
     assert "Trusted." in page and page.count("<svg") >= 3 and "not checked" not in page.lower()
+    sign = next(check for check in trusted["checks"] if check["name"] == "sign")
+    assert len(sign["values"]["paraphrases"]) == 9 and "looks like another changes it by" in sign["figure"]
+    a, b = (sign["values"]["paraphrases"][before][0] for before in LOOKALIKES[0])
+    assert sign["values"]["lookalikes"] >= abs(a - b) / ((a + b) / 2)
 
 
 def test_a_random_direction_is_not(place):
@@ -66,30 +88,72 @@ def test_without_data_it_is_weak_and_says_what_was_not_checked(place):
     assert result["verdict"] == "weak"
     assert {name for name in NAMES if status[name] == "not checked"} == set(NAMES) - {"side effects", "budget"}
     reasons = {check["figure"] for check in result["checks"] if check["status"] == "not checked"}
-    assert reasons == {
+    assert {reason for reason in reasons if "--lookalikes" not in reason} == {
         "no --pairs, and --annotator keywords cannot judge it: the behaviour 'planted' is none of its labels"
     }
 
 
-def test_a_behaviour_is_judged_in_chains(finished, tmp_path):
-    """Every check has its data: the spans of chains, and the share of the behaviour in them."""
+CHAINS = {"limit": 4, "samples": 2, "controls": 1, "max_new_tokens": 60, "workers": 1, "model": "pocket"}
+
+
+@pytest.fixture(scope="module")
+def judged(finished, tmp_path_factory):
+    """The audit of a direction of the bundled model, and its folder."""
+    root = tmp_path_factory.mktemp("judged")
     file = finished / "vectors/candidates/onset.pooled/initializing.safetensors"
-    direction = Direction.load(file).only([3])
-    direction.save(tmp_path / "initializing.safetensors")
-    options = {"limit": 4, "samples": 2, "controls": 1, "max_new_tokens": 60, "workers": 1, "model": "pocket"}
-    result = audit(tmp_path / "initializing.safetensors", out=tmp_path / "out", **options)
-    checks = {check["name"]: check for check in result["checks"]}
-    assert [name for name in NAMES if checks[name]["status"] == "not checked"] == []
+    Direction.load(file).only([3]).save(root / "initializing.safetensors")
+    return root, audit(root / "initializing.safetensors", out=root / "out", **CHAINS)
+
+
+def test_a_behaviour_is_judged_in_chains(judged):
+    """Every check has its data: the spans of chains, and the share of the behaviour in them."""
+    checks = {check["name"]: check for check in judged[1]["checks"]}
+    assert [name for name in NAMES if checks[name]["status"] == "not checked"] == ["lookalikes"]
     assert checks["separation"]["status"] == "pass" and len(checks["turns"]["values"]["margins"]) == 4
     effects = checks["linearity"]["values"]["effects"]
     assert effects["1"] == checks["effect"]["values"]["effect"] == checks["sign"]["values"]["paraphrases"]["{prompt}"]
+
+
+def test_it_goes_on_where_it_was_stopped(judged, steerable, monkeypatch):
+    """Checks that were done and chains that were written are not done again, and the result is the same; the plan
+    counts these chains."""
+    root, result = judged
+    file, again = root / "initializing.safetensors", root / "again"
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checks, "linear", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            audit(file, out=again, **CHAINS)
+    blocks = again.glob(".partial/*/*steered/*.jsonl")
+    written = sum(len(block.read_text().splitlines()) for block in blocks)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in CHAINS.items()]
+    said = steerable("audit", file, *options, "--out", root / "plan", "--dry-run", "--json")
+    assert said.code == 0 and not (root / "plan").exists(), said.err
+    assert json.loads(said.out)["stages"][0]["chains"] == written == 8 * (1 + 2 + 2 + 4 + 8)
+    with monkeypatch.context() as patch:
+        for name in ("halves", "separation", "effect_check", "sign"):
+            patch.setattr(Checks, name, stopped)
+        patch.setattr(generation, "_answer", stopped)
+        assert audit(file, out=again, **CHAINS) == result
+        patch.setattr(Checks, "all", stopped)
+        assert audit(file, out=again, **CHAINS) == result
+    for name in ("audit.json", "audit.html"):
+        assert (again / name).read_bytes() == (root / "out" / name).read_bytes()
+    assert not (again / ".partial").exists()
 
 
 def test_pairs_that_it_was_made_of_are_cut_in_halves(place):
     loaded, sides = load(place / "model"), read_pairs(place / "pairs.jsonl")
     made = contrast(*loaded, *sides, layers=2, budget=None)
     made.save(place / "made.safetensors")
-    result = audited(place, "made", pairs=place / "pairs.jsonl", strength=0.1)
+    more = {"pairs": place / "pairs.jsonl", "lookalikes": place / "confounded.jsonl"}
+    result = audited(place, "made", strength=0.1, **more)
+    assert next(c["status"] for c in result["checks"] if c["name"] == "lookalikes") == "fail"
+    plan = audited(place, "made", strength=0.1, dry_run=True, **more)
+    assert plan["done"] == ["audit"] and [stage["stage"] for stage in plan["stages"]] == ["answers", "checks"]
     assert "the other half" in next(c["figure"] for c in result["checks"] if c["name"] == "separation")
 
 

@@ -119,6 +119,22 @@ def test_it_goes_on_where_it_was_stopped(calibrated, file, tmp_path, monkeypatch
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_plan_counts_what_the_search_does(calibrated, file, steerable, tmp_path):
+    out, result = calibrated
+    rows = read_jsonl(out / "measured.jsonl")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    said = steerable("calibrate", file, *options, "--full-grid", "--out", tmp_path / "c", "--dry-run", "--json")
+    assert said.code == 0 and not (tmp_path / "c").exists(), said.err
+    plan = json.loads(said.out)
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert list(stages) == ["unsteered", "calibrate", "search", "control", "grid", "measure"] and plan["done"] == []
+    assert stages["unsteered"]["chains"] == 32 and stages["search"]["cells"] == 8
+    assert sum(stages[name]["chains"] for name in ("unsteered", "search", "grid")) == len(rows)
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
+    assert calibrate_files([file], full_grid=True, out=out, dry_run=True, **FAST)["done"] == ["calibrate"]
+    assert calibrate_files([file], out=out, dry_run=True, **FAST)["done"] == []
+
+
 def test_of_a_run_folder(steerable, finished, file, tmp_path):
     """Its validation tasks are few, so that there is no search; less of a label is sought at negative strengths."""
     options = ["--run", finished, "--full-grid", "--layers", 3, "--strengths=-0.5,-1", "--samples", 1, "--workers", 1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from steerable.chains.generation import Job, generate_jobs, prompt_ids
 from steerable.chains.offsets import chain_tokens
 from steerable.chains.records import Record
 from steerable.chains.spans import owners
-from steerable.chains.tasks import make_tasks
 from steerable.chains.text_pairs import Messages, pairs_sha256
 from steerable.engines.base import Continuation, Request
 from steerable.engines.transformers import TransformersEngine
@@ -52,8 +52,10 @@ from steerable.steering.think import render_messages
 from steerable.steering.vocabulary import encode
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.run_folder import read_json, write_json
 from steerable.store.text import counted
 
+Sides = tuple[list[str | Messages], list[str | Messages]]
 #: Thresholds: what passes, and what fails; between them a check warns.
 HALVES, SEPARATION, RIGHT, LINEAR = (0.8, 0.4), (0.8, 0.6), (0.75, 0.5), (0.8, 0.0)
 PERPLEXITY, CHORD, LATER = (1.5, 3.0), (0.5, 1.5), (0.5, 0.0)
@@ -62,8 +64,16 @@ DECISIVE = ("halves", "separation", "effect", "sign")
 _PAIRS = 48  # pairs that are read, at most
 _LONGEST = 512  # tokens of a text
 _STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
-_WRAPPED = ("{prompt}", "Please answer: {prompt}", "{prompt}\nTake your time.")
-_BEFORE = ("", "Someone wrote this: ", "NOTE. ")
+LOOKALIKES = (
+    ("The coffee stood in the hall. ", "The coffin stood in the hall. "),
+    ("Then came the desert. ", "Then came the dessert. "),
+    ("She drew an angel. ", "She drew an angle. "),
+)
+"""Sentences that differ in a letter or two, and in meaning: none of them may turn an effect round."""
+_WRAPPED = ("{prompt}", "Please answer: {prompt}", "{prompt}\nTake your time.",
+            *(f"{before}{{prompt}}" for before in LOOKALIKES[0]))  # fmt: skip
+_BEFORE = ("", "Someone wrote this: ", "NOTE. ", *(before for pair in LOOKALIKES for before in pair))
+LONGEST_ANSWER = 90  # tokens
 _TURNS = 3
 
 
@@ -74,19 +84,25 @@ class Checks:
     job: Run
     direction: Direction
     strength: float
-    sides: tuple[list[str | Messages], list[str | Messages]] | None
-    source: Run | None
+    sides: Sides | None
+    lookalikes: Sides | None
+    tasks: list[Record]
+    reference_length: float | None
     limit: int
     samples: int
     controls: int
     written: dict[tuple[str, Steering], list[Record]] = field(default_factory=dict)
+    partial: Path = Path()
 
-    def all(self) -> list[dict[str, Any]]:
-        """All of them, in the order of the page."""
+    def all(self, partial: Path) -> list[dict[str, Any]]:
+        """All of them, in the order of the page. partial: a folder that keeps what is finished, for the next call."""
+        self.partial = partial
         rows = (
             ("halves", "Halves of the data agree", f"cosine {HALVES[0]} or more; under {HALVES[1]} fails", self.halves),
             ("separation", "Separation of held-out text",
              f"AUC {SEPARATION[0]} or more; under {SEPARATION[1]} fails", self.separation),
+            ("lookalikes", "Told from lookalikes",
+             f"AUC {SEPARATION[0]} or more; under {SEPARATION[1]} fails", self.told_apart),
             ("effect", "Effect beside controls",
              "clear of 0 and of random and label-shuffled directions; not above each of them fails", self.effect_check),
             ("sign", "Sign over prompts and paraphrases",
@@ -103,18 +119,21 @@ class Checks:
             ("drift", "Projection over a chain",
              f"the last third keeps {LATER[0]:.0%} of the first or more", self.drift),
         )  # fmt: skip
-        made = []
+        file = partial / "checks.json"
+        done: dict[str, Any] = read_json(file, dict) if file.exists() else {}
         self.job.display.start("auditing", len(rows), "check")
         for name, title, threshold, check in rows:
-            try:
-                status, figure, values = check()
-            except SteerableError as error:
-                status, figure, values = "not checked", str(error), {}
-            made.append({"name": name, "title": title, "status": status, "figure": figure, "threshold": threshold,
-                         "values": values})  # fmt: skip
+            if name not in done:
+                try:
+                    status, figure, values = check()
+                except SteerableError as error:
+                    status, figure, values = "not checked", str(error), {}
+                done[name] = {"name": name, "title": title, "status": status, "figure": figure,
+                              "threshold": threshold, "values": values}  # fmt: skip
+                write_json(file, done)
             self.job.display.advance(1)
         self.job.display.done()
-        return made
+        return [done[name] for name, *_ in rows]
 
     # --- data ---
 
@@ -128,26 +147,23 @@ class Checks:
         raise UsageError(f"no --pairs, and --annotator {self.job.config.annotator} cannot judge it: {what}")
 
     @cached_property
-    def tasks(self) -> list[Record]:
-        if self.source is not None:
-            return self.source.tasks("evaluation")[: self.limit]
-        return make_tasks(self.job.config.tasks, self.limit, self.job.config.seed)
-
-    @cached_property
     def reference(self) -> float | None:
         """The length that tells `short` from `long`, where the annotator is `length`."""
         if self.job.config.annotator != "length":
             return None
-        given = None if self.source is None else self.source.reference
-        return reference_length(self.chains(())) if given is None else given
+        return reference_length(self.chains(())) if self.reference_length is None else self.reference_length
 
     @cached_property
     def texts(self) -> tuple[list[list[int]], list[list[int]]]:
         """The token ids of both sides of the pairs."""
         assert self.sides is not None
+        return self.encoded(self.sides)
+
+    def encoded(self, given: Sides) -> tuple[list[list[int]], list[list[int]]]:
+        """The token ids of both sides of pairs."""
         tokenizer = self.job.loaded.tokenizer
         sides = []
-        for side in self.sides:
+        for side in given:
             items = (t if isinstance(t, str) else render_messages(tokenizer, t) for t in side[:_PAIRS])
             sides.append([encode(tokenizer, text)[:_LONGEST] for text in items])
         return sides[0], sides[1]
@@ -197,35 +213,53 @@ class Checks:
 
     # --- chains, and what they show ---
 
-    def chains(self, steering: Steering, template: str = _WRAPPED[0]) -> list[Record]:
-        """The chains of the tasks, as the template puts them."""
-        self.write([(template, steering)])
-        return self.written[template, steering]
+    @cached_property
+    def shuffled(self) -> list[Direction]:
+        """Directions of the same examples with their labels shuffled."""
+        generator = torch.Generator().manual_seed(self.job.config.seed)
+        count = len(self.passages[0])
+        made = []
+        for _ in range(self.controls):
+            swapped = torch.zeros(count, dtype=torch.bool)
+            swapped[torch.randperm(count, generator=generator)[: count // 2]] = True
+            made.append(self.made_of(range(count), swapped))
+        return made
 
-    def write(self, settings: Sequence[tuple[str, Steering]]) -> None:
-        """The chains of these settings that are not there yet, in one go."""
-        c, missing = self.job.config, [s for s in dict.fromkeys(settings) if s not in self.written]
-        if not missing:
-            return
-        jobs = []
-        for template, steering in missing:
+    def settings(self, shuffled: Sequence[Direction]) -> list[tuple[str, Steering]]:
+        """What is measured but for the unsteered chains: ways to put a task, or a text, and steerings."""
+        ways = _WRAPPED if self.sides is None else _BEFORE
+        controls = control_directions(self.direction, shuffled, self.controls, self.job.config.seed)
+        signed = [one.steering(sign * self.strength) for some in controls.values() for one in some for sign in (1, -1)]
+        signed += [self.direction.steering(s * self.strength) for s in _STRENGTHS]
+        wrapped = [(way, s) for way in ways for s in ((), self.direction.steering(self.strength))]
+        return [s for s in dict.fromkeys([*((ways[0], s) for s in signed), *wrapped]) if s != (ways[0], ())]
+
+    def chains(self, steering: Steering, template: str = _WRAPPED[0]) -> list[Record]:
+        """The chains of the tasks, as the template puts them. Those of all checks are written together, which keeps
+        the model busy, but for the unsteered ones, of whose text the controls are made."""
+        asked = template, steering
+        if asked not in self.written and asked == (_WRAPPED[0], ()):
+            self.write("unsteered", [asked])
+        elif asked not in self.written:
+            try:
+                shuffled = self.shuffled
+            except UsageError:  # too few examples for controls: the other checks go on without
+                shuffled = []
+            self.write("steered", self.settings(shuffled))
+        return self.written[asked]
+
+    def write(self, name: str, settings: Sequence[tuple[str, Steering]]) -> None:
+        """The chains of these settings, in one go; finished blocks are kept under the name."""
+        c, jobs = self.job.config, []
+        for template, steering in settings:
             tasks = [{**task, "prompt": template.replace("{prompt}", task["prompt"])} for task in self.tasks]
             jobs.append(Job(tasks, range(self.samples), steering))
         chains = generate_jobs(
             self.job.loaded, jobs, seed=c.seed, greedy=True if c.greedy else None, max_new_tokens=c.max_new_tokens,
-            rows=c.rows, generation_dtype=c.generation_dtype, block=c.block, **self.job.spread,
+            rows=c.rows, generation_dtype=c.generation_dtype, block=c.block, keep=self.partial / name,
+            **self.job.spread,
         )  # fmt: skip
-        self.written.update(zip(missing, chains, strict=True))
-
-    def write_all(self, shuffled: Sequence[Direction]) -> None:
-        """The chains of all checks; written together, they keep the model busy."""
-        if self.sides is not None:
-            return
-        controls = control_directions(self.direction, shuffled, self.controls, self.job.config.seed)
-        signed = [one.steering(sign * self.strength) for some in controls.values() for one in some for sign in (1, -1)]
-        signed += [self.direction.steering(s * self.strength) for s in _STRENGTHS]
-        wrapped = [(way, s) for way in _WRAPPED for s in ((), self.direction.steering(self.strength))]
-        self.write([*((_WRAPPED[0], s) for s in signed), *wrapped])
+        self.written.update(zip(settings, chains, strict=True))
 
     def spans(self, chains: Sequence[Record]) -> list[list[Record]]:
         """Those of each chain."""
@@ -288,17 +322,17 @@ class Checks:
         figure = f"AUC {values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f}), {how}"
         return _graded(values[0], SEPARATION), figure, {"auc": values}
 
+    def told_apart(self) -> tuple[str, str, dict[str, Any]]:
+        if self.lookalikes is None:
+            raise UsageError("no --lookalikes: pairs of a text that shows it and one that only looks like it")
+        sides = [[Passage.whole(ids) for ids in side] for side in self.encoded(self.lookalikes)]
+        means = [passage_means(self.job.loaded.model, side, list(self.direction.vectors)) for side in sides]
+        values = held_out_auc(lambda _: self.direction, *means)
+        return _graded(values[0], SEPARATION), f"AUC {_interval(values)[1:]}", {"auc": values}
+
     def effect_check(self) -> tuple[str, str, dict[str, Any]]:
-        generator = torch.Generator().manual_seed(self.job.config.seed)
-        count = len(self.passages[0])
-        shuffled = []
-        for _ in range(self.controls):
-            swapped = torch.zeros(count, dtype=torch.bool)
-            swapped[torch.randperm(count, generator=generator)[: count // 2]] = True
-            shuffled.append(self.made_of(range(count), swapped))
-        self.write_all(shuffled)
         values = effect_beside_controls(
-            self.main_effect, self.direction, shuffled, strength=self.strength, controls=self.controls,
+            self.main_effect, self.direction, self.shuffled, strength=self.strength, controls=self.controls,
             seed=self.job.config.seed,
         )  # fmt: skip
         effect, random, shuffled = values["effect"], values["random"], values["shuffled"]
@@ -314,11 +348,21 @@ class Checks:
         steering = self.direction.steering(self.strength)
         effects = {way or "alone": (self.effect(i) if i else self.main_effect)(steering) for i, way in enumerate(ways)}
         values = sign_stability(effects, self.job.config.seed)
+        values["lookalikes"] = self._between_lookalikes(values["paraphrases"])
         means = [interval[0] for interval in values["paraphrases"].values() if interval is not None]
         holds = sum(mean > 0 for mean in means)
         figure = f"right in {values['right']:.0%} of the cases, on average in {holds} of {len(means)} paraphrases"
+        if (most := values["lookalikes"]) is not None:
+            figure += f"; a word that looks like another changes it by {most:.0%} at most"
         status = _graded(values["right"], RIGHT)
         return status if holds == len(means) else "fail" if holds < len(means) / 2 else "warn", figure, values
+
+    def _between_lookalikes(self, intervals: Mapping[str, Sequence[float] | None]) -> float | None:
+        """The largest difference between two contexts that look alike, as a share of the mean over both."""
+        end = "{prompt}" if self.sides is None else ""
+        pairs = [[intervals.get(before + end) for before in pair] for pair in LOOKALIKES]
+        shares = [abs(a[0] - b[0]) / abs((a[0] + b[0]) / 2) for a, b in pairs if a and b and a[0] + b[0]]
+        return max(shares, default=None)
 
     def linear(self) -> tuple[str, str, dict[str, Any]]:
         values = linearity(self.main_effect, self.direction, [s * self.strength for s in _STRENGTHS])
@@ -408,7 +452,7 @@ class Checks:
         chats = bool(getattr(tokenizer, "chat_template", None))
         asked = [prompt_ids(tokenizer, q) if chats else encode(tokenizer, q) for q in QUESTIONS[8 : 8 + self.limit]]
         requests = [Request(ids, self.job.config.seed + n, steering) for n, ids in enumerate(asked)]
-        longest = min(90, self.job.config.max_new_tokens)
+        longest = min(LONGEST_ANSWER, self.job.config.max_new_tokens)
         written = TransformersEngine(model, tokenizer).generate(requests, max_new_tokens=longest)
         return [Continuation(ids, one.ids) for ids, one in zip(asked, written, strict=True)]
 

@@ -7,18 +7,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from steerable.chains.text_pairs import read_pairs
+from steerable.chains.records import Record
+from steerable.chains.tasks import make_tasks
+from steerable.chains.text_pairs import pairs_sha256, read_pairs
 from steerable.engines.transformers import steer
 from steerable.formats import import_file
+from steerable.jobs.annotation import sources
 from steerable.jobs.audit_checks import DECISIVE, Checks
+from steerable.jobs.dry_run import estimate_audit
+from steerable.jobs.dry_run import tables as plan_tables
 from steerable.jobs.run import Run, load_model, open_run, recorded_settings
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
 from steerable.pages.audit_page import render, sentence, tables
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
-from steerable.store.files import write_atomic
+from steerable.store.files import sha256, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
+
+_FIELDS = "model revision dtype device annotator seed max_new_tokens greedy generation_dtype rows block"
 
 
 class _AnyRun(Run):
@@ -33,11 +40,13 @@ def audit(
     file: Path,
     *,
     pairs: Path | None = None,
+    lookalikes: Path | None = None,
     run: Path | None = None,
     strength: float | None = None,
     limit: int = 16,
     samples: int = 2,
     controls: int = 2,
+    dry_run: bool = False,
     out: str | Path = "runs/audit",
     workers: int | None = None,
     overwrite: bool = False,
@@ -47,16 +56,18 @@ def audit(
     """Is this vector to be trusted? Its receipts: data, effect beside controls, side effects; and one verdict.
 
     With --pairs its effect is which text of a pair the model prefers, without them how much of its behaviour the
-    annotator finds in chains. What cannot be checked is listed with the reason.
+    annotator finds in chains. What cannot be checked is listed with the reason. Goes on where it was stopped.
 
     Args:
         file: A direction file.
         pairs: Pairs of texts that it should tell apart, as for `contrast`.
+        lookalikes: Pairs of a text that shows the behaviour and one that only looks like it ("coffee", "coffin").
         run: A run folder whose model, evaluation tasks and annotator are taken.
         strength: The strength at which it is judged; default: the file's.
         limit: Tasks, where chains are judged.
         samples: Chains of each of them.
         controls: Random directions, and label-shuffled ones, of equal norm.
+        dry_run: Do nothing, but say what would be done, how long it would take and what it would cost.
         out: The folder of the results.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another model in --out be replaced; else that is refused.
@@ -65,7 +76,8 @@ def audit(
 
     Returns:
         The content of audit.json: `verdict` (trusted, weak or not trusted), its `reasons`, and `checks`, each with its
-        `status` (pass, warn, fail, shown or not checked), `figure`, `threshold` and values: see docs/calibrate.md.
+        `status` (pass, warn, fail, shown or not checked), `figure`, `threshold` and values: see docs/calibrate.md. With
+        `dry_run`, `dry_run.estimate_audit`.
 
     Raises:
         UsageError: A file that does not fit the model, or unsound settings.
@@ -80,25 +92,47 @@ def audit(
     config = Config(recorded.keys() - settings.keys(), **recorded | settings)
     direction = import_file(file)
     sides = None if pairs is None else read_pairs(pairs)
+    alike = None if lookalikes is None else read_pairs(lookalikes)
     display = display or Display(quiet=True)
     job = _AnyRun(RunFolder(out), config, workers, display=display)
     job.folder.refuse_other("audit", config.model, config.revision, overwrite=overwrite)
     loaded = job.loaded
     with steer(loaded.model, direction, tokenizer=loaded.tokenizer, track=False):
         pass
-    with job.folder.locked():
-        write_json(job.folder / "config.json", {"job": "audit", "model": config.model, "revision": config.revision})
-        made = Checks(job, direction, direction.strength if strength is None else strength, sides, source,
-                      limit, samples, controls)  # fmt: skip
-        checks = made.all()
-        verdict, reasons = judge(checks)
+    tasks: list[Record] = []
+    if sides is None:
+        tasks = make_tasks(config.tasks, limit, config.seed) if source is None else source.tasks("evaluation")[:limit]
+    reference = None if source is None else source.reference
+    strength = direction.strength if strength is None else strength
+    checks = Checks(job, direction, strength, sides, alike, tasks, reference, limit, samples, controls)
+    key = {
+        "file": str(file), "file_sha256": sha256(file), "strength": strength, "weights": job.weights,
+        "pairs": None if sides is None else pairs_sha256(*sides),
+        "lookalikes": None if alike is None else pairs_sha256(*alike),
+        "tasks": tasks, "reference": reference, "limit": limit, "samples": samples, "controls": controls,
+        "annotator_sha256": [sha256(source) for source in sources(config)], **config.subset(_FIELDS),
+    }  # fmt: skip
+    if dry_run:
+        done = ["audit"] * job.folder.finished("audit", job.folder.key("audit", [], key))
+        plan = estimate_audit(job, checks, done)
+        display.show(*plan_tables(plan))
+        return plan
+
+    def work(partial: Path) -> None:
+        made = checks.all(partial)
+        verdict, reasons = judge(made)
         result = {
             "file": str(file), "model": models.model_id(loaded.model) or config.model,
             "behaviour": direction.behaviour, "method": direction.method, "sites": list(map(str, direction.vectors)),
-            "strength": made.strength, "effect_of": made.effect_of, "verdict": verdict, "reasons": reasons,
-            "checks": checks,
+            "strength": strength, "effect_of": checks.effect_of, "verdict": verdict, "reasons": reasons,
+            "checks": made,
         }  # fmt: skip
-        result = dict(read_json(write_json(job.folder / "audit.json", result)))
+        write_json(job.folder / "audit.json", result)
+
+    with job.folder.locked():
+        write_json(job.folder / "config.json", {"job": "audit", "model": config.model, "revision": config.revision})
+        job.folder.run_stage("audit", [], key, ["audit.json"], work)
+        result: dict[str, Any] = read_json(job.folder / "audit.json", dict)
         write_atomic(job.folder / "audit.html", render(result))
     display.show(*tables(result))
     display.tell(sentence(result), f"The page is {(job.folder / 'audit.html').resolve()}")

@@ -43,7 +43,8 @@ FIELDS = (
     "model revision dtype device annotator tasks seed validation max_new_tokens greedy budget generation_dtype rows "
     "block"
 )
-_TEXTS, _TOKENS = 8, 800  # unsteered chains that arms are calibrated on, at most
+TEXTS, TOKENS = 8, 800
+"""Unsteered chains that arms are calibrated on, at most, and their tokens."""
 _CLEAR = 8  # chains, of which an interval may be clear of 0
 _METRICS = ("target", "kl", "accuracy", "tokens", "thinking", "loops", "unclosed")
 
@@ -90,7 +91,7 @@ class GridSearch:
         self._calibrate(chains)
         grid = [Setting(k, s) for k in range(len(self.arms)) for s in self.strengths]
         rounds: list[Round[Setting]] = []
-        if not self.how["full_grid"] or len(self.tasks) >= _enough(len(grid)):
+        if is_searched(len(grid), len(self.tasks), self.how["full_grid"]):
             rounds = successive_halving(grid, len(self.tasks), self._extend, self._ranked, self._cost)
         chosen, reason = self._choose(grid)
         spent = self._tokens()
@@ -119,7 +120,7 @@ class GridSearch:
         """Give each arm the length at which strength 1 spends the budget; leave out those that cannot."""
         texts: list[Continuation] = []
         for chain in chains:
-            if chain["sample"] == 0 and len(texts) < _TEXTS and sum(len(t.ids) for t in texts) < _TOKENS:
+            if chain["sample"] == 0 and len(texts) < TEXTS and sum(len(t.ids) for t in texts) < TOKENS:
                 texts.append(Continuation(chain["prompt_ids"], chain["ids"]))
         file = self.partial / "calibrations.json"
         done: dict[str, Any] = read_json(file, dict) if file.exists() else {}
@@ -386,11 +387,12 @@ class GridSearch:
         }  # fmt: skip
 
 
-def _enough(grid: int) -> float:
+def is_searched(settings: int, tasks: int, full_grid: bool) -> bool:
+    """Whether a grid is searched; a full grid on too few tasks for that is measured as it is."""
     try:
-        return fewest_tasks(grid)
+        return not full_grid or tasks >= fewest_tasks(settings)
     except UsageError:
-        return math.inf
+        return False
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from steerable.chains.records import write_jsonl
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.engines.transformers import steer
 from steerable.evals.dose_response import Limits
@@ -24,6 +24,8 @@ from steerable.evals.metrics import all_metrics
 from steerable.formats import import_file
 from steerable.jobs.annotation import labels_of
 from steerable.jobs.calibration_grid import FIELDS, THINKING, Arm, GridSearch, noted
+from steerable.jobs.dry_run import estimate_search
+from steerable.jobs.dry_run import tables as plan_tables
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.selection import interior
 from steerable.jobs.settings import Config
@@ -54,6 +56,7 @@ def calibrate_files(
     loops: float = 0.1,
     unclosed: float = 0.1,
     accuracy: float = 0.1,
+    dry_run: bool = False,
     out: str | Path = "runs/calibrate",
     workers: int | None = None,
     overwrite: bool = False,
@@ -81,6 +84,7 @@ def calibrate_files(
         loops: Largest rise of the share of repeated 8-grams.
         unclosed: Largest rise of the share of chains that never end.
         accuracy: Largest fall of the accuracy.
+        dry_run: Do nothing, but say what would be done, how long it would take and what it would cost.
         out: The folder of the results.
         workers: Processes that generate; default: one a core for small models. Changes no result.
         overwrite: Let results of another model in --out be replaced; else that is refused.
@@ -89,7 +93,7 @@ def calibrate_files(
 
     Returns:
         The content of calibrate.json: see docs/calibrate.md. Its page is calibrate.html; recommended.safetensors has
-        the recommended layers alone, and steers as recommended by itself.
+        the recommended layers alone, and steers as recommended by itself. With `dry_run`, `dry_run.estimate_search`.
 
     Raises:
         UsageError: Files that do not fit the model, a target that nobody measures, or too few tasks for the grid;
@@ -137,11 +141,18 @@ def calibrate_files(
         "reference": reference,
         **config.subset(FIELDS),
     }  # fmt: skip
+    outputs = ["calibrate.json", "measured.jsonl", "recommended.safetensors"]
+    if dry_run:
+        file = job.folder / "tasks.jsonl"
+        is_same = file.exists() and read_jsonl(file, "task") == tasks
+        is_done = is_same and job.folder.finished("calibrate", job.folder.key("calibrate", ["tasks.jsonl"], key))
+        plan = estimate_search(job, tasks, len(arms), len(doses), samples, full_grid, ["calibrate"] * is_done)
+        display.show(*plan_tables(plan))
+        return plan
     with job.folder.locked():
         write_json(job.folder / "config.json", {"job": "calibrate", "model": config.model, **key})
         write_jsonl(job.folder / "tasks.jsonl", tasks)
         search = GridSearch(job, tasks, arms, doses, target if is_label else "", how, limits, reference)
-        outputs = ["calibrate.json", "measured.jsonl", "recommended.safetensors"]
         job.folder.run_stage("calibrate", ["tasks.jsonl"], key, outputs, search.work)
         result: dict[str, Any] = read_json(job.folder / "calibrate.json", dict)
         write_atomic(job.folder / "calibrate.html", render(result))

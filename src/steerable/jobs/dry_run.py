@@ -1,6 +1,6 @@
-"""What a run would do, take and cost, before it does anything: `steerable run --dry-run`.
+"""What a job would do, take and cost, before it does anything: `--dry-run` of `run`, `calibrate` and `audit`.
 
-The cells are those that the run itself would make; how fast the model writes and reads, and how long its chains are, is
+The cells are those that the job itself would make; how fast the model writes and reads, and how long its chains are, is
 measured on a few of its tasks.
 """
 
@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from steerable.chains.annotators.llm import LABEL_TEXTS, instructions
-from steerable.chains.generation import generate_chains
+from steerable.chains.everyday import QUESTIONS
+from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import STEERABLE, Record
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
 from steerable.engines.pool import default_rows, default_workers, row_bytes
 from steerable.engines.transformers import score_tokens
+from steerable.evals.halving import successive_halving
 from steerable.jobs import selection
 from steerable.jobs.annotation import labels_of
+from steerable.jobs.audit_checks import LONGEST_ANSWER, Checks
+from steerable.jobs.calibration_grid import TEXTS, TOKENS, is_searched
 from steerable.jobs.cells import Cell, evaluation_cells, validation_cells
 from steerable.jobs.run import Run
 from steerable.jobs.validation import FEWEST_CHAINS
@@ -30,84 +34,158 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.text import duration
 
-_PROBED, _PROBED_TOKENS = 32, 256
+_PROBED, _PROBED_TOKENS, _FEW = 32, 256, 4
 _PASSES = 9
 """Over each text that a candidate is calibrated on: three strengths of both signs, and unsteered passes beside them."""
+_PASSES_UNGUESSED = 15
+"""The same, where no dose is near at first."""
 _MARKS = 1.3
 """Tokens that a language model writes for one of the text that it marks."""
 _QUESTION = "What is 17 times 23? Think step by step."
 
 
-def estimate(run: Run) -> dict[str, Any]:
+class Pace:
+    """How long a run's chains are and how fast they are written and read, measured on a few tasks; with it, stages."""
+
+    def __init__(self, run: Run, tasks: Sequence[Record], longest: int | None = None) -> None:
+        self.run = run
+        numbered = [{**task, "id": str(number)} for number, task in enumerate(tasks[:_PROBED])]
+        self.probe = _probe(run, numbered, min(longest or run.config.max_new_tokens, run.config.max_new_tokens))
+        self.length: float = self.probe["tokens"]
+        self.context: float = self.probe["prompt_tokens"] + self.length
+        self.workers = run.workers or default_workers(run.loaded.model)
+
+    def writing(self, stage: str, chains: int, cells: int = 0) -> dict[str, Any]:
+        """A stage that generates."""
+        tokens = chains * self.length
+        seconds = tokens / self.probe["tokens_a_second"] / self.workers
+        return {"stage": stage, "chains": chains, "cells": cells, "tokens": round(tokens), "seconds": seconds}
+
+    def reading(self, stage: str, passes: float, length: float | None = None) -> dict[str, Any]:
+        """A stage that reads: `passes` over texts of a length in tokens, else over a chain with its prompt."""
+        tokens = passes * (self.context if length is None else length)
+        return {
+            "stage": stage, "chains": 0, "cells": 0, "tokens": round(tokens),
+            "seconds": tokens / self.probe["tokens_read_a_second"],
+        }  # fmt: skip
+
+    def plan(self, stages: Sequence[Mapping[str, Any]], annotated: int, done: Sequence[str]) -> dict[str, Any]:
+        """What `--dry-run` prints: the stages, and what annotating so many chains costs."""
+        c, asked, cost = self.run.config, None, None
+        if c.is_judged:
+            asked = (
+                annotated * (len(instructions(c.label_texts or LABEL_TEXTS)) / 4 + self.length),
+                annotated * self.length * _MARKS,
+            )
+            cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if c.prices else None
+        return {
+            "done": list(done),
+            "stages": list(stages),
+            "seconds": sum(stage["seconds"] for stage in stages),
+            "probe": self.probe,
+            "memory_bytes": _memory(self.run, self.probe["prompt_tokens"]),
+            "annotated_tokens": asked and [round(n) for n in asked],
+            "cost": cost,
+        }
+
+
+def estimate(run: Run, done: Sequence[str] = ()) -> dict[str, Any]:
     """What the stages of a run would do.
 
     Returns:
-        `stages`: for each its name, `chains` and `cells` that are generated, `tokens` that are written or read, and
-        `seconds`; `probe`: what was measured; `memory_bytes`: weights and what the widest batch takes; `cost`:
-        dollars of a paid annotator whose prices are given, else null; `annotated_tokens`: what it would read and write.
+        `done`: the stages that are finished already; `stages`: for each its name, `chains` and `cells` that are
+        generated, `tokens` that are written or read, and `seconds`; `probe`: what was measured; `memory_bytes`: weights
+        and what the widest batch takes; `cost`: dollars of a paid annotator whose prices are given, else null;
+        `annotated_tokens`: what it would read and write.
     """
     c = run.config
     sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
     is_written = c.tasks.partition(":")[0] == "llm"  # by a language model, which costs
     tasks = [] if is_written else make_splits(c.tasks, sizes, c.seed)
-    probed = [t for t in tasks if t["split"] == "extraction"][:_PROBED] or [{"id": "0", "prompt": _QUESTION}] * 8
-    probe = _probe(run, [{**task, "id": str(number)} for number, task in enumerate(probed)])
-    length, context = probe["tokens"], probe["prompt_tokens"] + probe["tokens"]
+    pace = Pace(run, [t for t in tasks if t["split"] == "extraction"] or [{"prompt": _QUESTION}] * 8)
     layers = models.n_layers(run.loaded.model)
     behaviours = run.behaviours_among(labels_of(c) or c.steered or STEERABLE)
     windows = [c.window] if c.window else list(WINDOWS)
-    workers = run.workers or default_workers(run.loaded.model)
-
-    def written(stage: str, chains: int, cells: int = 0) -> dict[str, Any]:
-        tokens = chains * length
-        seconds = tokens / probe["tokens_a_second"] / workers
-        return {"stage": stage, "chains": chains, "cells": cells, "tokens": round(tokens), "seconds": seconds}
-
-    def read(stage: str, passes: float) -> dict[str, Any]:
-        tokens = passes * context
-        return {
-            "stage": stage, "chains": 0, "cells": 0, "tokens": round(tokens),
-            "seconds": tokens / probe["tokens_read_a_second"],
-        }  # fmt: skip
-
     candidates, validation, selecting = _selecting(run, behaviours, windows, layers)
     steered = evaluation_cells(c, _selection(behaviours, windows[0], layers), _anything(layers), run.thinks)
     chains = sum(_chains(cell, c.evaluation) for cell in steered)
     # a patch is computed from its layer on
     patched = min(c.patched, c.limit) * len(behaviours) * len(windows) * layers / 2
     extracted = c.limit * len(c.extraction_samples)
-    select = written("select", validation, selecting)
-    select["seconds"] += read("select", candidates * FEWEST_CHAINS * _PASSES)["seconds"]
+    select = pace.writing("select", validation, selecting)
+    select["seconds"] += pace.reading("select", candidates * FEWEST_CHAINS * _PASSES)["seconds"]
     stages = [
-        written("generate", extracted),
-        read("extract", extracted),
-        read("attribute", 3 * min(c.attributed, c.limit) * len(windows) + patched),
+        pace.writing("generate", extracted),
+        pace.reading("extract", extracted),
+        pace.reading("attribute", 3 * min(c.attributed, c.limit) * len(windows) + patched),
         select,
-        written("steer", chains, len(steered)),
-        read("evaluate", 2 * min(c.compared, c.evaluation) * len(steered)),
+        pace.writing("steer", chains, len(steered)),
+        pace.reading("evaluate", 2 * min(c.compared, c.evaluation) * len(steered)),
     ]
-    annotated = extracted + validation + chains
-    asked = annotated * (len(instructions(c.label_texts or LABEL_TEXTS)) / 4 + length), annotated * length * _MARKS
-    cost = sum(n * price / 1e6 for n, price in zip(asked, c.prices, strict=True)) if c.is_judged and c.prices else None
-    return {
-        "stages": stages,
-        "seconds": sum(stage["seconds"] for stage in stages),
-        "probe": probe,
-        "memory_bytes": _memory(run, probe["prompt_tokens"]),
-        "annotated_tokens": [round(n) for n in asked] if c.is_judged else None,
-        "cost": cost,
-    }
+    return pace.plan(stages, extracted + validation + chains, done)
 
 
-def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
+def estimate_search(
+    run: Run, tasks: Sequence[Record], arms: int, strengths: int, samples: int, full_grid: bool,
+    done: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What `calibrate` would do with a grid of arms and strengths on these tasks; returned as by `estimate`.
+
+    The rounds are those of the search, where every setting's chains are as long as the unsteered ones.
+    """
+    pace, count, grid = Pace(run, tasks), len(tasks), arms * strengths
+    written: list[tuple[str, int, int]] = [("unsteered", count, 1)]  # stage, tasks of all its settings, settings
+    if is_searched(grid, count, full_grid):
+        rounds = successive_halving(
+            range(grid), count,
+            lambda some, start, stop: len(some) * (stop - start), lambda some, _: some, lambda _: 1.0,
+        )  # fmt: skip
+        searched = sum(len(r.settings) * (r.stop - r.start) for r in rounds)
+        written += [("search", searched, grid), ("control", rounds[-1].stop - rounds[-1].start, 1)]
+        written += [("grid", grid * count - searched, grid)] if full_grid else []
+    else:
+        written += [("grid", grid * count, grid), ("control", count, 1)]
+    made = [pace.writing(stage, of * samples, settings) for stage, of, settings in written]
+    chains = sum(stage["chains"] for stage in made)
+    stages = [
+        made[0],
+        pace.reading("calibrate", arms * min(TEXTS, count, TOKENS / max(1, pace.length)) * _PASSES_UNGUESSED),
+        *made[1:],
+        pace.reading("measure", 2 * chains),
+    ]
+    return pace.plan(stages, chains, done)
+
+
+def estimate_audit(run: Run, checks: Checks, done: Sequence[str] = ()) -> dict[str, Any]:
+    """What `audit` would do; returned as by `estimate`. Raises UsageError where its effect cannot be judged."""
+    shuffled = [checks.direction.random_like(10_000 + k) for k in range(checks.controls)]  # others count the same
+    settings = 1 + len(checks.settings(shuffled))
+    if checks.sides is None:
+        _ = checks.label
+        pace, chains = Pace(run, checks.tasks), len(checks.tasks) * checks.samples
+        stages = [pace.writing("chains", settings * chains, settings), pace.reading("checks", 4 * chains)]
+        return pace.plan(stages, settings * chains, done)
+    questions = [{"prompt": question} for question in QUESTIONS[: checks.limit]]
+    pace, texts = Pace(run, questions[:_FEW], LONGEST_ANSWER), [ids for side in checks.texts for ids in side]
+    stages = [
+        pace.writing("answers", 2 * len(questions), 2),
+        pace.reading("checks", settings * len(texts), sum(map(len, texts)) / len(texts)),
+    ]
+    return pace.plan(stages, 0, done)
+
+
+def _probe(run: Run, tasks: Sequence[Record], longest: int) -> dict[str, Any]:
     """How long the chains are and how fast they are written and read, on a few tasks."""
     c, model = run.config, run.loaded.model
-    limit = min(c.max_new_tokens, _PROBED_TOKENS)
-    options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None}
+    limit = min(longest, _PROBED_TOKENS)
+    options: dict[str, Any] = {"seed": c.seed, "greedy": True if c.greedy else None, "workers": 1}
     options |= {"rows": c.rows, "generation_dtype": c.generation_dtype, "engine": run.engine}
-    generate_chains(run.loaded, tasks[:1], max_new_tokens=2, **options)  # what is done once is not counted
+    chats = bool(getattr(run.loaded.tokenizer, "chat_template", None))
+    prompting = Prompting() if chats else Prompting(template="{prompt}")
+    # what is done once is not counted
+    generate_jobs(run.loaded, [Job(tasks[:1], prompting=prompting)], max_new_tokens=2, **options)
     began = time.perf_counter()
-    chains = generate_chains(run.loaded, tasks, max_new_tokens=limit, **options)
+    chains = generate_jobs(run.loaded, [Job(tasks, prompting=prompting)], max_new_tokens=limit, **options)[0]
     seconds = time.perf_counter() - began
     texts = [[*chain["prompt_ids"], *chain["ids"]] for chain in chains]
     began = time.perf_counter()
@@ -116,7 +194,7 @@ def _probe(run: Run, tasks: Sequence[Record]) -> dict[str, Any]:
     new = sum(chain["tokens"] for chain in chains)
     cut = sum(chain["tokens"] == limit for chain in chains) / len(chains)
     # Of a chain that was cut off no more is known than that it may be as long as it may become.
-    tokens = new / len(chains) + (cut * (c.max_new_tokens - limit) if limit < c.max_new_tokens else 0)
+    tokens = new / len(chains) + cut * (longest - limit)
     return {
         "chains": len(chains),
         "tokens": tokens,

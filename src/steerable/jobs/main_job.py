@@ -448,7 +448,7 @@ def run(
     job = Run(folder, final, workers, ray, display)
     if dry_run:
         finished = takewhile(lambda step: _is_finished(job, [step]), steps)
-        plan = {"done": [step.name for step in finished]} | estimate(job)
+        plan = estimate(job, [step.name for step in finished])
         display.show(*tables(plan))
         return plan
     is_new = not (folder / "config.json").exists()
