@@ -14,8 +14,9 @@ import torch
 
 from steerable.chains.records import Record
 from steerable.engines.transformers import Handle, score_tokens
-from steerable.methods.weight_patch import LowRank, WeightPatch
+from steerable.methods.weight_patch import LowRank, Replacement, WeightPatch, as_kept, dense
 from steerable.models import loading as models
+from steerable.steering.float64 import wide
 from steerable.steering.maps import Rotate
 from steerable.steering.spec import Steering, scaled
 from steerable.store.errors import SteerableError
@@ -35,6 +36,16 @@ def dosed(made: Made, factor: float) -> Made:
     if any(isinstance(i.map, Rotate) and not i.map.absolute for i in made):
         return tuple(replace(i, map=Rotate(min(180.0, i.map.degrees * factor))) for i in made)
     return tuple(scaled(made, factor))
+
+
+def as_difference(model: Any, patch: WeightPatch) -> WeightPatch:
+    """The patch with what it adds in place of what it replaces, which can be scaled."""
+    changes = {
+        name: as_kept(dense(change) - wide(weight), weight) if isinstance(change, Replacement) else change
+        for name, change in patch.changes.items()
+        for weight in [models.unwrap(model).get_parameter(name).detach()]
+    }
+    return replace(patch, changes=changes)
 
 
 def random_like(made: Made, seed: int) -> Made:

@@ -18,7 +18,7 @@ from recipe_data import (
     shuffled_thinkedit,
     shuffled_thoughts,
 )
-from recipe_doses import Made
+from recipe_doses import Made, as_difference
 
 from steerable.methods import recipes
 from steerable.steering.direction import Direction
@@ -93,7 +93,7 @@ def steer2edit(data: Data, _: Any, seed: int | None) -> Made:
 
 
 def laser(data: Data, layer: int, seed: int | None) -> Made | None:
-    return recipes.laser(*data.loaded, layer=layer) if seed is None else None
+    return as_difference(data.loaded.model, recipes.laser(*data.loaded, layer=layer)) if seed is None else None
 
 
 def east(data: Data, layer: int, seed: int | None) -> Made:

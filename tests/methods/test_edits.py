@@ -10,7 +10,7 @@ from steerable.methods.head_projection import Head, head_scores, project_heads
 from steerable.methods.rank_reduction import truncate_matrix
 from steerable.methods.sparse_edits import elastic_net_edits
 from steerable.methods.weight_ablation import ablate_weights
-from steerable.methods.weight_patch import LowRank, dense
+from steerable.methods.weight_patch import LowRank, Replacement, dense
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
@@ -288,7 +288,7 @@ def test_ablation_of_tied_embeddings_and_what_is_refused():
 
 
 @pytest.mark.parametrize("rank", [1, 20, 28])
-def test_truncated_matrix(rank):
+def test_truncated_matrix(rank, tmp_path):
     model = double("llama")
     name = "model.layers.3.mlp.up_proj.weight"
     patch = truncate_matrix(model, name, rank)
@@ -299,7 +299,14 @@ def test_truncated_matrix(rank):
         truncated = model.get_parameter(name).detach().clone()
     torch.testing.assert_close(truncated, expected, rtol=0, atol=1e-12)
     assert rank_of(truncated) == rank and rank_of(matrix - truncated) == 32 - rank
-    assert isinstance(patch.changes[name], LowRank) == ((32 - rank) * (32 + 48) <= 32 * 48)
+    assert type(patch.changes[name]) is {1: Replacement, 20: LowRank, 28: LowRank}[rank]
+    numbers = min(rank, 32 - rank) * (32 + 48)  # in the file, beside a header
+    assert 8 * numbers < len(patch.to_bytes()) < 8 * numbers + 800
+    again = st.WeightPatch.load(patch.save(tmp_path / "patch.safetensors"))
+    before = matrix.clone()
+    with again.apply(model):
+        assert torch.equal(model.get_parameter(name), truncated)
+    assert torch.equal(model.get_parameter(name), before)
     assert patch.stats["explained"] == pytest.approx(float((expected**2).sum() / (matrix**2).sum()))
     same_as_hooked(model, patch)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steerable as st
 from steerable.engines.sampling import Decoding
-from steerable.methods.weight_patch import LowRank
+from steerable.methods.weight_patch import LowRank, Replacement
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -76,6 +76,31 @@ def test_applied_and_hooked_are_the_sum_of_weights(name):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-10)
         assert same_bits(bits(model), before)
     assert torch.equal(logits(model), plain)
+
+
+def test_a_replacement_is_applied_hooked_and_saved(tmp_path):
+    """In a linear layer, Conv1D and an embedding, in two types; the old weight has no part in it."""
+    for family, weight, dtype in (
+        ("llama", DOWN + ".weight", torch.float64),
+        ("gpt2", "transformer.h.0.mlp.c_proj.weight", torch.float64),
+        ("gpt2", "transformer.wpe.weight", torch.float64),
+        ("llama", DOWN + ".weight", torch.bfloat16),
+    ):
+        model = tiny(family).to(dtype)
+        rows, columns = model.get_parameter(weight).shape
+        kept = torch.promote_types(dtype, torch.float32)
+        change = Replacement(random(rows, 2, dtype=kept), random(2, columns, seed=1, dtype=kept))
+        patch = st.WeightPatch.load(st.WeightPatch({weight: change}).save(tmp_path / "patch.safetensors"))
+        assert type(patch.changes[weight]) is Replacement
+        before = bits(model)
+        with patch.apply(model):
+            expected = logits(model)
+            assert torch.equal(model.get_parameter(weight), (change.left.double() @ change.right.double()).to(dtype))
+        assert same_bits(bits(model), before)
+        with patch.hooked(model):
+            atol = 1e-10 if dtype == torch.float64 else 0.1
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=atol)
+        assert (logits(model) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,6 +189,7 @@ def test_unsound_files(tmp_path):
         ({"w": x}, good.replace('"method": ""', '"method": 3'), "must be texts"),
         ({"w|left": x}, good, "unknown tensor"),
         ({"w|left": x, "w|right": x.clone()}, good, "must be left"),
+        ({"w|left": x, "w|new right": x.clone()}, good, "unknown tensor"),
         ({"w": x.half()}, good, "float32 or float64"),
         ({"w": x * torch.nan}, good, "NaN"),
     ]
@@ -200,7 +226,7 @@ def test_wrong_models():
     x = torch.ones(2, 3)
     with pytest.raises(UsageError, match=r"no weight nothing\.weight"):
         st.WeightPatch({"nothing.weight": x}).apply(model)
-    with pytest.raises(UsageError, match=r"has shape \(32, 48\), its difference \(2, 3\)"):
+    with pytest.raises(UsageError, match=r"has shape \(32, 48\), its change \(2, 3\)"):
         st.WeightPatch({DOWN + ".weight": x}).apply(model)
     before = bits(model)
     huge = st.WeightPatch(

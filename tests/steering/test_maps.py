@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from steerable.steering.maps import Clip, Shift
+from steerable.steering.direction import Direction
+from steerable.steering.maps import Clip, NormShift, Rotate, Shift, map_text, parse_map
 from steerable.steering.site import Site
-from steerable.steering.spec import Intervention, shift
+from steerable.steering.spec import Intervention, from_json, shift, to_json
 from steerable.store.errors import UsageError
 
 SITE = Site("resid_post", 1)
@@ -63,6 +64,34 @@ def test_other_types(dtype):
     assert out.dtype == dtype and torch.equal(out, (h.to(wide) + s * V.to(wide)).to(dtype))
     assert shift(SITE, V, s, rescale=True).apply(h).dtype == dtype
     assert Intervention(SITE, plane(), Clip(0, 0)).apply(h).dtype == dtype
+
+
+def test_a_share_of_each_token_s_norm():
+    """Whatever the vector's and the token's length, the displacement is strength times share of the token's norm."""
+    (one,) = Direction({SITE: 7 * V}).steering(2.0, map="norm_shift(0.25)")
+    moved = (one.apply(H) - H).norm(dim=-1)
+    torch.testing.assert_close(moved, 0.5 * H.norm(dim=-1))
+    torch.testing.assert_close(one.apply(100 * H), 100 * one.apply(H))
+    assert from_json(to_json([one])) == (one,) and parse_map(map_text(parse_map("norm_shift(0.25)"))) == NormShift(0.25)
+
+
+def test_relative_rotations_compose():
+    """R(20) R(35) = R(55), and back again."""
+    basis = torch.linalg.qr(plane().double())[0]
+    first, second, both, back = (Intervention(SITE, basis, Rotate(a)) for a in (20.0, 35.0, 55.0, -55.0))
+    h = H.double()
+    torch.testing.assert_close(second.apply(first.apply(h)), both.apply(h), atol=1e-12, rtol=0)
+    torch.testing.assert_close(back.apply(both.apply(h)), h, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [30, 170])
+def test_the_norm_is_kept(degrees):
+    """To 1e-6 in float32, by both rotations and by rescaling; one of an activation a thousand times longer, too."""
+    h = torch.cat([H, 1000 * H])
+    kept = [Intervention(SITE, plane(), Rotate(degrees, absolute)) for absolute in (False, True)]
+    kept += [shift(SITE, degrees * V, rescale=True), Intervention(SITE, plane(), Clip.ablate(), rescale=True)]
+    for one in kept:
+        torch.testing.assert_close(one.apply(h).norm(dim=-1), h.norm(dim=-1), rtol=1e-6, atol=0)
 
 
 def test_gradient_passes():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerable.methods.weight_patch import Difference, WeightPatch, WritingMap, unit
+from steerable.methods.weight_patch import Change, WeightPatch, WritingMap, unit
 from steerable.models import loading as models
 from steerable.models.writers import Place
 from steerable.steering.direction import Direction
@@ -99,7 +99,7 @@ def project_heads(
     if weight == 0 or not torch.isfinite(torch.tensor(float(weight))):
         raise UsageError(f"the weight of the projection is {weight}: expected a finite number that is not zero")
     models.warn_of_other(model, direction.model_id, direction.model_revision)
-    changes: dict[str, Difference] = {}
+    changes: dict[str, Change] = {}
     for layer in sorted({head.layer for head in chosen}):
         writing = WritingMap(model, Place(layer, "attention"))
         v = unit(direction.at(layer), f"of layer {layer}", models.width(model))

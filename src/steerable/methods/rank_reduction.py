@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from steerable.methods.weight_patch import Difference, LowRank, WeightPatch, as_kept, check_weight
+from steerable.methods.weight_patch import LowRank, Replacement, WeightPatch, as_kept, check_weight
 from steerable.models import loading as models
 from steerable.steering.float64 import wide
 from steerable.store.errors import UsageError
@@ -27,8 +27,8 @@ def truncate_matrix(model: nn.Module, name: str, rank: int) -> WeightPatch:
         rank: k, less than the matrix's smaller side.
 
     Returns:
-        A patch of this matrix: its difference is of rank min(m, n) - k, in factors where these are smaller. `stats`
-        hold the rank and the share of ||W||^2 that is left.
+        A patch of this matrix, [m, n], in factors of k (m + n) numbers: what is left of it; or, where that is smaller,
+        what is taken away, of rank min(m, n) - k. `stats` hold the rank and the share of ||W||^2 that is left.
 
     Raises:
         UsageError: no such weight, no matrix (the fused tensor of a mixture of experts), quantised, or no such rank.
@@ -44,12 +44,12 @@ def truncate_matrix(model: nn.Module, name: str, rank: int) -> WeightPatch:
     if not 0 < rank < smaller:
         raise UsageError(f"the rank is {rank}: expected 1 to {smaller - 1}, less than the smaller side of {name}")
     u, s, vh = torch.linalg.svd(wide(weight), full_matrices=False)
-    left, right = -u[:, rank:] * s[rank:], vh[rank:]
-    change: Difference = LowRank(as_kept(left, weight), as_kept(right, weight))
-    if left.numel() + right.numel() > weight.numel():
-        change = as_kept(left @ right, weight)
+    kind: type[LowRank] = Replacement
+    left, right = u[:, :rank] * s[:rank], vh[:rank]
+    if rank > smaller - rank:
+        kind, left, right = LowRank, -u[:, rank:] * s[rank:], vh[rank:]
     return WeightPatch(
-        {name: change},
+        {name: kind(as_kept(left, weight), as_kept(right, weight))},
         method="LASER",
         model_id=models.model_id(model),
         model_revision=models.model_revision(model),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from steerable.methods.weight_patch import Difference, WeightPatch, WritingMap
+from steerable.methods.weight_patch import Change, WeightPatch, WritingMap
 from steerable.models import loading as models
 from steerable.models.writers import Place
 from steerable.steering.site import Site
@@ -64,7 +64,7 @@ def elastic_net_edits(
         raise UsageError(f"alpha is {alpha}: expected a number from 0 to less than 1")
     if all(r is None for r in rho.values()):
         raise UsageError("neither heads nor neurons are to be edited: give rho_attention, rho_mlp or both")
-    changes: dict[str, Difference] = {}
+    changes: dict[str, Change] = {}
     edited: dict[str, int] = {}
     for after, penalty in rho.items():
         if penalty is None:

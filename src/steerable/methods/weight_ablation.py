@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from steerable.methods.weight_patch import Difference, LowRank, WeightPatch, WritingMap, as_kept, check_weight, unit
+from steerable.methods.weight_patch import Change, LowRank, WeightPatch, WritingMap, as_kept, check_weight, unit
 from steerable.models import loading as models
 from steerable.models.writers import AFTER, Place
 from steerable.steering.float64 import wide
@@ -33,7 +33,7 @@ def ablate_weights(model: nn.Module, vector: Tensor) -> WeightPatch:
             vector of another width, zero or NaN.
     """
     v = unit(vector, "to ablate", models.width(model))
-    changes: dict[str, Difference] = {}
+    changes: dict[str, Change] = {}
     for place in (Place(layer, after) for layer in range(models.n_layers(model)) for after in AFTER):
         writing = WritingMap(model, place)
         changes[writing.name] = writing.difference(-v[:, None], (v @ writing.matrix.cpu())[None])
@@ -67,5 +67,5 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
     return tables
 
 
-def _is_zero(change: Difference) -> bool:
+def _is_zero(change: Change) -> bool:
     return not all(part.any() for part in change) if isinstance(change, LowRank) else not change.any()

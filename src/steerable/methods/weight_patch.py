@@ -45,16 +45,21 @@ class LowRank(NamedTuple):
         return (len(self.left), self.right.shape[-1])
 
 
-Difference = LowRank | Tensor
+class Replacement(LowRank):
+    """The matrix left @ right in the place of a matrix: what is left of one where little is, as LASER makes it."""
+
+
+Change = LowRank | Tensor
+_PARTS = {LowRank: ("left", "right"), Replacement: ("new left", "new right")}
 
 
 @dataclass(eq=False)
 class WeightPatch:
-    """Differences of some of a model's weights: W' = W + difference, rounded to the weight's own type.
+    """Changes of some of a model's weights: W' = W + difference, or W' = left @ right, rounded to its own type.
 
     Attributes:
-        changes: {name of the weight: its difference}, a `LowRank` or a tensor in the weight's shape, in float32 (in
-            float64 for weights of that type).
+        changes: {name of the weight: its change}, a `LowRank` difference, a `Replacement`, or a difference in the
+            weight's shape, in float32 (in float64 for weights of that type).
         method, model_id, model_revision: how, and for which model, it was made.
         stats: settings and figures of the method; anything JSON can hold.
 
@@ -68,7 +73,7 @@ class WeightPatch:
         True
     """
 
-    changes: dict[str, Difference]
+    changes: dict[str, Change]
     method: str = ""
     model_id: str = ""
     model_revision: str = ""
@@ -99,7 +104,8 @@ class WeightPatch:
 
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
-        """Compute what the patched model would, by hooks behind the modules that hold the weights: y + (x right) left.
+        """Compute what the patched model would, by hooks behind the modules that hold the weights: y + (x right) left,
+        where a weight is replaced less x W.
 
         The weights stay as they are, so this is the edit before it is rounded to the weights' type. Hooks of steering
         that came earlier act first. Raises UsageError as `apply`, and where a weight belongs to another module than a
@@ -143,7 +149,7 @@ class WeightPatch:
         tensors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             if isinstance(change, LowRank):
-                tensors |= {f"{name}|left": change.left, f"{name}|right": change.right}
+                tensors |= {f"{name}|{part}": x for part, x in zip(_PARTS[type(change)], change, strict=True)}
             else:
                 tensors[name] = change
         about = {key: getattr(self, key) for key in _TEXT} | {"stats": self.stats, "version": VERSION}
@@ -187,7 +193,7 @@ class WeightPatch:
                 raise UsageError(f"the model has no weight {name}: give the model that the patch was made on")
             if all_weights[name].shape != change.shape:
                 raise UsageError(
-                    f"the model's {name} has shape {tuple(all_weights[name].shape)}, its difference "
+                    f"the model's {name} has shape {tuple(all_weights[name].shape)}, its change "
                     f"{tuple(change.shape)}: give the model that the patch was made on"
                 )
             check_weight(name, all_weights[name])
@@ -205,8 +211,10 @@ class Applied:
         lost = []
         with torch.no_grad():
             for name, parameter in parameters.items():
-                difference = dense(patch.changes[name]).to(wide(parameter).device)
-                new = wide(parameter) + difference
+                before, change = wide(parameter), patch.changes[name]
+                new = dense(change).to(before.device)
+                new = new if isinstance(change, Replacement) else before + new
+                difference = new - before
                 rounded = new.to(parameter.dtype)
                 if not torch.isfinite(rounded).all():
                     self.revert()
@@ -250,8 +258,8 @@ class Applied:
 # --- what the edits are made with ---
 
 
-def dense(change: Difference) -> Tensor:
-    """The whole difference, in float64."""
+def dense(change: Change) -> Tensor:
+    """The whole difference, or the whole new matrix of a `Replacement`, in float64."""
     return wide(change.left) @ wide(change.right) if isinstance(change, LowRank) else wide(change)
 
 
@@ -310,24 +318,24 @@ def _type(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def _checked(name: str, change: Any) -> Difference:
+def _checked(name: str, change: Any) -> Change:
     """Tensors of their own memory, which the file's library asks for."""
     parts = change if isinstance(change, LowRank) else (change,)
     for part in parts:
         if not isinstance(part, torch.Tensor) or part.dtype not in (torch.float32, torch.float64):
-            raise UsageError(f"the difference of {name} must be tensors in float32 or float64")
+            raise UsageError(f"the change of {name} must be tensors in float32 or float64")
         if not part.isfinite().all():
-            raise UsageError(f"the difference of {name} holds NaN or infinite numbers")
+            raise UsageError(f"the change of {name} holds NaN or infinite numbers")
     if isinstance(change, LowRank) and (
         change.left.dim() != 2 or change.right.dim() != 2 or change.left.shape[1] != len(change.right)
     ):
         shapes = f"{tuple(change.left.shape)} and {tuple(change.right.shape)}"
-        raise UsageError(f"the difference of {name} must be left [rows, r] and right [r, columns], not {shapes}")
+        raise UsageError(f"the change of {name} must be left [rows, r] and right [r, columns], not {shapes}")
     copies = [part.detach().clone(memory_format=torch.contiguous_format) for part in parts]
-    return LowRank(*copies) if isinstance(change, LowRank) else copies[0]
+    return type(change)(*copies) if isinstance(change, LowRank) else copies[0]
 
 
-def _adding(module: Any, kind: str, name: str, change: Difference) -> Any:
+def _adding(module: Any, kind: str, name: str, change: Change) -> Any:
     """A hook that adds what the change of a module's weight or bias adds to its output."""
     transposed = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
     if kind not in ("weight", "bias") or not (transposed or isinstance(module, nn.Linear | nn.Embedding)):
@@ -347,21 +355,27 @@ def _adding(module: Any, kind: str, name: str, change: Difference) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         exact = torch.promote_types(output.dtype, torch.float32)
         parts = [part.to(x.device, exact) for part in (change if isinstance(change, LowRank) else (change,))]
-        return output + added(x.to(exact) if x.is_floating_point() else x, parts).to(output.dtype)
+        x = x.to(exact) if x.is_floating_point() else x
+        more = added(x, parts)
+        if isinstance(change, Replacement):
+            more = more - added(x, [module.weight.to(exact)])
+        return output + more.to(output.dtype)
 
     return hook
 
 
-def _from_tensors(tensors: dict[str, Tensor]) -> dict[str, Difference]:
-    changes: dict[str, Difference] = {}
-    for key, tensor in tensors.items():
+def _from_tensors(tensors: dict[str, Tensor]) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    left = dict(tensors)
+    for key in tensors:
         name, _, side = key.partition("|")
-        if side == "left" and f"{name}|right" in tensors:
-            changes[name] = LowRank(tensor, tensors[f"{name}|right"])
-        elif not side and name not in changes:
-            changes[name] = tensor
-        elif side != "right" or f"{name}|left" not in tensors:
-            raise ValueError(f"unknown tensor {key!r}")
+        for kind, parts in _PARTS.items():
+            if side == parts[0] and f"{name}|{parts[1]}" in left and name not in changes:
+                changes[name] = kind(*(left.pop(f"{name}|{part}") for part in parts))
+        if not side and name not in changes:
+            changes[name] = left.pop(name)
+    if left:
+        raise ValueError(f"unknown tensor {next(iter(left))!r}")
     return changes
 
 

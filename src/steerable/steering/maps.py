@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,32 @@ class Shift:
 
     def in_basis(self, frame: Tensor) -> Map:
         return Shift(frame @ _row(self.amount, frame))
+
+
+@register_map("norm_shift")
+@dataclass(frozen=True)
+class NormShift:
+    """x + share ||h|| along each row of length 1: each token is moved by the same share of its own norm.
+
+    An addition moves long activations by less of themselves than short ones; this one does not: the relative
+    displacement ||h' - h|| / ||h|| by one row, of whatever length, is strength * share. share: a number, or one a row.
+    """
+
+    share: Numbers = 0.1
+    sees_activation: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _store(self, share=self.share)
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + _like(self.share, x) * torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+
+    @property
+    def is_identity(self) -> bool:
+        return not any(_flat(self.share))
+
+    def in_basis(self, frame: Tensor) -> Map:
+        return NormShift(frame @ (_row(self.share, frame) / frame.norm(dim=0)))
 
 
 @register_map("clip")

@@ -13,7 +13,7 @@ from steerable.engines.hf.hooks import Handle, steer
 from steerable.models.taps import tap
 from steerable.steering.direction import Direction
 from steerable.steering.gates import GATES, parse_selector, probe, register_gate, selectors, when
-from steerable.steering.maps import MAPS, Affine, Clip, Rotate, Shift, Swap, fitted, register_map
+from steerable.steering.maps import MAPS, Affine, Clip, NormShift, Rotate, Shift, Swap, fitted, register_map
 from steerable.steering.schedule import Constant, PerLayer, PerRequest, Ramp, Until
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, from_json, to_json
@@ -52,6 +52,7 @@ def nth(tokens, n):
 
 PHI = {
     "shift": Shift(2.0),
+    "norm shift": NormShift((0.3, -0.2)),
     "ablate": Clip.ablate(),
     "set": Clip.set_to((1.5, -0.5)),
     "floor": Clip.floor(0.1),
@@ -171,6 +172,8 @@ def formula(phi, gate, rescale, row, h, read, strength=0.8, seed=1):
             angle = math.radians(200) if phi == "rotate_to" else math.atan2(b, a) + math.radians(30)
             length = math.hypot(a, b)
             change = length * (math.cos(angle) * first + math.sin(angle) * second) - a * first - b * second
+        elif phi == "norm shift":
+            change = h[t].norm() * (0.3 * w[0] / w[0].norm() - 0.2 * w[1] / w[1].norm())
         else:
             change = (rows_by_hand(phi, c, t) - c) @ w
         new[t] = h[t] + strength * change
