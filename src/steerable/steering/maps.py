@@ -16,8 +16,9 @@ so that `__call__` uses torch operations only. A new map is written in the same 
         def __call__(self, x):
             return self.limit * torch.tanh(x / self.limit)
 
-It then works in `steer`, in text ("happy|squash(2)"), in direction files and in every engine. Another package may name
-its maps as entry points of the group `steerable.maps` instead.
+It then works in `steer`, in text ("happy|squash(2)"), in direction files and in every engine. One that is linear may
+say so by a method `linear`, and is then computed in fewer operations. Another package may name its maps as entry points
+of the group `steerable.maps` instead.
 
 Rows that are not orthonormal: coordinates are counted in rows. With W [k, d] the rows that were given, the part of h in
 their span is c W, and a map acts on c; so an amount of 1 adds a row as it is, and `floor(0.5)` leaves at least half of
@@ -29,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ Key = tuple[Any, ...]
 MAPS = Registry("steerable.maps")
 NAMED: dict[str, Callable[..., Map]] = {}
 """Maps with some of their parameters fixed, such as "ablate"."""
+
+
+class Linear(NamedTuple):
+    """A map as scale x + offset + ||x|| radial, in float64. scale: [k, k], or [k] of a diagonal. offset, radial: [k],
+    radial None where the norm plays no part."""
+
+    scale: Tensor
+    offset: Tensor
+    radial: Tensor | None = None
 
 
 def register_map(name: str) -> Callable[[Any], Any]:
@@ -141,6 +151,10 @@ class Clip:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(x, _like(self.hi, x)), _like(self.lo, x))
 
+    def linear(self, k: int) -> Linear | None:
+        """Where nothing but one value is within the limits."""
+        return Linear(torch.zeros(k, dtype=torch.float64), _all(self.lo, k)) if self.lo == self.hi else None
+
     @property
     def is_identity(self) -> bool:
         return set(_flat(self.lo)) == {-math.inf} and set(_flat(self.hi)) == {math.inf}
@@ -197,6 +211,14 @@ class Rotate:
         a, b = x[..., :1], x[..., 1:]
         return torch.cat([cos * a - sin * b, sin * a + cos * b], -1)
 
+    def linear(self, k: int) -> Linear:
+        """In a plane; an absolute angle makes of x its norm."""
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        nothing = torch.zeros(k, dtype=torch.float64)
+        if self.absolute:
+            return Linear(nothing, nothing, torch.tensor([cos, sin], dtype=torch.float64))
+        return Linear(torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64), nothing)
+
     @property
     def is_identity(self) -> bool:
         return not self.absolute and self.degrees % 360 == 0
@@ -241,6 +263,13 @@ class Affine:
         new = new + _like(self.offset, x)
         return torch.where((x >= _like(self.lo, x)) & (x <= _like(self.hi, x)), new, x)
 
+    def linear(self, k: int) -> Linear | None:
+        """Where there are no limits."""
+        if set(_flat(self.lo)) != {-math.inf} or set(_flat(self.hi)) != {math.inf}:
+            return None
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return Linear(scale if scale.dim() == 2 else scale.expand(k), _all(self.offset, k))
+
     @property
     def is_identity(self) -> bool:
         return self.scale == 1.0 and not any(_flat(self.offset))
@@ -284,6 +313,10 @@ class Swap:
         else:
             taken = source[at]
         return torch.where((position < length)[..., None], taken, x)
+
+    def linear(self, k: int) -> Linear | None:
+        """Where the source is one for all tokens."""
+        return None if self.by_position else Linear(torch.zeros(k, dtype=torch.float64), _all(self.source, k))
 
     def in_basis(self, frame: Tensor) -> Map:
         return Swap(torch.tensor(self.source, dtype=frame.dtype) @ frame.mT)
@@ -467,6 +500,10 @@ def _like(value: Any, x: Tensor) -> Tensor:
 
 def _row(value: Numbers, frame: Tensor) -> Tensor:
     return torch.tensor(value, dtype=frame.dtype).expand(len(frame))
+
+
+def _all(value: Numbers, k: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64).expand(k)
 
 
 def _diagonal(frame: Tensor) -> Tensor | None:

@@ -511,10 +511,12 @@ class _SteeredSite:
                 )
             if here.is_shut:
                 continue
-            new, lost = step.run(new, here, current)
+            new, lost = step.run(new, here, current, measured=self.meter is not None)
             taken = lost if taken is None else taken if lost is None else taken + lost
             chosen.append(here)
-        if chosen and not in_backward():
+        if not chosen:
+            return None
+        if not in_backward():
             self._measure(chosen, h, new, taken)
         return new
 

@@ -1,8 +1,8 @@
 """Programs lowered to tensor operations: the rows of a batch may each be steered by another one.
 
 What is alike is computed together: at a site, all interventions with one kind of map form a group, and a row looks up
-its vector, strength and parameters in the group's tables. Shifts, the common case, are one addition: the vectors of all
-rows are looked up when the rows are assigned, not at each pass.
+its vector, strength and parameters in the group's tables when the rows are assigned, not at each pass. Shifts, the
+common case, are one addition; `changes.py` has the other maps.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerable.engines.hf.changes import Change, Mapped, Place, alike
 from steerable.steering.gates import Gate, selectors
-from steerable.steering.maps import Shift, called, kind, selected, stacked
+from steerable.steering.maps import Shift
 from steerable.steering.schedule import PerRequest, Schedule
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Steering, rescaled
 from steerable.steering.tokens import Tokens
 from steerable.store.errors import SteerableError
-
-Place = tuple[torch.device, torch.dtype]
 
 
 class Table:
@@ -36,10 +35,10 @@ class Table:
             seen: dict[Site, int] = {}
             for i in program:
                 level = seen[i.site] = seen.get(i.site, -1) + 1
-                alike = "shift" if isinstance(i.map, Shift) else (kind(i.map), i.basis.shape[1])
-                levels.setdefault((i.site, level), {}).setdefault((alike, i.rescale), {})[number] = i
+                levels.setdefault((i.site, level), {}).setdefault((alike(i), i.rescale), {})[number] = i
         for (site, _), groups in sorted(levels.items(), key=lambda entry: entry[0]):
-            self.groups.setdefault(site, []).extend(_Group(of, len(programs)) for of in groups.values())
+            made = [_Group(form, of, len(programs)) for ((form, *_), _), of in groups.items()]
+            self.groups.setdefault(site, []).extend(made)
         leaves = dict.fromkeys(leaf for program in programs for i in program for leaf in i.gate.readings)
         for site in {leaf.args[0].site for leaf in leaves}:  # type: ignore[index]
             self.readings[site] = _Readings([leaf for leaf in leaves if leaf.args[0].site == site])  # type: ignore[index]
@@ -206,14 +205,15 @@ def _by_row(choices: list[Tensor], number: Tensor) -> Tensor:
 class _Group:
     """Interventions at one site, one of each program that has one in the group, that are computed together."""
 
-    def __init__(self, of: dict[int, Intervention], programs: int) -> None:
+    def __init__(self, form: Any, of: dict[int, Intervention], programs: int) -> None:
+        self.form = form
         self.items = list(dict.fromkeys(of.values()))
         number = {item: n for n, item in enumerate(self.items)}
         self.member = torch.full((programs,), -1)
         for program, item in of.items():
             self.member[program] = number[item]
         first = self.items[0]
-        self.is_shift, self.rescale, self.site = isinstance(first.map, Shift), first.rescale, first.site
+        self.is_shift, self.rescale = isinstance(first.map, Shift), first.rescale
         self.layer = torch.tensor([i.schedule.at(i.site.layer) for i in self.items], dtype=torch.float64)
         for n, item in enumerate(self.items):
             if getattr(item.map, "is_identity", False):
@@ -270,14 +270,9 @@ class _Group:
         return Window(gates, schedules, gate, schedule, on)
 
     def tables(self, place: Place) -> Any:
-        """Vectors [items, d] of shifts; else bases [items, d, k] and the stacked maps."""
+        """What `changes.py` makes of the items."""
         if place not in self._tables:
-            device, dtype = place
-            if self.is_shift:
-                self._tables[place] = torch.stack([i.vector for i in self.items]).to(dtype).to(device)  # type: ignore[misc]
-            else:
-                bases = torch.stack([i.basis.double() for i in self.items])
-                self._tables[place] = bases.to(dtype).to(device), stacked([i.map for i in self.items], dtype, device)
+            self._tables[place] = self.form.of(self.items, place)
         return self._tables[place]
 
 
@@ -291,51 +286,32 @@ class Step:
         self.group, self.slot, self.strength, self.on, self.window = group, slot, strength, on, window
         self._at: dict[Place, Any] = {}
 
-    def run(self, h: Tensor, chosen: Chosen, current: Passing) -> tuple[Tensor, Tensor | None]:
-        """The new h [B, T, d], and what rescaling took away again, where it is rescaled.
+    def run(self, h: Tensor, chosen: Chosen, current: Passing, measured: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The new h [B, T, d], and, where that is measured and h is rescaled, what rescaling took away again.
 
         The arithmetic is in float32 (float64 if h is); what is not selected keeps its bits.
         """
         wide = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
-        return self._shift(h, wide, chosen) if self.group.is_shift else self._map(h, wide, chosen, current)
-
-    def _shift(self, h: Tensor, wide: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
-        amount = self._prepared((wide.device, wide.dtype))
-        if chosen.factor is not None:
-            amount = chosen.factor[..., None].to(amount.dtype) * amount
-        if not self.group.rescale:
-            if chosen.mask is not None:
-                amount = torch.where(chosen.mask[..., None], amount, -0.0)  # x + -0.0 is x, bit for bit
-            new = wide + amount
-            return (new if wide is h else new.to(h.dtype)), None
-        sum_ = wide + amount
-        new, mask = rescaled(sum_, wide), chosen.mask
-        if self.on is not None:
-            on = self.on[:, None].to(h.device)
-            mask = on if mask is None else mask & on
-        if mask is None:
-            return new.to(h.dtype), sum_ - new
-        mask = mask[..., None]
-        return torch.where(mask, new.to(h.dtype), h), torch.where(mask, sum_ - new, 0.0)
-
-    def _map(self, h: Tensor, wide: Tensor, chosen: Chosen, current: Passing) -> tuple[Tensor, Tensor | None]:
-        basis, map, s, rows = self._prepared((wide.device, wide.dtype))
+        if self.group.is_shift and not self.group.rescale:
+            return self._shift(h, wide, chosen), None
+        change, rows = self._prepared((wide.device, wide.dtype))
         mask, factor, position = chosen.mask, chosen.factor, current.position(h.device)
+        before = h
         if rows is not None:
             mask, factor, position = (None if x is None else x[rows] for x in (mask, factor, position))
-            wide = wide[rows]
-        x = wide @ basis
-        change = called(map, x, wide, position) - x
-        change = change * (s if factor is None else s * factor[..., None].to(x.dtype))
-        new = wide + change @ basis.mT
-        taken: Tensor | None = None
+            before, wide = h[rows], wide[rows]
+        added = change(wide, position)
+        if factor is not None:
+            added = factor[..., None].to(added.dtype) * added
+        new, taken = wide + added, None
         if self.group.rescale:
-            sum_, changed = new, (change != 0).any(-1, keepdim=True)
-            new = torch.where(changed, rescaled(new, wide), wide)
-            taken = torch.where(changed, sum_ - new, 0.0)
+            sum_, new = new, rescaled(new, wide)
+            if self.group.form is Mapped:  # may leave a token as it is, which then keeps its bits
+                new = torch.where((added != 0).any(-1, keepdim=True), new, wide)
+            taken = sum_ - new if measured else None
         new = new.to(h.dtype)
         if mask is not None:
-            new = torch.where(mask[..., None], new, h if rows is None else h[rows])
+            new = torch.where(mask[..., None], new, before)
             taken = None if taken is None else torch.where(mask[..., None], taken, 0.0)
         if rows is None:
             return new, taken
@@ -343,27 +319,34 @@ class Step:
             taken = torch.zeros_like(h, dtype=taken.dtype).index_copy(0, rows, taken)
         return h.index_copy(0, rows, new), taken
 
+    def _shift(self, h: Tensor, wide: Tensor, chosen: Chosen) -> Tensor:
+        amount = self._prepared((wide.device, wide.dtype))
+        if chosen.factor is not None:
+            amount = chosen.factor[..., None].to(amount.dtype) * amount
+        if chosen.mask is not None:
+            amount = torch.where(chosen.mask[..., None], amount, -0.0)  # x + -0.0 is x, bit for bit
+        new = wide + amount
+        return new if wide is h else new.to(h.dtype)
+
     def _prepared(self, place: Place) -> Any:
-        """What does not depend on h: of shifts the vectors times their strengths, [d] or [B, 1, d]."""
+        """What does not depend on h: of plain shifts the vectors times their strengths, [d] or [B, 1, d]; else the
+        change of the rows that are steered, and which those are."""
         if place not in self._at:
-            self._at[place] = self._amount(place) if self.group.is_shift else self._parameters(place)
+            is_plain = self.group.is_shift and not self.group.rescale
+            self._at[place] = self._amount(place) if is_plain else self._parameters(place)
         return self._at[place]
 
     def _amount(self, place: Place) -> Tensor:
-        vectors = self.group.tables(place)
-        vector = vectors[self.slot] if isinstance(self.slot, int) else vectors[self.slot.to(place[0])][:, None]
+        vectors = self.group.tables(place).vector
+        vector = vectors[self.slot, 0] if isinstance(self.slot, int) else vectors[self.slot.to(place[0])]
         if isinstance(self.strength, float):
             return self.strength * vector  # type: ignore[no-any-return]
         amount = self.strength.to(place[1]).to(place[0])[:, None, None] * vector
         return amount if self.on is None else torch.where(self.on.to(place[0])[:, None, None], amount, -0.0)
 
-    def _parameters(self, place: Place) -> tuple[Tensor, Any, float | Tensor, Tensor | None]:
-        bases, map = self.group.tables(place)
+    def _parameters(self, place: Place) -> tuple[Change, Tensor | None]:
         rows = None if self.on is None else self.on.nonzero()[:, 0]
-        slot = self.slot if rows is None or isinstance(self.slot, int) else self.slot[rows]
-        s: float | Tensor = self.strength
-        if isinstance(s, Tensor):
-            s = (s if rows is None else s[rows]).to(place[1]).to(place[0])[:, None, None]
-        number = torch.tensor([slot]) if isinstance(slot, int) else slot
-        basis = bases[slot if isinstance(slot, int) else slot.to(place[0])]
-        return basis, selected(map, number), s, None if rows is None else rows.to(place[0])
+        slot, s = (x if rows is None or not isinstance(x, Tensor) else x[rows] for x in (self.slot, self.strength))
+        s = s.to(place[1]).to(place[0])[:, None, None] if isinstance(s, Tensor) else s
+        slot = slot.to(place[0]) if isinstance(slot, Tensor) else slot
+        return self.group.tables(place).at(slot, s), None if rows is None else rows.to(place[0])

@@ -1,0 +1,159 @@
+"""What a map adds to activations, s V (phi(V^T h) - V^T h), in as few operations as it allows.
+
+Steering that touches every site of a small model is felt in its speed by the number of operations, not by the numbers.
+A map that is linear needs no phi: what its coordinates are multiplied by is computed beforehand. Where the columns of V
+are single coordinates of h, as in transport maps, there is no product with V: at all d coordinates it would cost as
+much as a projection of the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerable.steering.maps import Linear, Shift, called, kind, selected, stacked
+from steerable.steering.spec import Intervention
+
+Place = tuple[torch.device, torch.dtype]
+Numbers = int | Tensor
+"""Of items: one for all rows, or [B]."""
+Change = Callable[[Tensor, Tensor | None], Tensor]
+"""From h [B, T, d] and the tokens' positions [B, T] to what is added, [B, T, d]."""
+
+
+def alike(i: Intervention) -> tuple[Any, ...]:
+    """Equal for interventions whose changes are computed together; first comes the class here that does it."""
+    if isinstance(i.map, Shift):
+        return (Shifted,)
+    k = i.basis.shape[1]
+    if (linear := linear_form(i)) is None:
+        return Mapped, k, kind(i.map)
+    if linear.scale.dim() == 1 and linear.radial is None and coordinates(i.basis) is not None:
+        return (Scaled,)
+    return LinearChange, k, linear.radial is None
+
+
+def linear_form(i: Intervention) -> Linear | None:
+    """The numbers of a map that is linear; None for others."""
+    return i.map.linear(i.basis.shape[1]) if hasattr(i.map, "linear") else None
+
+
+def coordinates(basis: Tensor) -> Tensor | None:
+    """[k] the coordinates of h that the columns of a basis [d, k] are; None where one is something else."""
+    at = basis.argmax(0)
+    ones = torch.zeros_like(basis).scatter_(0, at[None], 1.0)
+    return at if torch.equal(basis, ones) else None
+
+
+@dataclass
+class Shifted:
+    """A vector [n, 1, d]."""
+
+    vector: Tensor
+
+    @classmethod
+    def of(cls, items: Sequence[Intervention], place: Place) -> Shifted:
+        return cls(_placed([i.vector[None] for i in items], place))  # type: ignore[index]
+
+    def at(self, slot: Numbers, s: float | Tensor) -> Change:
+        amount = s * self.vector[slot]
+        return lambda h, position: amount
+
+
+@dataclass
+class Scaled:
+    """Of single coordinates: gain * h + offset. Both [n, 1, d], or for one item [1, d]."""
+
+    gain: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, items: Sequence[Intervention], place: Place) -> Scaled:
+        gains, offsets = [], []
+        for i in items:
+            scale, shift, _ = linear_form(i)  # type: ignore[misc]
+            nothing, at = torch.zeros(1, len(i.basis), dtype=torch.float64), coordinates(i.basis)
+            gains.append(nothing.index_copy(1, at, scale[None] - 1))
+            offsets.append(nothing.index_copy(1, at, shift[None]))
+        return cls(_placed(gains, place), _placed(offsets, place))
+
+    def at(self, slot: Numbers, s: float | Tensor) -> Change:
+        gain, offset = s * self.gain[slot], s * self.offset[slot]
+        return lambda h, position: torch.addcmul(offset, h, gain)
+
+
+@dataclass
+class LinearChange:
+    """(V^T h, and with it its norm if a map asks for that) weight + offset. basis: [n, d, k]. weight: [n, k or k + 1,
+    d]. offset: [n, 1, d]."""
+
+    basis: Tensor
+    weight: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, items: Sequence[Intervention], place: Place) -> LinearChange:
+        bases, weights, offsets = [], [], []
+        for i in items:
+            scale, shift, radial = linear_form(i)  # type: ignore[misc]
+            v = i.basis.double()
+            inside = (scale if scale.dim() == 2 else scale.diag()) - torch.eye(len(scale), dtype=torch.float64)
+            weight = inside.T if radial is None else torch.cat([inside.T, radial[None]])
+            bases.append(v)
+            weights.append(weight @ v.T)
+            offsets.append(shift[None] @ v.T)
+        return cls(*(_placed(some, place) for some in (bases, weights, offsets)))
+
+    def at(self, slot: Numbers, s: float | Tensor) -> Change:
+        basis, weight, offset = self.basis[slot], s * self.weight[slot], s * self.offset[slot]
+        sees_norm, moves = weight.shape[-2] > basis.shape[-1], bool(offset.any())
+
+        def change(h: Tensor, position: Tensor | None) -> Tensor:
+            x = h @ basis
+            if sees_norm:
+                x = torch.cat([x, torch.linalg.vector_norm(x, dim=-1, keepdim=True)], -1)
+            return x @ weight + offset if moves else x @ weight
+
+        return change
+
+
+@dataclass
+class Mapped:
+    """Any map, called. basis: [n, d, k]. coordinates: what its columns are, if those of all items are the same ones."""
+
+    basis: Tensor
+    map: Any
+    coordinates: Tensor | None
+
+    @classmethod
+    def of(cls, items: Sequence[Intervention], place: Place) -> Mapped:
+        at = coordinates(items[0].basis)
+        if any(not torch.equal(i.basis, items[0].basis) for i in items):
+            at = None
+        device, dtype = place
+        bases = _placed([i.basis if at is None else i.basis[:, :0] for i in items], place)
+        return cls(bases, stacked([i.map for i in items], dtype, device), None if at is None else at.to(device))
+
+    def at(self, slot: Numbers, s: float | Tensor) -> Change:
+        phi = selected(self.map, torch.tensor([slot]) if isinstance(slot, int) else slot)
+        basis, at = self.basis[slot], self.coordinates
+        back = None if at is not None else s * basis.mT
+        is_whole = at is not None and torch.equal(at, torch.arange(basis.shape[-2], device=at.device))
+
+        def change(h: Tensor, position: Tensor | None) -> Tensor:
+            x = h @ basis if at is None else h if is_whole else h.index_select(-1, at)
+            moved = called(phi, x, h, position) - x
+            if back is not None:
+                return moved @ back
+            moved = s * moved
+            return moved if is_whole else torch.zeros_like(h).index_copy(-1, at, moved)  # type: ignore[arg-type]
+
+        return change
+
+
+def _placed(numbers: Sequence[Tensor], place: Place) -> Tensor:
+    return torch.stack([x.double() for x in numbers]).to(place[1]).to(place[0])
