@@ -121,6 +121,13 @@ class Intervention:
         """Whether it changes nothing at any token."""
         return self.strength == 0 or bool(getattr(self.map, "is_identity", False))
 
+    @cached_property
+    def coordinates(self) -> Tensor | None:
+        """[k] the coordinates of h that the columns of the basis are, where each is a single one; else None."""
+        at = self.basis.argmax(0)
+        ones = torch.zeros_like(self.basis).scatter_(0, at[None], 1.0)
+        return at if torch.equal(self.basis, ones) else None
+
     @property
     def vector(self) -> Tensor | None:
         """What a shift adds at strength 1, [d] float64; None for other maps."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steerable.engines.hf.changes import LinearChange, Mapped, Scaled, coordinates
+from steerable.engines.hf.changes import LinearChange, Mapped, Scaled
 from steerable.engines.hf.programs import Passing, Table
 from steerable.steering.maps import Affine, Clip, Rotate, Shift, Swap
 from steerable.steering.site import Site
@@ -105,5 +105,6 @@ def test_the_norm_is_kept(angle):
 
 
 def test_what_single_coordinates_are():
-    assert coordinates(one_hot(3, 1)).tolist() == [3, 1]
-    assert coordinates(plane()) is None and coordinates(-one_hot(3)) is None
+    bases = one_hot(3, 1), plane(), -one_hot(3), one_hot(2) + one_hot(4)
+    places = [Intervention(SITE, basis, Clip.ablate()).coordinates for basis in bases]
+    assert places[0].tolist() == [3, 1] and places[1:] == [None, None, None]

@@ -32,7 +32,7 @@ def alike(i: Intervention) -> tuple[Any, ...]:
     k = i.basis.shape[1]
     if (linear := linear_form(i)) is None:
         return Mapped, k, kind(i.map)
-    if linear.scale.dim() == 1 and linear.radial is None and coordinates(i.basis) is not None:
+    if linear.scale.dim() == 1 and linear.radial is None and i.coordinates is not None:
         return (Scaled,)
     return LinearChange, k, linear.radial is None
 
@@ -40,13 +40,6 @@ def alike(i: Intervention) -> tuple[Any, ...]:
 def linear_form(i: Intervention) -> Linear | None:
     """The numbers of a map that is linear; None for others."""
     return i.map.linear(i.basis.shape[1]) if hasattr(i.map, "linear") else None
-
-
-def coordinates(basis: Tensor) -> Tensor | None:
-    """[k] the coordinates of h that the columns of a basis [d, k] are; None where one is something else."""
-    at = basis.argmax(0)
-    ones = torch.zeros_like(basis).scatter_(0, at[None], 1.0)
-    return at if torch.equal(basis, ones) else None
 
 
 @dataclass
@@ -76,9 +69,9 @@ class Scaled:
         gains, offsets = [], []
         for i in items:
             scale, shift, _ = linear_form(i)  # type: ignore[misc]
-            nothing, at = torch.zeros(1, len(i.basis), dtype=torch.float64), coordinates(i.basis)
-            gains.append(nothing.index_copy(1, at, scale[None] - 1))
-            offsets.append(nothing.index_copy(1, at, shift[None]))
+            nothing, at = torch.zeros(len(i.basis), dtype=torch.float64), i.coordinates
+            gains.append(nothing.index_copy(0, at, scale - 1)[None])  # type: ignore[arg-type]
+            offsets.append(nothing.index_copy(0, at, shift)[None])  # type: ignore[arg-type]
         return cls(_placed(gains, place), _placed(offsets, place))
 
     def at(self, slot: Numbers, s: float | Tensor) -> Change:
@@ -131,7 +124,7 @@ class Mapped:
 
     @classmethod
     def of(cls, items: Sequence[Intervention], place: Place) -> Mapped:
-        at = coordinates(items[0].basis)
+        at = items[0].coordinates
         if any(not torch.equal(i.basis, items[0].basis) for i in items):
             at = None
         device, dtype = place

@@ -170,7 +170,10 @@ class Handle:
             name = next((str(g) for g in gates if g.uses("thinking", "answer", "boundary")), "until(close)")
             raise UsageError(f"where={name!r} needs the tokenizer: pass tokenizer= to steer")
         resolutions = {g: g if tokenizer is None else resolve(g, tokenizer) for g in gates}
-        self.programs = [tuple(replace(i, gate=resolutions[i.gate]) for i in program) for program in programs]
+        self.programs = [
+            tuple(i if (gate := resolutions[i.gate]) == i.gate else replace(i, gate=gate) for i in program)
+            for program in programs
+        ]
         self.tags = think_tags(tokenizer) if thinks else None
         self.breaks = next((g.breaks for g in resolutions.values() if g.uses("boundary")), None)
         counts = any(s.needs_tokens for s in schedules)
