@@ -32,6 +32,7 @@ def serve(
     lanes: int = 2,
     maps: int = 1,
     rank: int = 2,
+    gates: int = 1,
     layers: str | None = None,
     display: Display | None = None,
 ) -> None:
@@ -51,6 +52,7 @@ def serve(
         lanes: Additions with different gates or schedules that one request may have.
         maps: Other maps (ablate, clip, rotate, affine) that one request may have at a layer; 0 makes it faster.
         rank: Rows that such a map may have.
+        gates: Conditions on activations (`when`, `probe`) that one request may have at a layer; 0 makes it faster.
         layers: Layers that can be steered, e.g. 12,16; default: all.
         display: Where progress is shown; default: nowhere.
 
@@ -67,7 +69,7 @@ def serve(
     directions.mkdir(parents=True, exist_ok=True)
     chosen = parse_layers(layers)
     settings = Settings(
-        lanes, maps, rank, None if chosen is None else tuple(chosen), directions=str(directions.resolve())
+        lanes, maps, rank, gates, None if chosen is None else tuple(chosen), directions=str(directions.resolve())
     )
     steering = {name: value for name, value in vars(settings).items() if name != "code"}
     os.environ[VARIABLE] = json.dumps(parse_presets(preset))

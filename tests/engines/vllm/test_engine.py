@@ -32,7 +32,7 @@ OPTIONS = {
     "block_size": 32,  # so that prompts share blocks
     "gpu_memory_utilization": 0.1,
 }
-SETTINGS = Settings(maps=2)
+SETTINGS = Settings(maps=2, gates=2)
 PARITY = 2e-5
 
 
@@ -87,7 +87,18 @@ def steerings():
     rows = [next(chosen).steering(next(strengths), where=gate, map=phi) for gate in gates for phi in maps]
     planes = ("rotate(40)", "rotate_to(100)", "clip(-2, 0.5)", "affine(0.9, 0.3, -1, 1)", "ablate")
     rows += [plane.steering(0.7, where="thinking", map=phi) for phi in planes]
-    a, b, c, _ = shifts
+    a, b, c, d = shifts
+    when, probe, latched, thinking = (getattr(st.selectors, n) for n in ("when", "probe", "latched", "thinking"))
+    gates = (
+        when(a, ">", 0.0), ~when(a, ">=", 0.1) & thinking, when(a, "<", 0.0) | probe(a, ">", 0.6, 0.2),
+        latched(when(a, ">", 0.0)), latched(when(a, "<", 0.0) & ~thinking),
+        ~latched(probe(a, ">", 0.5)) & when(a, "<", 0.1),
+    )  # fmt: skip
+    rows += [one.steering(0.7, [3], where=gate, map=phi) for gate in gates for one, phi in ((c, None), (d, "ablate"))]
+    rows += [b.steering(0.7, [2, 4, 5], where=gate) for gate in gates]  # which read layers 1 and 3
+    rows.append(a.steering(0.7, where=gates[0], schedule="until(10)") + d.steering(0.5, where=when(d, "<", 0.0)))
+    side = {site: plane_[0] for site, plane_ in plane.vectors.items()}
+    rows.append(plane.steering(map="rotate_to(100)", where=when(side, ">", 0.0)))  # adaptive Angular Steering
     rows += [a.steering(0.5, where="thinking", schedule=s) for s in ("ramp(0, 1, 20)", "until(10)", "until(close)")]
     return [
         *rows,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import steerable as st
-from steerable.engines.vllm.banks import Bank, Tokens
+from steerable.engines.vllm.banks import KINDS, Bank, Tokens
 from steerable.engines.vllm.lowering import lower, slot_of, to_wire
 from steerable.engines.vllm.settings import Settings
 from steerable.engines.vllm.slots import Slots
@@ -19,7 +19,7 @@ from steerable.steering.tokens import SequenceState
 from steerable.store.errors import UsageError
 
 D, ROOM, DRAFTS = 8, 40, 3
-SETTINGS = Settings(lanes=2, maps=2)
+SETTINGS = Settings(lanes=2, maps=2, gates=2)
 GATES = (
     "all", "prompt", "generated", "last_prompt", "thinking", "answer", "boundary", "thinking & ~boundary",
     "positions(3, 9)", "tokens(7, 8, 9)", "answer | prompt",
@@ -28,23 +28,32 @@ SCHEDULES = ("constant", "ramp(0, 1, 6)", "until(4)", "until(close)", "until([8,
 
 
 def steps_of(tokenizer, slots=50):
-    tokens = Tokens(SETTINGS, 256, torch.device("cpu"))
-    bank = Bank(SETTINGS, (slots, slots), D, tokens)
-    return Steps(SETTINGS, tokens, Slots({0: bank}, False, slots), Slots({0: bank}, True, slots), lambda: tokenizer)
+    tokens = Tokens(SETTINGS, 256, torch.device("cpu"), 8)
+    bank = Bank(SETTINGS, dict.fromkeys(KINDS, slots), D, tokens)
+    return Steps(SETTINGS, tokens, {kind: Slots({0: bank}, kind, slots) for kind in KINDS}, lambda: tokenizer)
 
 
 def direction(seed):
     return st.Direction({st.Site("resid_post", 0): torch.randn(D, generator=torch.Generator().manual_seed(seed))})
 
 
-def factors(intervention, ids, prompt, tokenizer):
-    """The factor of the strength at each of the ids, from the gate and the schedule of the intervention."""
+WHEN, HELD = st.selectors.when(direction(20), ">", 0.1), st.selectors.when(direction(21), "<", 0.1)
+CONDITIONS = (
+    WHEN, ~WHEN & st.parse_selector("thinking"), WHEN | st.parse_selector("boundary"), st.selectors.latched(HELD),
+    ~st.selectors.latched(~HELD & st.parse_selector("thinking | tokens(7)")) & WHEN,
+)  # fmt: skip
+
+
+def factors(intervention, ids, prompt, tokenizer, opened):
+    """The factor of the strength at each of the ids, from the gate and the schedule of the intervention. opened:
+    whether each of the gate's conditions is open, at all tokens."""
     gate, schedule = resolve(intervention.gate, tokenizer), intervention.schedule
-    state = SequenceState(think_tags(tokenizer), gate.breaks, (schedule.event,) if schedule.event else ())
+    events = (schedule.event,) if schedule.event else ()
+    state = SequenceState(think_tags(tokenizer), gate.breaks, events, gate.latches)
     state.start(1, prompt_lengths=torch.tensor([prompt]))
     tokens = state.advance(torch.tensor([ids]))
     over = schedule.over(tokens)[0] if schedule.needs_tokens else 1.0
-    return gate(tokens)[0].float() * over
+    return gate(tokens, lambda leaf: torch.tensor([[opened[leaf]]]))[0].float() * over
 
 
 class Served:
@@ -88,13 +97,13 @@ def test_every_token_has_the_strength_of_its_gate(tokenizer, seed):
         text = [rng.choice(alphabet) for _ in range(rng.randint(6, ROOM))]
         parts = [
             direction(rng.randrange(5)).steering(
-                rng.choice((0.5, -1.0)), where=rng.choice(GATES), schedule=rng.choice(SCHEDULES),
+                rng.choice((0.5, -1.0)), where=rng.choice((*GATES, *CONDITIONS)), schedule=rng.choice(SCHEDULES),
                 map=rng.choice((None, None, "ablate")),
             )
             for _ in range(rng.choice((0, 1, 1, 1)))
         ]  # fmt: skip
         if parts and rng.random() < 0.4:
-            parts.append(direction(7).steering(0.25, where=rng.choice(GATES)))
+            parts.append(direction(7).steering(0.25, where=rng.choice((*GATES, *CONDITIONS))))
         waiting.append(Served(str(n), sum(parts[1:], parts[0]) if parts else (), text, rng.randint(1, 5)))
     steps = steps_of(tokenizer)
     touched = 0
@@ -130,18 +139,35 @@ def test_every_token_has_the_strength_of_its_gate(tokenizer, seed):
 
 
 def check(steps, request, fed, offset, tokenizer):
-    """The strengths and slots of one request's tokens; how many of them are not zero."""
-    lanes = lower(request.steering, SETTINGS)
-    strength = steps.tokens.strength[:, offset : offset + len(fed)]
+    """The strengths, slots and answers of one request's tokens; how many strengths are not zero."""
+    lanes, [bank] = lower(request.steering, SETTINGS), steps.banks.values()
+    here = slice(offset, offset + len(fed))
+    strength = steps.tokens.strength.view(4, SETTINGS.answers, -1)[:, :, here]
+    text = [*request.text[: request.fed], *fed]
     for lane in lanes:
-        first = next(i for i in request.steering if (i.gate, i.strength) == (lane.gate, lane.strength))
-        text = [*request.text[: request.fed], *fed]
-        expected = lane.strength * factors(first, text, request.prompt, tokenizer)[request.fed :]
-        assert torch.allclose(strength[lane.number], expected), (request.name, str(lane.gate))
-        [slot] = set(steps.tokens.slot[lane.number, offset : offset + len(fed)].tolist())
-        is_map = lane.number >= SETTINGS.lanes
-        bank = (steps.maps if is_map else steps.vectors).banks[0]
-        assert torch.equal((bank.bases if is_map else bank.vectors)[slot], slot_of(lane.content)[0][0])
+        first = next(i for i in request.steering if i.strength == lane.strength)
+        for answer in range(SETTINGS.answers):
+            opened = {
+                leaf: any(answer >> row.number & 1 for row in lane.rows if row.is_latched == (leaf == HELD))
+                for leaf in (WHEN, HELD)
+            }
+            expected = lane.strength * factors(first, text, request.prompt, tokenizer, opened)[request.fed :]
+            assert torch.allclose(strength[lane.number, answer], expected), (request.name, str(first.gate))
+        [slot] = set(steps.tokens.slot[lane.number, here].tolist())
+        rows = bank.bases if lane.number >= SETTINGS.lanes else bank.vectors
+        assert torch.equal(rows[slot], slot_of(lane.content)[0][0])
+        for row in lane.rows:
+            [slot] = set(steps.tokens.slot[4 + row.number, here].tolist())
+            assert torch.equal(bank.weights[slot], slot_of(row.content)[0][1])
+            # the graph's part, with answers that hang on request, row and position
+            answers = torch.tensor([hash((request.name, row.number, at)) % 2 > 0 for at in range(len(text))])
+            step = torch.zeros(steps.tokens.slot.shape[1], dtype=torch.bool)
+            step[here] = answers[request.fed :]
+            chosen = torch.cat([bank.held[row.number], step])[steps.tokens.source[row.number, here]]
+            if row.is_latched and len(text) > request.prompt:
+                answers[request.prompt :] = answers[request.prompt - 1].item()
+            assert torch.equal(chosen, answers[request.fed :])
+            bank.opened[row.number, here] = chosen
     others = sorted({0, 1, 2, 3} - {lane.number for lane in lanes})
     assert not strength[others].any()
     return int((strength != 0).sum())

@@ -7,12 +7,13 @@ operation that a compiler dropped is known at the start, and the engine refuses 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerable.engines.vllm.banks import Bank, Tokens
+from steerable.engines.vllm.banks import Bank
 from steerable.engines.vllm.layers import listed
 from steerable.engines.vllm.lowering import general
 from steerable.engines.vllm.steps import Steps
@@ -25,44 +26,69 @@ _TOKENS = 4
 @torch.inference_mode()
 def check_bite(runner: Any, steps: Steps) -> None:
     """Raises SteerableError, naming the layers, where steering does nothing or leaves something behind."""
-    banks, tokens, lanes = steps.vectors.banks, steps.tokens, steps.settings.lanes
+    banks, settings = steps.banks, steps.settings
     steps.reset()
     base = _output(runner)
     if not torch.equal(_output(runner), base):
         raise SteerableError(
             "the model computes the same step otherwise each time: whether steering bites is not known"
         )
-    for lane in range(len(tokens.slot)):
-        outputs = {layer: _probed(runner, bank, tokens, lane, lane >= lanes) for layer, bank in banks.items()}
-        if inert := [layer for layer, output in outputs.items() if torch.equal(output, base)]:
-            raise SteerableError(
-                f"steering does nothing at layers {listed(inert)} of this model (lane {lane}): the graph that it runs "
-                "was compiled without it, or the layers are not those that it runs; empty vLLM's cache of compiled "
-                "graphs (VLLM_CACHE_ROOT) and report this"
-            )
+    for lane in range(settings.lanes + settings.maps):
+        outputs = {layer: _probed(runner, bank, steps, lane) for layer, bank in banks.items()}
+        _check_moved({layer: (output, base) for layer, output in outputs.items()}, f"lane {lane}")
+    for row in range(settings.gates if settings.lanes + settings.maps else 0):
+        _check_moved(
+            {
+                layer: tuple(_probed(runner, bank, steps, 0, row, sign) for sign in (1, -1))
+                for layer, bank in banks.items()
+            },
+            f"condition {row}",
+        )
     if not torch.equal(_output(runner), base):
         raise SteerableError("steering leaves something behind where nothing is steered: report this")
 
 
-def _probed(runner: Any, bank: Bank, tokens: Tokens, lane: int, is_map: bool) -> Tensor:
-    """What the model computes with a random vector at one layer in slot 1 of one lane."""
+def _check_moved(outputs: Mapping[int, tuple[Tensor, ...]], what: str) -> None:
+    """Two outputs for each layer, of which no pair may be equal."""
+    if inert := [layer for layer, (one, other) in outputs.items() if torch.equal(one, other)]:
+        raise SteerableError(
+            f"steering does nothing at layers {listed(inert)} of this model ({what}): the graph that it runs "
+            "was compiled without it, or the layers are not those that it runs; empty vLLM's cache of compiled "
+            "graphs (VLLM_CACHE_ROOT) and report this"
+        )
+
+
+def _probed(runner: Any, bank: Bank, steps: Steps, lane: int, row: int | None = None, sign: int = 1) -> Tensor:
+    """What the model computes with a random vector at one layer in slot 1 of one lane. row: of conditions, of which one
+    says at which tokens: where the activation is on one side, `sign`, of a plane."""
+    settings, tokens = steps.settings, steps.tokens
     generator = torch.Generator().manual_seed(lane)
     vector = torch.randn(bank.width, generator=generator)
     probe: tuple[Tensor, ...] = (vector,)
-    if is_map:
+    kind = "vectors" if lane < settings.lanes else "maps"
+    if kind == "maps":
         basis = torch.zeros(bank.rank, bank.width)
         basis[0] = vector / vector.norm()
         numbers = general(Shift(float(vector.norm())), 1, bank.rank).float()
         numbers[:, -2] = 1.0
         probe = (basis, numbers)
-    bank.put(is_map, 1, probe)
-    slot, strength = torch.zeros(len(tokens.slot), _TOKENS, dtype=torch.int32), torch.zeros(len(tokens.slot), _TOKENS)
-    slot[lane], strength[lane] = 1, 1.0
+    slot, strength = (
+        torch.zeros(len(tokens.slot), _TOKENS, dtype=torch.int32),
+        torch.zeros(len(tokens.strength), _TOKENS),
+    )
+    first, answers = lane * settings.answers, range(settings.answers)
+    slot[lane], strength[first : first + settings.answers] = 1, 1.0
+    bank.put(kind, 1, probe)
+    if row is not None:
+        bank.put("gates", 1, (torch.tensor([0.0, 0.0, 1.0]), sign * torch.randn(bank.width, generator=generator)))
+        slot[settings.lanes + settings.maps + row] = 1
+        strength[[first + answer for answer in answers if not answer >> row & 1]] = 0.0
     tokens.put(slot, strength)
     try:
         return _output(runner)
     finally:
-        bank.put(is_map, 1, ())
+        bank.put(kind, 1, ())
+        bank.put("gates", 1, ()) if row is not None else None
         tokens.clear()
 
 

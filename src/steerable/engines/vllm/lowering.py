@@ -8,6 +8,8 @@ other maps has one map a layer, in the general form
 
 whose numbers differ from map to map. The strength of a lane, its gate and its schedule are those of the request; how
 strong its parts are against each other is in the slot. Slots are known by the hash of their content.
+
+Gates on activations are rows of conditions (`conditions.py`), which have slots as lanes have.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from steerable.engines.vllm.conditions import answered, conditions_of, rows_of, tensors_of
 from steerable.engines.vllm.settings import Settings
 from steerable.steering.gates import Gate
 from steerable.steering.maps import Affine, Clip, Framed, Map, Rotate, Shift, Swap, map_text
 from steerable.steering.plain import decoded, encoded
 from steerable.steering.schedule import SCHEDULES, PerRequest, Schedule
-from steerable.steering.spec import Intervention, Steering, gate_from_json, gate_to_json
+from steerable.steering.spec import Intervention, Steering
 from steerable.store.errors import UsageError
 from steerable.store.text import plural
 
@@ -37,25 +40,38 @@ COLUMNS = 8
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of conditions of a request. digest, content: of its slot."""
+
+    number: int
+    is_latched: bool
+    digest: str
+    content: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Lane:
     """What one lane does for a request.
 
-    number: of the lane; those of additions come first. digest, content: of the slot (`slot_of`). schedule: None where
-    the strength is the same at all tokens.
+    number: of the lane; those of additions come first. gates: one, on tokens, or one for each of the answers of the
+    rows of conditions. digest, content: of the slot (`slot_of`). schedule: None where the strength is the same at all
+    tokens.
     """
 
     number: int
     strength: float
-    gate: Gate
+    gates: tuple[Gate, ...]
     schedule: Schedule | None
     digest: str
     content: bytes = field(repr=False)
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass
 class _Filling:
     number: int
     strength: float
+    rows: set[int] = field(default_factory=set)
     parts: dict[int, list[tuple[float, Intervention]]] = field(default_factory=dict)
 
 
@@ -64,16 +80,18 @@ def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
 
     Raises UsageError for what this engine does not do, or was not made ready for.
     """
+    acting = [(i, factor) for i in steering if not i.is_identity and (factor := _factor(i)) != 0]
+    for i, _ in acting:
+        _check(i)
+    rows = rows_of((i.site.layer, i.gate) for i, _ in acting)
+    _check_room(len(set(rows.values())), settings.gates, "gates", "conditions on activations at one layer")
     shifts: dict[Any, _Filling] = {}
     maps: list[tuple[Any, _Filling]] = []
     depth: dict[int, int] = {}  # lanes of maps in use at a layer
-    for i in steering:
-        layer, factor = i.site.layer, i.strength * i.schedule.at(i.site.layer)
-        factor *= i.schedule.default if isinstance(i.schedule, PerRequest) else 1.0
-        if i.is_identity or factor == 0:
-            continue
-        _check(i)
-        key = (i.gate, i.schedule if i.schedule.needs_tokens else None)
+    for i, factor in acting:
+        layer, conditions = i.site.layer, conditions_of(i.gate)
+        answers = range(settings.answers if conditions else 1)
+        key = tuple(answered(i.gate, rows, n) for n in answers), i.schedule if i.schedule.needs_tokens else None
         if isinstance(i.map, Shift) and not i.rescale and not depth.get(layer):
             filling = shifts.setdefault(key, _Filling(len(shifts), factor))
         else:  # what follows a map at its layer must not come before it
@@ -85,15 +103,31 @@ def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
             depth[layer] = number + 1
             filling = maps[number][1]
         filling.parts.setdefault(layer, []).append((factor / filling.strength, i))
+        filling.rows |= {rows[condition] for condition in conditions}
     _check_room(len(shifts), settings.lanes, "lanes", "additions with different gates or schedules")
     _check_room(len(maps), settings.maps, "maps", "maps behind each other, or with different gates or schedules")
+    slots = {}
+    for number in set(rows.values()):
+        conditions = tuple(condition for condition, row in rows.items() if row == number)
+        slots[number] = Row(number, conditions[0][1], *_slot(tensors_of(conditions)))
     fillings = [(key, f, _vectors(f)) for key, f in shifts.items()] + [(key, f, _maps(f, settings)) for key, f in maps]
     lanes = []
-    for (gate, schedule), filling, tensors in fillings:
-        content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        lanes.append(Lane(filling.number, filling.strength, gate, schedule, digest, content))
+    for (gates, schedule), f, tensors in fillings:
+        digest, content = _slot(tensors)
+        there = tuple(slots[number] for number in sorted(f.rows))
+        lanes.append(Lane(f.number, f.strength, gates, schedule, digest, content, there))
     return tuple(lanes)
+
+
+def _factor(i: Intervention) -> float:
+    """The strength, but for what differs between tokens."""
+    return i.strength * i.schedule.at(i.site.layer) * (i.schedule.default if isinstance(i.schedule, PerRequest) else 1)
+
+
+def _slot(tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """A slot's digest and content."""
+    content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
+    return hashlib.sha256(content).hexdigest()[:32], content
 
 
 def _check(i: Intervention) -> None:
@@ -103,11 +137,12 @@ def _check(i: Intervention) -> None:
             f"vLLM is steered at the outputs of layers, resid_post, and this acts at {i.site}: use a direction made "
             "there, or the transformers engine"
         )
-    if i.gate.readings:
-        raise UsageError(
-            f"the gate {i.gate} depends on activations, which vLLM's layers do not look at: use a gate on tokens, or "
-            "the transformers engine"
-        )
+    for leaf in i.gate.readings:
+        if (site := leaf.args[0].site).kind != "resid_post":  # type: ignore[index]
+            raise UsageError(
+                f"vLLM reads activations at the outputs of layers, resid_post, and {leaf} reads {site}: use a "
+                "direction made there, or the transformers engine"
+            )
 
 
 def _check_room(used: int, there: int, name: str, what: str) -> None:
@@ -196,10 +231,11 @@ def to_wire(lanes: Sequence[Lane], prompt_tokens: int | None) -> dict[str, Any]:
             [
                 lane.number,
                 lane.strength,
-                json.dumps(gate_to_json(lane.gate)),
+                [json.dumps(_plain(gate)) for gate in lane.gates],
                 None if lane.schedule is None else json.dumps(encoded(lane.schedule, SCHEDULES)),
                 lane.digest,
                 lane.content,
+                [[row.number, row.is_latched, row.digest, row.content] for row in lane.rows],
             ]
             for lane in lanes
         ],
@@ -209,15 +245,28 @@ def to_wire(lanes: Sequence[Lane], prompt_tokens: int | None) -> dict[str, Any]:
 
 def from_wire(wire: Mapping[str, Any]) -> tuple[tuple[Lane, ...], int | None]:
     """The inverse of `to_wire`."""
-    return tuple(
-        Lane(number, strength, _gate(gate), _schedule(schedule), digest, content)
-        for number, strength, gate, schedule, digest, content in wire["lanes"]
-    ), wire["prompt_tokens"]
+    lanes = []
+    for number, strength, gates, schedule, digest, content, rows in wire["lanes"]:
+        there = tuple(Row(*row) for row in rows)
+        lanes.append(Lane(number, strength, tuple(map(_gate, gates)), _schedule(schedule), digest, content, there))
+    return tuple(lanes), wire["prompt_tokens"]
+
+
+def _plain(gate: Gate) -> list[Any]:
+    return [gate.op, [_plain(part) for part in gate.parts], gate.args]
+
+
+def _made(op: str, parts: list[Any], args: list[Any] | None) -> Gate:
+    return Gate(op, tuple(_made(*part) for part in parts), _frozen(args))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=256)
 def _gate(text: str) -> Gate:
-    return gate_from_json(json.loads(text))
+    return _made(*json.loads(text))
 
 
 @lru_cache(maxsize=256)
@@ -227,14 +276,18 @@ def _schedule(text: str | None) -> Schedule | None:
 
 def identity(lanes: Sequence[Lane], prompt_tokens: int | None) -> str:
     """A hash of all that these lanes do: equal for requests that are steered equally, another one for all others."""
-    what = [(lane.number, lane.digest, lane.strength, str(lane.gate), repr(lane.schedule)) for lane in lanes]
+    what = [
+        (lane.number, lane.digest, lane.strength, [str(gate) for gate in lane.gates], repr(lane.schedule),
+         [(row.number, row.is_latched, row.digest) for row in lane.rows])
+        for lane in lanes
+    ]  # fmt: skip
     return hashlib.sha256(repr((what, prompt_tokens)).encode()).hexdigest()
 
 
 def slot_of(content: bytes) -> dict[int, tuple[Tensor, ...]]:
-    """What a slot holds at each layer: (vector,), or (basis, numbers)."""
+    """What a slot holds at each layer: (vector,), (basis, numbers), or (limit, weight)."""
     slots: dict[int, tuple[Tensor, ...]] = {}
-    for name, tensor in sorted(load(content).items()):  # basis before numbers
+    for name, tensor in sorted(load(content).items()):  # basis before numbers, limit before weight
         layer = int(name.partition(".")[0])
         slots[layer] = (*slots.get(layer, ()), tensor)
     return slots

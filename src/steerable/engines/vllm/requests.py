@@ -49,8 +49,11 @@ def admit(processor: Any, request: Any) -> Any:
 
     try:
         prompt = extra.get(PROMPT_TOKENS)
-        if prompt is not None and not is_index(prompt, 1):
-            raise UsageError(f"{PROMPT_TOKENS} is a number of tokens from 1 on, not {prompt!r}")
+        length = len(request.prompt_token_ids or ())
+        if prompt is not None and not (is_index(prompt, 1) and prompt <= length):
+            raise UsageError(
+                f"{PROMPT_TOKENS} is a number of tokens from 1 to the {length} of the text, not {prompt!r}"
+            )
         lanes = _lanes(processor, extra.get(KEY) or ())
     except SteerableError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from error
@@ -58,6 +61,8 @@ def admit(processor: Any, request: Any) -> Any:
     if lanes:
         if request.prompt_token_ids is None:
             raise VLLMValidationError("a steered request needs token ids, not embeddings, as its prompt", parameter=KEY)
+        if any(row.is_latched for lane in lanes for row in lane.rows):
+            params.skip_reading_prefix_cache = True  # the end of the prompt must pass, also after a preemption
         remaining[KEY] = to_wire(lanes, prompt)
         salt = f"steering:{identity(lanes, prompt)}"
         request.cache_salt = salt if request.cache_salt is None else f"{request.cache_salt}|{salt}"
@@ -90,6 +95,14 @@ def check_steering(steering: Steering, config: Any) -> tuple[Lane, ...]:
     assert settings is not None
     text = config.model_config.hf_text_config
     check_model(steering, config.model_config.model, text.num_hidden_layers, text.hidden_size, settings)
+    if config.parallel_config.pipeline_parallel_size > 1:
+        for i in steering:
+            for leaf in i.gate.readings:
+                if leaf.args[0].site != i.site:  # type: ignore[index]
+                    raise UsageError(
+                        f"{leaf} reads {leaf.args[0].site} for {i.site}, and with pipeline parallelism they may be in "  # type: ignore[index]
+                        "different processes: use a direction for the gate that has this layer"
+                    )
     return _lowered(tuple(steering), settings)
 
 
@@ -157,17 +170,20 @@ def _inline(vectors: Any) -> Direction:
 def check_model(steering: Steering, model: str, layers: int, width: int, settings: Settings) -> None:
     """Raises UsageError for a steering that does not fit the engine's model."""
     for i in steering:
-        if i.site.layer >= layers:
-            raise UsageError(f"the steering acts at {i.site}, and the model has layers 0 to {layers - 1}")
-        if settings.layers is not None and i.site.layer not in settings.layers:
-            raise UsageError(
-                f"the steering acts at {i.site}, and the engine was started to steer layers {listed(settings.layers)}"
-            )
-        if len(i.basis) != width:
-            raise UsageError(
-                f"the vector at {i.site} has width {len(i.basis)}, but the model's width there is {width}: use a "
-                "direction made on this model"
-            )
+        places = [("the steering acts", i.site, len(i.basis))]
+        places += [(f"{leaf} reads", leaf.args[0].site, leaf.args[0].width) for leaf in i.gate.readings]  # type: ignore[index]
+        for what, site, d in places:
+            if site.layer >= layers:
+                raise UsageError(f"{what} at {site}, and the model has layers 0 to {layers - 1}")
+            if settings.layers is not None and site.layer not in settings.layers:
+                raise UsageError(
+                    f"{what} at {site}, and the engine was started to steer layers {listed(settings.layers)}"
+                )
+            if d != width:
+                raise UsageError(
+                    f"the vector at {site} has width {d}, but the model's width there is {width}: use a direction made "
+                    "on this model"
+                )
         here, made = short_name(model), short_name(i.source.model_id)
         if made and here != made and here.rpartition("/")[2] != made.rpartition("/")[2]:
             raise UsageError(f"the direction {i.source.name!r} was made on {made!r}, and the engine serves {here!r}")

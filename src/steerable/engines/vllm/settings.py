@@ -25,6 +25,8 @@ class Settings:
         maps: other maps (clip, rotate, affine; rescaled additions), one behind the other at one layer. 0 leaves their
             arithmetic out of the graph.
         rank: rows [k, d] that such a map may have, at most.
+        gates: conditions on activations (`when`, `probe`) that a request may have at one layer, up to 8. 0 leaves them
+            out of the graph.
         layers: those that can be steered; None: all. Each costs time, whether it is used or not.
         bank: the type in which vectors are kept, "float32" or "bfloat16". They are added in float32.
         directions: the folder of the directions that requests name; empty: requests bring their own vectors.
@@ -34,15 +36,18 @@ class Settings:
     lanes: int = 2
     maps: int = 1
     rank: int = 2
+    gates: int = 1
     layers: tuple[int, ...] | None = None
     bank: str = "float32"
     directions: str = ""
     code: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("lanes", 0), ("maps", 0), ("rank", 1)):
+        for name, least in (("lanes", 0), ("maps", 0), ("rank", 1), ("gates", 0)):
             if not is_index(value := getattr(self, name), least):
                 raise UsageError(f"{name} of the steering settings is a whole number from {least} on, not {value!r}")
+        if self.gates > 8:
+            raise UsageError(f"gates of the steering settings is a whole number up to 8, not {self.gates}")
         if self.layers is not None:
             if not isinstance(self.layers, (list, tuple)) or not self.layers or not all(map(is_index, self.layers)):
                 raise UsageError(
@@ -53,6 +58,11 @@ class Settings:
             raise UsageError(f"bank of the steering settings is float32 or bfloat16, not {self.bank!r}")
         if not isinstance(self.directions, str) or self.directions and not Path(self.directions).is_dir():
             raise UsageError(f"directions of the steering settings is a folder, and {self.directions!r} is none")
+
+    @property
+    def answers(self) -> int:
+        """How many answers the conditions of a token can have together."""
+        return 1 << self.gates
 
 
 def settings_of(additional_config: Any) -> Settings | None:

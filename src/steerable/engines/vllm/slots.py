@@ -11,10 +11,10 @@ from steerable.engines.vllm.lowering import slot_of
 
 
 class Slots:
-    """The slots 1, 2, ... of vectors, or of maps, in the banks of this process."""
+    """The slots 1, 2, ... of one of the KINDS in the banks of this process."""
 
-    def __init__(self, banks: Mapping[int, Bank], is_map: bool, number: int) -> None:
-        self.banks, self.is_map, self.number = banks, is_map, number
+    def __init__(self, banks: Mapping[int, Bank], kind: str, number: int) -> None:
+        self.banks, self.kind, self.number = banks, kind, number
         self._layers: dict[int, set[int]] = {}
         self.reset()
 
@@ -42,5 +42,5 @@ class Slots:
         tensors = slot_of(content)
         for layer in tensors.keys() | self._layers.get(slot, set()):
             if layer in self.banks:
-                self.banks[layer].put(self.is_map, slot, tensors.get(layer, ()))
+                self.banks[layer].put(self.kind, slot, tensors.get(layer, ()))
         self._layers[slot] = set(tensors)

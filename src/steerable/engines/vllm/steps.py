@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerable.engines.vllm import banks
-from steerable.engines.vllm.lowering import Lane, from_wire
+from steerable.engines.vllm.banks import KINDS, Bank, Tokens
+from steerable.engines.vllm.conditions import decided
+from steerable.engines.vllm.lowering import from_wire
 from steerable.engines.vllm.settings import KEY, Settings
 from steerable.engines.vllm.slots import Slots
 from steerable.engines.vllm.tracker import Tracker, Window
 from steerable.steering.automaton import Automaton
-from steerable.steering.gates import resolve
+from steerable.steering.gates import Gate, resolve
 from steerable.steering.think import ThinkTags, think_tags
 from steerable.steering.tokens import CLOSING, SequenceState
 from steerable.store.errors import UsageError
@@ -34,18 +35,30 @@ class Arrival:
 
 
 @dataclass
-class _Request:
-    """A steered request. factors: of each lane at the known tokens, None where that is 1. after: of each lane at
-    generated tokens where that is one number."""
+class _Part:
+    """Strengths of a request that have one window. rows: of `Tokens.strength`. factor: at the known tokens, None where
+    that is 1. after: at generated tokens, where that is one number."""
 
-    lanes: Sequence[Lane]
+    rows: slice
+    strength: float
+    window: Window
+    factor: np.ndarray | None
+    after: float
+
+
+@dataclass
+class _Request:
+    """A steered request. content: of the slots, by the row of `Tokens.slot`. latched: its rows of conditions that are
+    held, from the end of the prompt on, at the line `hold`. tracker: None where its windows need not be followed."""
+
+    slots: dict[int, tuple[str, bytes]]
+    parts: list[_Part]
     known: int
     prompt: int
-    factors: list[np.ndarray | None]
-    after: list[float]
-    windows: list[Window]
-    tracker: Tracker | None = None
-    line: int = 0
+    latched: list[int]
+    hold: int
+    tracker: Tracker | None
+    line: int
 
 
 @dataclass
@@ -60,32 +73,43 @@ class _Following:
     most: int
     prompt: Tensor
     known: Tensor
-    window: Tensor  # [lanes, n], -1 for a lane that it has not
-    strength: Tensor  # [lanes, n]
+    window: Tensor  # [rows of strengths, n], -1 for one that it has not
+    strength: Tensor  # [rows of strengths, n]
 
 
 @dataclass
 class Steps:
     """Fills the token buffers of one model runner.
 
-    vectors, maps: the slots. tokenizer: gives the tokenizer, which is asked for when a gate first needs it.
+    slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it.
     """
 
     settings: Settings
-    tokens: banks.Tokens
-    vectors: Slots
-    maps: Slots
+    tokens: Tokens
+    slots: Mapping[str, Slots]
     tokenizer: Callable[[], Any]
     _requests: dict[str, _Request | None] = field(default_factory=dict)
     _trackers: dict[Any, Tracker] = field(default_factory=dict)
     _decoding: list[str] | None = None  # whose next single tokens need no new slots
     _following: list[_Following] = field(default_factory=list)
+    _deciding: list[tuple[int, int]] = field(default_factory=list)  # tokens of the step that end a prompt, and lines
+
+    def __post_init__(self) -> None:
+        self._lines = list(range(self.tokens.lines))  # that hold no answers
+        self._kinds = [
+            kind
+            for kind, rows in zip(KINDS, (self.settings.lanes, self.settings.maps, self.settings.gates), strict=True)
+            for _ in range(rows)
+        ]
 
     def forget(self, names: Iterable[str]) -> None:
         """These requests are over, or come back with another text."""
         for name in names:
-            request = self._requests.pop(name, None)
-            if request is not None and request.tracker is not None:
+            if (request := self._requests.pop(name, None)) is None:
+                continue
+            if request.latched:
+                self._lines.append(request.hold)
+            if request.tracker is not None:
                 request.tracker.remove(request.line)
                 self._decoding = None
 
@@ -95,15 +119,28 @@ class Steps:
 
     def reset(self) -> None:
         """Forget what is in the slots and in the buffers; running requests put theirs there again."""
-        self.vectors.reset()
-        self.maps.reset()
+        for slots in self.slots.values():
+            slots.reset()
         self.tokens.clear()
         self._decoding = None
 
     def status(self) -> dict[str, Any]:
         """What is steered here: layers, filled slots and how many there are, and tokens that were touched so far."""
-        slots = {name: [len(one.of), one.number - 1] for name, one in (("vectors", self.vectors), ("maps", self.maps))}
-        return {"layers": sorted(self.vectors.banks), "tokens": int(self.tokens.touched), **slots}
+        slots = {kind: [len(slots.of), slots.number - 1] for kind, slots in self.slots.items()}
+        return {"layers": sorted(self.banks), "tokens": int(self.tokens.touched), **slots}
+
+    @property
+    def banks(self) -> Mapping[int, Bank]:
+        """The banks by layer."""
+        return self.slots["vectors"].banks
+
+    def settle(self) -> None:
+        """Hold what was decided in the last step; before any other."""
+        if self._deciding:
+            tokens, lines = _to(np.array(self._deciding).T.copy(), self.tokens.slot.device)
+            for bank in self.banks.values():
+                bank.held[:, lines] = bank.opened[:, tokens]
+            self._deciding = []
 
     def prepare(
         self,
@@ -119,6 +156,7 @@ class Steps:
         names: of the requests, in the order of their tokens. starts, counts: [n] position of each one's first token,
         and how many. ids, positions: of all tokens, on the device. arrival: describes a request that is new.
         """
+        self.settle()
         requests = [self._request(name, arrival) for name in names]
         if not any(requests):
             self._decoding = None
@@ -146,22 +184,32 @@ class Steps:
             raise UsageError("a steered request came to the model without having passed vLLM's InputProcessor")
         lanes, prompt = from_wire(wire)
         prompt = arrival.prompt if prompt is None else prompt
-        windows = [Window(self._resolved(lane), lane.schedule) for lane in lanes]
-        request = _Request(lanes, len(arrival.ids), prompt, [], [], windows)
-        if not all(window.is_open for window in windows):
-            tracker = self._tracker(windows)
-            request.line, tokens = tracker.add(arrival.ids, prompt, arrival.room)
-            request.tracker = tracker
-        for window in windows:
-            request.factors.append(None if window.is_open else window.over(tokens)[0].numpy())
-            request.after.append(float(window.is_open or window.is_static and _at_generated(window)))
-        if request.tracker is not None and all(window.is_static for window in windows):
-            request.tracker.remove(request.line)
-            request.tracker = None
-        return request
+        windows = [[Window(self._resolved(gate), lane.schedule) for gate in lane.gates] for lane in lanes]
+        tracker, line = None, 0
+        if not all(window.is_open for some in windows for window in some):
+            tracker = self._tracker([window for some in windows for window in some])
+            line, tokens = tracker.add(arrival.ids, prompt, arrival.room)
+            windows = [[Window(decided(w.gate, tokens, prompt), w.schedule) for w in some] for some in windows]
+        parts = []
+        for lane, some in zip(lanes, windows, strict=True):
+            first, step = lane.number * self.settings.answers, self.settings.answers // len(some)
+            for n, window in enumerate(some):
+                rows = slice(first + n * step, first + (n + 1) * step)
+                factor = None if window.is_open else window.over(tokens)[0].numpy()
+                after = float(window.is_open or window.is_static and _at_generated(window))
+                parts.append(_Part(rows, lane.strength, window, factor, after))
+        if tracker is not None and all(part.window.is_static for part in parts):
+            tracker.remove(line)
+            tracker = None
+        slots = {lane.number: (lane.digest, lane.content) for lane in lanes}
+        first = self.settings.lanes + self.settings.maps
+        slots |= {first + row.number: (row.digest, row.content) for lane in lanes for row in lane.rows}
+        latched = sorted({row.number for lane in lanes for row in lane.rows if row.is_latched})
+        hold = self._lines.pop() if latched else 0
+        return _Request(slots, parts, len(arrival.ids), prompt, latched, hold, tracker, line)
 
-    def _resolved(self, lane: Lane) -> Any:
-        return resolve(lane.gate, self.tokenizer()) if lane.gate.uses("boundary") else lane.gate
+    def _resolved(self, gate: Gate) -> Gate:
+        return resolve(gate, self.tokenizer()) if gate.uses("boundary") else gate
 
     def _tracker(self, windows: Sequence[Window]) -> Tracker:
         watches = [window.watch for window in windows]
@@ -176,32 +224,49 @@ class Steps:
 
     def _place(self, requests: Sequence[_Request | None], starts: np.ndarray, counts: np.ndarray) -> None:
         """Slots and strengths of all tokens, but for what the device alone knows."""
-        lanes, total = len(self.tokens.slot), int(counts.sum())
-        slot, strength = np.zeros((lanes, total), np.int32), np.zeros((lanes, total), np.float32)
-        contents: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})
+        total = int(counts.sum())
+        slot = np.zeros((len(self.tokens.slot), total), np.int32)
+        strength = np.zeros((len(self.tokens.strength), total), np.float32)
+        source: np.ndarray | None = None
+        contents: dict[str, dict[str, bytes]] = {kind: {} for kind in KINDS}
         for request in requests:
-            for lane in () if request is None else request.lanes:
-                contents[lane.number >= self.settings.lanes][lane.digest] = lane.content
-        slots = self.vectors.hold(contents[0]), self.maps.hold(contents[1])
+            for row, (digest, content) in () if request is None else request.slots.items():
+                contents[self._kinds[row]][digest] = content
+        slots = {kind: self.slots[kind].hold(of) for kind, of in contents.items()}
         offset = 0
         for request, start, count in zip(requests, starts.tolist(), counts.tolist(), strict=True):
             if request is not None:
                 span = slice(offset, offset + count)
                 behind = offset + min(max(request.known - start, 0), count)  # the first token that was not known
-                for lane, factor, after in zip(request.lanes, request.factors, request.after, strict=True):
-                    slot[lane.number, span] = slots[lane.number >= self.settings.lanes][lane.digest]
-                    strength[lane.number, span] = lane.strength * after
-                    if factor is not None:
-                        strength[lane.number, offset:behind] = lane.strength * factor[start : start + behind - offset]
+                for row, (digest, _) in request.slots.items():
+                    slot[row, span] = slots[self._kinds[row]][digest]
+                for part in request.parts:
+                    if part.factor is not None:
+                        strength[part.rows, span] = part.strength * part.after
+                        factor = part.factor[start : start + behind - offset]
+                        strength[part.rows, offset:behind] = part.strength * factor
                     else:
-                        strength[lane.number, span] = lane.strength
+                        strength[part.rows, span] = part.strength
+                if request.latched:
+                    if source is None:
+                        source = np.tile(np.arange(total) + self.tokens.lines, (self.settings.gates, 1))
+                    self._hold(request, source, offset, start, count)
             offset += count
         device = self.tokens.slot.device
-        self.tokens.put(_to(slot, device), _to(strength, device))
-        self._following = self._followings(requests, starts, counts, lanes)
+        self.tokens.put(_to(slot, device), _to(strength, device), None if source is None else _to(source, device))
+        self._following = self._followings(requests, starts, counts)
+
+    def _hold(self, request: _Request, source: np.ndarray, offset: int, start: int, count: int) -> None:
+        """Where the tokens behind the prompt find what was decided at its end: there, if that is in this step."""
+        end = request.prompt - 1 - start  # of the prompt, from the request's first token in this step
+        place = request.hold
+        if 0 <= end < count:
+            self._deciding.append((offset + end, request.hold))
+            place = self.tokens.lines + offset + end
+        source[request.latched, offset + min(max(end + 1, 0), count) : offset + count] = place
 
     def _followings(
-        self, requests: Sequence[_Request | None], starts: np.ndarray, counts: np.ndarray, lanes: int
+        self, requests: Sequence[_Request | None], starts: np.ndarray, counts: np.ndarray
     ) -> list[_Following]:
         """The requests whose tokens the device has to look at, by their tracker."""
         groups: dict[int, list[tuple[_Request, int, int]]] = {}
@@ -215,12 +280,13 @@ class Steps:
                     groups.setdefault(id(request.tracker), []).append((request, offset + before, count - before))
         followings = []
         for group in groups.values():
-            windows = list(dict.fromkeys(window for request, _, _ in group for window in request.windows))
+            windows = list(dict.fromkeys(part.window for request, _, _ in group for part in request.parts))
             number = {window: n for n, window in enumerate(windows)}
-            chosen, strength = np.full((lanes, len(group)), -1), np.zeros((lanes, len(group)), np.float32)
+            shape = len(self.tokens.strength), len(group)
+            chosen, strength = np.full(shape, -1), np.zeros(shape, np.float32)
             for column, (request, _, _) in enumerate(group):
-                for lane, window in zip(request.lanes, request.windows, strict=True):
-                    chosen[lane.number, column], strength[lane.number, column] = number[window], lane.strength
+                for part in request.parts:
+                    chosen[part.rows, column], strength[part.rows, column] = number[part.window], part.strength
             columns = [(r.line, first, count, r.prompt, r.known) for r, first, count in group]
             device = self.tokens.slot.device
             line, first, count, prompt, known = _to(np.array(columns).T.copy(), device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steerable.engines.vllm.banks import Bank, Tokens
+from steerable.engines.vllm.banks import KINDS, Bank, Tokens
 from steerable.engines.vllm.bite import check_bite
 from steerable.engines.vllm.layers import decoder_layers, give_banks, listed
 from steerable.engines.vllm.settings import Settings
@@ -32,17 +32,16 @@ def take_hold(worker: Any, settings: Settings) -> None:
     here = sorted(chosen & layers.keys())
     scheduler = config.scheduler_config
     captured = config.compilation_config.max_cudagraph_capture_size or 0
-    tokens = Tokens(settings, max(scheduler.max_num_batched_tokens, captured), runner.device)
-    slots = (scheduler.max_num_seqs * settings.lanes + 1, scheduler.max_num_seqs * settings.maps + 1)
-    banks = {i: Bank(settings, slots, text.hidden_size, tokens) for i in here}
+    requests = scheduler.max_num_seqs
+    tokens = Tokens(settings, max(scheduler.max_num_batched_tokens, captured), runner.device, requests)
+    rows = zip(KINDS, (settings.lanes, settings.maps, settings.gates), strict=True)
+    slots = {kind: requests * number + 1 for kind, number in rows}
+    banks: dict[int, Bank] = {}
+    for i in here:
+        banks[i] = Bank(settings, slots, text.hidden_size, tokens, next(reversed(banks.values()), None))
     give_banks(layers, banks)
-    steps = Steps(
-        settings,
-        tokens,
-        Slots(banks, False, slots[0]),
-        Slots(banks, True, slots[1]),
-        lru_cache(maxsize=1)(lambda: _tokenizer(config)),
-    )
+    tokenizer = lru_cache(maxsize=1)(lambda: _tokenizer(config))
+    steps = Steps(settings, tokens, {kind: Slots(banks, kind, slots[kind]) for kind in KINDS}, tokenizer)
     (_follow_v2 if hasattr(runner, "model_state") else _follow_v1)(runner, steps)
     warm_up = worker.compile_or_warm_up_model
 
@@ -51,12 +50,19 @@ def take_hold(worker: Any, settings: Settings) -> None:
         check_bite(runner, steps)
         missing = "" if len(here) == len(layers) else f", not {listed(layers.keys() - set(here))}"
         log.info(
-            "steering takes hold of layers %s of %d%s, for %d additions and %d maps of rank %d at a time",
-            listed(here), text.num_hidden_layers, missing, settings.lanes, settings.maps, settings.rank,
+            "steering takes hold of layers %s of %d%s, for %d additions, %d maps of rank %d, %d conditions at a time",
+            listed(here), text.num_hidden_layers, missing, settings.lanes, settings.maps, settings.rank, settings.gates,
         )  # fmt: skip
         return result
 
-    worker.compile_or_warm_up_model = compile_or_warm_up_model
+    execute_dummy_batch = worker.execute_dummy_batch
+
+    @torch.inference_mode()
+    def settle_first() -> None:
+        steps.settle()
+        execute_dummy_batch()
+
+    worker.compile_or_warm_up_model, worker.execute_dummy_batch = compile_or_warm_up_model, settle_first
     worker.steering, worker.steering_status = steps, steps.status
 
 
@@ -83,6 +89,7 @@ def _follow_v1(runner: Any, steps: Steps) -> None:
     def prepare(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         batch = runner.input_batch
+        steps.forget(scheduler_output.preempted_req_ids or ())
         steps.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         steps.keep(runner.requests)
         n = batch.num_reqs
