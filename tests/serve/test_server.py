@@ -86,9 +86,15 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
     assert scores(client, steering="0 happy") == plain == scores(client)
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert names == ["pocket", "pocket:happy", "pocket:merry"]
-    assert "steerable_requests_total" in client.get("/metrics").text
     [worker] = client.get("/v1/steering").json()["workers"]
     assert worker["layers"] == [0, 1, 2, 3, 4, 5] and worker["tokens"] > 0
+    metrics = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(metrics["steerable_requests_total"]) > 0
+    assert float(metrics["steerable_tokens_total"]) == worker["tokens"]
+    for kind in ("vectors", "maps", "gates"):
+        assert [float(metrics[f'steerable_{name}{{kind="{kind}"}}']) for name in ("slots_used", "slots")] == worker[
+            kind
+        ]
 
 
 @pytest.mark.parametrize(

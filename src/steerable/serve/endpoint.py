@@ -23,7 +23,7 @@ from steerable.engines.vllm.folder import MAX_BYTES, Folder
 from steerable.engines.vllm.presets import VARIABLE, Models, Presets
 from steerable.engines.vllm.requests import check_steering, read_steering
 from steerable.engines.vllm.settings import KEY, settings_of
-from steerable.serve.metrics import count_requests
+from steerable.serve.metrics import Measured, count_requests
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 
@@ -37,7 +37,8 @@ class Endpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Add the routes to vLLM's application."""
+        """Add the routes to vLLM's application, and have it measure before its metrics are read."""
+        app.add_middleware(Measured, ask=self.workers)
         app.add_api_route(_PATH, self.status, methods=["GET"])
         app.add_api_route(f"{_PATH}/directions", self.list_directions, methods=["GET"])
         for method, answer in (("GET", self.get), ("PUT", self.put), ("DELETE", self.delete)):
@@ -92,7 +93,11 @@ class Endpoint:
 
     async def status(self) -> Any:
         """What every worker steers: layers, and how many slots of vectors and maps are filled."""
-        return {"workers": await self.engine.collective_rpc("steering_status")}
+        return {"workers": await self.workers()}
+
+    async def workers(self) -> Any:
+        """`Steps.status` of every worker."""
+        return await self.engine.collective_rpc("steering_status")
 
     async def list_directions(self) -> Any:
         """All directions of the folder."""

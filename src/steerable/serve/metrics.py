@@ -1,18 +1,58 @@
-"""What vLLM's Prometheus endpoint says of steering."""
+"""What vLLM's Prometheus endpoint says of steering.
+
+Tokens and slots are counted in the workers. They are asked when /metrics is read, as `GET /v1/steering` asks them, and
+not at any other time: no step waits for a number.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from steerable.engines.vllm.banks import KINDS
+
+_PATIENCE = 2.0  # seconds; an engine that does not answer keeps nobody from the other metrics
+
 
 @cache
-def _requests() -> Any:
-    from prometheus_client import Counter
+def _metric(kind: str, name: str, about: str, labels: tuple[str, ...] = ()) -> Any:
+    import prometheus_client
 
-    return Counter("steerable_requests", "Requests that asked to be steered and were taken in.")
+    more = {} if kind == "Counter" else {"multiprocess_mode": "mostrecent"}
+    return getattr(prometheus_client, kind)(f"steerable_{name}", about, labels, **more)
 
 
 def count_requests() -> None:
     """One more steered request."""
-    _requests().inc()
+    _metric("Counter", "requests", "Requests that asked to be steered and were taken in.").inc()
+
+
+class Measured:
+    """vLLM's application, whose metrics are brought up to date before they are read.
+
+    ask: gives what every worker steers (`Steps.status`).
+    """
+
+    def __init__(self, app: Any, ask: Callable[[], Awaitable[Sequence[dict[str, Any]]]]) -> None:
+        self.app, self.ask = app, ask
+        self._tokens = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
+            with suppress(Exception):  # of a dead engine vLLM's own metrics tell
+                self.set(await asyncio.wait_for(self.ask(), _PATIENCE))
+        await self.app(scope, receive, send)
+
+    def set(self, workers: Sequence[dict[str, Any]]) -> None:
+        """Take over what the workers say, who all steer the same tokens."""
+        tokens = max(worker["tokens"] for worker in workers)
+        counter = _metric("Counter", "tokens", "Tokens that were steered, or that a gate on activations decided on.")
+        counter.inc(max(tokens - self._tokens, 0))
+        self._tokens = tokens
+        for n, name in enumerate(("slots_used", "slots")):
+            gauge = _metric("Gauge", name, ("Slots that hold something.", "Slots that there are.")[n], ("kind",))
+            for kind in KINDS:
+                gauge.labels(kind).set(max(worker[kind][n] for worker in workers))

@@ -10,6 +10,7 @@ import steerable as st
 from steerable.chains.generation import Job, generate_jobs
 from steerable.engines.base import Continuation
 from steerable.engines.sampling import Decoding
+from steerable.engines.vllm.banks import KINDS
 from steerable.engines.vllm.settings import Settings
 from steerable.models.loading import Loaded
 from steerable.steering.think import render
@@ -246,9 +247,10 @@ def test_more_steerings_than_a_step_has_requests(engine, reference, prompts):
     assert max(differences(reference, prompts, rows, ids, scores)) < PARITY
 
 
-@pytest.mark.parametrize("broken", ["no bank", "stale bank"])
+@pytest.mark.parametrize("broken", ["no bank", "stale bank", "no gates"])
 def test_steering_that_does_nothing_is_noticed(engine, broken):
-    """A trap: one layer is missed, or reads a bank that nobody fills, as a graph from a stale cache would."""
+    """A trap: one layer is missed, or reads a bank that nobody fills, as a graph from a stale cache would, or asks no
+    condition."""
     from steerable.engines.vllm.bite import check_bite
 
     worker = engine.llm.llm_engine.model_executor.driver_worker.worker
@@ -260,9 +262,12 @@ def test_steering_that_does_nothing_is_noticed(engine, broken):
     try:
         if broken == "no bank":
             layer.__class__ = steered.__mro__[1]
+        elif broken == "stale bank":
+            layer.steering = type(bank)(SETTINGS, dict.fromkeys(KINDS, 2), 192, worker.steering.tokens)
         else:
-            layer.steering = type(bank)(SETTINGS, (2, 2), 192, worker.steering.tokens)
+            bank._answer = lambda h, n: torch.zeros(1, n, dtype=torch.int64)
         with pytest.raises(st.SteerableError, match="does nothing at layers 2 of"):
             check_bite(worker.model_runner, worker.steering)
     finally:
         layer.__class__, layer.steering = steered, bank
+        vars(bank).pop("_answer", None)

@@ -36,10 +36,13 @@ class Tokens:
         self.source = self.itself.clone()
         self.used = 0
         self.touched = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def count(self) -> None:
-        """Add the steered tokens of this step to `touched`, on the device; with those that a condition decides on."""
+        """Add the steered tokens of this step to `touched`, on the device; with those that a condition decides on. Who
+        asks reads `seen`, and waits for no step."""
         self.touched += (self.strength[:, : self.used] != 0).any(0).sum()
+        self.seen.copy_(self.touched, non_blocking=True)
 
     def put(self, slot: Tensor, strength: Tensor, source: Tensor | None = None) -> None:
         """The tokens of the next step, [rows, n]; all behind them have strength 0. source: None where nothing holds."""

@@ -31,19 +31,26 @@ def conditions_of(gate: Gate, is_latched: bool = False) -> tuple[Condition, ...]
     return tuple(condition for part in gate.parts for condition in conditions_of(part, is_latched))
 
 
-def rows_of(gates: Iterable[tuple[int, Gate]]) -> dict[Condition, int]:
-    """The row of each condition in the gates of interventions at layers. An answer is needed from the layer where the
-    activation is read to the last layer that acts on it; conditions of one row follow each other."""
+def rows_of(gates: Iterable[tuple[int, Gate]], number: int) -> dict[Condition, int]:
+    """The row of each condition in the gates of interventions at layers; more than `number` where that is not enough.
+
+    An answer is needed from the layer where the activation is read to the last one that acts on it; conditions of one
+    row follow each other. What a text calls the same keeps its row from layer to layer, and so its lane.
+    """
     last: dict[Condition, int] = {}
     for layer, gate in gates:
         for condition in conditions_of(gate):
             last[condition] = max(last.get(condition, layer), layer)
     rows: dict[Condition, int] = {}
+    row_of: dict[tuple[str, bool], int] = {}
     taken: list[tuple[int, bool]] = []  # of each row: up to which layer, and whether its conditions are latched
     for condition in sorted(last, key=layer_of):
         first, is_latched = layer_of(condition), condition[1]
         free = [n for n, (end, latched) in enumerate(taken) if end < first and latched == is_latched]
-        rows[condition] = row = free[0] if free else len(taken)
+        row = row_of.get(name := (str(condition[0]), is_latched), -1)
+        if row not in free:
+            row = len(taken) if not free or len(taken) < number else free[0]
+        rows[condition] = row_of[name] = row
         taken[row : row + 1] = [(last[condition], is_latched)]
     return rows
 

@@ -83,7 +83,7 @@ def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
     acting = [(i, factor) for i in steering if not i.is_identity and (factor := _factor(i)) != 0]
     for i, _ in acting:
         _check(i)
-    rows = rows_of((i.site.layer, i.gate) for i, _ in acting)
+    rows = rows_of([(i.site.layer, i.gate) for i, _ in acting], settings.gates)
     _check_room(len(set(rows.values())), settings.gates, "gates", "conditions on activations at one layer")
     shifts: dict[Any, _Filling] = {}
     maps: list[tuple[Any, _Filling]] = []

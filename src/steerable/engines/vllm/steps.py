@@ -127,7 +127,7 @@ class Steps:
     def status(self) -> dict[str, Any]:
         """What is steered here: layers, filled slots and how many there are, and tokens that were touched so far."""
         slots = {kind: [len(slots.of), slots.number - 1] for kind, slots in self.slots.items()}
-        return {"layers": sorted(self.banks), "tokens": int(self.tokens.touched), **slots}
+        return {"layers": sorted(self.banks), "tokens": int(self.tokens.seen), **slots}
 
     @property
     def banks(self) -> Mapping[int, Bank]:
