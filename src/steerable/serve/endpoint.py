@@ -74,7 +74,7 @@ class Endpoint:
                         f"the model {request.model!r} is a steering, and the request has another: give one"
                     )
                 if (given := extra.get(KEY, preset)) is not None:
-                    check_steering(read_steering(given, self.folder.path), self.config)
+                    check_steering(read_steering(given, self.folder), self.config)
                     count_requests()
                     params.extra_args = {**extra, KEY: given}
             except SteerableError as error:

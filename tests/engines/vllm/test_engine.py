@@ -204,6 +204,21 @@ def test_prefixes_are_shared_by_equal_steerings_alone(engine, prompts):
     assert cached[2] == cached[5] > 32
 
 
+def test_a_name_means_what_it_was_last_given(engine, reference, prompts):
+    """Between the steps of a training; the prompt lies in the prefix cache, as another direction left it."""
+    a, b, *_ = directions()[0]
+    cached, long, wide = [], [prompts[0] * 8], st.Direction({st.Site("resid_post", 3): torch.ones(5)})
+    for direction in (a, b, b):
+        engine.update("policy", direction)
+        ids, scores, done = generated(engine, long, [()], tokens=4, extra={"steering": "0.5 policy@prompt"})
+        assert max(differences(reference, long, [direction.steering(0.5, where="prompt")], ids, scores)) < PARITY
+        cached.append(done[0].num_cached_tokens)
+    assert cached[0] == cached[1] == 0 < cached[2]
+    for name, direction, message in (("a b", a, "cannot name"), ("x", wide, "width 5")):
+        with pytest.raises(st.UsageError, match=message):
+            engine.update(name, direction)
+
+
 @pytest.mark.parametrize(
     "steering, message",
     [

@@ -38,9 +38,9 @@ def test_forms_of_a_steering_are_the_same(folder):
         [{"vectors": vectors, **options}],
         json.dumps({"vectors": vectors, **options}),
     ):
-        assert read_steering(given, folder.path) == steering
-    assert read_steering(steering[0], folder.path) == steering
-    assert read_steering('[{"direction": "happy"}, {"direction": "happy", "strength": -1}]', folder.path) == (
+        assert read_steering(given, folder) == steering
+    assert read_steering(steering[0], folder) == steering
+    assert read_steering('[{"direction": "happy"}, {"direction": "happy", "strength": -1}]', folder) == (
         *direction().steering(0.5), *direction().steering(-1.0),
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_forms_of_a_steering_are_the_same(folder):
 )
 def test_what_is_no_steering_is_refused_in_a_sentence(folder, given, message):
     with pytest.raises(st.UsageError, match=message):
-        read_steering(given, folder.path)
+        read_steering(given, folder)
 
 
 def test_without_a_folder_no_name_is_known():
@@ -134,7 +134,7 @@ def test_presets_are_models(folder):
     assert models[0].name == "pocket"
     assert presets.steering("pocket:calm") == "-1 happy"
     assert presets.steering("pocket") is None is presets.steering("pocket:sad")
-    assert read_steering(presets.steering("pocket:happy"), folder.path) == tuple(direction().steering(0.5))
+    assert read_steering(presets.steering("pocket:happy"), folder) == tuple(direction().steering(0.5))
     for wrong in ("merry", "=x", "x=", "a:b=c"):
         with pytest.raises(st.UsageError, match="expected a name and a steering"):
             parse_presets([wrong])

@@ -16,10 +16,13 @@ from torch import Tensor
 from steerable.engines.activations import capture as capture_texts
 from steerable.engines.base import Completion, Continuation, Progress, Request
 from steerable.engines.sampling import Decoding, decoding_of
+from steerable.engines.vllm.folder import check_name
 from steerable.engines.vllm.plugin import TESTED, register
+from steerable.engines.vllm.requests import check_steering, live_directions
 from steerable.engines.vllm.settings import KEY, Settings
 from steerable.models.loading import load
 from steerable.models.sources import find
+from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering, steering_of
 from steerable.store.errors import UsageError
 
@@ -104,6 +107,26 @@ class VllmEngine:
             rows = output.prompt_logprobs[start:]
             scores.append(torch.tensor([row[i].logprob for row, i in zip(rows, s.ids, strict=True)]).float())
         return scores
+
+    def update(self, name: str, direction: Direction) -> None:
+        """Give a name to a direction, or another direction to a name, between two steps of a training: requests that
+        come from now on and name it are steered by it, and those under way go on with what they came with. Equal texts
+        of before are not taken from the prefix cache, which is kept apart by what steers.
+
+        Args:
+            name: what requests say, as in `SamplingParams(extra_args={"steering": "0.5 policy@thinking"})`; it goes
+                before a file of the engine's folder.
+            direction: what they mean.
+
+        Raises:
+            UsageError: for a direction that the engine cannot do, and for a name that is none.
+
+        Example:
+            >>> engine.update("policy", direction)  # doctest: +SKIP
+        """
+        check_name(name)
+        check_steering(direction.steering(), self.llm.llm_engine.vllm_config)
+        live_directions(self.llm.llm_engine.input_processor)[name] = direction
 
     def capture(self, texts: Sequence[str], **options: Any) -> Any:
         """Activations of the texts' tokens, unsteered; see `steerable.capture`. The model is loaded by transformers for

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,22 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Folder:
-    """Directions by name. path: empty where there is no folder."""
+    """Directions by name. path: empty where there is no folder. live: those that a program replaces as it runs
+    (`VllmEngine.update`), which go before files."""
 
-    path: str
+    path: str = ""
+    live: Mapping[str, Direction] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """The names of all directions."""
-        if not self.path:
-            return []
-        return sorted(file.stem for file in Path(self.path).glob(f"*{_SUFFIX}") if _NAME.fullmatch(file.stem))
+        files = Path(self.path).glob(f"*{_SUFFIX}") if self.path else ()
+        return sorted({*self.live, *(file.stem for file in files if _NAME.fullmatch(file.stem))})
 
     def load(self, name: str) -> Direction:
         """The direction of this name. Raises UsageError for a name that is not there, SteerableError for a file that is
         not sound."""
+        if isinstance(name, str) and name in self.live:
+            return self.live[name]
         file = self._file(name)
         if not file.is_file():
             names = ", ".join(self.names()[:20]) or "none"
@@ -70,9 +73,17 @@ class Folder:
                 f"the request names the direction {name!r:.80}, and the engine has no folder of directions: start it "
                 'with --additional-config \'{"steering": {"directions": "folder"}}\', or send the vectors'
             )
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UsageError(f"{name!r:.80} cannot name a direction: expected letters, digits, '_', '-' and '.'")
+        check_name(name)
         return Path(self.path) / f"{name}{_SUFFIX}"
+
+
+EMPTY = Folder()
+
+
+def check_name(name: Any) -> None:
+    """Raises UsageError for what cannot name a direction."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} cannot name a direction: expected letters, digits, '_', '-' and '.'")
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from steerable.engines.vllm.folder import Folder
+from steerable.engines.vllm.folder import EMPTY, Folder
 from steerable.engines.vllm.layers import listed
 from steerable.engines.vllm.lowering import Lane, identity, lower, to_wire
 from steerable.engines.vllm.settings import KEY, Settings, settings_of
@@ -78,7 +78,7 @@ def _lanes(processor: Any, given: Any) -> tuple[Lane, ...]:
             "this engine does not steer: start it with --additional-config '{\"steering\": {}}', or take the steering "
             "out of the request"
         )
-    steering = read_steering(given, settings.directions)
+    steering = read_steering(given, Folder(settings.directions, live_directions(processor)))
     lanes = check_steering(steering, config)
     gates = {i.gate for i in steering}
     if any(gate.uses("thinking", "answer") for gate in gates) or any(i.schedule.event == "close" for i in steering):
@@ -115,7 +115,12 @@ def _tokenizer(processor: Any) -> Any:
     return processor.tokenizer
 
 
-def read_steering(given: Any, folder: str = "") -> Steering:
+def live_directions(processor: Any) -> dict[str, Direction]:
+    """The directions that requests of a processor may name, besides those of the folder (`VllmEngine.update`)."""
+    return vars(processor).setdefault("steering_directions", {})  # type: ignore[no-any-return]
+
+
+def read_steering(given: Any, folder: Folder = EMPTY) -> Steering:
     """The steering that a request asks for. folder: where the directions are that it names. Raises UsageError."""
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
         try:
@@ -126,7 +131,7 @@ def read_steering(given: Any, folder: str = "") -> Steering:
             return tuple(from_json(given))
         given = value
     if isinstance(given, str):
-        return tuple(parse_steering(given, Folder(folder).load))
+        return tuple(parse_steering(given, folder.load))
     if isinstance(given, Mapping):
         given = [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(entry, Mapping) for entry in given):
@@ -136,13 +141,13 @@ def read_steering(given: Any, folder: str = "") -> Steering:
     return tuple(steering_of(given))
 
 
-def _entry(entry: Mapping[str, Any], folder: str) -> Program:
+def _entry(entry: Mapping[str, Any], folder: Folder) -> Program:
     if unknown := sorted(set(entry) - _ENTRY):
         raise UsageError(f"unknown key {unknown[0]!r} in the steering: expected {', '.join(sorted(_ENTRY))}")
     if ("direction" in entry) == ("vectors" in entry):
         raise UsageError("a steering names a direction, or holds vectors by layer, and this has both or neither")
     options = {name: value for name, value in entry.items() if name not in ("direction", "vectors")}
-    direction = Folder(folder).load(entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
+    direction = folder.load(entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
     strength = options.pop("strength", None)
     if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
         raise UsageError(f"the strength of a steering is a number, not {strength!r}")
