@@ -280,7 +280,7 @@ def test_steering_that_does_nothing_is_noticed(engine, broken):
         elif broken == "stale bank":
             layer.steering = type(bank)(SETTINGS, dict.fromkeys(KINDS, 2), 192, worker.steering.tokens)
         else:
-            bank._answer = lambda h, n: torch.zeros(1, n, dtype=torch.int64)
+            bank._answer = lambda h, n: torch.zeros(n, dtype=torch.int64)
         with pytest.raises(st.SteerableError, match="does nothing at layers 2 of"):
             check_bite(worker.model_runner, worker.steering)
     finally:

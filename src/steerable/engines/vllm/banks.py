@@ -120,8 +120,8 @@ class Bank(nn.Module):
         return new.to(hidden.dtype)
 
     def _answer(self, h: Tensor, n: int) -> Tensor:
-        """What the conditions of each token answer, [1, n], the row k in bit k."""
-        answer = torch.zeros(1, n, dtype=torch.int64, device=h.device)
+        """What the conditions of each token answer, [n], the row k in bit k."""
+        answer = torch.zeros(n, dtype=torch.int64, device=h.device)
         for k in range(self.gates):
             slot = self.slot[self.lanes + self.maps + k, :n]
             bias, equal, is_here = self.limits.index_select(0, slot).unbind(-1)
@@ -134,10 +134,11 @@ class Bank(nn.Module):
         return answer
 
     def _strength(self, lane: int, n: int, answer: Tensor | None) -> Tensor:
-        """[n] of a lane."""
+        """[n] of a lane. By one index, since a compiler takes a part of several rows for a fixed number of tokens."""
         if answer is None:
             return self.strength[lane, :n]
-        return self.strength[lane * self.answers : (lane + 1) * self.answers, :n].gather(0, answer)[0]
+        place = torch.arange(n, device=answer.device)
+        return self.strength.view(-1).index_select(0, (lane * self.answers + answer) * self.strength.shape[1] + place)
 
     def _change(self, h: Tensor, slot: Tensor, strength: Tensor) -> Tensor:
         """What a lane of maps adds to h: the general form of `lowering`, by elementwise products and sums, which a

@@ -72,23 +72,24 @@ def _probed(runner: Any, bank: Bank, steps: Steps, lane: int, row: int | None = 
         numbers = general(Shift(float(vector.norm())), 1, bank.rank).float()
         numbers[:, -2] = 1.0
         probe = (basis, numbers)
-    slot, strength = (
-        torch.zeros(len(tokens.slot), _TOKENS, dtype=torch.int32),
-        torch.zeros(len(tokens.strength), _TOKENS),
-    )
+    filled = {kind: probe}
+    slot = torch.zeros(len(tokens.slot), _TOKENS, dtype=torch.int32)
+    strength = torch.zeros(len(tokens.strength), _TOKENS)
     first, answers = lane * settings.answers, range(settings.answers)
     slot[lane], strength[first : first + settings.answers] = 1, 1.0
-    bank.put(kind, 1, probe)
     if row is not None:
-        bank.put("gates", 1, (torch.tensor([0.0, 0.0, 1.0]), sign * torch.randn(bank.width, generator=generator)))
+        plane = sign * torch.randn(bank.width, generator=generator)
+        filled["gates"] = (torch.tensor([0.0, 0.0, 1.0]), plane)
         slot[settings.lanes + settings.maps + row] = 1
         strength[[first + answer for answer in answers if not answer >> row & 1]] = 0.0
+    for name, content in filled.items():
+        bank.put(name, 1, content)
     tokens.put(slot, strength)
     try:
         return _output(runner)
     finally:
-        bank.put(kind, 1, ())
-        bank.put("gates", 1, ()) if row is not None else None
+        for name in filled:
+            bank.put(name, 1, ())
         tokens.clear()
 
 

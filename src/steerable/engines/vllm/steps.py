@@ -48,7 +48,7 @@ class _Part:
 
 @dataclass
 class _Request:
-    """A steered request. content: of the slots, by the row of `Tokens.slot`. latched: its rows of conditions that are
+    """A steered request. slots: digest and content of each, by the row of `Tokens.slot`. latched: its rows of conditions that are
     held, from the end of the prompt on, at the line `hold`. tracker: None where its windows need not be followed."""
 
     slots: dict[int, tuple[str, bytes]]
