@@ -48,8 +48,8 @@ class _Part:
 
 @dataclass
 class _Request:
-    """A steered request. slots: digest and content of each, by the row of `Tokens.slot`. latched: its rows of conditions that are
-    held, from the end of the prompt on, at the line `hold`. tracker: None where its windows need not be followed."""
+    """A steered request. slots: digest and content of each, by the row of `Tokens.slot`. latched: its rows of
+    conditions that are held, from the end of the prompt on, at the line `hold`. tracker: None where none is needed."""
 
     slots: dict[int, tuple[str, bytes]]
     parts: list[_Part]
