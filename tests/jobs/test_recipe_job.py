@@ -1,9 +1,11 @@
 """`steer --recipe`, `edit` and `ls recipes`: examples run on the bundled model, mistakes are one sentence."""
 
+import copy
 import json
 import shlex
 import shutil
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from sae_files import make_sae
 from steerable import WeightPatch
 from steerable.jobs.recipe_job import command
 from steerable.methods.recipes import RECIPES
+from steerable.models import loading as models
 from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 from steerable.steering.spec import Program
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +167,94 @@ def test_what_does_not_fit_is_one_sentence(steerable, place, line, text):
     assert said.code == 2 and said.out == "" and text in said.err
     assert said.err.startswith("steerable: ") and said.err.count("\n") == 1
     assert {path.name for path in place.iterdir()} == before
+
+
+WRONG = {
+    "": ["records.jsonl"],
+    "pairs": ["", "nowhere.jsonl", "records.jsonl", "folder", "text.txt", "empty.jsonl", "broken.jsonl"],
+    "roles": ["", "nowhere.jsonl", "records.jsonl", "folder", "text.txt", "empty.jsonl", "broken.jsonl"],
+    "steps": ["", "nowhere.jsonl", "records.jsonl", "folder", "text.txt", "empty.jsonl", "broken.jsonl"],
+    "thoughts": ["", "nowhere", "records.jsonl", "folder", "run"],
+    "lengths": ["", "nowhere", "records.jsonl", "folder", "run"],
+    "autoencoder": ["", "nowhere", "records.jsonl", "folder"],
+}
+"""What is given as --data that recipes cannot use, by the kind of data that they take."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_refuses_in_one_sentence_before_the_model_is_loaded(steerable, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", None)  # whoever calls it fails with a traceback
+    Direction({Site("resid_post", 3): torch.ones(192)}).save(tmp_path / "formal.safetensors")
+    for folder in ("folder", "run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run/config.json").write_text('{"model": "pocket"}')
+    (tmp_path / "records.jsonl").write_text('{"x": 1}\n')
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    for file in ("text.txt", "empty.jsonl"):
+        (tmp_path / file).touch()
+    before = sorted(tmp_path.rglob("*"))
+    recipe = RECIPES[name]
+    start = ["edit" if recipe.gives == "patch" else "steer", "--recipe", name, *chosen_settings(recipe.example)]
+    start += ["--out", f"made{'.json' if recipe.gives == 'steering' else '.safetensors'}"]
+    lines = [[*start, "--set", "depth=3"], [*start, "--set", "layer"], [*start[:-1], "made.txt"]]
+    lines += [[*start, *(["--data", data] if data else [])] for data in WRONG[recipe.data]]
+    if sets := chosen_settings(recipe.example):  # without what it needs
+        lines += [["steer", "--recipe", name]] if "direction=" in sets[-1] or name in ("persona", "vla-neurons") else []
+    for line in lines:
+        said = steerable(*line)
+        assert said.code == 2 and said.out == "", (line, said)
+        assert said.err.startswith("steerable: ") and said.err.count("\n") == 1 and len(said.err) > 30, (line, said)
+        assert sorted(tmp_path.rglob("*")) == before, line
+
+
+def chosen_settings(example):
+    """The --set options of an example."""
+    words = shlex.split(example)
+    return [part for flag, value in zip(words, words[1:], strict=False) if flag == "--set" for part in (flag, value)]
+
+
+NO_BLOCK = "this model has no think block"
+
+
+@pytest.mark.parametrize("name", ["seal", "efficiency"])
+def test_a_model_without_a_think_block_is_refused(steerable, place, tiny_llama, tokenizer, name):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = plain.chat_template.replace(" <think>", "")
+    tiny_llama.save_pretrained(place / "model")
+    plain.save_pretrained(place / "model")
+    text = (place / "model/tokenizer.json").read_text()
+    (place / "model/tokenizer.json").write_text(text.replace("<think>", "<a>").replace("</think>", "<b>"))
+    said = steerable("steer", "--recipe", name, "--data", "runs/short", "--model", "model")
+    print(said.err)
+    assert said.code == 2 and said.err.count("\n") == 1 and "think" in said.err
+    assert not (place / f"{name}.safetensors").exists()
+
+
+MISFITS = [
+    ("steer --recipe cast --data examples/contrasts/happy-sad.jsonl --set direction=narrow.safetensors", "width 32"),
+    (
+        "steer --recipe guiding-giants --data examples/contrasts/happy-sad.jsonl --set direction=narrow.safetensors",
+        "width 32",
+    ),
+    ("steer --recipe sae --data other --set feature=1", "width"),
+    ("steer --recipe vla-neurons --set words=zebra", "no neuron"),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), MISFITS)
+def test_what_was_made_for_another_model_is_refused(steerable, place, line, text):
+    Direction({Site("resid_post", 3): torch.ones(32)}).save("narrow.safetensors")
+    make_sae(place / "other", "blocks.3.hook_resid_post", features=20, width=64)
+    said = steerable(*shlex.split(line), "--model", "pocket")
+    assert said.code == 2 and text in said.err and said.err.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if "layer" in signature(r.function).parameters])
+def test_a_layer_that_the_model_does_not_have_is_refused(steerable, place, name):
+    line = command(name).replace("--model smol", "--model pocket").replace(*INSTEAD.get(name, ("", "")))
+    said = steerable(*shlex.split(line)[1:], "--set", "layer=99")
+    assert said.code == 2 and "99" in said.err and said.err.count("\n") == 1, said
 
 
 def test_scikit_learn_is_asked_for_before_the_model(steerable, place, monkeypatch):

@@ -368,7 +368,8 @@ def _steps(path: Path) -> list[Any]:
 def _rows(path: Path, keys: Sequence[str]) -> list[Any]:
     if (read := READERS.get(path.suffix.lower())) is None or not path.is_file():
         raise UsageError(f"there is no file {path} with {', '.join(keys)} in each record, .jsonl or .csv")
-    rows = list(read(path))
+    if not (rows := list(read(path))):
+        raise UsageError(f"{path} holds no record: expected {', '.join(keys)} in each")
     for number, row in enumerate(rows, 1):
         if missing := [key for key in keys if key not in row]:
             raise UsageError(f"{path}, record {number} has no {missing[0]!r}: expected {', '.join(keys)}")
