@@ -1,6 +1,5 @@
 """`steer --recipe`, `edit` and `ls recipes`: examples run on the bundled model, mistakes are one sentence."""
 
-import copy
 import json
 import shlex
 import shutil
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from sae_files import make_sae
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from steerable import WeightPatch
 from steerable.jobs.recipe_job import command
@@ -42,21 +43,35 @@ def material(finished, made_once):
         few = {"limit": 16, "validation": 1, "evaluation": 1, "samples": 4, "max_new_tokens": 100}
         main_job.run(folder / "runs/short", stage="tasks", model="pocket", annotator="length", workers=1, **few)
         main_job.run(folder / "runs/short", stage="generate", fresh=False, workers=1)
-        shutil.copytree(ROOT / "examples/contrasts", folder / "examples/contrasts")
-        roles = [("default", "How can I help?"), ("default", "It is 7."), ("pirate", "Arr, 7!"), ("ghost", "Boo")]
-        steps = [("Button A gave 3.", 0.6, 1), ("Button B gave 5.", 0.2, 1), ("Button A gave 1.", 0.5, 2)]
-        write(folder / "roles.jsonl", [dict(zip(("role", "text"), row, strict=True)) for row in roles])
-        write(folder / "steps.jsonl", [dict(zip(("prompt", "entropy", "run"), row, strict=True)) for row in steps])
-        make_sae(folder / "autoencoder", "blocks.3.hook_resid_post", features=200, width=192)
+        write_files(folder)
         pairs = folder / "examples/contrasts/formal-casual.jsonl"
         steer_or_recipe(folder / "formal.safetensors", recipe="caa", data=pairs, model="pocket")
 
     return made_once("recipes", make)
 
 
+def write_files(folder):
+    """The files that the examples name."""
+    shutil.copytree(ROOT / "examples/contrasts", folder / "examples/contrasts")
+    roles = [("default", "How can I help?"), ("default", "It is 7."), ("pirate", "Arr, 7!"), ("ghost", "Boo")]
+    steps = [("Button A gave 3.", 0.6, 1), ("Button B gave 5.", 0.2, 1), ("Button A gave 1.", 0.5, 2)]
+    write(folder / "roles.jsonl", [dict(zip(("role", "text"), row, strict=True)) for row in roles])
+    write(folder / "steps.jsonl", [dict(zip(("prompt", "entropy", "run"), row, strict=True)) for row in steps])
+    make_sae(folder / "autoencoder", "blocks.3.hook_resid_post", features=200, width=192)
+
+
 @pytest.fixture
 def place(material, tmp_path, monkeypatch):
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with the files that the examples name, and a direction, but no run."""
+    write_files(tmp_path)
+    Direction({Site("resid_post", 3): torch.ones(192)}).save(tmp_path / "formal.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -214,47 +229,49 @@ def chosen_settings(example):
     return [part for flag, value in zip(words, words[1:], strict=False) if flag == "--set" for part in (flag, value)]
 
 
-NO_BLOCK = "this model has no think block"
-
-
 @pytest.mark.parametrize("name", ["seal", "efficiency"])
-def test_a_model_without_a_think_block_is_refused(steerable, place, tiny_llama, tokenizer, name):
-    plain = copy.deepcopy(tokenizer)
+def test_a_model_without_a_think_block_is_refused(steerable, tmp_path, monkeypatch, tiny_llama, tokenizer, name):
+    monkeypatch.chdir(tmp_path)
+    text = tokenizer.backend_tokenizer.to_str().replace("<think>", "<a>").replace("</think>", "<b>")
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), chat_template=tokenizer.chat_template)
     plain.chat_template = plain.chat_template.replace(" <think>", "")
-    tiny_llama.save_pretrained(place / "model")
-    plain.save_pretrained(place / "model")
-    text = (place / "model/tokenizer.json").read_text()
-    (place / "model/tokenizer.json").write_text(text.replace("<think>", "<a>").replace("</think>", "<b>"))
-    said = steerable("steer", "--recipe", name, "--data", "runs/short", "--model", "model")
-    print(said.err)
-    assert said.code == 2 and said.err.count("\n") == 1 and "think" in said.err
-    assert not (place / f"{name}.safetensors").exists()
+    for part in (tiny_llama, plain):
+        part.save_pretrained(tmp_path / "model")
+    write(tmp_path / "tasks.jsonl", [{"id": "a", "prompt": "w1", "split": "extraction", "answer": "w5"}])
+    about = {"task_id": "a", "closed": True, "strength": 0.0, "control": None, "prompt_ids": [4, 8, 5]}
+    chains = [{**about, "sample": n, "ids": [12] * (3 + n), "tokens": 3 + n} for n in (0, 1)]
+    chains = [c | {"thinking": "w5" * c["tokens"], "answer": "w5", "thinking_tokens": c["tokens"]} for c in chains]
+    write(tmp_path / "chains.jsonl", chains)
+    write(tmp_path / "spans.jsonl", [{"task_id": "a", "sample": 0, "label": "execution", "start": 0, "end": 4}])
+    (tmp_path / "config.json").write_text('{"model": "model"}')
+    said = steerable("steer", "--recipe", name, "--data", ".", "--out", "made.safetensors")
+    refusal = [line for line in said.err.splitlines() if "warning" not in line]  # it has no end token either
+    assert said.code == 2 and len(refusal) == 1 and "has no think block" in refusal[0], said
+    assert not (tmp_path / "made.safetensors").exists()
 
 
-MISFITS = [
-    ("steer --recipe cast --data examples/contrasts/happy-sad.jsonl --set direction=narrow.safetensors", "width 32"),
-    (
-        "steer --recipe guiding-giants --data examples/contrasts/happy-sad.jsonl --set direction=narrow.safetensors",
-        "width 32",
-    ),
-    ("steer --recipe sae --data other --set feature=1", "width"),
-    ("steer --recipe vla-neurons --set words=zebra", "no neuron"),
-]
-
-
-@pytest.mark.parametrize(("line", "text"), MISFITS)
-def test_what_was_made_for_another_model_is_refused(steerable, place, line, text):
+def test_what_was_made_for_another_model_is_refused(steerable, files):
     Direction({Site("resid_post", 3): torch.ones(32)}).save("narrow.safetensors")
-    make_sae(place / "other", "blocks.3.hook_resid_post", features=20, width=64)
-    said = steerable(*shlex.split(line), "--model", "pocket")
-    assert said.code == 2 and text in said.err and said.err.count("\n") == 1, said
+    make_sae(files / "other", "blocks.3.hook_resid_post", features=20, width=64)
+    pairs = "--data examples/contrasts/questions-statements.jsonl"
+    for line, text in (
+        (f"cast {pairs} --set direction=narrow.safetensors", "has width 32, but the model's width there is 192"),
+        (f"guiding-giants {pairs} --set direction=narrow.safetensors", "has width 32"),
+        ("sae --data other --set feature=1", "the autoencoder has width 64, that of some-model, and the model has 192"),
+        ("vla-neurons --set words=zebra", "no neuron has 3 of these words"),
+    ):
+        said = steerable("steer", "--recipe", *shlex.split(line), "--model", "pocket")
+        assert said.code == 2 and text in said.err and said.err.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if "layer" in signature(r.function).parameters])
-def test_a_layer_that_the_model_does_not_have_is_refused(steerable, place, name):
-    line = command(name).replace("--model smol", "--model pocket").replace(*INSTEAD.get(name, ("", "")))
+LAYERED = [n for n, r in RECIPES.items() if "layer" in signature(r.function).parameters]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if RECIPES[name].data not in ("thoughts", "lengths")])
+def test_a_layer_that_the_model_does_not_have_is_refused(steerable, files, name):
+    line = command(name).replace("--model smol", "--model pocket")
     said = steerable(*shlex.split(line)[1:], "--set", "layer=99")
-    assert said.code == 2 and "99" in said.err and said.err.count("\n") == 1, said
+    assert said.code == 2 and "no layer 99: the model has layers 0 to 5" in said.err and said.err.count("\n") == 1
 
 
 def test_scikit_learn_is_asked_for_before_the_model(steerable, place, monkeypatch):

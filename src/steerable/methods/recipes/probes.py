@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steerable.chains.text_pairs import Messages
+from steerable.engines.transformers import steer
 from steerable.methods.contrasts import pca
 from steerable.methods.layer_rules import accurate_layers
 from steerable.methods.probes import probability_threshold, ridge_logistic
@@ -106,7 +107,7 @@ def cast(
         The direction with the gate; `stats["condition"]` holds its site, threshold and F1.
 
     Raises:
-        UsageError: unequal numbers of prompts.
+        UsageError: unequal numbers of prompts, a direction of another model.
 
     Example:
         >>> u = Direction({Site("resid_post", 4): torch.ones(192)})
@@ -114,6 +115,7 @@ def cast(
         >>> st.recipes.cast(model, tokenizer, sums, words, direction=u).stats["condition"]["f1"]
         1.0
     """
+    _refuse_other(model, tokenizer, direction)
     layers = range(min(site.layer for site in direction.vectors) + 1)
     sites = [s for s in sites_of(model, ["resid_post"], layers) if s <= min(direction.vectors)]
     reduce: Literal["mean", "last"] = "mean" if each_token else "last"
@@ -162,7 +164,7 @@ def guiding_giants(
         The direction with the gate; `stats["condition"]` holds its site, threshold and accuracy.
 
     Raises:
-        UsageError: too few prompts, a layer behind the direction, scikit-learn missing.
+        UsageError: too few prompts, a layer behind the direction, a direction of another model, scikit-learn missing.
 
     Example:
         >>> u = Direction({Site("resid_post", 4): torch.ones(192)})
@@ -170,12 +172,19 @@ def guiding_giants(
         >>> str(st.recipes.guiding_giants(model, tokenizer, sums, words, direction=u).gate)
         'probe(condition > 0.5)'
     """
+    _refuse_other(model, tokenizer, direction)
     site = min(direction.vectors) if layer is None else Site("resid_post", at_depth(model, 0, layer))
     weights = ridge_logistic(*read_texts(model, tokenizer, [positive, negative], [site], "last"))
     gate = probe(weights, ">", probability, weights.stats["bias"][str(site)], "condition")
     gate.at(min(direction.vectors))
     accuracy = weights.stats["accuracy"][str(site)]
     return _conditional(direction, gate, strength, {"site": str(site), "threshold": probability, "accuracy": accuracy})
+
+
+def _refuse_other(model: Any, tokenizer: Any, direction: Direction) -> None:
+    """Raises UsageError for a direction that this model cannot be steered by."""
+    with steer(model, direction, tokenizer=tokenizer, track=False):
+        pass
 
 
 def _conditional(direction: Direction, gate: Gate, strength: float | None, condition: dict[str, Any]) -> Direction:
