@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,9 @@ def shuffled(loaded: Any, sides: Sequence[Any], direction: Direction, count: int
     return made
 
 
-def generate(loaded: Any, asked: Sequence[str], steerings: Sequence[Sequence[Steering]]) -> list[list[Answer]]:
+def generate(
+    loaded: Any, asked: Sequence[str], steerings: Sequence[Sequence[Steering]], tokens: int = TOKENS
+) -> list[list[Answer]]:
     """For each list of steerings an answer to every question."""
     model, tokenizer = loaded
     prompts = [prompt_ids(tokenizer, question) for question in asked]
@@ -114,7 +116,7 @@ def generate(loaded: Any, asked: Sequence[str], steerings: Sequence[Sequence[Ste
         for row in steerings
         for seed, (prompt, steering) in enumerate(zip(prompts, row, strict=True))
     ]
-    done = TransformersEngine(model, tokenizer).generate(requests, max_new_tokens=TOKENS)
+    done = TransformersEngine(model, tokenizer).generate(requests, max_new_tokens=tokens)
     rows = [
         {"ids": c.ids, "text": tokenizer.decode(c.ids, skip_special_tokens=True), "loops": loops(c.ids)} for c in done
     ]
@@ -178,6 +180,15 @@ def _beyond(interval: Interval | None, sign: int) -> bool:
     return interval is not None and (interval[1] > 0 if sign > 0 else interval[2] < 0)
 
 
+def once(folder: Path, name: str, make: Callable[[], Any], *inputs: Any, made: bool = False) -> Any:
+    """What `make` makes of these inputs, from its file where it was made before; made: None where it was not."""
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+    file = folder / f"{name}-{key}.json"
+    if made and not file.exists():
+        return None
+    return read_json(file if file.exists() else write_json(file, make()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="NAME")
@@ -197,21 +208,22 @@ def measure_all(options: argparse.Namespace) -> None:
     loaded, rows = models.load("smol"), []
     texts = cache(lambda: replies(*loaded))  # what every direction of a model is calibrated on, made once
 
-    def once(name: str, make: Callable[[], Any], *inputs: Any) -> Any:
-        """What `make` makes of these inputs, from its file where it was made before."""
-        key = hashlib.sha256(json.dumps([TOKENS, TEMPERATURE, VARIANTS, *inputs]).encode()).hexdigest()[:12]
-        file = options.work / f"{name}-{key}.json"
-        return read_json(file if file.exists() else write_json(file, make()))
-
+    cached, settings = partial(once, options.work), (TOKENS, TEMPERATURE, VARIANTS)
     for name in options.only:
         asked, pairs = questions(name), sha256(ROOT / f"examples/contrasts/{name}.jsonl")
-        unsteered = once(
+        unsteered = cached(
             "unsteered",
             lambda asked=asked: weighed(loaded, asked, generate(loaded, asked, [[()] * len(asked)])[0]),
+            *settings,
             asked,
         )
-        made = once(
-            name, lambda name=name: answers(loaded, name, texts(), options.budget), asked, pairs, options.budget
+        made = cached(
+            name,
+            lambda name=name: answers(loaded, name, texts(), options.budget),
+            *settings,
+            asked,
+            pairs,
+            options.budget,
         )
         rows.append(summary(name, made, unsteered, MEASURES[name]))
         print(name, made["seconds"], [(s["value"], s.get("clear")) for s in rows[-1]["strengths"]], flush=True)

@@ -31,8 +31,6 @@ from recipe_rows import Row, rows
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits
-from steerable.engines.base import Request
-from steerable.engines.transformers import TransformersEngine
 from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
 from steerable.evals.metrics import measure
 from steerable.models import loading as models
@@ -51,7 +49,7 @@ LONGEST, TEXTS = 400, 8
 
 
 class Work:
-    """One folder of chains, settings and times; what is finished is not done again."""
+    """One folder of chains and settings; what is finished is not done again."""
 
     def __init__(self, out: Path, budget: float, sizes: dict[str, int]):
         self.out, self.budget = out, budget
@@ -177,27 +175,6 @@ class Work:
             for m in figures
         ]  # fmt: skip
 
-    def seconds(self, row: Row, rows: int = 64, tokens: int = 24, repeats: int = 3) -> float:
-        """CPU seconds a token beside the unsteered model's, which take turns; the median of the ratios."""
-        file = self.out / "times" / f"{row.name}.json"
-        if not file.exists():
-            made, model = self.steered(row), self.loaded.model
-            prompts = [c["prompt_ids"] for c in self.unsteered("evaluation")[:rows]]
-            stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-            ratios = []
-            for _ in range(repeats):
-                spent = []
-                for given in ((), made):
-                    with patched(model, given) as steered:
-                        requests = [Request(ids, seed, steered) for seed, ids in enumerate(prompts)]
-                        start = time.process_time()
-                        TransformersEngine(*self.loaded).generate(requests, max_new_tokens=tokens)
-                        spent.append(time.process_time() - start)
-                ratios.append(spent[1] / spent[0])
-            model.generation_config.eos_token_id = stops
-            write_json(file, sorted(ratios))
-        return sorted(read_json(file))[repeats // 2]  # type: ignore[no-any-return]
-
 
 def _mean(measured: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in measured) / len(measured)
@@ -222,8 +199,6 @@ def summarise(work: Work, chosen: Sequence[Row], out: Path) -> None:
                 made[kind]["beyond"] = effects(
                     work.measured("evaluation", work.evaluate(row)), work.measured("evaluation", chains)
                 )
-        if (work.out / "times" / f"{row.name}.json").exists():
-            made["time"] = work.seconds(row)
         table.append(made)
     unsteered = {k: mean_interval(by_task((r["task_id"], r[k]) for r in base)) for k in COLUMNS}
     about = {"model": "pocket", "budget": work.budget, "tasks": {k: len(v) for k, v in work.tasks.items()}}
@@ -266,7 +241,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.05, help="nats a token")
     parser.add_argument("--tasks", type=float, default=1.0, help="share of the tasks")
     parser.add_argument("--only", nargs="+", help="rows, recipe-aim")
-    parser.add_argument("--stages", nargs="+", default=["settings", "evaluation", "controls", "times"])
+    parser.add_argument("--stages", nargs="+", default=["settings", "evaluation", "controls"])
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--to", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -279,7 +254,6 @@ def main() -> None:
             "settings": lambda row: work.setting(row)["chosen"],
             "evaluation": lambda row: len(work.evaluate(row)),
             "controls": lambda row: [len(work.control(row, kind) or ()) for kind in CONTROLS],
-            "times": work.seconds,
         }
         work.unsteered("evaluation")
         for row, stage in itertools.product(chosen, args.stages):

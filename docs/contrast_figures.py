@@ -1,4 +1,5 @@
-"""The figures of the twelve contrasts, from contrasts.json in benchmarks/results; `fill_figures.py` places them."""
+"""The figures of the twelve contrasts and of the estimators, from contrasts.json and estimators.json in
+benchmarks/results; `fill_figures.py` places them."""
 
 from __future__ import annotations
 
@@ -88,6 +89,52 @@ def question(given: Sources) -> str:
     return f"“{rows[0]['example']['question']}”" if rows else words.MISSING
 
 
+def estimators(given: Sources) -> str:
+    """One row an estimator, the strongest first: pooled effect, difference from the difference of means, loops, and the
+    effect on each contrast."""
+    made = given.get("estimators", {})
+    head = ["estimator", "effect", "less the difference of means", "strongest", "8-grams repeated"]
+    rows = [
+        [
+            told["name"],
+            _interval(told["effect"]),
+            _interval(told["less_base"]) if told["less_base"] else "",
+            "" if told["control"] else words.percent(told["best"]),
+            words.percent(told["loops"]),
+            *(words.number(value) for value in told["contrasts"].values()),
+        ]
+        for told in sorted(made.get("estimators", []), key=lambda t: (t["control"], -t["effect"][0]))
+    ]
+    return table([*head, *made.get("contrasts", [])], rows)
+
+
+def estimators_verdict(given: Sources) -> str:
+    """Which estimators differ from the difference of means, and which from the controls."""
+    if not (made := given.get("estimators")):
+        return words.MISSING
+    real = [told for told in made["estimators"] if not told["control"]]
+    first = max(real, key=lambda told: told["effect"][0])
+    better = [t["name"] for t in real if t["less_base"] and t["less_base"][1] > 0]
+    worse = [t["name"] for t in real if t["less_base"] and t["less_base"][2] < 0]
+    clear = [t["name"] for t in real if all(interval[1] > 0 for interval in t["less_controls"].values())]
+    return (
+        f"The largest effect is that of {first['name']}. Beyond the difference of means with the whole interval: "
+        f"{', '.join(better) or 'none'}; below it: {', '.join(worse) or 'none'}. Beyond both controls: {len(clear)} of "
+        f"{len(real)}{_but([t['name'] for t in real if t['name'] not in clear])}."
+    )
+
+
+def estimators_about(given: Sources) -> str:
+    """How the table was made."""
+    if not (made := given.get("estimators")):
+        return words.MISSING
+    return (
+        f"{made['questions']} questions to each of {len(made['contrasts'])} contrasts, answers of {made['tokens']} "
+        f"tokens, {made['budget']} nats a token, layers {made['layers'][0]} to {made['layers'][-1]}, torch "
+        f"{made['versions']['torch']}, in {made['seconds'] / 60:.0f} minutes of one thread."
+    )
+
+
 def _rows(given: Sources) -> list[dict[str, Any]]:
     return given.get("contrasts", {}).get("contrasts", [])
 
@@ -120,4 +167,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "contrasts.examples": examples,
     "contrasts.question": question,
     "contrasts.about": about,
+    "estimators": estimators,
+    "estimators.verdict": estimators_verdict,
+    "estimators.about": estimators_about,
 }

@@ -1,4 +1,5 @@
-"""What the recipes do to reasoning, from recipes.json in benchmarks/results; `fill_figures.py` places it."""
+"""What the recipes do to reasoning and what they cost, from recipes.json and overhead.json in benchmarks/results;
+`fill_figures.py` places it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def reasoning(given: Sources) -> str:
         return table([], [])
     base = result["unsteered"]
     shown = [["unsteered", "", _share(base["accuracy"]), words.with_interval(base["thinking"], "tokens"),
-              words.percent(base["loops"][0]), words.percent(base["unclosed"][0]), *[""] * 5]]  # fmt: skip
+              words.percent(base["loops"][0]), words.percent(base["unclosed"][0]), *[""] * 4]]  # fmt: skip
     order = sorted(result["rows"], key=lambda r: (r["aim"], r["thinking_ratio"][0]))
     for row in order:
         shown.append(
@@ -34,11 +35,10 @@ def reasoning(given: Sources) -> str:
                 words.fixed(row["chosen"]["factor"]),
                 words.fixed(row["kl_of_its_own_chains"], ".3f"),
                 *(_control(row.get(kind)) for kind in ("random", "shuffled")),
-                words.fixed(row.get("time")),
             ]
         )
     head = ["recipe", "to be", "accuracy", "thinking", "loops", "unclosed", "dose", "KL of its chains"]
-    return table([*head, "random", "shuffled", "time a token"], shown)
+    return table([*head, "random", "shuffled"], shown)
 
 
 def verdict(given: Sources) -> str:
@@ -56,6 +56,41 @@ def verdict(given: Sources) -> str:
         f"Lift accuracy by 5 points or more, with an interval above 0: {_named(right)}. Others whose thinking is "
         f"shorter, with an interval below 0: {_named(others)}. Longer, with an interval above 0: {_named(longer)}; on "
         f"shuffled labels, too: {_named(as_shuffled)}."
+    )
+
+
+def overhead(given: Sources) -> str:
+    """One row a recipe: the time of a token beside unsteered ones, the dearest first."""
+    rows = sorted(
+        given.get("overhead", {}).get("settings", []), key=lambda row: (row["kind"] != "steering", -row["time"])
+    )
+    head = ["what steers", "model", "sites", "time a token", "middle half of the rounds"]
+    return table(head, [
+        [
+            f"`{row['name']}`" if row["kind"] == "recipe" else row["name"],
+            f"`{row['model']}`",
+            "weights" if row["sites"] is None else str(row["sites"]),
+            words.fixed(row["time"], ".3f"),
+            " to ".join(words.fixed(end, ".3f") for end in row["quartiles"]),
+        ]
+        for row in rows
+    ])  # fmt: skip
+
+
+def overhead_about(given: Sources) -> str:
+    """How the table was made, and which rows exceed the bars."""
+    if not (made := given.get("overhead")):
+        return words.MISSING
+    over = [
+        f"{row['name']} ({words.fixed(row['time'], '.3f')})"
+        for row in made["settings"]
+        if row["time"] > made["bars"][row["kind"]]
+    ]
+    bars = [words.fixed(made["bars"][kind]) for kind in ("steering", "recipe")]
+    return (
+        f"Medians of {made['rounds']} rounds with {made['rows']} chains of {made['tokens']} tokens, with torch "
+        f"{made['versions']['torch']}. A vector is to cost at most {bars[0]}, a recipe at most {bars[1]}; above that: "
+        f"{', '.join(over) or 'none'}."
     )
 
 
@@ -98,4 +133,9 @@ def _share(value: Any) -> str:
     return words.with_interval(value, "share")
 
 
-FIGURES: dict[str, Callable[[Sources], str]] = {"recipes.reasoning": reasoning, "recipes.verdict": verdict}
+FIGURES: dict[str, Callable[[Sources], str]] = {
+    "recipes.reasoning": reasoning,
+    "recipes.verdict": verdict,
+    "recipes.overhead": overhead,
+    "recipes.overhead.about": overhead_about,
+}
