@@ -21,6 +21,7 @@ The files in `samples` were written by the packages themselves, installed from P
 hotwire 0.1.2 writes no requests: they are in the layout that its `parse_spec` and `load_store` read.
 """
 
+import base64
 import hashlib
 import json
 import shutil
@@ -29,7 +30,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
-from vector_files import SAMPLES, lens_entry, originals, torch_bytes, vectors
+from vector_files import SAMPLES, gguf_bytes, lens_entry, originals, torch_bytes, vectors
 
 from steerable.formats import formats, import_file, import_to, validate_file
 from steerable.formats.base import Source
@@ -310,6 +311,47 @@ def test_vllm_lens_requests(tmp_path):
             read(lens_entry(table, **change))
     with pytest.raises(UsageError, match="norm_match"):
         import_file(SAMPLES / "vllm-lens/norm_match.json")
+
+
+def test_easysteer_requests(tmp_path):
+    """In the layout of its engine's documents: vectors in a GGUF file beside the request, or in it."""
+    table = vectors(1, 2, 4)
+    gguf_bytes(tmp_path / "calm.gguf", {f"direction.{k}": v.numpy() for k, v in table.items()})
+    path = tmp_path / "request.json"
+    everywhere = {"prompt": "all", "generation": "all"}
+    calm = {"source": "/vectors/calm.gguf", "algorithm": "direct", "scale": 1.5, "layers": [2, 4], "apply": everywhere}
+    tensor = {"shape": [len(table[1])], "data": base64.b64encode(table[1].numpy().tobytes()).decode()}
+    inline = {"data": {"version": 1, "kind": "direction", "tensors": {"layer.1": tensor}}, "scale": -2.0}
+
+    def read(*entries, in_body=False):
+        spec = {"vectors": entries, "conflict": "priority"}
+        path.write_text(json.dumps({"model": "m", "steering": spec} if in_body else spec))
+        return import_file(path)
+
+    for in_body in (False, True):
+        found = read(calm, in_body=in_body)
+        assert found.layers == [2, 4] and torch.equal(found.at(4), table[4])
+        assert (found.strength, found.gate, found.model_id) == (1.5, "all", "m" if in_body else "")
+    both = read(calm | {"apply": {"generation": "all"}}, inline | {"apply": {"generation": "all"}})
+    assert both.strength == 1.0 and both.gate == "generated"
+    assert torch.equal(both.at(1), -2 * table[1]) and torch.equal(both.at(2), 1.5 * table[2])
+    assert read(calm | {"layers": None, "apply": {"prompt": "all"}}).layers == [1, 2, 4]
+    for entry, reason in (
+        (calm | {"algorithm": "erase"}, "algorithm is 'erase'"),
+        (calm | {"normalize": True}, "normalize"),
+        (calm | {"layers": [3]}, "asks for layer 3"),
+        (calm | {"layers": 3}, "a list of blocks"),
+        (calm | {"source": "other.gguf"}, "not beside it"),
+        (calm | {"apply": {"prompt_positions": [0]}}, "its apply is"),
+        (inline, "its apply is"),
+        (inline | {"apply": everywhere, "data": {"kind": "linear", "tensors": {"layer.1": tensor}}}, "kind direction"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            read(entry)
+    with pytest.raises(UsageError, match="split the request"):
+        read(calm, inline | {"apply": {"prompt": "all"}})
+    with pytest.raises(UsageError, match="two vectors"):
+        read(calm, calm)
 
 
 def test_ds4_is_a_projection(tmp_path):

@@ -88,7 +88,7 @@ def _tensor(tensor: Any) -> Tensor:
     return checks.vector(data.view(torch.bfloat16) if tensor.tensor_type.name == "BF16" else data, tensor.name[:60])
 
 
-def _read(source: Source, options: Options) -> Direction:
+def read_gguf(source: Source, options: Options) -> Direction:
     """Vectors after blocks, from any of the tools. Raises NeedsChoice where k is not settled."""
     reader, meta = _header(source.path)
     arch = str(meta.get("general.architecture", ""))
@@ -243,10 +243,10 @@ _HINT = "give it where the file is used"
 _REPENG = f"{_HINT} (repeng: set_control(vector, strength))"
 _LLAMA_CPP = f"{_HINT} (--control-vector-scaled FILE:STRENGTH)"
 FORMATS = (
-    Format("gguf", _sniff, _read),
-    Format("repeng", _named, _read, writer(_encode), _LIMITS, _REPENG),
-    Format("llama.cpp", _named, _read, writer(_encode_for_llama_cpp), f"{_LIMITS} Block 0 is refused.", _LLAMA_CPP),
-    Format("easysteer", _named, _read, writer(_encode), _LIMITS, f"{_HINT} (scale)"),
-    Format("dialz", _named, _read, writer(_encode), _LIMITS, _HINT),
-    Format("cvector", _named, _read),
+    Format("gguf", _sniff, read_gguf),
+    Format("repeng", _named, read_gguf, writer(_encode), _LIMITS, _REPENG),
+    Format("llama.cpp", _named, read_gguf, writer(_encode_for_llama_cpp), f"{_LIMITS} Block 0 is refused.", _LLAMA_CPP),
+    Format("easysteer", _named, read_gguf, writer(_encode), _LIMITS, f"{_HINT} (scale)"),
+    Format("dialz", _named, read_gguf, writer(_encode), _LIMITS, _HINT),
+    Format("cvector", _named, read_gguf),
 )

@@ -99,7 +99,7 @@ def _read_lens(source: Source, options: Options) -> Direction:
             raise UsageError(
                 "it has norm_match, by which a vector is as long as the activation at each token: no plain addition"
             )
-        table, layers = _tensor(entry["activations"]), entry["layer_indices"]
+        table, layers = wire_tensor(entry["activations"]), entry["layer_indices"]
         if table.dim() != 2 or entry.get("position_indices") is not None:
             raise UsageError("it holds a vector for each position: expected activations [layers, d] for all positions")
         if not isinstance(layers, list) or len(layers) != len(table):
@@ -114,7 +114,7 @@ def _read_lens(source: Source, options: Options) -> Direction:
     return imported("vllm-lens", vectors, "its layers are blocks", strength=strength, model_id=_model(source))
 
 
-def _tensor(value: Any) -> Tensor:
+def wire_tensor(value: Any) -> Tensor:
     """The tensor that an object on the wire stands for; bfloat16 travels as int16."""
     wire: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
     shape, dtype, data = (wire.get(key) for key in ("shape", "dtype", "data"))
