@@ -1,0 +1,28 @@
+"""Families by structure: tiny random models, steered by vLLM as by the transformers engine."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from vllm_engines import PARITY, family_differences
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
+pytestmark = pytest.mark.slow
+
+FAMILIES = ("qwen3_moe", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2")
+
+
+@pytest.fixture(scope="module")
+def other_process():
+    """vLLM has groups for experts only where the first engine of a process has some, and it changes the classes of
+    transformers that it runs itself."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steered_texts_of_a_family(family, other_process, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    steered, plain = other_process.submit(family_differences, family, str(tmp_path)).result()
+    assert steered < PARITY
+    assert plain > 0.1  # steering did something
