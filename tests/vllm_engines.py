@@ -111,6 +111,8 @@ def metric(engine, name):
 def family_differences(family, folder):
     """The largest difference to the transformers engine on a tiny model of a family, which is put into the folder
     beside its tokenizer: of steered texts, and of the same as if nothing was steered."""
+    from transformers import AutoTokenizer
+
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}  # vLLM has no smaller heads on a CPU
     if family == "qwen2":  # vLLM has no windows in some of its layers only
         sizes |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 4}
@@ -123,5 +125,5 @@ def family_differences(family, folder):
     steerings = [*random_steerings(mean_norms(model, prompts, sites), 64, True), (), (), ()]
     engine = start(folder, max_model_len=128, max_num_seqs=16, max_num_batched_tokens=64)
     outputs = generated(engine, prompts, steerings, max_tokens=16)
-    reference = st.TransformersEngine(model, st.load(folder).tokenizer)
+    reference = st.TransformersEngine(model, AutoTokenizer.from_pretrained(folder))
     return difference(reference, steerings, outputs), difference(reference, [()] * len(outputs), outputs)
