@@ -42,13 +42,17 @@ _STARTED = []
 
 
 def start(model, settings=None, *, is_plain=False, **options):
-    """An engine that stays until the end of the tests. is_plain: a `vllm.LLM` as anyone makes it."""
+    """An engine that stays until the end of the tests. is_plain: a `vllm.LLM` as anyone makes it. Several ranks have
+    processes of their own."""
     from vllm import LLM
 
     options = OPTIONS | options
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        if "tensor_parallel_size" in options:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+            patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         if is_plain:
             engine = st.VllmEngine(LLM(find(model).place, **options), model)
         else:
@@ -118,12 +122,13 @@ def family_differences(family, folder):
         sizes |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 4}
     model = tiny(family, attention="eager", **sizes)
     model.save_pretrained(folder)
-    model.base_model.do_not_compile = True  # vLLM looks for it where it has changed the class of a model
     rng = random.Random(0)
     prompts = [[rng.randrange(1, VOCABULARY) for _ in range(length)] for length in (7, 40, 21)]
     sites = [st.Site("resid_post", layer) for layer in range(4)]
     steerings = [*random_steerings(mean_norms(model, prompts, sites), 64, True), (), (), ()]
     engine = start(folder, max_model_len=128, max_num_seqs=16, max_num_batched_tokens=64)
     outputs = generated(engine, prompts, steerings, max_tokens=16)
+    if "__call__" in vars(cls := type(model.base_model)):  # vLLM has run the class of transformers, and changed it
+        del cls.__call__
     reference = st.TransformersEngine(model, AutoTokenizer.from_pretrained(folder))
     return difference(reference, steerings, outputs), difference(reference, [()] * len(outputs), outputs)

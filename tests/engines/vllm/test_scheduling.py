@@ -98,3 +98,12 @@ def test_drafts(reference, prompts, steerings):
     outputs = generated(engine, prompts, steerings)
     assert 0 < metric(engine, "spec_decode_num_accepted_tokens") < metric(engine, "spec_decode_num_draft_tokens")
     assert difference(reference, steerings, outputs) < PARITY
+
+
+def test_two_ranks(reference, prompts, steerings):
+    """Each adds the whole vector to the sum of both, once."""
+    engine = start("pocket", max_model_len=192, max_num_seqs=8, tensor_parallel_size=2)
+    outputs = generated(engine, prompts, steerings, max_tokens=16)
+    assert difference(reference, steerings, outputs) < PARITY
+    one, other = engine.llm.llm_engine.collective_rpc("steering_status")
+    assert one == other and one["tokens"] > 0
