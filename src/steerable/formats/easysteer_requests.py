@@ -57,10 +57,10 @@ def _read(source: Source, options: Options) -> Direction:
             scales[site] = checks.number(entry.get("scale", 1.0), "a scale")
     if len(gates) > 1:
         raise UsageError("its vectors are for different tokens (apply): split the request")
-    vectors, strength = checks.with_strength(checks.unique(pairs), scales)
+    placed, strength = checks.with_strength(checks.unique(pairs), scales)
     content = source.json
     return imported(
-        "easysteer-request", vectors, "its layers are blocks", strength=strength, gate=gates.pop(),
+        "easysteer-request", placed, "its layers are blocks", strength=strength, gate=gates.pop(),
         model_id=str(checks.plain(content.get("model", "")) or ""),
     )  # fmt: skip
 
