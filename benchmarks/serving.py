@@ -9,8 +9,8 @@ the engine without the plugin; a row's figure is the median over the rounds of i
 round's plain turn, so that a machine that is slow for a while is slow for both. "plain again" is that engine against
 itself: what it is away from 1 is noise. Ratios of CPU seconds stand beside those of the clock.
 
-The shifts run in an engine that was started for shifts alone (Settings(lanes=1, maps=0)), as one is that serves
-additions; rotation and clip, and the rows "default settings", in one that has all (Settings()). "hooks" is the
+The shifts run in an engine that was started for shifts alone (Settings(lanes=1, maps=0, gates=0)), as one is that
+serves additions; rotation and clip, and the rows "default settings", in one that has all (Settings()). "hooks" is the
 mechanism of other plugins, rebuilt (`serving_hooks.py`): it needs an eager engine, also where the others are compiled.
 
 --chains generates the first stage of the main job instead: chains of so many tasks, by the vLLM engine, the
@@ -95,7 +95,7 @@ ROWS = {
     "hooks, one layer, 1 vector": Row("hooks", vectors=1, layers="one"),
     "hooks, all layers, 64 vectors": Row("hooks", vectors=64),
 }
-SETTINGS = {"shifts": Settings(lanes=1, maps=0), "default": Settings()}
+SETTINGS = {"shifts": Settings(lanes=1, maps=0, gates=0), "default": Settings()}
 
 
 class Bench:
