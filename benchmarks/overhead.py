@@ -44,7 +44,7 @@ from steerable.store.run_folder import write_json
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"steering": 1.02, "recipe": 1.08}
-ROWS, TOKENS, PAIRS, FEWEST = 16, 16, 8, 3
+ROWS, TOKENS, PAIRS, FEWEST = 16, 24, 8, 3
 
 
 @dataclass(frozen=True)

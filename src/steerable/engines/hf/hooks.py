@@ -254,6 +254,8 @@ class Handle:
                 raise UsageError(f"assign needs a number of one of {len(self.programs)} programs, or -1, for each row")
             if len(self.programs) == 1 and not bool(index.any()) and factor is None:
                 index = None
+        if all(x is None for x in (index, factor, self._index, self._factor)):
+            return  # what is planned already, whatever rows come and go
         self._index, self._factor = index, factor
         self._plan_now()
 
