@@ -1,12 +1,15 @@
 """What vLLM's scheduler does to a batch of differently steered requests leaves each of them what it is: prompts in
 chunks, prefixes from the cache, preemption, several texts of a prompt, clients that leave, drafts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm_engines import CROWDED, PARITY, add, difference, generated, metric, run, scores, start
 
 from steerable.engines.activations import mean_norms
 from steerable.evals.parity import random_steerings
+from steerable.steering.gates import selectors
 from steerable.steering.site import Site
 from steerable.steering.think import render
 
@@ -28,6 +31,11 @@ def steerings(reference, prompts):
     """Each differs from the others in vectors, layers, map, gate or strength; every fourth is none."""
     sites = [Site("resid_post", layer) for layer in range(6)]
     rows = random_steerings(mean_norms(reference.model, prompts, sites), 192, True)
+    generator = torch.Generator().manual_seed(0)
+    when = selectors.when({site: torch.randn(192, generator=generator) for site in sites}, ">", 0.0)
+    latches = selectors.latched(when), selectors.latched(~when & selectors.prompt)
+    gates = (when, ~when & selectors.thinking, *latches, selectors.generated & ~latches[0])
+    rows += [tuple(replace(i, gate=gate) for i in row) for row, gate in zip(rows[8:], gates * 2, strict=False)]
     return [steering for n, one in enumerate(rows) for steering in ((one, ()) if n % 3 == 0 else (one,))]
 
 
@@ -88,6 +96,7 @@ def test_clients_that_leave(crowded, reference, prompts, steerings):
     steps = crowded.llm.llm_engine.model_executor.driver_worker.worker.steering
     assert not any(steps._requests.values())
     assert all(len(tracker._free) == len(tracker._table) - 1 for tracker in steps._trackers.values())
+    assert len(steps._lines) == steps.tokens.lines
 
 
 def test_drafts(reference, prompts, steerings):
