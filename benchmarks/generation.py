@@ -45,10 +45,12 @@ RESULTS = Path(__file__).parent / "results" / "generation.json"
 BATCH = 64
 
 
-def material(name: str, source: str | None, count: int) -> tuple[str, Any, list[list[int]]]:
+def material(
+    name: str, source: str | None, count: int, device: str = "cpu", dtype: str = "float32"
+) -> tuple[str, Any, list[list[int]]]:
     """The model with tasks from the source; without the bundled model's weights, a random model of its shape."""
     try:
-        model, tokenizer = st.load(name, device="cpu", dtype="float32")
+        model, tokenizer = st.load(name, device=device, dtype=dtype)
     except UsageError:
         if name != "pocket":
             raise
@@ -86,8 +88,8 @@ def plain(model: Any, prompts: list[list[int]], limit: int) -> list[list[int]]:
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         width = max(map(len, batch))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
         out = model.generate(
             ids,
             attention_mask=mask,
@@ -121,7 +123,7 @@ def compare_engines(model: Any, prompts: list[list[int]], limit: int) -> dict[st
             return [completion.ids for completion in engine.generate(requests, max_new_tokens=limit)]
 
         sides.setdefault(f"steerable, {str(product_dtype(model, asked)).removeprefix('torch.')}", ours)
-    sides["model.generate, float32"] = lambda: plain(model, prompts, limit)
+    sides[f"model.generate, {str(model.dtype).removeprefix('torch.')}"] = lambda: plain(model, prompts, limit)
     rows = {}
     for name, work in sides.items():
         texts, wall, cpu = timed(work)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="pocket")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in (*METHODS, "bias, model.generate")}
@@ -81,7 +82,7 @@ def one_step(
     from steerable.store.run_folder import RunFolder
 
     s = RLSettings(model=args.model, method=method, steps=2, learning_rate=IDLE, save_every=100, seed=turn,
-                   generation=engine)  # fmt: skip
+                   generation=engine, device=args.device)  # fmt: skip
     loaded = open_model(s)
     tasks = make_tasks(args.tasks, 2 * s.prompts, seed=turn)
     with quietly():
