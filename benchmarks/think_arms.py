@@ -29,15 +29,15 @@ COMMON = {
     "model": "smol-think",
     "max-new-tokens": 320,
     "steps": 16,
-    "prompts": 8,
+    "prompts": 4,
     "group": 8,
     "samples": 2,
     "save-every": 2,
 }
 ARMS: dict[str, dict[str, Any]] = {
-    "bias": {"method": "bias", "learning-rate": 1e-2},
-    "random-reward": {"method": "bias", "learning-rate": 1e-2, "reward": "random"},
-    "lora": {"method": "lora", "learning-rate": 1e-3},
+    "bias": {"method": "bias", "learning-rate": 3e-2},
+    "random-reward": {"method": "bias", "learning-rate": 3e-2, "reward": "random"},
+    "lora": {"method": "lora", "learning-rate": 2e-3},
 }
 RESAMPLES = 2000
 
