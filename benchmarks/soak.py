@@ -329,7 +329,13 @@ def main() -> None:
     table = Table("what", "figure", title=f"{result['clients']} clients, {result['seconds']:.0f} seconds")
     for kind, count in result["counts"].items():
         table.add_row(kind, str(count))
-    for key in ("answers_checked", "largest_difference", "server_grew_by_mib", "wrong_in_all"):
+    for key in (
+        "answers_checked",
+        "largest_difference",
+        "server_grew_by_mib",
+        "processes_left_after_kill",
+        "wrong_in_all",
+    ):
         table.add_row(key.replace("_", " "), f"{result[key]:.3g}")
     Console().print(table)
     for line in result["wrong"]:

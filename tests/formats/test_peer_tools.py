@@ -297,7 +297,6 @@ def test_vllm_lens_requests(tmp_path):
     assert found.strength == 1.0 and torch.equal(found.at(5), 2 * table[5]) and torch.equal(found.at(8), -vectors(8)[8])
     whole = lens_entry(table)["activations"]
     for change, reason in (
-        ({"norm_match": True}, "norm_match"),
         ({"position_indices": [0]}, "each position"),
         ({"activations": whole | {"shape": [1, 2, 6]}}, "each position"),
         ({"layer_indices": [3]}, "one a row"),
@@ -309,8 +308,12 @@ def test_vllm_lens_requests(tmp_path):
     ):
         with pytest.raises(UsageError, match=reason):
             read(lens_entry(table, **change))
-    with pytest.raises(UsageError, match="norm_match"):
-        import_file(SAMPLES / "vllm-lens/norm_match.json")
+    matched, h = import_file(SAMPLES / "vllm-lens/norm_match.json"), torch.arange(1.0, 7)
+    [one], v = matched.steering(), matched.at(18)
+    assert torch.allclose(one.apply(h[None, None])[0, 0], h + 0.5 * h.norm() * v / v.norm())
+    for other in ({"norm_match": False}, {"norm_match": True, "scale": 1.0}):
+        with pytest.raises(UsageError, match="split the request"):
+            read(lens_entry(table, norm_match=True), lens_entry(vectors(8), **other))
 
 
 def test_easysteer_requests(tmp_path):

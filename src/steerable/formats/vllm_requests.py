@@ -92,13 +92,10 @@ def _row(content: Any, layer: int, name: str) -> Tensor:
 
 
 def _read_lens(source: Source, options: Options) -> Direction:
-    """Raises UsageError for vectors by position and for norm_match, which depends on the activation."""
+    """With norm_match h + scale * ||h|| * v / ||v||, the map norm_shift. Raises UsageError for vectors by position."""
+    entries = _entries(source, "apply_steering_vectors")
     pairs, scales = [], {}
-    for entry in _entries(source, "apply_steering_vectors"):
-        if entry.get("norm_match"):
-            raise UsageError(
-                "it has norm_match, by which a vector is as long as the activation at each token: no plain addition"
-            )
+    for entry in entries:
         table, layers = wire_tensor(entry["activations"]), entry["layer_indices"]
         if table.dim() != 2 or entry.get("position_indices") is not None:
             raise UsageError("it holds a vector for each position: expected activations [layers, d] for all positions")
@@ -110,8 +107,14 @@ def _read_lens(source: Source, options: Options) -> Direction:
             site = Site("resid_post", checks.layer_number(layer, "a layer index"))
             pairs.append((site, row))
             scales[site] = checks.number(entry.get("scale", 1.0), "a scale")
+    is_matched = any(entry.get("norm_match") for entry in entries)
+    if is_matched and (len(set(scales.values())) > 1 or not all(entry.get("norm_match") for entry in entries)):
+        raise UsageError("its vectors differ in norm_match, or have it and differ in scale: split the request")
     vectors, strength = checks.with_strength(checks.unique(pairs), scales)
-    return imported("vllm-lens", vectors, "its layers are blocks", strength=strength, model_id=_model(source))
+    return imported(
+        "vllm-lens", vectors, "its layers are blocks", strength=strength, model_id=_model(source),
+        map="norm_shift(1)" if is_matched else "shift",
+    )  # fmt: skip
 
 
 def wire_tensor(value: Any) -> Tensor:
