@@ -79,7 +79,8 @@ def _probed(runner: Any, bank: Bank, steps: Steps, lane: int, row: int | None = 
     slot[lane], strength[first : first + settings.answers] = 1, 1.0
     if row is not None:
         plane = sign * torch.randn(bank.width, generator=generator)
-        filled["gates"] = (torch.tensor([0.0, 0.0, 1.0]), plane)
+        # The dummy tokens may have a stream of zeros (a padding token's): there the bias decides, elsewhere the plane.
+        filled["gates"] = (torch.tensor([sign * 1e-30, 0.0, 1.0]), plane)
         slot[settings.lanes + settings.maps + row] = 1
         strength[[first + answer for answer in answers if not answer >> row & 1]] = 0.0
     for name, content in filled.items():
