@@ -62,7 +62,7 @@ def headline(folder: Path) -> dict[str, Any]:
             {key: e[key] if key in ("behaviour", "prompt") else e[key]["thinking"] for key in _EXAMPLE}
             for e in report["examples"]
         ],
-        **({"second_annotator": read_json(second)} if (second := folder / "second_annotator.json").exists() else {}),
+        "second_annotators": [read_json(path) for path in sorted(folder.glob("second_annotator.*.json"))],
     }
 
 
@@ -210,21 +210,23 @@ def example(given: Sources) -> str:
     return f"“{' '.join(found['prompt'].split())}”{_table(['backtracking', 'the chain begins'], rows)}"
 
 
-def second_annotator(given: Sources) -> str:
-    """One row an effect: the share of the behaviour by both annotators, by `steerable reannotate`."""
-    found = given.get("think", {}).get("second_annotator")
+def second_annotators(given: Sources) -> str:
+    """One row an effect: the share of the behaviour by the run's annotator and by those of `steerable reannotate`."""
+    found = given.get("think", {}).get("second_annotators")
     if not found:
         return _table([], [])
+    first, names = found[0]["annotators"][0], [one["annotators"][1] for one in found]
     rows = []
-    for effect_of in found["effects"]:
-        row = [words.short(effect_of["behaviour"]), words.signed(effect_of["strength"])]
-        for name in found["annotators"]:
+    for effects in zip(*(one["effects"] for one in found), strict=True):
+        row = [words.short(effects[0]["behaviour"]), words.signed(effects[0]["strength"])]
+        for name, effect_of in ((first, effects[0]), *zip(names, effects, strict=True)):
             shares, bold = effect_of["fractions"][name], "**" if effect_of["outside"][name] else ""
             shown = [words.percent(share[0]) if share else words.MISSING for share in shares.values()]
             row += [shown[0], f"{bold}{shown[1]}{bold}", " / ".join(shown[2:])]
         rows.append(row)
-    heads = [[f"unsteered, by {name}", "steered", "random / shuffled"] for name in found["annotators"]]
-    return _table(["behaviour", "strength", *heads[0], *heads[1]], rows)
+    kinds = [name.partition(":")[0] for name in (first, *names)]
+    heads = (head for kind in kinds for head in (f"unsteered, by {kind}", "steered", "random / shuffled"))
+    return _table(["behaviour", "strength", *heads], rows)
 
 
 def _settings(run: Mapping[str, Any]) -> Iterable[tuple[str, Setting]]:
@@ -479,7 +481,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "think.up": partial(of_think, partial(ratios, 1.0)),
     "think.down": partial(of_think, partial(ratios, -1.0)),
     "think.clear": partial(of_think, beyond_controls),
-    "think.second": second_annotator,
+    "think.second": second_annotators,
     "front_door": front_door,
     "options": options,
     **contrast_figures.FIGURES,

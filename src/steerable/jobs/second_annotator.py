@@ -30,7 +30,7 @@ def reannotate(
     """Label the steered chains of a finished run by a second annotator, and say which effects hold under both.
 
     Args:
-        out: The run folder; the result is its second_annotator.json.
+        out: The run folder; the result is its second_annotator.KIND.json, e.g. second_annotator.probe.json.
         annotator: As in `steerable run`; it must have the labels that the run steered.
         display: Where progress and the table are shown; default: nowhere.
 
@@ -78,8 +78,9 @@ def reannotate(
             about = {"behaviour": behaviour, "strength": strength}
             effects.append(about | {"fractions": fractions, "outside": outside})
     result = {"annotators": [run.config.annotator, annotator], "effects": effects}
+    kind = annotator.partition(":")[0]
     with run.folder.locked():
-        write_json(run.folder / "second_annotator.json", result)
+        write_json(run.folder / f"second_annotator.{kind}.json", result)
     run.display.show(table(result))
     run.display.tell(summary(result))
     return result
