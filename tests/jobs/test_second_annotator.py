@@ -19,7 +19,7 @@ def run(finished, tmp_path):
 
 def test_the_same_annotator_by_another_name_sees_the_same(run, tiny_settings):
     result = reannotate(run, annotator="steerable.models.pocket.language:annotate")
-    assert json.loads((run / "second_annotator.keywords.json").read_text()) == result
+    assert json.loads((run / "second_annotator.steerable.models.pocket.language.json").read_text()) == result
     first, second = result["annotators"]
     assert first == json.loads((run / "config.json").read_text())["annotator"]
     cells = json.loads((run / "cells.json").read_text())

@@ -30,7 +30,8 @@ def reannotate(
     """Label the steered chains of a finished run by a second annotator, and say which effects hold under both.
 
     Args:
-        out: The run folder; the result is its second_annotator.KIND.json, e.g. second_annotator.probe.json.
+        out: The run folder; the result is its second_annotator.NAME.json, with the part of the annotator before a
+            colon: second_annotator.probe.json.
         annotator: As in `steerable run`; it must have the labels that the run steered.
         display: Where progress and the table are shown; default: nowhere.
 
