@@ -107,8 +107,8 @@ class Bench:
         self.prompts = prompts
         self.width, self.layers = model.config.hidden_size, n_layers(model)
         self.norms = mean_norms(model, prompts, [Site("resid_post", i) for i in range(self.layers)])
-        tags = think_tags_if_any(st.load(name).tokenizer)
-        self.where = {"thinking": "boundary" if tags is None else "thinking"}
+        self.tokenizer = st.load(name).tokenizer
+        self.where = {"thinking": "boundary" if think_tags_if_any(self.tokenizer) is None else "thinking"}
         self.engines: dict[str, VllmEngine] = {}
 
     def engine(self, kind: str) -> VllmEngine:
@@ -195,7 +195,10 @@ def chains(bench: Bench, count: int, limit: int) -> dict[str, Any]:
     _, model, prompts = material(bench.name, None, count)
     bench.prompts, bench.tokens, bench.count = prompts, limit, 64
     steering = bench.steerings(Row("default", vectors=1, where="thinking"))[0]
-    engines = {"vLLM engine": bench.engine("default"), "transformers engine": st.TransformersEngine(model)}
+    engines = {
+        "vLLM engine": bench.engine("default"),
+        "transformers engine": st.TransformersEngine(model, bench.tokenizer),
+    }
     sides: dict[str, Callable[[list[list[int]]], list[list[int]]]] = {}
     for name, engine in engines.items():
         for kind, program in (("", ()), (", steered", steering)):
@@ -262,7 +265,7 @@ def show(stored: dict[str, Any]) -> bool:
                     name, f"{median:.3f}", f"{low:.3f} to {high:.3f}", f"{statistics.median(entry['cpu']):.3f}",
                     "" if bar is None else f"{bar} {'reached' if median >= bar else 'MISSED'}", str(len(wall)),
                 )  # fmt: skip
-            Console().print(table)
+            Console(width=120).print(table)
         for mode, entry in part.get("chains", {}).items():
             table = Table(
                 "side", "tokens", "tokens/s", "tokens/CPU s", title=f"{model}, {entry['chains']} chains, {mode}"
@@ -270,7 +273,7 @@ def show(stored: dict[str, Any]) -> bool:
             for side, row in entry["sides"].items():
                 figures = (row["tokens"], row["tokens_per_second"], row["tokens_per_cpu_second"])
                 table.add_row(side, *(f"{figure:,.0f}" for figure in figures))
-            Console().print(table)
+            Console(width=120).print(table)
     return reached
 
 
