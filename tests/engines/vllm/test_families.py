@@ -1,10 +1,15 @@
 """Families by structure: tiny random models, steered by vLLM as by the transformers engine."""
 
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import torch
+from tiny_families import tiny
 from vllm_engines import PARITY, family_differences
+
+from steerable.engines.vllm.engine import fitting_here
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
@@ -26,3 +31,14 @@ def test_steered_texts_of_a_family(family, other_process, tokenizer, tmp_path):
     steered, plain = other_process.submit(family_differences, family, str(tmp_path)).result()
     assert steered < PARITY
     assert plain > 0.1  # steering did something
+
+
+@pytest.mark.parametrize("family, processes", [("llama", "0"), ("olmo2", "1")])
+def test_classes_of_transformers_are_changed_in_another_process(family, processes, tmp_path, monkeypatch):
+    import vllm
+
+    tiny(family).config.save_pretrained(tmp_path)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fitting_here(vllm, str(tmp_path))
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == processes

@@ -24,7 +24,7 @@ from steerable.models.loading import load
 from steerable.models.sources import find
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering, steering_of
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 log = logging.getLogger("vllm.steerable")
 
@@ -55,17 +55,20 @@ class VllmEngine:
             options: of `vllm.LLM`, such as dtype, tensor_parallel_size, gpu_memory_utilization.
 
         Raises:
-            UsageError: vLLM is not installed, or the model's layers are not found.
+            UsageError: vLLM is not installed, or the model's layers are not found. SteerableError: vLLM does not start.
         """
         vllm = installed()
         source = find(model)
         if source.gguf_file is not None:
             raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
-        options = _fitting_here() | options
+        options = fitting_here(vllm, source.place) | options
         options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
         options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
-        return cls(vllm.LLM(source.place, **options), model)
+        try:
+            return cls(vllm.LLM(source.place, **options), model)
+        except (RuntimeError, ValueError) as error:
+            raise SteerableError(f"vLLM does not start with {model}: {error}") from error
 
     def generate(
         self, requests: Sequence[Request], *, max_new_tokens: int = 500, progress: Progress | None = None
@@ -173,12 +176,24 @@ class VllmEngine:
         return [done[number] for number in range(len(prompts))]
 
 
-def _fitting_here() -> dict[str, Any]:
+def fitting_here(vllm: Any, place: str) -> dict[str, Any]:
     """Options for this machine. On a CPU vLLM shares memory and cores with all else: it takes a part of the memory, and
-    runs in this process."""
+    runs in this process.
+
+    Not so for an architecture that vLLM computes by the classes of transformers: it gives these another `__call__`,
+    which models of this process that have not been loaded by vLLM cannot run.
+    """
     if torch.cuda.is_available():
         return {}
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from transformers import AutoConfig
+
+    registered = vllm.ModelRegistry.models
+    modules = [
+        getattr(registered.get(name), "module_name", None)
+        for name in AutoConfig.from_pretrained(place).architectures or ()
+    ]
+    is_native = any(module and ".transformers" not in module for module in modules)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if is_native else "1")
     return {"gpu_memory_utilization": 0.2}
 
 
