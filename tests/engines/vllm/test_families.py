@@ -37,7 +37,7 @@ def test_steered_texts_of_a_family(family, other_process, tokenizer, tmp_path):
 def test_classes_of_transformers_are_changed_in_another_process(family, processes, tmp_path, monkeypatch):
     import vllm
 
-    tiny(family).config.save_pretrained(tmp_path)
+    tiny(family).save_pretrained(tmp_path)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fitting_here(vllm, str(tmp_path))
