@@ -55,3 +55,8 @@ def test_doctor_fails_where_the_start_was_fooled(monkeypatch, crowded, is_missed
     assert not report["ok"] and "log-probabilities differ from the reference's" in report["why"]
     [moved] = [check for check in report["checks"] if check["name"] == "steerings that change something"]
     assert moved["ok"] == is_missed
+
+
+def test_an_engine_starts_beside_numba():
+    pytest.importorskip("numba")
+    assert start("pocket", **CROWDED).generate([st.Request([5, 6, 7])], max_new_tokens=1)

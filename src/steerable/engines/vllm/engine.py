@@ -65,6 +65,7 @@ class VllmEngine:
         options = fitting_here(vllm, source.place) | options
         options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
         options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
+        _let_numba_be()
         try:
             return cls(vllm.LLM(source.place, **options), model)
         except (RuntimeError, ValueError) as error:
@@ -195,6 +196,19 @@ def fitting_here(vllm: Any, place: str) -> dict[str, Any]:
     is_native = any(module and ".transformers" not in module for module in modules)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if is_native else "1")
     return {"gpu_memory_utilization": 0.2}
+
+
+def _let_numba_be() -> None:
+    """vLLM 0.32 looks for its kernels in all objects of all modules by `vars(...)`, as if that were always a dict.
+    llvmlite, which numba brings, has one for which it is not, and an engine would not start where numba is imported.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def attributes(value: Any) -> dict[str, Any]:
+        return given if isinstance(given := vars(value), dict) else {}
+
+    if hasattr(dispatcher, "_rebind_kernels"):
+        dispatcher.vars = attributes
 
 
 def _decoded(request: Request, decoding: Decoding) -> dict[str, Any]:
