@@ -11,6 +11,7 @@ is made. What was not measured reads "not measured".
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -330,6 +331,17 @@ def memory(given: Sources) -> str:
     return _table(["command, with `--model smol`", "peak GiB", "aim, below"], rows)
 
 
+def serving(given: Sources) -> str:
+    """One row a setting of vLLM: tokens a second over those of the same engine without the plugin."""
+    rows = [
+        [f"{model}, {mode}", name, f"{statistics.median(row['wall']):.3f}", f"{statistics.median(row['cpu']):.3f}"]
+        for model, modes in given.get("serving", {}).get("models", {}).items()
+        for mode, about in modes.items()
+        for name, row in about["rows"].items()
+    ]
+    return _table(["engine", "what steers", "throughput over unsteered", "the same by CPU seconds"], rows)
+
+
 def agreement(given: Sources) -> str:
     """One row a program: its conventions, and at each block how its log-probabilities agree with ours."""
     measured_there = given.get("agreement", {})
@@ -469,6 +481,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "peers": peers,
     "long_chain": long_chain,
     "memory": memory,
+    "serving": serving,
     "agreement": agreement,
     "agreement.llama_cpp": llama_cpp,
     "pocket": partial(taught, "pocket"),
