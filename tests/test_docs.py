@@ -41,6 +41,8 @@ NOT_RUN = {
     "steerable chat --steer runs/short": "needs a run that takes minutes",
     "steerable run --model smol-think": "needs what `fetch` makes, and takes an hour",
     "steerable reannotate --annotator keywords --out runs/smol-think": "needs that run",
+    "steerable probe --to probe.safetensors --out runs/smol-think": "needs that run",
+    "steerable reannotate --annotator probe:probe.safetensors --out runs/smol-think": "needs that run",
     "steerable contrast --persona happy": "needs what `fetch` downloads",
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable calibrate runs/pocket": "takes minutes",
