@@ -5,6 +5,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from vllm_engines import ENVIRONMENT, PARITY
 
 import steerable as st
 from steerable.chains.generation import Job, generate_jobs
@@ -18,13 +19,6 @@ from steerable.steering.think import render
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
 
-#: What this machine needs: one process, one thread, a small cache.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 OPTIONS = {
     "dtype": "float32",
     "max_model_len": 512,
@@ -34,7 +28,6 @@ OPTIONS = {
     "gpu_memory_utilization": 0.1,
 }
 SETTINGS = Settings(maps=2, gates=2)
-PARITY = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +48,6 @@ def engine(request, environment):
     _ROPE_DICT.clear()  # else the compiled model takes the eager one's rotary kernel over, which rounds otherwise
     ENGINES.append(st.VllmEngine.start("pocket", SETTINGS, enforce_eager=request.param == "eager", **OPTIONS))
     return ENGINES[-1]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return st.TransformersEngine(*st.load("pocket"))
 
 
 @pytest.fixture(scope="module")

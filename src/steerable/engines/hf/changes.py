@@ -87,6 +87,8 @@ class LinearChange:
     basis: Tensor
     weight: Tensor
     offset: Tensor
+    moves: bool
+    """Whether any offset is other than 0: asked of the device for each plan, it would wait for it."""
 
     @classmethod
     def of(cls, items: Sequence[Intervention], place: Place) -> LinearChange:
@@ -99,11 +101,12 @@ class LinearChange:
             bases.append(v)
             weights.append(weight @ v.T)
             offsets.append(shift[None] @ v.T)
-        return cls(*(_placed(some, place) for some in (bases, weights, offsets)))
+        moves = any(bool(offset.any()) for offset in offsets)
+        return cls(_placed(bases, place), _placed(weights, place), _placed(offsets, place), moves)
 
     def at(self, slot: Numbers, s: float | Tensor) -> Change:
         basis, weight, offset = self.basis[slot], s * self.weight[slot], s * self.offset[slot]
-        sees_norm, moves = weight.shape[-2] > basis.shape[-1], bool(offset.any())
+        sees_norm, moves = weight.shape[-2] > basis.shape[-1], self.moves
 
         def change(h: Tensor, position: Tensor | None) -> Tensor:
             x = h @ basis
@@ -121,21 +124,24 @@ class Mapped:
     basis: Tensor
     map: Any
     coordinates: Tensor | None
+    is_whole: bool
+    """Whether the coordinates are all those of h, in order."""
 
     @classmethod
     def of(cls, items: Sequence[Intervention], place: Place) -> Mapped:
         at = items[0].coordinates
         if any(not torch.equal(i.basis, items[0].basis) for i in items):
             at = None
+        is_whole = at is not None and torch.equal(at, torch.arange(len(items[0].basis)))
         device, dtype = place
         bases = _placed([i.basis if at is None else i.basis[:, :0] for i in items], place)
-        return cls(bases, stacked([i.map for i in items], dtype, device), None if at is None else at.to(device))
+        phi = stacked([i.map for i in items], dtype, device)
+        return cls(bases, phi, None if at is None else at.to(device), is_whole)
 
     def at(self, slot: Numbers, s: float | Tensor) -> Change:
         phi = selected(self.map, torch.tensor([slot]) if isinstance(slot, int) else slot)
-        basis, at = self.basis[slot], self.coordinates
+        basis, at, is_whole = self.basis[slot], self.coordinates, self.is_whole
         back = None if at is not None else s * basis.mT
-        is_whole = at is not None and torch.equal(at, torch.arange(basis.shape[-2], device=at.device))
 
         def change(h: Tensor, position: Tensor | None) -> Tensor:
             x = h @ basis if at is None else h if is_whole else h.index_select(-1, at)

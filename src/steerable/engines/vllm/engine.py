@@ -62,7 +62,7 @@ class VllmEngine:
         if source.gguf_file is not None:
             raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
-        options = fitting_here(vllm, source.place) | options
+        options = fitting_here(vllm, source.place, options.get("revision")) | options
         options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
         options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
         _let_numba_be()
@@ -177,7 +177,7 @@ class VllmEngine:
         return [done[number] for number in range(len(prompts))]
 
 
-def fitting_here(vllm: Any, place: str) -> dict[str, Any]:
+def fitting_here(vllm: Any, place: str, revision: str | None = None) -> dict[str, Any]:
     """Options for this machine. On a CPU vLLM shares memory and cores with all else: it takes a part of the memory, and
     runs in this process.
 
@@ -186,13 +186,11 @@ def fitting_here(vllm: Any, place: str) -> dict[str, Any]:
     """
     if torch.cuda.is_available():
         return {}
-    from transformers import AutoConfig
+    from transformers import PretrainedConfig
 
     registered = vllm.ModelRegistry.models
-    modules = [
-        getattr(registered.get(name), "module_name", None)
-        for name in AutoConfig.from_pretrained(place).architectures or ()
-    ]
+    names = PretrainedConfig.get_config_dict(place, revision=revision)[0].get("architectures") or ()
+    modules = [getattr(registered.get(name), "module_name", None) for name in names]
     is_native = any(module and ".transformers" not in module for module in modules)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if is_native else "1")
     return {"gpu_memory_utilization": 0.2}
