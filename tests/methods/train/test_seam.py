@@ -15,6 +15,7 @@ trl = pytest.importorskip("trl")
 #: Overridden private methods of GRPOTrainer (or of transformers' Trainer below it): the parameters that we count on.
 OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_get_train_sampler": ["self", "dataset"],
@@ -24,7 +25,7 @@ OVERRIDDEN = {
     "create_model_card": ["self"],
 }
 #: Attributes of a GRPOTrainer and of its VLLMGeneration that we read or set.
-USED = ["_dist", "_metrics", "rollout_func", "eos_token_ids", "num_generations", "max_completion_length", "top_k"]
+USED = ["_dist", "_metrics", "_buffered_inputs", "_step", "rollout_func", "eos_token_ids", "num_generations", "max_completion_length", "top_k"]
 OF_VLLM = ["sync_weights", "_iter_named_params", "enable_sleep_mode", "mode", "logprobs", "max_completion_length"]
 
 

@@ -205,11 +205,22 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
                 parameter.grad = None
         return loss
 
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's, with the rollouts of a step sorted, so that a pass pads little and few passes teach nothing."""
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before and self._alone:
+            self._buffered_inputs = _by_length(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        # A rollout without an advantage has no part in the gradient: most of those whose group agrees.
+        # A rollout without an advantage has no part in the gradient: most of those whose group agrees. A pass in which
+        # nobody has one still needs a row to compute.
         chosen = (inputs["advantages"] != 0).nonzero()[:, 0]
         rows = len(inputs["advantages"])
-        if self.beta == 0.0 and self._alone and 0 < len(chosen) < rows:
+        if self.beta == 0.0 and self._alone and len(chosen) < rows:
+            chosen = chosen if len(chosen) else chosen.new_zeros(1)
             inputs = {
                 name: value[chosen] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
                 for name, value in inputs.items()
@@ -294,6 +305,25 @@ def _padding(tokenizer: Any, model: Any) -> Any:
         stops = [i for i in stop_ids(model) if i in special]
         named.pad_token = named.convert_ids_to_tokens([*stops, *special, size - 1][0])
     return named
+
+
+def _by_length(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rollouts of a step in as many passes: those with an advantage first, each kind from short to long."""
+    seen = torch.cat([torch.cat([p["prompt_mask"], p["completion_mask"]], dim=1) for p in passes])
+    flat = torch.cat([p["advantages"] for p in passes]) == 0
+    order = (flat * (seen.shape[1] + 1) + seen.sum(1)).argsort(stable=True)
+
+    def split(name: str) -> Sequence[Any]:
+        parts = [p[name] for p in passes]
+        if isinstance(parts[0], Tensor) and parts[0].dim():
+            return torch.cat(parts)[order].split([len(part) for part in parts])
+        if isinstance(parts[0], list):
+            rows = sum(parts, [])
+            return [[rows[i] for i in chosen] for chosen in order.split([len(part) for part in parts])]
+        return parts
+
+    columns = {name: split(name) for name in passes[0]}
+    return [{name: parts[i] for name, parts in columns.items()} for i in range(len(passes))]
 
 
 def _wide(x: Tensor | None, width: int) -> Any:
