@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         try:
             decoding = Decoding(self.temperature, self.top_k, self.top_p)
             requests = [Request(row, request_seed(self.args.seed, place, i), (), decoding) for i, row in enumerate(ids)]
-            with self.timed("generation"):
+            with self.timed("generation"), _without_fused_head(model):
                 engine = TransformersEngine(model, self.tokenizer, rows=self.rows)
                 completions = engine.generate(requests, max_new_tokens=self.max_completion_length)
         finally:
@@ -305,6 +305,19 @@ def _padding(tokenizer: Any, model: Any) -> Any:
         stops = [i for i in stop_ids(model) if i in special]
         named.pad_token = named.convert_ids_to_tokens([*stops, *special, size - 1][0])
     return named
+
+
+@contextmanager
+def _without_fused_head(model: Any) -> Iterator[None]:
+    """The model's stock forward pass in place of the one that TRL bound to it to score tokens, `_fused_forward`: our
+    engine computes a model with such a pass by a slower way, since it may be bound to these very modules."""
+    bound = [m for m in model.modules() if getattr(vars(m).get("forward"), "__name__", "") == "_fused_forward"]
+    passes = [vars(module).pop("forward") for module in bound]
+    try:
+        yield
+    finally:
+        for module, forward in zip(bound, passes, strict=True):
+            module.forward = forward
 
 
 def _by_length(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
