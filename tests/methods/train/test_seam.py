@@ -25,7 +25,17 @@ OVERRIDDEN = {
     "create_model_card": ["self"],
 }
 #: Attributes of a GRPOTrainer and of its VLLMGeneration that we read or set.
-USED = ["_dist", "_metrics", "_buffered_inputs", "_step", "rollout_func", "eos_token_ids", "num_generations", "max_completion_length", "top_k"]
+USED = [
+    "_dist",
+    "_metrics",
+    "_buffered_inputs",
+    "_step",
+    "rollout_func",
+    "eos_token_ids",
+    "num_generations",
+    "max_completion_length",
+    "top_k",
+]
 OF_VLLM = ["sync_weights", "_iter_named_params", "enable_sleep_mode", "mode", "logprobs", "max_completion_length"]
 
 

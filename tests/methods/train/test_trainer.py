@@ -8,6 +8,7 @@ import torch
 from rloo import advantages, log_probs, loss, train
 from tiny_training import MANY, STOPS, TASKS, batch, loaded, says, trainer
 
+from steerable.engines.hf.routes import route
 from steerable.store.errors import SteerableError, SteerableWarning
 
 pytest.importorskip("trl")
@@ -108,6 +109,41 @@ def test_scores_do_not_depend_on_grouping_by_length(tmp_path, tiny_llama, tokeni
     prompts, texts = rows_of(made, scored)
     naive = log_probs(made.model, prompts[3], texts[3])
     torch.testing.assert_close(ours[3, : len(texts[3])], naive, atol=1e-5, rtol=1e-5)
+
+
+def test_the_passes_of_a_step_are_sorted_and_hold_the_same_rollouts(tmp_path, tiny_llama, tokenizer):
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, max_new_tokens=20, micro_batch=4)
+    made.model.train()
+    drawn = next(iter(made.get_train_dataloader()))
+    scored = copy.deepcopy(made._generate_and_score_completions(drawn))
+    torch.manual_seed(0)
+    made._prepare_inputs(drawn)  # the same rollouts: they depend on seed and step
+    passes = made._buffered_inputs
+    assert len(passes) > 1
+    assert {len(p["advantages"]) for p in passes} == {4}
+
+    def rows(parts):
+        lists = [rows_of(made, part) for part in parts]
+        texts = [(p, c) for prompts, completions in lists for p, c in zip(prompts, completions, strict=True)]
+        return [(p, c, float(a)) for (p, c), a in zip(texts, torch.cat([x["advantages"] for x in parts]), strict=True)]
+
+    ours = rows(passes)
+    assert sorted(ours) == sorted(rows([scored]))
+    keys = [(advantage == 0, len(prompt) + len(text)) for prompt, text, advantage in ours]
+    assert keys == sorted(keys)
+    assert {float(p["num_items_in_batch"]) for p in passes} == {float(scored["num_items_in_batch"])}
+
+
+def test_rollouts_take_the_fast_way_of_the_engine(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    from steerable.engines.hf import engine
+
+    ways = []
+    monkeypatch.setattr(engine, "route", lambda *args: ways.append(route(*args)) or ways[-1])
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY)
+    bound = made.model.forward
+    made.roll_out(["<user> w1 <assistant> "] * 4, made)
+    assert [way.name for way in ways] == ["slots"], ways
+    assert made.model.forward == bound, "TRL's forward pass is back to score"
 
 
 @pytest.mark.slow

@@ -309,9 +309,13 @@ def _padding(tokenizer: Any, model: Any) -> Any:
 
 @contextmanager
 def _without_fused_head(model: Any) -> Iterator[None]:
-    """The model's stock forward pass in place of the one that TRL bound to it to score tokens, `_fused_forward`: our
-    engine computes a model with such a pass by a slower way, since it may be bound to these very modules."""
-    bound = [m for m in model.modules() if getattr(vars(m).get("forward"), "__name__", "") == "_fused_forward"]
+    """The model's stock forward pass in place of the one that TRL bound to it to score tokens: our engine computes a
+    model with a bound forward pass by a slower way, since that may be bound to these very modules."""
+
+    def is_fused(forward: Any) -> bool:  # its name is that of the method which it wraps
+        return getattr(getattr(forward, "__code__", None), "co_name", None) == "_fused_forward"
+
+    bound = [module for module in model.modules() if is_fused(vars(module).get("forward"))]
     passes = [vars(module).pop("forward") for module in bound]
     try:
         yield
