@@ -57,8 +57,9 @@ def default_workers(model: Any) -> int:
 
 
 def default_threads(model: Any, workers: int) -> int:
-    """Threads of each worker: one for a small model (also for a single worker, so that the bytes agree)."""
-    return 1 if is_small(model) else max(1, cores() // workers)
+    """Threads of each worker: one for a small model (also for a single worker, so that the bytes agree), and never more
+    than torch has here, by OMP_NUM_THREADS for one: threads that wait for a core spin, and slow all of them down."""
+    return 1 if is_small(model) else max(1, min(torch.get_num_threads(), cores() // workers))
 
 
 def default_rows(model: Any, longest: int) -> int:
