@@ -187,7 +187,7 @@ class Config(Settings):
     generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
         "auto",
         description="Type in which linear layers generate: model (the weights'), bfloat16, or auto: bfloat16 for a "
-        "float32 model of 50 million parameters or more on a CPU with AMX.",
+        "float32 model of 50 million parameters or more on a CPU with units for it.",
     )
     annotator: str = Field(
         "auto",

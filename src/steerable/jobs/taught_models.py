@@ -99,7 +99,7 @@ def train_smol(
         steps: Optimiser steps of 8 chains.
         seed: Seed of adapter and training stream.
         device: cpu or cuda.
-        dtype: What matrix products run in; auto: bfloat16 on GPUs and on CPUs with AMX, else float32.
+        dtype: What matrix products run in; auto: bfloat16 on GPUs and on CPUs with units for it, else float32.
         threads: Threads; 0: as many as there are cores.
         display: Where the training's log is shown; default: nowhere.
     """

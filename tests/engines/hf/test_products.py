@@ -28,9 +28,19 @@ def texts(model, dtype, steering=()):
     return [completion.ids for completion in engine.generate(requests, max_new_tokens=12)]
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_auto_is_bfloat16_for_a_big_float32_model_on_a_cpu_with_units(tiny_llama, units, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units, "avx512_bf16": True})
+CPUS = {
+    "AMX": ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R) Processor"}, True),
+    "Intel's AVX-512": ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R) Processor"}, False),
+    "AMD's AVX-512": ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+    "AMD without": ({"amx_bf16": False, "avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+    "another machine": ({"architecture": "aarch64"}, False),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_auto_is_bfloat16_for_a_big_float32_model_on_a_cpu_with_units(tiny_llama, cpu, monkeypatch):
+    able, units = CPUS[cpu]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert product_dtype(tiny_llama, "auto") == torch.float32
     monkeypatch.setattr(pool, "SMALL", 1)
     assert product_dtype(tiny_llama, "auto") == (torch.bfloat16 if units else torch.float32)

@@ -45,7 +45,7 @@ class TransformersEngine:
             (`pool.default_rows`).
         generation_dtype: in which type the linear layers generate (`products.py`): "model", that of the weights;
             "bfloat16"; or "auto", which is bfloat16 for a float32 model of 50 million parameters or more on a CPU with
-            AMX. Log-probabilities and activations are always computed by the model as it is.
+            units for it. Log-probabilities and activations are always computed by the model as it is.
 
     Example:
         >>> ids = tokenizer("2 + 2 =")["input_ids"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from steerable.engines.hf.routes import is_bound
 from steerable.engines.pool import is_small
+from steerable.models.loading import has_bfloat16_units
 from steerable.store.errors import UsageError
 
 GenerationDtype = Literal["auto", "model", "bfloat16"]
@@ -28,8 +29,8 @@ GenerationDtype = Literal["auto", "model", "bfloat16"]
 def product_dtype(model: Any, asked: str = "auto") -> torch.dtype:
     """The type in which a model's linear layers generate.
 
-    "auto" is bfloat16 for a float32 model of 50 million parameters or more on a CPU with AMX. Intel's AVX-512 has
-    bfloat16, too, but at half the speed of float32; and small models spend their time elsewhere.
+    "auto" is bfloat16 for a float32 model of 50 million parameters or more on a CPU that has units for it
+    (`has_bfloat16_units`); small models spend their time elsewhere.
 
     Raises UsageError for another word, and for bfloat16 where modules have forward passes that no copy can have.
     """
@@ -39,7 +40,7 @@ def product_dtype(model: Any, asked: str = "auto") -> torch.dtype:
     if asked == "model" or dtype != torch.float32:
         return dtype
     if asked == "auto":
-        has_units = model.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        has_units = model.device.type == "cpu" and has_bfloat16_units()
         return torch.bfloat16 if has_units and not is_small(model) and not is_bound(model) else dtype
     if is_bound(model):
         raise UsageError("a compiled or offloaded model generates in the type of its weights: load it in bfloat16")

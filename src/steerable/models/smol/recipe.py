@@ -124,12 +124,9 @@ def learning_rate(step: int) -> float:
 
 
 def computes_in(device: str, dtype: str) -> torch.dtype:
-    """What matrix products run in: ``auto`` is bfloat16 where there are units for its products, else float32.
-
-    AVX-512's own bfloat16 instruction is no such unit: with it products took twice as long as in float32.
-    """
+    """What matrix products run in: ``auto`` is bfloat16 where there are units for its products, else float32."""
     if dtype == "auto":
-        dtype = "bfloat16" if device != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
+        dtype = "bfloat16" if device != "cpu" or models.has_bfloat16_units() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
