@@ -1,4 +1,4 @@
-"""The cosine of Fractional Reasoning; the other schedules are tested in the engine (`test_invariants`)."""
+"""The cosine and the draws of Fractional Reasoning; the other schedules are tested in `test_invariants`."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steerable import UsageError
-from steerable.steering.schedule import Cosine, parse_schedule, schedule_text
+from steerable.steering.schedule import Cosine, Uniform, parse_schedule, schedule_text
 from steerable.steering.tokens import SequenceState
 
 
@@ -26,3 +26,15 @@ def test_cosine_as_text():
     for wrong in ("cosine(0)", "cosine(2.5)", "cosine(50, nan)"):
         with pytest.raises(UsageError):
             parse_schedule(wrong)
+
+
+def test_draws_are_even_and_depend_on_the_seed_alone():
+    draws = torch.tensor([Uniform(0.2, 0.8).drawn(seed) for seed in range(2000)], dtype=torch.float64)
+    assert draws.tolist() == [Uniform(0.2, 0.8).drawn(seed) for seed in range(2000)]
+    assert 0.2 <= draws.min() < 0.21 and 0.79 < draws.max() <= 0.8
+    assert draws.mean() == pytest.approx(0.5, abs=4 * 0.6 / (12 * 2000) ** 0.5)
+    assert draws.std() == pytest.approx(0.6 / 12**0.5, rel=0.05)
+    assert abs(float(torch.corrcoef(torch.stack([draws[1:], draws[:-1]]))[0, 1])) < 4 / 2000**0.5
+    assert schedule_text(Uniform()) == "uniform" and parse_schedule("uniform(0.2, 0.8)") == Uniform(0.2, 0.8)
+    with pytest.raises(UsageError):
+        parse_schedule("uniform(0, inf)")

@@ -6,6 +6,8 @@ Each is plain data and gives a factor of the strength: a number, or one for each
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -145,6 +147,35 @@ class PerRequest(Schedule):
     def __post_init__(self) -> None:
         _finite((self.default,))
         object.__setattr__(self, "default", float(self.default))
+
+
+@SCHEDULES.registering("uniform")
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """A factor that each request draws for itself, evenly between `low` and `high`, from its seed: samples of one task
+    think with different strengths, as in Fractional Reasoning (arXiv 2506.15882). All that steers a request shares its
+    draw."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        _finite((self.low, self.high))
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+
+    def drawn(self, seed: int) -> float:
+        """The factor of a request with this seed; the same in every engine."""
+        return self.low + (self.high - self.low) * random.Random(f"steerable uniform {seed}").random()
+
+
+def check_drawn(schedules: Iterable[Schedule]) -> None:
+    """Raises UsageError for a schedule whose draw no request has made."""
+    if odd := [s for s in schedules if isinstance(s, Uniform)]:
+        raise UsageError(
+            f"{schedule_text(odd[0])} draws a strength for each request from its seed, and here is no request: give it "
+            "to `generate`, or choose a strength"
+        )
 
 
 def schedule_text(schedule: Schedule) -> str:

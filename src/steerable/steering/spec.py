@@ -23,7 +23,7 @@ from torch import Tensor
 from steerable.steering.gates import Gate, Reading, parse_gate, selectors
 from steerable.steering.maps import MAPS, Map, Shift, called, fitted
 from steerable.steering.plain import decoded, encoded, number_text
-from steerable.steering.schedule import SCHEDULES, Constant, Schedule, schedule_text
+from steerable.steering.schedule import SCHEDULES, Constant, Schedule, Uniform, schedule_text
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 from steerable.store.files import strict_json, write_atomic
@@ -172,6 +172,16 @@ def steering_of(given: Any) -> Steering:
         kind = type(given if odd == [None] else odd[0]).__name__
         raise UsageError(f"a steering holds interventions, as `direction.steering(0.5)` and text give them, no {kind}")
     return parts
+
+
+def drawn(steering: Steering, seed: int) -> Steering:
+    """A request's own steering: the strengths that its schedules draw are drawn (`schedule.Uniform`)."""
+    return tuple(
+        replace(i, strength=i.strength * i.schedule.drawn(seed), schedule=Constant())
+        if isinstance(i.schedule, Uniform)
+        else i
+        for i in steering_of(steering)
+    )
 
 
 class Program(tuple[Intervention, ...]):

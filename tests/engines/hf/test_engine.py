@@ -18,8 +18,10 @@ from transformers import (
 
 import steerable as st
 from steerable.engines import sampling
+from steerable.engines.base import Continuation
 from steerable.engines.hf.slots import Reach, arrange
 from steerable.engines.sampling import Decoding, choose, decoding_of, uniforms
+from steerable.steering.schedule import Uniform
 from steerable.steering.site import Site
 from steerable.steering.spec import shift
 from steerable.store.errors import SteerableError, UsageError
@@ -170,6 +172,22 @@ def test_samples_of_one_prompt_differ_by_seed_alone(model):
     one, same, *others = generate(model, requests, max_new_tokens=30)
     assert one == same
     assert all(one != other for other in others)
+
+
+def test_a_request_draws_its_strength_from_its_seed(model):
+    direction = st.Direction({Site("resid_post", 1): torch.randn(32, generator=torch.Generator().manual_seed(3))})
+    steering = direction.steering(2.0, schedule="uniform(0.5, 1.5)") + direction.steering(1.0, where="generated")
+    factors = [Uniform(0.5, 1.5).drawn(seed) for seed in range(6)]
+    requests = [st.Request([30, 40, 50], seed, steering, Decoding(0.0)) for seed in range(6)]
+    expected = [
+        replace(r, steering=direction.steering(2.0 * f) + direction.steering(1.0, where="generated"))
+        for r, f in zip(requests, factors, strict=True)
+    ]
+    texts = generate(model, requests, max_new_tokens=30)
+    assert texts == generate(model, expected, max_new_tokens=30)
+    assert len({tuple(text.ids) for text in texts}) > 1
+    with pytest.raises(UsageError, match="draws a strength for each request from its seed, and here is no request"):
+        st.TransformersEngine(model, None).logprobs([Continuation([30, 40], [50], steering)])
 
 
 def test_limit_and_progress(model):

@@ -14,6 +14,7 @@ from steerable.engines.sampling import Decoding
 from steerable.engines.vllm.banks import KINDS
 from steerable.engines.vllm.settings import Settings
 from steerable.models.loading import Loaded
+from steerable.steering.schedule import Uniform
 from steerable.steering.think import render
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
@@ -147,11 +148,28 @@ def test_scored_texts_have_the_log_probs_of_the_other_engine(engine, reference, 
 def test_requests_draw_and_stop_as_in_the_other_engine(engine, reference, prompts):
     a, *_ = directions()[0]
     decodings = cycle((None, Decoding(), Decoding(0.7, top_p=0.9), Decoding(0.0)))
+    rows = [(), a.steering(0.3, where="thinking"), a.steering(0.6, where="thinking", schedule="uniform")] * 4
     requests = [
-        st.Request(p, seed, s, next(decodings))
-        for seed, (p, s) in enumerate(zip(cycle(prompts), [(), a.steering(0.3, where="thinking")] * 6, strict=False))
+        st.Request(p, seed, s, next(decodings)) for seed, (p, s) in enumerate(zip(cycle(prompts), rows, strict=False))
     ]
     assert engine.generate(requests, max_new_tokens=40) == reference.generate(requests, max_new_tokens=40)
+
+
+def test_a_request_by_name_draws_its_strength_from_its_seed(engine, prompts):
+    from vllm import SamplingParams
+
+    a, *_ = directions()[0]
+    engine.update("walk", a)
+
+    def scores(text, seed=None):
+        params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, seed=seed, extra_args={"steering": text})
+        [output] = engine.llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
+        return [row[i].logprob for i, row in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
+
+    drawn = scores("1.0 walk|uniform(0.2, 1)", seed=5)
+    assert drawn == pytest.approx(scores(f"{Uniform(0.2, 1).drawn(5)!r} walk"), abs=PARITY)
+    assert drawn != pytest.approx(scores("1.0 walk|uniform(0.2, 1)", seed=6), abs=1e-3)
+    assert scores("1.0 walk|uniform(0.2, 1)") != pytest.approx(scores("1.0 walk|uniform(0.2, 1)"), abs=1e-3)
 
 
 def test_chains_of_the_main_job_are_those_of_the_other_engine(engine, reference):

@@ -30,7 +30,7 @@ from steerable.engines.pool import default_rows
 from steerable.engines.sampling import Decoding, decoding_of, pad_id
 from steerable.models.copies import private_copy
 from steerable.models.loading import stop_ids, unwrap_to_run
-from steerable.steering.spec import Steering, steering_of
+from steerable.steering.spec import Steering, drawn, steering_of
 from steerable.store.errors import UsageError
 
 
@@ -103,7 +103,10 @@ class TransformersEngine:
             default = decoding_of(model)
         decodings = [request.decoding or default for request in requests]
         pad = pad_id(model, self.tokenizer)
-        with self._steered(model, [request.steering for request in requests]) as (handle, programs):
+        with self._steered(model, [drawn(request.steering, request.seed) for request in requests]) as (
+            handle,
+            programs,
+        ):
             if way.slots:
                 plain = way.name == "slots"
                 done: dict[int, Completion] = {}

@@ -33,6 +33,7 @@ from steerable.models import loading as models
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Gate, parse_gate, resolve, selectors
+from steerable.steering.schedule import check_drawn
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Steering, format_steering, steering_of
 from steerable.steering.text import named_direction, parse_steering
@@ -164,6 +165,7 @@ class Handle:
             models.warn_of_other(model, *made_on)
         gates = list(dict.fromkeys(i.gate for i in interventions))
         schedules = list(dict.fromkeys(i.schedule for i in interventions))
+        check_drawn(schedules)
         events = dict.fromkeys(s.event for s in schedules if s.event is not None)
         thinks = CLOSING in events or any(gate.uses("thinking", "answer") for gate in gates)
         if tokenizer is None and (thinks or any(g.uses("boundary") and not resolved(g) for g in gates)):

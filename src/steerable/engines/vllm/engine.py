@@ -23,7 +23,7 @@ from steerable.engines.vllm.settings import KEY, Settings
 from steerable.models.loading import load
 from steerable.models.sources import find
 from steerable.steering.direction import Direction
-from steerable.steering.spec import Steering, steering_of
+from steerable.steering.spec import Steering, drawn, steering_of
 from steerable.store.errors import SteerableError, UsageError
 
 log = logging.getLogger("vllm.steerable")
@@ -85,7 +85,11 @@ class VllmEngine:
         if any(request.decoding is None for request in requests):
             default = decoding_of(self._own)
         params = [
-            self._params(request.steering, max_tokens=max_new_tokens, **_decoded(request, request.decoding or default))
+            self._params(
+                drawn(request.steering, request.seed),
+                max_tokens=max_new_tokens,
+                **_decoded(request, request.decoding or default),
+            )
             for request in requests
         ]
         outputs = self._run([request.prompt_ids for request in requests], params, progress)

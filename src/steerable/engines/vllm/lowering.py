@@ -30,7 +30,7 @@ from steerable.engines.vllm.settings import Settings
 from steerable.steering.gates import Gate
 from steerable.steering.maps import Affine, Clip, Framed, Map, Rotate, Shift, Swap, map_text
 from steerable.steering.plain import decoded, encoded
-from steerable.steering.schedule import SCHEDULES, PerRequest, Schedule
+from steerable.steering.schedule import SCHEDULES, PerRequest, Schedule, check_drawn
 from steerable.steering.spec import Intervention, Steering
 from steerable.store.errors import UsageError
 from steerable.store.text import plural
@@ -81,6 +81,7 @@ def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
     Raises UsageError for what this engine does not do, or was not made ready for.
     """
     acting = [(i, factor) for i in steering if not i.is_identity and (factor := _factor(i)) != 0]
+    check_drawn(i.schedule for i, _ in acting)
     for i, _ in acting:
         _check(i)
     rows = rows_of([(i.site.layer, i.gate) for i, _ in acting], settings.gates)

@@ -28,7 +28,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.gates import resolve
 from steerable.steering.plain import is_index
 from steerable.steering.site import Site
-from steerable.steering.spec import Intervention, Program, Steering, from_json, steering_of
+from steerable.steering.spec import Intervention, Program, Steering, drawn, from_json, steering_of
 from steerable.steering.text import parse_steering
 from steerable.steering.think import think_tags
 from steerable.store.errors import SteerableError, UsageError
@@ -54,7 +54,7 @@ def admit(processor: Any, request: Any) -> Any:
             raise UsageError(
                 f"{PROMPT_TOKENS} is a number of tokens from 1 to the {length} of the text, not {prompt!r}"
             )
-        lanes = _lanes(processor, extra.get(KEY) or ())
+        lanes = _lanes(processor, extra.get(KEY) or (), _seed(params, request))
     except SteerableError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from error
     remaining = {name: value for name, value in extra.items() if name not in (KEY, PROMPT_TOKENS)}
@@ -70,7 +70,12 @@ def admit(processor: Any, request: Any) -> Any:
     return request
 
 
-def _lanes(processor: Any, given: Any) -> tuple[Lane, ...]:
+def _seed(params: Any, request: Any) -> int:
+    """What a request's schedules draw from: its seed; without one it is another for each request."""
+    return int.from_bytes(str(request.request_id).encode()) if params.seed is None else int(params.seed)
+
+
+def _lanes(processor: Any, given: Any, seed: int) -> tuple[Lane, ...]:
     config = processor.vllm_config
     settings = settings_of(config.additional_config)
     if settings is None:
@@ -78,7 +83,7 @@ def _lanes(processor: Any, given: Any) -> tuple[Lane, ...]:
             "this engine does not steer: start it with --additional-config '{\"steering\": {}}', or take the steering "
             "out of the request"
         )
-    steering = read_steering(given, Folder(settings.directions, live_directions(processor)))
+    steering = drawn(read_steering(given, Folder(settings.directions, live_directions(processor))), seed)
     lanes = check_steering(steering, config)
     gates = {i.gate for i in steering}
     if any(gate.uses("thinking", "answer") for gate in gates) or any(i.schedule.event == "close" for i in steering):
