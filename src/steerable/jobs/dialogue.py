@@ -23,6 +23,7 @@ from steerable.engines.base import Completion
 from steerable.engines.sampling import Decoding, choose, decoding_of, mark
 from steerable.jobs.settings import LARGEST_SEED
 from steerable.models import loading as models
+from steerable.models.caches import as_argument, given_cache
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate, quoted
 from steerable.steering.spec import Program, format_steering, scaled
@@ -276,12 +277,12 @@ def _draw(
     # of a long prompt the logits would take more memory than the model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for n in range(max_new_tokens):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True, **last)
+        output = model(input_ids=fed, **as_argument(model, cache), use_cache=True, **last)
         logits = output.logits[:, -1]
         if not bool(logits.amax(-1).isfinite().all()):
             raise SteerableError("the model's logits are not finite: lower the strength or use a wider dtype")
         token = choose(logits, decoding, seeds, torch.full_like(seeds, n), seen)
         yield token.tolist()
-        fed, cache = token[:, None], output.past_key_values
+        fed, cache = token[:, None], given_cache(output)
         if seen is not None:
             mark(seen, fed)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from steerable.models import loading as models
+from steerable.models.caches import as_argument
 from steerable.models.copies import private_copy
 from steerable.store.errors import UsageError
 
@@ -89,7 +90,7 @@ def read(
     for start, stop in pieces(model, ids.shape[1], chunk):
         if before is not None:
             before(start, stop)
-        models.base(model)(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        models.base(model)(input_ids=ids[:, start:stop], **as_argument(model, cache), use_cache=True)
     return cache
 
 
@@ -186,7 +187,7 @@ class Queries:
             input_ids=self.ids[at][None],
             position_ids=at[None],
             attention_mask=self._mask(at),
-            past_key_values=self.cache,
+            **as_argument(self.model, self.cache),
             use_cache=True,
         )
         return output.logits[0]

@@ -18,6 +18,7 @@ from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import layer_kinds, window
 from steerable.engines.hf.slots import PAGE, Reach, SlotCache, arrange
 from steerable.engines.sampling import Decoding, choose, mark, signed, together
+from steerable.models.caches import as_argument
 from steerable.models.loading import base, stop_ids
 from steerable.steering.gates import Gate
 from steerable.steering.spec import Steering
@@ -202,7 +203,7 @@ class Batch:
                 input_ids=ids,
                 position_ids=torch.arange(width, device=self.device).expand(len(unique), -1),
                 attention_mask=self._given(causal),
-                past_key_values=self.cache,
+                **as_argument(self.model, self.cache),
                 use_cache=True,
                 **self.extra,
             )
@@ -250,7 +251,7 @@ class Batch:
                 # of a row that has finished but not left no position counts, but there must be one
                 position_ids=self.position.clamp(max=self.last)[:, None],
                 attention_mask=self._given({name: mask[:rows, None, None, :seen] for name, mask in self.masks.items()}),
-                past_key_values=self.cache,
+                **as_argument(self.model, self.cache),
                 use_cache=True,
                 **self.extra,
             ).logits[:, -1]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerable.engines.hf.slots import Plan, slot_attention
+from steerable.models.caches import given_cache
 
 _LARGEST = 50_000_000  # parameters: weights are copied, and in a larger model the matrix products prevail
 _ATTENTIONS = {f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe")}
@@ -90,7 +91,6 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
-    past_key_values: Any = None,
     plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -107,7 +107,7 @@ def _attention(
     cos, sin = (x[:, :, None, : dim // 2] for x in position_embeddings)  # the second half is the same
     pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     query, key = torch.view_as_real(pairs).flatten(-2).transpose(1, 2).split([queries, keys], dim=1)
-    key, value = past_key_values.update(key, value.transpose(1, 2), attention.layer_idx)
+    key, value = given_cache(kwargs).update(key, value.transpose(1, 2), attention.layer_idx)
     out, _ = slot_attention(attention, query, key, value, attention_mask, attention.scaling, plan)
     return attention.o_proj(out.view(rows, length, -1)), None
 

@@ -30,6 +30,7 @@ from steerable.engines.hf.precision import rounding_watched
 from steerable.engines.hf.programs import Chosen, Passing, Table
 from steerable.engines.hf.sequences import Follower, cached_tokens
 from steerable.models import loading as models
+from steerable.models.caches import given_cache
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Gate, parse_gate, resolve, selectors
@@ -359,7 +360,7 @@ class Handle:
         """What the next pass feeds, from the inputs of the model."""
         asked, self._local.asked = self._local.asked, None
         ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         past = cached_tokens(cache)
         fed = ids if ids is not None else kwargs.get("inputs_embeds")
         if fed is None:
@@ -386,8 +387,10 @@ class Handle:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if get_ident() in self._threads and not in_backward():
-            cache = kwargs.get("past_key_values")
-            self._follower.after(getattr(output, "past_key_values", None) if cache is None else cache)
+            cache = given_cache(kwargs)
+            if cache is None and isinstance(output, Mapping):
+                cache = given_cache(output)
+            self._follower.after(cache)
 
     # Gradient checkpointing runs a block once more in the backward pass, when the mask and the strength may be others.
 

@@ -12,6 +12,7 @@ from steerable.engines.activations import batch_tokens, length_batches, pad
 from steerable.engines.hf.hooks import Handle
 from steerable.engines.hf.routes import changing_rope
 from steerable.engines.memory import in_halves
+from steerable.models.caches import as_argument
 from steerable.models.copies import restart_rope
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
@@ -85,7 +86,7 @@ def score_tokens(
                 logits: Tensor = model(
                     input_ids=ids[:, start:stop],
                     attention_mask=valid.long() if is_whole else None,
-                    past_key_values=cache,
+                    **as_argument(model, cache),
                     use_cache=not is_whole,
                 ).logits
                 logs.append(logits[read.to(logits.device)].float().log_softmax(-1))

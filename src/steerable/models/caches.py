@@ -1,0 +1,29 @@
+"""The name of the cache of keys and values: `past_key_values` in transformers up to 5.23, and `cache` from 5.24 on.
+
+From 5.24 on a model of transformers still takes the old name, but its layers and its output have the new one alone, and
+code that came with a checkpoint may know the old one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from inspect import signature
+from typing import Any
+
+NAMES = ("cache", "past_key_values")
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass, or in its output; None where there is none."""
+    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+def as_argument(model: Any, value: Any) -> dict[str, Any]:
+    """The cache as the keyword argument that the model's forward pass has for it."""
+    return {_name(type(model)): value}
+
+
+@cache
+def _name(kind: type) -> str:
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
