@@ -4,8 +4,9 @@
     python benchmarks/think_arms.py --out runs/think-arms --summary   # benchmarks/results/think_arms.json
 
 Every arm is one `steerable train rl`, printed before it starts; a finished one is not done again, a killed one goes on
-from its last checkpoint. Equal rollouts for every arm; the last checkpoint counts. The rate of the bias was
-lowered twice: at 3e-2 and 2.5e-2 one of two seeds gained and the other one lost. LoRA's was not tuned. Everything computes in bfloat16 but what is trained.
+from its last checkpoint. Equal rollouts for every arm; the last checkpoint counts. The rate of the bias was lowered
+twice: at 3e-2 and 2.5e-2 one of two seeds gained and the other one lost. LoRA's was not tuned. What is trained is in
+float32, all else in bfloat16.
 R = (arm - base) / (LoRA - base): the recovered fraction of what LoRA of rank 4 gains, not full training. See
 docs/training.md.
 """
