@@ -15,8 +15,11 @@ NAMES = ("cache", "past_key_values")
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, or in its output; None where there is none."""
-    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+    """The cache among the arguments of a forward pass, or in its output; None where there is none.
+
+    `generate_batch` passes something else by the name `cache`: memory in pages that knows of no rows.
+    """
+    return next((kwargs[name] for name in NAMES if hasattr(kwargs.get(name), "get_seq_length")), None)
 
 
 def as_argument(model: Any, value: Any) -> dict[str, Any]:
