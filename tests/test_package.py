@@ -30,10 +30,11 @@ def test_no_export_is_named_like_a_room():
     assert not {name for name in steerable.__all__ if importlib.util.find_spec(f"steerable.{name}")}
 
 
-def test_no_newer_transformers_than_the_one_that_is_tested():
+def test_the_pinned_transformers_is_in_the_range_of_those_that_work():
     root = Path(__file__).parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    (pin,) = re.findall(r"^transformers==(\d+)\.(\d+)\.\*$", (root / "constraints.txt").read_text(), re.MULTILINE)
+    (pin,) = re.findall(r"^transformers==(\d+\.\d+)\.\*$", (root / "constraints.txt").read_text(), re.MULTILINE)
     (requirement,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
-    major, minor = map(int, pin)
-    assert f"{major}.{minor}.9" in requirement.specifier and f"{major}.{minor + 1}.0" not in requirement.specifier
+    # the oldest and the newest with which the tests of models and engine were run
+    assert all(version in requirement.specifier for version in ("5.16.1", f"{pin}.0", "5.24.0"))
+    assert "6.0.0" not in requirement.specifier and "5.15.0" not in requirement.specifier
