@@ -6,7 +6,7 @@ code that came with a checkpoint may know the old one only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -24,9 +24,10 @@ def given_cache(kwargs: Mapping[str, Any]) -> Any:
 
 def as_argument(model: Any, value: Any) -> dict[str, Any]:
     """The cache as the keyword argument that the model's forward pass has for it."""
-    return {_name(type(model)): value}
+    kind: Any = type(model)
+    return {_name(kind.forward): value}
 
 
 @cache
-def _name(kind: type) -> str:
-    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
+def _name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"

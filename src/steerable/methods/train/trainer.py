@@ -66,6 +66,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         kl_rows: Rollouts a step on which the divergence from the untrained model is estimated.
     """
 
+    _buffered_inputs: Any  # TRL's: the passes of the step
     CURVE = ("step", "reward", "accuracy", "tokens", "kl", "entropy")
 
     def __init__(
@@ -354,7 +355,7 @@ def _by_length(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(parts[0], Tensor) and parts[0].dim():
             return torch.cat(parts)[order].split([len(part) for part in parts])
         if isinstance(parts[0], list):
-            rows = sum(parts, [])
+            rows = [row for part in parts for row in part]
             return [[rows[i] for i in chosen] for chosen in order.split([len(part) for part in parts])]
         return parts
 
