@@ -1,4 +1,4 @@
-"""Reinforcement learning of `smol-think`: what a vector a layer gains beyond the reward by lot, and beside LoRA.
+"""Reinforcement learning of `smol-think`: what a vector a layer gains beyond a random reward, and beside LoRA.
 
     python benchmarks/think_arms.py --out runs/think-arms             # every arm, two at a time, one thread each
     python benchmarks/think_arms.py --out runs/think-arms --summary   # benchmarks/results/think_arms.json

@@ -21,7 +21,7 @@ NAMES = {
     "lora": "LoRA r = 4",
     "full": "full",
     "format": "bias, paid for form alone",
-    "random-reward": "bias, paid by lot",
+    "random-reward": "bias, random reward",
     "shuffled": "bias, layers exchanged",
     "random": "random vectors of equal norm",
 }
@@ -164,22 +164,21 @@ def think_about(given: Sources) -> str:
         lora = "R = (arm − base) / (LoRA − base), and – where the interval of LoRA − base holds 0"
     return (
         f"{s['steps']} steps of {s['prompts']} tasks × {s['group']} samples for every arm and {len(found['seeds'])} "
-        "seeds. The rate of the vectors is the third that was tried: at 3e-2 and 2.5e-2 one seed gained and the other one "
-        "lost, at 2.5e-2 on these very tasks, so the choice has seen them. The last checkpoint is judged on "
-        f"{found['tasks']} unseen tasks: once greedily and {s['samples']} times sampled. "
+        f"seeds; the last checkpoint is judged on {found['tasks']} unseen tasks: once greedily and {s['samples']} "
+        "times sampled. "
         f"Intervals are 95 %, of a bootstrap over tasks and seeds; {lora}."
     )
 
 
 def think_gain(given: Sources) -> str:
-    """What the vectors gain over the untrained model, and over the reward by lot."""
+    """What the vectors gain over the untrained model, and over the random reward."""
     found = given.get("think_arms", {})
     if "against" not in found:
         return words.MISSING
     arm, lot = found["arms"]["bias"], found["against"]["random-reward"]["sampled"]
     return (
-        f"{_points(arm['sampled']['gain'])} sampled and {_points(arm['greedy']['gain'])} greedily; sampled, {_points(lot)} "
-        "beyond vectors that were paid by lot"
+        f"{_points(arm['sampled']['gain'])} sampled and {_points(arm['greedy']['gain'])} greedily; sampled, "
+        f"{_points(lot)} beyond vectors trained on a random reward"
     )
 
 

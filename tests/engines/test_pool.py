@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from steerable.engines import pool
 from steerable.engines.pool import default_threads, loader, map_blocks
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
@@ -140,3 +141,13 @@ def test_interrupt_leaves_no_process():
 def test_a_small_model_has_one_thread():
     model = torch.nn.Linear(2, 2)
     assert default_threads(model, 1) == default_threads(model, 8) == 1
+
+
+def test_a_large_model_has_the_cores_but_no_more_threads_than_torch(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(pool, "SMALL", 1)
+    monkeypatch.setattr(pool, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [default_threads(model, workers) for workers in (1, 2, 3, 20)] == [8, 4, 2, 1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # as OMP_NUM_THREADS=3 sets it
+    assert [default_threads(model, workers) for workers in (1, 2, 3, 20)] == [3, 3, 2, 1]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -134,16 +135,26 @@ def test_the_passes_of_a_step_are_sorted_and_hold_the_same_rollouts(tmp_path, ti
     assert {float(p["num_items_in_batch"]) for p in passes} == {float(scored["num_items_in_batch"])}
 
 
-def test_rollouts_take_the_fast_way_of_the_engine(tmp_path, tiny_llama, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("method", "options"), [("bias", {}), ("bias", {"rank": 2}), ("lora", {}), ("full", {})])
+def test_rollouts_take_the_fast_way_of_the_engine(tmp_path, tiny_llama, tokenizer, monkeypatch, method, options):
+    """They are those of the slower way, which calls every module, when what is trained does something."""
     from steerable.engines.hf import engine
+    from steerable.methods.train import trainer as module
 
     ways = []
     monkeypatch.setattr(engine, "route", lambda *args: ways.append(route(*args)) or ways[-1])
-    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY)
-    bound = made.model.forward
-    made.roll_out(["<user> w1 <assistant> "] * 4, made)
-    assert [way.name for way in ways] == ["slots"], ways
-    assert made.model.forward == bound, "TRL's forward pass is back to score"
+    made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, method=method, **options)
+    before = made.roll_out(["<user> w1 <assistant> "] * 16, made)["completion_ids"]
+    for p in made.trained.parameters().values():
+        with torch.no_grad():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    bound = made.accelerator.unwrap_model(made.model).get_base_model if method == "lora" else lambda: made.model
+    forward = bound().forward
+    fast = made.roll_out(["<user> w1 <assistant> "] * 16, made)["completion_ids"]
+    assert bound().forward == forward, "TRL's forward pass is back to score"
+    monkeypatch.setattr(module, "_without_fused_head", lambda model: nullcontext())
+    assert fast == made.roll_out(["<user> w1 <assistant> "] * 16, made)["completion_ids"] != before
+    assert [way.name for way in ways] == ["slots", "slots", "slots, own attention"], ways
 
 
 @pytest.mark.slow

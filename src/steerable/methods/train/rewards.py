@@ -60,7 +60,7 @@ def format_only(task: Mapping[str, Any], completion: str | None) -> tuple[float,
 
 
 def random_reward(seed: int) -> Reward:
-    """The control that pays by lot: +1 or -1, fixed by the seed, the task and the completion, so that a resumed run
+    """The control that pays at random: +1 or -1, fixed by the seed, the task and the completion, so that a resumed run
     is the same run."""
 
     def by_lot(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
