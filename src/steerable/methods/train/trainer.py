@@ -260,7 +260,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
     def _scored_plainly(
         self, model: Any, ids: Tensor, seen: Tensor, keep: int, *_: Any, compute_entropy: bool = False, **__: Any
     ) -> tuple[Tensor, Tensor | None, None]:
-        """TRL's, from the model's own logits of the completions. Without Triton TRL works tile by tile and on the prompts,
+        """TRL's, from the model's own logits of the completions. Without Triton TRL works tile by tile and on prompts,
         too: a pass of smol-think with its gradient takes a fifth longer by it."""
         last = {"logits_to_keep": keep + 1} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
         logits = model(input_ids=ids, attention_mask=seen, use_cache=False, **last).logits[:, -keep - 1 : -1]
