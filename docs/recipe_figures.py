@@ -1,5 +1,5 @@
-"""What the recipes do to reasoning and what they cost, from recipes.json and overhead.json in benchmarks/results;
-`fill_figures.py` places it."""
+"""What the recipes do and what they cost, from recipes.json, everyday_recipes.json and overhead.json in
+benchmarks/results; `fill_figures.py` places it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,35 @@ def verdict(given: Sources) -> str:
     )
 
 
+def everyday(given: Sources) -> str:
+    """One row a recipe that is not about reasoning."""
+    rows = [
+        [
+            f"`{row['recipe']}`",
+            row["measure"],
+            *(words.fixed(row[name], ".3g") for name in ("unsteered", "steered", "random")),
+            _deviations(row["effect"]),
+            _deviations(row["less_random"]),
+            words.percent(row["loops"]),
+            words.fixed(row["factor"]),
+            words.fixed(row["kl"], ".3f"),
+        ]
+        for row in given.get("everyday_recipes", {}).get("rows", [])
+    ]
+    head = ["recipe", "measure", "unsteered", "steered", "random", "effect", "less random", "loops", "dose", "KL"]
+    return table(head, rows)
+
+
+def everyday_about(given: Sources) -> str:
+    if not (made := given.get("everyday_recipes")):
+        return words.MISSING
+    return (
+        f"SmolLM2-135M-Instruct, {made['questions']} everyday questions, answers of {made['tokens']} tokens, a budget of "
+        f"{made['budget']:g} nats a token; effects are in standard deviations of the unsteered answers, with 95 % "
+        "intervals over questions."
+    )
+
+
 def overhead(given: Sources) -> str:
     """One row a recipe: the time of a token beside unsteered ones, the dearest first."""
     rows = sorted(
@@ -99,11 +128,18 @@ def measured(given: Sources) -> dict[str, str]:
     figures: dict[str, list[str]] = {}
     for row in given.get("recipes", {}).get("rows", []):
         figures.setdefault(row["recipe"], []).append(f"to be {row['aim']}: {_figure(row)}")
+    for row in given.get("everyday_recipes", {}).get("rows", []):
+        figures[row["recipe"]] = [f"{row['measure']}: {_deviations(row['effect'])}"]
     return {name: "; ".join(some) for name, some in figures.items()}
 
 
 def _figure(row: Mapping[str, Any]) -> str:
     return f"thinking {_cut(row['thinking_ratio'][0])}, accuracy {_points(row['accuracy_change'][0])} points"
+
+
+def _deviations(interval: Any) -> str:
+    mean, low, high = (words.fixed(value, "+.2f") for value in interval)
+    return f"{mean} SD ({low} to {high})"
 
 
 def _named(rows: list[Mapping[str, Any]]) -> str:
@@ -136,6 +172,8 @@ def _share(value: Any) -> str:
 FIGURES: dict[str, Callable[[Sources], str]] = {
     "recipes.reasoning": reasoning,
     "recipes.verdict": verdict,
+    "recipes.everyday": everyday,
+    "recipes.everyday.about": everyday_about,
     "recipes.overhead": overhead,
     "recipes.overhead.about": overhead_about,
 }

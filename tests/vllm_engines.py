@@ -4,6 +4,7 @@ Engines are kept until the process ends: one that goes away takes the process gr
 """
 
 import random
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -15,6 +16,8 @@ from steerable.engines.activations import mean_norms
 from steerable.engines.base import Continuation
 from steerable.evals.parity import random_steerings
 from steerable.models.sources import find
+from steerable.steering.gates import selectors
+from steerable.steering.think import render
 
 #: What this machine needs: one process, one thread, a small cache.
 ENVIRONMENT = {
@@ -50,7 +53,7 @@ def start(model, settings=None, *, is_plain=False, **options):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        if "tensor_parallel_size" in options:
+        if options.keys() & {"tensor_parallel_size", "pipeline_parallel_size"}:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
             patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         if is_plain:
@@ -59,6 +62,26 @@ def start(model, settings=None, *, is_plain=False, **options):
             engine = st.VllmEngine.start(model, settings, **options)
     _STARTED.append(engine)
     return engine
+
+
+def crowd_prompts(reference):
+    """They share a beginning that is longer than two blocks of the cache."""
+    questions = ("How many legs do 3 cats have?", "Solve for x: 2*x + 3 = 9", "State the sum of 3 + 4 - 2.")
+    ids = [reference.tokenizer(render(reference.tokenizer, text))["input_ids"] for text in questions]
+    beginning = (sum(ids, []) * 5)[:80]
+    return [beginning + one for one in ids]
+
+
+def crowd_steerings(reference, prompts):
+    """Each differs from the others in vectors, layers, map, gate or strength; every fourth is none."""
+    sites = [st.Site("resid_post", layer) for layer in range(6)]
+    rows = random_steerings(mean_norms(reference.model, prompts, sites), 192, True)
+    generator = torch.Generator().manual_seed(0)
+    when = selectors.when({site: torch.randn(192, generator=generator) for site in sites}, ">", 0.0)
+    latches = selectors.latched(when), selectors.latched(~when & selectors.prompt)
+    gates = (when, ~when & selectors.thinking, *latches, selectors.generated & ~latches[0])
+    rows += [tuple(replace(i, gate=gate) for i in row) for row, gate in zip(rows[8:], gates * 2, strict=False)]
+    return [steering for n, one in enumerate(rows) for steering in ((one, ()) if n % 3 == 0 else (one,))]
 
 
 def add(engine, names, prompts, steerings, salts=None, **options):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from killed import kill_once, lines
 from planted_model import planted_model, texts
 
 from steerable.chains import generation
@@ -143,6 +144,26 @@ def test_it_goes_on_where_it_was_stopped(judged, steerable, monkeypatch):
     for name in ("audit.json", "audit.html"):
         assert (again / name).read_bytes() == (root / "out" / name).read_bytes()
     assert not (again / ".partial").exists()
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_killed(judged):
+    root, again = judged[0], judged[0] / "killed"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in CHAINS.items()]
+    for chains in (4, 30, 100):
+        kill_once(
+            lambda n=chains: lines(again, "*steered*/*.jsonl") >= n,
+            "audit",
+            root / "initializing.safetensors",
+            *options,
+            "--out",
+            again,
+        )
+        assert not (again / "audit.json").exists()
+    audit(root / "initializing.safetensors", out=again, **CHAINS)
+    for name in ("audit.json", "audit.html"):
+        assert (again / name).read_bytes() == (root / "out" / name).read_bytes()
+    assert not (again / ".partial").exists() and not list(again.rglob("*.tmp"))
 
 
 def test_pairs_that_it_was_made_of_are_cut_in_halves(place):

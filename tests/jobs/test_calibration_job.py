@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from killed import kill_once, lines
 
 from steerable.chains.records import read_jsonl
 from steerable.jobs import calibration_grid
@@ -117,6 +118,27 @@ def test_it_goes_on_where_it_was_stopped(calibrated, file, tmp_path, monkeypatch
     assert written[:2] == [0, 0] and sum(written) > 0  # unsteered and first round were there
     for name in ("calibrate.json", "measured.jsonl", "recommended.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_killed(calibrated, file, tmp_path):
+    out, again = calibrated[0], tmp_path / "again"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    for chains in (8, 60, 200):  # of the unsteered ones, of the first round, of later ones
+        kill_once(
+            lambda n=chains: lines(again, "blocks/*.jsonl") >= n,
+            "calibrate",
+            file,
+            *options,
+            "--full-grid",
+            "--out",
+            again,
+        )
+        assert not (again / "calibrate.json").exists()
+    calibrate_files([file], full_grid=True, out=again, **FAST)
+    for name in ("calibrate.json", "measured.jsonl", "recommended.safetensors"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    assert not list(again.rglob("*.tmp"))
 
 
 def test_a_plan_counts_what_the_search_does(calibrated, file, steerable, tmp_path):

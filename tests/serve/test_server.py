@@ -29,7 +29,8 @@ def direction():
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def server(tmp_path_factory):
+    """Its process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,10 +54,15 @@ def url(tmp_path_factory):
             except httpx.HTTPError:
                 assert server.poll() is None, (folder / "log").read_text()[-4000:]
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
+        yield server, f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    return server[1]
 
 
 @pytest.fixture
@@ -131,3 +137,12 @@ def test_directions_come_and_go(client, url):
     assert client.get("/v1/steering/directions/calm").content == direction().to_bytes()
     assert client.delete("/v1/steering/directions/calm").status_code == 204
     assert client.delete("/v1/steering/directions/calm").status_code == 404
+
+
+def test_its_processes_end_with_it(server):
+    """The last test: `kill -9` of the server leaves none of them in the device's memory."""
+    psutil = pytest.importorskip("psutil")
+    children = psutil.Process(server[0].pid).children(recursive=True)
+    assert children
+    server[0].kill()
+    assert psutil.wait_procs(children, timeout=60)[1] == []

@@ -1,17 +1,28 @@
 """What vLLM's scheduler does to a batch of differently steered requests leaves each of them what it is: prompts in
 chunks, prefixes from the cache, preemption, several texts of a prompt, clients that leave, drafts."""
 
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from vllm_engines import CROWDED, PARITY, add, difference, generated, metric, run, scores, start
-
-from steerable.engines.activations import mean_norms
-from steerable.evals.parity import random_steerings
-from steerable.steering.gates import selectors
-from steerable.steering.site import Site
-from steerable.steering.think import render
+import vllm_engines
+from vllm_engines import (
+    CROWDED,
+    PARITY,
+    add,
+    crowd_prompts,
+    crowd_steerings,
+    difference,
+    generated,
+    metric,
+    run,
+    scores,
+    start,
+)
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
@@ -19,24 +30,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def prompts(reference):
-    """They share a beginning that is longer than two blocks of the cache."""
-    questions = ("How many legs do 3 cats have?", "Solve for x: 2*x + 3 = 9", "State the sum of 3 + 4 - 2.")
-    ids = [reference.tokenizer(render(reference.tokenizer, text))["input_ids"] for text in questions]
-    beginning = (sum(ids, []) * 5)[:80]
-    return [beginning + one for one in ids]
+    return crowd_prompts(reference)
 
 
 @pytest.fixture(scope="module")
 def steerings(reference, prompts):
-    """Each differs from the others in vectors, layers, map, gate or strength; every fourth is none."""
-    sites = [Site("resid_post", layer) for layer in range(6)]
-    rows = random_steerings(mean_norms(reference.model, prompts, sites), 192, True)
-    generator = torch.Generator().manual_seed(0)
-    when = selectors.when({site: torch.randn(192, generator=generator) for site in sites}, ">", 0.0)
-    latches = selectors.latched(when), selectors.latched(~when & selectors.prompt)
-    gates = (when, ~when & selectors.thinking, *latches, selectors.generated & ~latches[0])
-    rows += [tuple(replace(i, gate=gate) for i in row) for row, gate in zip(rows[8:], gates * 2, strict=False)]
-    return [steering for n, one in enumerate(rows) for steering in ((one, ()) if n % 3 == 0 else (one,))]
+    return crowd_steerings(reference, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +106,33 @@ def test_drafts(reference, prompts, steerings):
     outputs = generated(engine, prompts, steerings)
     assert 0 < metric(engine, "spec_decode_num_accepted_tokens") < metric(engine, "spec_decode_num_draft_tokens")
     assert difference(reference, steerings, outputs) < PARITY
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "asynchronous"])
+def test_the_second_model_runner(is_async):
+    """vLLM takes it by itself wherever Triton works, which is on GPUs; here Triton's interpreter runs its kernels, in a
+    process that has them from the start. Asynchronous: a step is prepared before the tokens of the last are known."""
+    script = Path(__file__).with_name("second_runner.py")
+    paths = [str(Path(vllm_engines.__file__).parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, script, *(["--async"] if is_async else [])],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"] == is_async
+    assert seen["preemptions"] > 5 and seen["cached"] > 8
+    assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
+    assert seen["difference_of_three_texts"] < PARITY
+
+
+def test_two_stages(reference, prompts, steerings):
+    """Pipeline parallel: each rank has some of the layers, and steers those."""
+    engine = start("pocket", max_model_len=192, max_num_seqs=8, pipeline_parallel_size=2)
+    outputs = generated(engine, prompts, steerings, max_tokens=16)
+    assert difference(reference, steerings, outputs) < PARITY
+    layers = [one["layers"] for one in engine.llm.llm_engine.collective_rpc("steering_status")]
+    assert layers == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_two_ranks(reference, prompts, steerings):

@@ -4,14 +4,17 @@
 - `InputProcessor.process_inputs`: the one door of every request (`requests.py`);
 - `Worker.load_model`: the model's layers are taken hold of (`worker.py`).
 
-Nothing else happens until `--additional-config '{"steering": {}}'` switches it on, but for one thing: a request that
-asks to be steered by an engine without steering is refused.
+Nothing else happens until `--additional-config '{"steering": {}}'` switches it on, but for two things: a request that
+asks to be steered by an engine without steering is refused, and the processes of `steerable serve` end with it.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from multiprocessing import parent_process
 from typing import Any
 
 TESTED = ("0.32",)
@@ -24,9 +27,27 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker
 
+    from steerable.engines.vllm.presets import VARIABLE
+
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(Worker, "load_model", _load_model)
+    if VARIABLE in os.environ:  # `steerable serve` has set it
+        _end_with_parent()
+
+
+@cache
+def _end_with_parent() -> None:
+    """A server that is killed takes the processes that it started with it. vLLM's workers watch the engine's process, but
+    nothing watches the server: the engine would stay, and keep the device's memory from the next one."""
+    if (parent := parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with the server", daemon=True).start()
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -1,0 +1,58 @@
+"""A process of vLLM's second model runner, whose kernels run in Triton's interpreter here: prints, as JSON, how far
+steered texts are from those of the transformers engine.
+
+--async: steps are scheduled before the last one's tokens are known.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+
+def choose_runner(is_async):
+    """Before vLLM is imported."""
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    import triton.backends
+
+    # vLLM asks for an active driver of Triton's; the interpreter needs none.
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(config):
+        check(config)  # which switches it off
+        config.scheduler_config.async_scheduling = is_async
+
+    CpuPlatform.check_and_update_config = check_and_update_config
+
+
+def measure():
+    from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, metric, start
+
+    import steerable as st
+
+    reference = st.TransformersEngine(*st.load("pocket"))
+    prompts = crowd_prompts(reference)
+    steerings = crowd_steerings(reference, prompts)
+    engine = start("pocket", **CROWDED)
+    twice = [steering for steering in steerings for _ in range(2)]
+    outputs = generated(engine, [prompt for prompt in prompts for _ in range(2)], twice, max_tokens=32)
+    preemptions = metric(engine, "num_preemptions")
+    three = generated(engine, prompts, steerings[::3], n=3, temperature=1.5, max_tokens=16)
+    llm = engine.llm.llm_engine
+    return {
+        "runner": type(llm.model_executor.driver_worker.worker.model_runner).__module__,
+        "is_async": llm.vllm_config.scheduler_config.async_scheduling,
+        "preemptions": preemptions,
+        "cached": sum(output.num_cached_tokens > 64 for output in outputs),
+        "difference": difference(reference, twice, outputs),
+        "difference_if_unsteered": difference(reference, [()] * len(outputs), outputs),
+        "difference_of_three_texts": difference(reference, steerings[::3], three),
+    }
+
+
+if __name__ == "__main__":
+    choose_runner("--async" in sys.argv)
+    print(json.dumps(measure()))
