@@ -82,8 +82,8 @@ def everyday_about(given: Sources) -> str:
     if not (made := given.get("everyday_recipes")):
         return words.MISSING
     return (
-        f"SmolLM2-135M-Instruct, {made['questions']} everyday questions, answers of {made['tokens']} tokens, a budget of "
-        f"{made['budget']:g} nats a token; effects are in standard deviations of the unsteered answers, with 95 % "
+        f"SmolLM2-135M-Instruct, {made['questions']} everyday questions, answers of {made['tokens']} tokens, a budget "
+        f"of {made['budget']:g} nats a token; effects are in standard deviations of the unsteered answers, with 95 % "
         "intervals over questions."
     )
 

@@ -123,7 +123,8 @@ def generate_jobs(
         max_new_tokens: of a chain. rows, generation_dtype: as for the engine.
         engine: what generates, in this process; None: transformers.
         block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
-            the model's size, where chains are a quarter of the longest on average, and no more than this.
+            the model's size, where chains are a quarter of the longest on average, and no more than this. Another
+            engine takes so many at once.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
             model that `load` can find again by its name or folder. spread: what distributes the blocks.
         keep: a folder that takes every finished block at once and gives back those of an earlier call with the same
@@ -137,8 +138,10 @@ def generate_jobs(
     model = loaded.model
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
-    minute = _LONGEST * tokens_a_minute(model) // max_new_tokens
-    size = block_size(len(items), min(block, max(_FEWEST, minute)))
+    if engine is None:
+        minute = _LONGEST * tokens_a_minute(model) // max_new_tokens
+        block = min(block, max(_FEWEST, minute))
+    size = block_size(len(items), block)
     parts = [items[i : i + size] for i in range(0, len(items), size)]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(parts))]
     finished = {i: read_jsonl(file, "chain") for i, file in enumerate(files) if file is not None and file.exists()}

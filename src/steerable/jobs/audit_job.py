@@ -25,7 +25,7 @@ from steerable.store.errors import UsageError
 from steerable.store.files import sha256, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
 
-_FIELDS = "model revision dtype device annotator seed max_new_tokens greedy generation_dtype rows block"
+_FIELDS = "model revision dtype device annotator seed max_new_tokens greedy generation_dtype rows block engine"
 
 
 class _AnyRun(Run):

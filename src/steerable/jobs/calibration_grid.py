@@ -41,7 +41,7 @@ from steerable.store.run_folder import read_json, write_json
 THINKING = "thinking"
 FIELDS = (
     "model revision dtype device annotator tasks seed validation max_new_tokens greedy budget generation_dtype rows "
-    "block"
+    "block engine"
 )
 TEXTS, TOKENS = 8, 800
 """Unsteered chains that arms are calibrated on, at most, and their tokens."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.engines.sampling import Decoding, decoding_of, warn_if_endless
+from steerable.engines.vllm.engine import VllmEngine, parse_options
 from steerable.evals.intervals import by_task, mean_interval
 from steerable.evals.likelihood import perplexity, perplexity_ratio, surprisal
 from steerable.evals.metrics import loops
@@ -93,8 +94,15 @@ def passk(
         steerable passk --arm bias=runs/rl/bias.safetensors --samples 64 --out runs/passk
     """
     s = PasskSettings(**settings)
+    engine_options = parse_options(s.engine, s.engine_options)
     chosen, source = _checked_ks(ks, s.samples), source_of(tasks, model)
     compared = find_arms(model, arms if isinstance(arms, Mapping) else parse_arms(arms or ()))
+    others = [arm.name for arm in compared[1:] if arm.kind != "direction"]
+    if s.engine == "vllm" and others:
+        raise UsageError(
+            f"arm {others[0]!r} is a model of its own, and an engine of vLLM has one model: leave out --engine, or "
+            "compare directions alone"
+        )
     display = display or Display(quiet=True)
     folder = RunFolder(out)
     folder.refuse_other("passk", model, overwrite=overwrite)
@@ -108,11 +116,25 @@ def passk(
     with folder.locked():
         job = job_of(s, draw_tasks(folder, source, s, exclude))
         write_json(folder / "config.json", {"job": "passk", "model": model, **recorded})
-        options = s.subset("seed max_new_tokens") | {"decoding": decoding, "workers": workers}
+        options = s.subset("seed max_new_tokens") | {"decoding": decoding}
+
+        @cache
+        def spread() -> dict[str, Any]:
+            if s.engine == "transformers":
+                return {"workers": workers}
+            dtype = str(base.model.dtype).removeprefix("torch.")
+            return {
+                "workers": 1,
+                "engine": VllmEngine.start(model, **{"dtype": dtype, "seed": s.seed} | engine_options),
+            }
+
         shared = how | {"base": fingerprint(compared[0], base.model)}
         for arm in compared:
             key = shared | {"kind": arm.kind, "content": fingerprint(arm)}
-            work = partial(_sample, folder / f"{arm.name}.jsonl", arm, base, job, options, display)
+
+            def work(keep: Path, arm: Arm = arm) -> None:
+                _sample(folder / f"{arm.name}.jsonl", arm, base, job, options | spread(), display, keep)
+
             folder.run_stage(arm.name, ["tasks.jsonl"], key, [f"{arm.name}.jsonl"], work)
         rows = {arm.name: _rows(folder / f"{arm.name}.jsonl") for arm in compared}
         versions = {name: version(name) for name in ("steerable", "torch", "transformers")}

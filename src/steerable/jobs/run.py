@@ -15,7 +15,7 @@ from steerable.engines.base import Engine
 from steerable.engines.cluster import map_blocks as map_blocks_on_cluster
 from steerable.engines.pool import default_workers, map_blocks
 from steerable.engines.sampling import warn_if_endless
-from steerable.engines.vllm.engine import VllmEngine
+from steerable.engines.vllm.engine import VllmEngine, parse_options
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
 from steerable.models.sources import find
@@ -77,15 +77,17 @@ class Run:
         """What generates, where it is not transformers; started when a stage first needs it. Raises UsageError for
         settings that it does not know."""
         c = self.config
+        options = parse_options(c.engine, c.engine_options)
         if c.engine == "transformers":
             return None
+        if options:
+            c.check_own("engine_options")
         others = {"--quantization": c.quantization, "--device": c.device, "--attention": c.attention, "--ray": self.ray}
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"{given[0]} is a setting of --engine transformers: leave it out, vLLM has its own")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        return VllmEngine.start(
-            c.model, dtype=dtype, revision=c.revision, trust_remote_code=c.trust_remote_code, seed=c.seed
-        )
+        options = {"dtype": dtype, "trust_remote_code": c.trust_remote_code, "seed": c.seed} | options
+        return VllmEngine.start(c.model, revision=c.revision, **options)
 
     @property
     def spread_reading(self) -> dict[str, Any]:

@@ -153,8 +153,8 @@ class Config(Settings):
 
     panels: ClassVar[Mapping[str, str]] = {
         "Common": "model tasks annotator behaviours seed limit evaluation samples max_new_tokens greedy",
-        "The model": "revision dtype device quantization attention trust_remote_code engine generation_dtype rows "
-        "block",
+        "The model": "revision dtype device quantization attention trust_remote_code engine engine_options "
+        "generation_dtype rows block",
         "Vectors and their selection": "estimator map gate window baseline layers validation tried budget attributed "
         "patched",
         "What is measured": "side_tasks side_samples sweep controls compared stability",
@@ -183,6 +183,9 @@ class Config(Settings):
     )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="What generates: transformers, or vllm (the extra steerable[vllm])."
+    )
+    engine_options: str = Field(
+        "", description="With --engine vllm: options of vllm.LLM as JSON, e.g. '{\"tensor_parallel_size\": 2}'."
     )
     generation_dtype: Literal["auto", "model", "bfloat16"] = Field(
         "auto",

@@ -234,6 +234,10 @@ class PasskSettings(Comparison):
     """The same, with the many samples that pass@k needs."""
 
     samples: int = Field(64, ge=1, description="Chains a task: the largest k.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What generates: transformers, or vllm, for a base and directions."
+    )
+    engine_options: str = Field("", description="With --engine vllm: options of vllm.LLM as JSON.")
 
 
 def recipes() -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class VllmEngine:
         _let_numba_be()
         try:
             return cls(vllm.LLM(source.place, **options), model)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise SteerableError(f"vLLM does not start with {model}: {error}") from error
 
     def generate(
@@ -182,14 +183,16 @@ class VllmEngine:
 
 
 def fitting_here(vllm: Any, place: str, revision: str | None = None) -> dict[str, Any]:
-    """Options for this machine. On a CPU vLLM shares memory and cores with all else: it takes a part of the memory, and
-    runs in this process.
+    """Options for this machine. On a GPU that has something in its memory already, such as this process's own model,
+    vLLM would ask for more than is free, and not start: it takes nine tenths of what is. On a CPU it shares memory and
+    cores with all else: it takes a part of the memory, and runs in this process.
 
     Not so for an architecture that vLLM computes by the classes of transformers: it gives these another `__call__`,
     which models of this process that have not been loaded by vLLM cannot run.
     """
     if torch.cuda.is_available():
-        return {}
+        free, total = torch.cuda.mem_get_info()
+        return {} if free > 0.95 * total else {"gpu_memory_utilization": 0.9 * free / total}
     from transformers import PretrainedConfig
 
     registered = vllm.ModelRegistry.models
@@ -219,6 +222,23 @@ def _decoded(request: Request, decoding: Decoding) -> dict[str, Any]:
     if decoding.greedy:
         return {"temperature": 0.0, "repetition_penalty": decoding.repetition_penalty}
     return {"temperature": 0.0, "extra": {DRAW: draw(request.seed, decoding)}}
+
+
+def parse_options(engine: str, text: str) -> dict[str, Any]:
+    """`--engine-options`, options of `vllm.LLM` as JSON. Raises UsageError."""
+    if not text:
+        return {}
+    if engine != "vllm":
+        raise UsageError("--engine-options are options of vLLM: give --engine vllm, or leave them out")
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UsageError(
+            f"--engine-options is {text!r}: expected a JSON object, e.g. '{{\"tensor_parallel_size\": 2}}'"
+        )
+    return options
 
 
 def installed() -> Any:

@@ -38,8 +38,8 @@ def register() -> None:
 
 @cache
 def _end_with_parent() -> None:
-    """A server that is killed takes the processes that it started with it. vLLM's workers watch the engine's process, but
-    nothing watches the server: the engine would stay, and keep the device's memory from the next one."""
+    """A server that is killed takes the processes that it started with it. vLLM's workers watch the engine's process,
+    but nothing watches the server: the engine would stay, and keep the device's memory from the next one."""
     if (parent := parent_process()) is None:
         return
 
