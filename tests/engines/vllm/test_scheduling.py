@@ -108,22 +108,20 @@ def test_drafts(reference, prompts, steerings):
     assert difference(reference, steerings, outputs) < PARITY
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["in turn", "asynchronous"])
-def test_the_second_model_runner(is_async):
+def test_the_second_model_runner():
     """vLLM takes it by itself wherever Triton works, which is on GPUs; here Triton's interpreter runs its kernels, in a
-    process that has them from the start. Asynchronous: a step is prepared before the tokens of the last are known."""
-    script = Path(__file__).with_name("second_runner.py")
-    paths = [str(Path(vllm_engines.__file__).parent), *sys.path]
-    done = subprocess.run(
-        [sys.executable, script, *(["--async"] if is_async else [])],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    process that has them from the start. Asynchronously: a step is prepared before the tokens of the last are known."""
+    script = Path(vllm_engines.__file__).with_name("vllm_second_runner.py")
+    command = [sys.executable, script, "--async"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"] == is_async
-    assert seen["preemptions"] > 5 and seen["cached"] > 8
+    assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"]
+    assert seen["preemptions"] > 5 and seen["cached"] > 4
     assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
-    assert seen["difference_of_three_texts"] < PARITY
+    assert seen["difference_of_three_texts"] < PARITY and seen["difference_of_scores"] < PARITY
+    assert seen["equal_draws"] == 1
 
 
 def test_two_stages(reference, prompts, steerings):

@@ -86,9 +86,11 @@ def _probed(runner: Any, bank: Bank, steps: Steps, lane: int, row: int | None = 
     for name, content in filled.items():
         bank.put(name, 1, content)
     tokens.put(slot, strength)
+    steps.is_probed = True
     try:
         return _output(runner)
     finally:
+        steps.is_probed = False
         for name in filled:
             bank.put(name, 1, ())
         tokens.clear()

@@ -11,12 +11,13 @@ from steerable.store.errors import UsageError
 
 def check_config(config: Any) -> None:
     """Raises UsageError for what steering does not go together with, and for layers that the model has not."""
-    parallel, cache = config.parallel_config, config.cache_config
+    parallel, cache, drafts = config.parallel_config, config.cache_config, config.speculative_config
     refused = {
         "--kv-sharing-fast-prefill": getattr(cache, "kv_sharing_fast_prefill", False),
         "--enable-dbo": getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--enable-prompt-embeds": getattr(config.model_config, "enable_prompt_embeds", False),
+        "enable_adaptive_verification of --speculative-config": getattr(drafts, "enable_adaptive_verification", False),
     }
     if names := [name for name, is_on in refused.items() if is_on]:
         raise UsageError(

@@ -65,8 +65,10 @@ class VllmEngine:
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
         options = fitting_here(vllm, source.place, options.get("revision")) | options
         options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
-        options["logits_processors"] = [*options.get("logits_processors", []), "steerable.engines.vllm.draws:Draws"]
         _let_numba_be()
+        from steerable.engines.vllm.draws import FIRST
+
+        options["logits_processors"] = [*options.get("logits_processors", []), FIRST]
         try:
             return cls(vllm.LLM(source.place, **options), model)
         except (RuntimeError, TypeError, ValueError) as error:

@@ -73,6 +73,10 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     self.additional_config = switched_on(self.additional_config)
     config = original(self, *args, **kwargs)
     check_config(config)
+    if config.use_v2_model_runner and (given := config.model_config.logits_processors):
+        from steerable.engines.vllm.draws import FIRST, SECOND
+
+        config.model_config.logits_processors = [SECOND if one == FIRST else one for one in given]
     return config
 
 

@@ -81,13 +81,15 @@ class _Following:
 class Steps:
     """Fills the token buffers of one model runner.
 
-    slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it.
+    slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it. is_probed:
+    a probe is in the buffers, and the next forward passes run with it, whatever their requests are.
     """
 
     settings: Settings
     tokens: Tokens
     slots: Mapping[str, Slots]
     tokenizer: Callable[[], Any]
+    is_probed: bool = False
     _requests: dict[str, _Request | None] = field(default_factory=dict)
     _trackers: dict[Any, Tracker] = field(default_factory=dict)
     _decoding: list[str] | None = None  # whose next single tokens need no new slots
@@ -156,6 +158,8 @@ class Steps:
         names: of the requests, in the order of their tokens. starts, counts: [n] position of each one's first token,
         and how many. ids, positions: of all tokens, on the device. arrival: describes a request that is new.
         """
+        if self.is_probed:
+            return None
         self.settle()
         requests = [self._request(name, arrival) for name in names]
         if not any(requests):

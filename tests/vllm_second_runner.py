@@ -25,22 +25,35 @@ def choose_runner(is_async):
         check(config)  # which switches it off
         config.scheduler_config.async_scheduling = is_async
 
-    CpuPlatform.check_and_update_config = check_and_update_config
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
 def measure():
     from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, metric, start
 
     import steerable as st
+    from steerable.engines.base import Continuation
+    from steerable.engines.sampling import Decoding
 
     reference = st.TransformersEngine(*st.load("pocket"))
     prompts = crowd_prompts(reference)
     steerings = crowd_steerings(reference, prompts)
     engine = start("pocket", **CROWDED)
+    steerings = steerings[::2]  # the interpreter is slow
     twice = [steering for steering in steerings for _ in range(2)]
-    outputs = generated(engine, [prompt for prompt in prompts for _ in range(2)], twice, max_tokens=32)
+    outputs = generated(engine, [prompt for prompt in prompts for _ in range(2)], twice, max_tokens=20)
     preemptions = metric(engine, "num_preemptions")
-    three = generated(engine, prompts, steerings[::3], n=3, temperature=1.5, max_tokens=16)
+    three = generated(engine, prompts, steerings[::6], n=3, temperature=1.5, max_tokens=8)
+    decoding = [Decoding(0.9, 20, 0.95, 0.01, penalty) for penalty in (1.0, 1.2)]
+    asked = [
+        st.Request(prompts[n % 3], seed=n, steering=steering, decoding=decoding[n % 2])
+        for n, steering in enumerate(steerings[:8])
+    ]
+    drawn, expected = (one.generate(asked, max_new_tokens=12) for one in (engine, reference))
+    texts = [
+        Continuation(p, o.outputs[0].token_ids, s) for p, o, s in zip(prompts, outputs[::2], steerings, strict=False)
+    ]
+    scored = zip(engine.logprobs(texts), reference.logprobs(texts), strict=True)
     llm = engine.llm.llm_engine
     return {
         "runner": type(llm.model_executor.driver_worker.worker.model_runner).__module__,
@@ -49,7 +62,9 @@ def measure():
         "cached": sum(output.num_cached_tokens > 64 for output in outputs),
         "difference": difference(reference, twice, outputs),
         "difference_if_unsteered": difference(reference, [()] * len(outputs), outputs),
-        "difference_of_three_texts": difference(reference, steerings[::3], three),
+        "difference_of_scores": max(float((a - b).abs().max()) for a, b in scored),
+        "equal_draws": sum(a.ids == b.ids for a, b in zip(drawn, expected, strict=True)) / len(asked),
+        "difference_of_three_texts": difference(reference, steerings[::6], three),
     }
 
 
