@@ -122,13 +122,11 @@ def passk(
         def spread() -> dict[str, Any]:
             if s.engine == "transformers":
                 return {"workers": workers}
-            dtype = str(base.model.dtype).removeprefix("torch.")
-            return {
-                "workers": 1,
-                "engine": VllmEngine.start(model, **{"dtype": dtype, "seed": s.seed} | engine_options),
-            }
+            fixed: dict[str, Any] = {"dtype": str(base.model.dtype).removeprefix("torch."), "seed": s.seed}
+            return {"workers": 1, "engine": VllmEngine.start(model, **fixed | engine_options)}
 
         shared = how | {"base": fingerprint(compared[0], base.model)}
+        shared.pop("engine_options")  # where it runs, and not what
         for arm in compared:
             key = shared | {"kind": arm.kind, "content": fingerprint(arm)}
 

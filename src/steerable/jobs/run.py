@@ -86,8 +86,8 @@ class Run:
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"{given[0]} is a setting of --engine transformers: leave it out, vLLM has its own")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
-        options = {"dtype": dtype, "trust_remote_code": c.trust_remote_code, "seed": c.seed} | options
-        return VllmEngine.start(c.model, revision=c.revision, **options)
+        fixed: dict[str, Any] = {"dtype": dtype, "trust_remote_code": c.trust_remote_code, "seed": c.seed}
+        return VllmEngine.start(c.model, revision=c.revision, **fixed | options)
 
     @property
     def spread_reading(self) -> dict[str, Any]:

@@ -81,8 +81,8 @@ class _Following:
 class Steps:
     """Fills the token buffers of one model runner.
 
-    slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it. is_probed:
-    a probe is in the buffers, and the next forward passes run with it, whatever their requests are.
+    slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it.
+    is_probed: a probe is in the buffers, and the next forward passes run with it, whatever their requests are.
     """
 
     settings: Settings
