@@ -135,7 +135,7 @@ def measured(loaded: models.Loaded, texts: Texts, row: Row, budget: float) -> di
     drawn = np.mean([[row.value(one["text"]) for one in some] for some in random], axis=0).tolist()
 
     def effect(some: list[float], other: list[float]) -> Any:
-        by_question = ({str(n): [v / spread] for n, v in enumerate(side)} for side in (some, other))
+        by_question = ({str(n): v / spread for n, v in enumerate(side)} for side in (some, other))
         return difference_interval(*by_question)
 
     return {

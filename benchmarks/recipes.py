@@ -2,6 +2,8 @@
 
     python benchmarks/recipes.py --out runs/recipes             # goes on where it was stopped; one thread
     python benchmarks/recipes.py --out runs/recipes --summary   # benchmarks/results/recipes.json
+    # A row of it once more, on other tasks:
+    python benchmarks/recipes.py --only angular-shorter --seed 1 --out runs/recipes-1 --to recipes_again_1.json
 
 Directions come from chains of extraction tasks; the layer, where a recipe leaves it open, is chosen on validation
 tasks; figures are those of evaluation tasks that neither has seen, with the seeds of the unsteered chains. Whatever a
@@ -51,11 +53,11 @@ LONGEST, TEXTS = 400, 8
 class Work:
     """One folder of chains and settings; what is finished is not done again."""
 
-    def __init__(self, out: Path, budget: float, sizes: dict[str, int]):
+    def __init__(self, out: Path, budget: float, sizes: dict[str, int], seed: int):
         self.out, self.budget = out, budget
         self.loaded = models.load("pocket")
         if not (out / "tasks.jsonl").exists():
-            write_jsonl(out / "tasks.jsonl", make_splits("pocket", sizes, seed=0))
+            write_jsonl(out / "tasks.jsonl", make_splits("pocket", sizes, seed=seed))
         tasks = read_jsonl(out / "tasks.jsonl", "task")
         self.tasks = {split: [t for t in tasks if t["split"] == split][:size] for split, size in sizes.items()}
         self.cache: dict[Any, Made | None] = {}
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--budget", type=float, default=0.05, help="nats a token")
     parser.add_argument("--tasks", type=float, default=1.0, help="share of the tasks")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks: another one wants folders of its own")
     parser.add_argument("--only", nargs="+", help="rows, recipe-aim")
     parser.add_argument("--stages", nargs="+", default=["settings", "evaluation", "controls"])
     parser.add_argument("--summary", action="store_true")
@@ -247,7 +250,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", SteerableWarning)
-    work = Work(args.out, args.budget, {name: round(n * args.tasks) for name, n in SIZES.items()})
+    work = Work(args.out, args.budget, {name: round(n * args.tasks) for name, n in SIZES.items()}, args.seed)
     chosen = [row for row in rows() if not args.only or row.name in args.only]
     if not args.summary:
         do = {

@@ -342,6 +342,17 @@ def serving(given: Sources) -> str:
     return _table(["engine", "what steers", "throughput over unsteered", "the same by CPU seconds"], rows)
 
 
+def parity(given: Sources) -> str:
+    """One row a batch of vLLM: how far its steered texts are from the transformers engine's."""
+    rows = []
+    for name, row in given.get("parity", {}).get("rows", {}).items():
+        equal = {True: "bit-equal", False: "not bit-equal", None: ""}[row.get("bit_equal")]
+        texts = "" if row["texts"] is None else str(row["texts"])
+        rows.append([name, texts, f"{row['difference']:.1e}".replace("-", words.MINUS), equal])
+    head = ["model, engine and what the scheduler does", "texts", "largest difference", "unsteered texts"]
+    return _table(head, rows)
+
+
 def agreement(given: Sources) -> str:
     """One row a program: its conventions, and at each block how its log-probabilities agree with ours."""
     measured_there = given.get("agreement", {})
@@ -482,6 +493,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "long_chain": long_chain,
     "memory": memory,
     "serving": serving,
+    "parity": parity,
     "agreement": agreement,
     "agreement.llama_cpp": llama_cpp,
     "pocket": partial(taught, "pocket"),

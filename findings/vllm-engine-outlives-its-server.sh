@@ -73,3 +73,4 @@ for one in left:
 sys.exit(not (left and held > 100))
 PYTHON
 # Output seen:
+#   a minute after the server was killed, of its 3 processes 3 are left, with 2279 MiB

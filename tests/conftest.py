@@ -160,6 +160,10 @@ def model(request):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return word_tokenizer()
+
+
+def word_tokenizer():
     """Whole words; id 1 is <think>, 2 </think>, 3 a paragraph break; the template opens the block."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ from steerable.engines.base import Continuation
 from steerable.evals.parity import random_steerings
 from steerable.models.sources import find
 from steerable.steering.gates import selectors
-from steerable.steering.think import render
+from steerable.steering.think import render, think_tags_if_any
 
 #: What this machine needs: one process, one thread, a small cache.
 ENVIRONMENT = {
@@ -74,10 +74,13 @@ def crowd_prompts(reference):
 
 def crowd_steerings(reference, prompts):
     """Each differs from the others in vectors, layers, map, gate or strength; every fourth is none."""
-    sites = [st.Site("resid_post", layer) for layer in range(6)]
-    rows = random_steerings(mean_norms(reference.model, prompts, sites), 192, True)
+    config = reference.model.config
+    sites, width = [st.Site("resid_post", layer) for layer in range(config.num_hidden_layers)], config.hidden_size
+    rows = random_steerings(
+        mean_norms(reference.model, prompts, sites), width, bool(think_tags_if_any(reference.tokenizer))
+    )
     generator = torch.Generator().manual_seed(0)
-    when = selectors.when({site: torch.randn(192, generator=generator) for site in sites}, ">", 0.0)
+    when = selectors.when({site: torch.randn(width, generator=generator) for site in sites}, ">", 0.0)
     latches = selectors.latched(when), selectors.latched(~when & selectors.prompt)
     gates = (when, ~when & selectors.thinking, *latches, selectors.generated & ~latches[0])
     rows += [tuple(replace(i, gate=gate) for i in row) for row, gate in zip(rows[8:], gates * 2, strict=False)]

@@ -58,6 +58,7 @@ def measure():
     return {
         "runner": type(llm.model_executor.driver_worker.worker.model_runner).__module__,
         "is_async": llm.vllm_config.scheduler_config.async_scheduling,
+        "texts": len(outputs) + sum(len(output.outputs) for output in three),
         "preemptions": preemptions,
         "cached": sum(output.num_cached_tokens > 64 for output in outputs),
         "difference": difference(reference, twice, outputs),

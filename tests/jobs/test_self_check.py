@@ -17,6 +17,13 @@ def test_doctor_of_the_transformers_engine(steerable):
     assert 0 < document["checks"][0]["value"] < 2e-5
 
 
+def test_a_block_to_paste(steerable):
+    title, empty, *table, last, versions = steerable("doctor", "pocket", "--report").out.splitlines()
+    assert title.startswith("**steerable doctor: all checks pass**, pocket in float32 by transformers on ")
+    assert empty == last == "" and len(table) == 2 + 4 and all(row.count("|") == 5 for row in table)
+    assert f"torch {torch.__version__}" in versions
+
+
 class Unsteered(st.TransformersEngine):
     """An engine that drops the steering, as a stale graph would."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -61,6 +61,7 @@ def doctor(
     engine: str = "transformers",
     dtype: str = "float32",
     eager: bool = False,
+    report: bool = False,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Prove that an engine steers a model on this machine: log-probabilities of steered texts beside a reference's.
@@ -73,11 +74,13 @@ def doctor(
         engine: transformers or vllm.
         dtype: The type of the weights; in float32 differences are smallest.
         eager: Let vLLM run without compiling, which starts faster.
+        report: Print the result as a block of Markdown, to paste where somebody asks what was seen on which machine.
         display: Where progress is shown; default: nowhere.
 
     Returns:
-        `{"engine", "model", "dtype", "ok", "why", "checks", "versions"}`; a check has a name, ok, a value and its
-        limit. The command exits with 1 where ok is false.
+        `{"engine", "how", "model", "dtype", "device", "ok", "why", "checks", "versions"}`; a check has a name, ok, a
+        value and its limit; `how` says of vLLM which model runner it took, and whether it compiled. The command exits
+        with 1 where ok is false.
 
     Raises:
         UsageError: another engine or type, or vLLM is not installed. SteerableError: vLLM starts, and steers nothing.
@@ -110,15 +113,44 @@ def doctor(
     for check in checks:
         display.say(_line(check))
     bad = [_line(check) for check in checks if not check.ok]
-    return {
+    result = {
         "engine": engine,
+        "how": tested.how if isinstance(tested, VllmEngine) else "",
         "model": model,
         "dtype": dtype,
+        "device": _device(),
         "ok": not bad,
         "why": "; ".join(bad),
         "checks": [asdict(check) for check in checks],
         "versions": _versions() | {"python": platform.python_version()},
     }
+    if report:
+        display.tell(*_block(result))
+    return result
+
+
+def _block(result: Mapping[str, Any]) -> list[str]:
+    """What was seen, as Markdown."""
+    engine = f"{result['engine']} ({result['how']})" if result["how"] else result["engine"]
+    return [
+        f"**steerable doctor: {'all checks pass' if result['ok'] else 'WRONG'}**, {result['model']} in "
+        f"{result['dtype']} by {engine} on {result['device']}",
+        "",
+        "| check | value | limit | |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {c['name']} | {c['value']:.3g} | {c['limit']:.3g} | {'ok' if c['ok'] else 'WRONG'} |"
+            for c in result["checks"]
+        ),
+        "",
+        ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
+    ]
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def _prompts(tokenizer: Any) -> list[list[int]]:

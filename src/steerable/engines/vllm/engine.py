@@ -74,6 +74,13 @@ class VllmEngine:
         except (RuntimeError, TypeError, ValueError) as error:
             raise SteerableError(f"vLLM does not start with {model}: {error}") from error
 
+    @property
+    def how(self) -> str:
+        """Which of vLLM's model runners computes, and whether it is compiled."""
+        config = self.llm.llm_engine.vllm_config
+        runner = "second" if config.use_v2_model_runner else "first"
+        return f"{runner} model runner, {'eager' if config.model_config.enforce_eager else 'compiled'}"
+
     def generate(
         self, requests: Sequence[Request], *, max_new_tokens: int = 500, progress: Progress | None = None
     ) -> list[Completion]:
