@@ -9,8 +9,8 @@
 # finds Triton, as on GPUs, and the first one elsewhere, as on this build for CPUs. The second one wants subclasses of
 # vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor, whose `apply` takes two arguments, and the engine does not start
 # with a class of the first interface, be it named by `logits_processors` or registered by any installed package as an entry
-# point of vllm.logits_processors. The switch is VLLM_USE_V2_MODEL_RUNNER; the front end asks it too, so that the refusal can
-# be seen without a GPU.
+# point of vllm.logits_processors. Here the first runner answers with such a class, and the function by which the front end of
+# an engine with the second one loads it, which needs no GPU, refuses it.
 #
 # Exits with 0 while that is so, with 1 once it is not.
 set -euo pipefail
@@ -72,23 +72,26 @@ if not os.path.exists(folder):
     LlamaForCausalLM(
         LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
     ).save_pretrained(folder)
+engine = LLM(
+    folder, skip_tokenizer_init=True, dtype="float32", max_model_len=64, enforce_eager=True,
+    logits_processors=["processors:Nothing"],
+)  # fmt: skip
+done = engine.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+runner = type(engine.llm_engine.model_executor.driver_worker.worker.model_runner)
+print("FIRST", runner.__module__, "answered with", len(done[0].outputs[0].token_ids), "tokens")
+
+from vllm.v1.worker.gpu.sample.logits_processor.loader import build_custom_logits_processors_params_validator
+
 try:
-    engine = LLM(
-        folder, skip_tokenizer_init=True, dtype="float32", max_model_len=64, enforce_eager=True,
-        logits_processors=["processors:Nothing"],
-    )  # fmt: skip
-    done = engine.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
-    print("RESULT answered with", len(done[0].outputs[0].token_ids), "tokens")
-except Exception as error:
-    print("RESULT", type(error).__name__, error)
+    build_custom_logits_processors_params_validator(["processors:Nothing"])
+    print("SECOND takes it, too")
+except ValueError as error:
+    print("SECOND", type(error).__name__, error)
 PYTHON
 cd "$work"
 export PYTHONPATH="$work"
-first=$(venv/bin/python engine.py "$work/model" 2>/dev/null | grep ^RESULT)
-second=$(VLLM_USE_V2_MODEL_RUNNER=1 venv/bin/python engine.py "$work/model" 2>/dev/null | grep ^RESULT)
-echo "first model runner:  ${first#RESULT }"
-echo "second model runner: ${second#RESULT }"
-[[ $first == "RESULT answered with 2 tokens" && $second == "RESULT ValueError Nothing is not a subclass of"* ]]
+venv/bin/python engine.py "$work/model" 2>/dev/null | grep -E "^(FIRST|SECOND)" | tee seen
+grep -q "^FIRST vllm.v1.worker.cpu_model_runner answered with 2 tokens" seen && grep -q "^SECOND ValueError Nothing is not" seen
 # Output seen:
-#   first model runner:  answered with 2 tokens
-#   second model runner: ValueError Nothing is not a subclass of vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor
+#   FIRST vllm.v1.worker.cpu_model_runner answered with 2 tokens
+#   SECOND ValueError Nothing is not a subclass of vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor
