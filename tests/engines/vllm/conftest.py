@@ -1,7 +1,7 @@
 """Engines that several files share: each takes seconds to start, and stays."""
 
 import pytest
-from vllm_engines import CROWDED, start
+from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, start
 
 import steerable as st
 
@@ -16,3 +16,13 @@ def crowded():
 def reference():
     """The transformers engine with the bundled model."""
     return st.TransformersEngine(*st.load("pocket"))
+
+
+@pytest.fixture(scope="session")
+def prompts(reference):
+    return crowd_prompts(reference)
+
+
+@pytest.fixture(scope="session")
+def steerings(reference, prompts):
+    return crowd_steerings(reference, prompts)

@@ -1,21 +1,12 @@
 """What vLLM's scheduler does to a batch of differently steered requests leaves each of them what it is: prompts in
 chunks, prefixes from the cache, preemption, several texts of a prompt, clients that leave, drafts."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import vllm_engines
 from vllm_engines import (
     CROWDED,
     PARITY,
     add,
-    crowd_prompts,
-    crowd_steerings,
     difference,
     generated,
     metric,
@@ -26,16 +17,6 @@ from vllm_engines import (
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def prompts(reference):
-    return crowd_prompts(reference)
-
-
-@pytest.fixture(scope="module")
-def steerings(reference, prompts):
-    return crowd_steerings(reference, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -106,37 +87,3 @@ def test_drafts(reference, prompts, steerings):
     outputs = generated(engine, prompts, steerings)
     assert 0 < metric(engine, "spec_decode_num_accepted_tokens") < metric(engine, "spec_decode_num_draft_tokens")
     assert difference(reference, steerings, outputs) < PARITY
-
-
-def test_the_second_model_runner():
-    """vLLM takes it by itself wherever Triton works, which is on GPUs; here Triton's interpreter runs its kernels, in a
-    process that has them from the start. Asynchronously: a step is prepared before the tokens of the last are known."""
-    script = Path(vllm_engines.__file__).with_name("vllm_second_runner.py")
-    command = [sys.executable, script, "--async"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"]
-    assert seen["preemptions"] > 5 and seen["cached"] > 4
-    assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
-    assert seen["difference_of_three_texts"] < PARITY and seen["difference_of_scores"] < PARITY
-    assert seen["equal_draws"] == 1
-
-
-def test_two_stages(reference, prompts, steerings):
-    """Pipeline parallel: each rank has some of the layers, and steers those."""
-    engine = start("pocket", max_model_len=192, max_num_seqs=8, pipeline_parallel_size=2)
-    outputs = generated(engine, prompts, steerings, max_tokens=16)
-    assert difference(reference, steerings, outputs) < PARITY
-    layers = [one["layers"] for one in engine.llm.llm_engine.collective_rpc("steering_status")]
-    assert layers == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_two_ranks(reference, prompts, steerings):
-    """Each adds the whole vector to the sum of both, once."""
-    engine = start("pocket", max_model_len=192, max_num_seqs=8, tensor_parallel_size=2)
-    outputs = generated(engine, prompts, steerings, max_tokens=16)
-    assert difference(reference, steerings, outputs) < PARITY
-    one, other = engine.llm.llm_engine.collective_rpc("steering_status")
-    assert one == other and one["tokens"] > 0
