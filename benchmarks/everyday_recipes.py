@@ -5,10 +5,11 @@
     python benchmarks/everyday_recipes.py            # a few minutes; writes benchmarks/results/everyday_recipes.json
 
 Each recipe steers SmolLM2 while it answers everyday questions, and a measure from outside says what came of it
-(`contrast_measures.py`; none of them sees an activation), in standard deviations of the unsteered answers. What a
-recipe gives is scaled to one budget of KL on unsteered replies, as `recipes.py` does it, but for a floor, which is used
-whole: it holds a model back and moves it little elsewhere. Controls are the recipe's own maps in random directions,
-drawn twice and scaled to the same budget. Intervals are 95 % over questions, paired with the unsteered answers.
+(`contrast_measures.py`; none of them sees an activation), in standard deviations of the unsteered answers (or as it
+is, where these are all equal). What a recipe gives is scaled to one budget of KL on unsteered replies, as `recipes.py`
+does it, but for a floor, which is used whole: it holds a model back and moves it little elsewhere. Controls are the
+recipe's own maps in random directions, drawn twice and scaled to the same budget. Intervals are 95 % over questions,
+paired with the unsteered answers.
 """
 
 from __future__ import annotations
@@ -130,18 +131,19 @@ def measured(loaded: models.Loaded, texts: Texts, row: Row, budget: float) -> di
     told = answers(loaded, steered, row.system)
     random = [answers(loaded, control, row.system) for control in controls]
     base = [row.value(one["text"]) for one in plain]
-    spread = float(np.std(base, ddof=1)) or 1.0
+    deviation = float(np.std(base, ddof=1))
     values = [row.value(one["text"]) for one in told]
     drawn = np.mean([[row.value(one["text"]) for one in some] for some in random], axis=0).tolist()
 
     def effect(some: list[float], other: list[float]) -> Any:
-        by_question = ({str(n): v / spread for n, v in enumerate(side)} for side in (some, other))
+        by_question = ({str(n): v / (deviation or 1.0) for n, v in enumerate(side)} for side in (some, other))
         return difference_interval(*by_question)
 
     return {
         "recipe": row.recipe, "measure": row.title, "factor": factor, "kl": kl,
         "sites": len(steering), "unsteered": float(np.mean(base)), "steered": float(np.mean(values)),
-        "random": float(np.mean(drawn)), "effect": effect(values, base), "less_random": effect(values, drawn),
+        "random": float(np.mean(drawn)), "deviation": deviation,
+        "effect": effect(values, base), "less_random": effect(values, drawn),
         "loops": sum(one["loops"] > 0 for one in told) / len(told),
         "example": {"question": QUESTIONS[2], "unsteered": plain[2]["text"], "steered": told[2]["text"]},
         "seconds": round(time.perf_counter() - start, 1),

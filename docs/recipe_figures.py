@@ -80,8 +80,8 @@ def everyday(given: Sources) -> str:
             f"`{row['recipe']}`",
             row["measure"],
             *(words.fixed(row[name], ".3g") for name in ("unsteered", "steered", "random")),
-            _deviations(row["effect"]),
-            _deviations(row["less_random"]),
+            _deviations(row, "effect"),
+            _deviations(row, "less_random"),
             words.percent(row["loops"]),
             words.fixed(row["factor"]),
             words.fixed(row["kl"], ".3f"),
@@ -97,8 +97,8 @@ def everyday_about(given: Sources) -> str:
         return words.MISSING
     return (
         f"SmolLM2-135M-Instruct, {made['questions']} everyday questions, answers of {made['tokens']} tokens, a budget "
-        f"of {made['budget']:g} nats a token; effects are in standard deviations of the unsteered answers, with 95 % "
-        "intervals over questions."
+        f"of {made['budget']:g} nats a token; effects are in standard deviations (SD) of the unsteered answers, but "
+        "for a measure that is the same for all of them; intervals are 95 %, over questions."
     )
 
 
@@ -143,7 +143,7 @@ def measured(given: Sources) -> dict[str, str]:
     for row in given.get("recipes", {}).get("rows", []):
         figures.setdefault(row["recipe"], []).append(f"to be {row['aim']}: {_figure(row)}")
     for row in given.get("everyday_recipes", {}).get("rows", []):
-        figures[row["recipe"]] = [f"{row['measure']}: {_deviations(row['effect'])}"]
+        figures[row["recipe"]] = [f"{row['measure']}: {_deviations(row, 'effect')}"]
     return {name: "; ".join(some) for name, some in figures.items()}
 
 
@@ -151,9 +151,9 @@ def _figure(row: Mapping[str, Any]) -> str:
     return f"thinking {_cut(row['thinking_ratio'][0])}, accuracy {_points(row['accuracy_change'][0])} points"
 
 
-def _deviations(interval: Any) -> str:
-    mean, low, high = (words.fixed(value, "+.2f") for value in interval)
-    return f"{mean} SD ({low} to {high})"
+def _deviations(row: Mapping[str, Any], name: str) -> str:
+    mean, low, high = (words.fixed(value, "+.2f") for value in row[name])
+    return f"{mean}{' SD' * (row['deviation'] > 0)} ({low} to {high})"
 
 
 def _named(rows: list[Mapping[str, Any]]) -> str:
