@@ -44,8 +44,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "smol-think": {
         "limit": 200,
         "validation": 24,
-        "samples": 2,
-        "controls": 3,
+        "evaluation": 100,
+        "samples": 1,  # more tasks rather than more chains of each: intervals are over tasks
+        "controls": 2,
         "budget": 0.1,
         "window": "onset",
         "tried": 2,
