@@ -133,16 +133,17 @@ def summarise(out: Path) -> None:
             }
             if lora is not None and name not in ("base", "lora"):
                 room = _interval(lora, lambda x: x[0] - x[1], draws, base)
-                share = _interval(arm, lambda x: (x[0] - x[1]) / (x[2] - x[1]), draws, base, lora)
-                rows[name][d]["recovered"] = None if room[1] <= 0 <= room[2] else share
+                rows[name][d]["recovered"] = (
+                    None  # of a gain that may be none
+                    if room[1] <= 0 <= room[2]
+                    else _interval(arm, lambda x: (x[0] - x[1]) / (x[2] - x[1]), draws, base, lora)
+                )
     result = {"arms": rows, "tasks": len(tasks), "settings": COMMON, "seeds": list(SEEDS)}
-    if "random-reward" in right:
-        result["against"] = {
-            "random-reward": {
-                d: _interval(right["bias"][d], lambda x: x[0] - x[1], draws, right["random-reward"][d])
-                for d in ("sampled", "greedy")
-            }
-        }
+    result["against"] = {
+        other: {d: _interval(right["bias"][d], lambda x: x[0] - x[1], draws, arm[d]) for d in ("sampled", "greedy")}
+        for other, arm in right.items()
+        if other in ("random-reward", "lora")
+    }
     result["vectors"] = vectors(out / "bias-0/bias.safetensors")
     RESULTS.joinpath("think_arms.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: {d: row[d]["accuracy"] for d in ("sampled", "greedy")} for name, row in rows.items()}))
