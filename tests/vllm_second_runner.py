@@ -1,7 +1,7 @@
 """A process of vLLM's second model runner, whose kernels run in Triton's interpreter here: prints, as JSON, how far
 steered texts are from those of the transformers engine.
 
---async: steps are scheduled before the last one's tokens are known.
+--async: steps are scheduled before the last one's tokens are known. --stages: pipeline parallel, two processes.
 """
 
 import json
@@ -26,6 +26,24 @@ def choose_runner(is_async):
         config.scheduler_config.async_scheduling = is_async
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
+def measure_stages():
+    from vllm_engines import crowd_prompts, crowd_steerings, difference, generated, start
+
+    import steerable as st
+
+    reference = st.TransformersEngine(*st.load("pocket"))
+    prompts = crowd_prompts(reference)
+    steerings = crowd_steerings(reference, prompts)[::4]
+    engine = start("pocket", max_model_len=192, max_num_seqs=8, pipeline_parallel_size=2)
+    outputs = generated(engine, prompts, steerings, max_tokens=8)
+    return {
+        "texts": len(outputs),
+        "layers": [one["layers"] for one in engine.llm.llm_engine.collective_rpc("steering_status")],
+        "difference": difference(reference, steerings, outputs),
+        "difference_if_unsteered": difference(reference, [()] * len(outputs), outputs),
+    }
 
 
 def measure():
@@ -69,6 +87,6 @@ def measure():
     }
 
 
+choose_runner("--async" in sys.argv)  # in processes that are spawned, too, which import this file
 if __name__ == "__main__":
-    choose_runner("--async" in sys.argv)
-    print(json.dumps(measure()))
+    print(json.dumps(measure_stages() if "--stages" in sys.argv else measure()))

@@ -16,7 +16,8 @@ def test_a_model_may_have_defaults_of_its_own():
     assert (own.limit, own.tried, own.budget, own.window) == (200, 2, 0.1, "onset") and own.patched == Config().patched
     assert Config(model="smol-think", limit=7) == own.replace(limit=7)
     assert Config(**own.to_dict()) == own and Config(model="pocket").limit == 300
-    assert Config(model="smol-think", annotator="length").window == "span"
+    lengths = Config(model="smol-think", annotator="length")
+    assert (lengths.window, lengths.samples, own.samples) == ("span", 2, 1)
     assert Config(model="smol-think", window="published").baseline == "overall"
 
 

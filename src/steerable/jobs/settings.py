@@ -276,10 +276,12 @@ class Config(Settings):
             "annotator": model if model in TAUGHT else "keywords",
             "baseline": "overall" if values.get("window") == "published" else "pooled",  # as published
         }
-        if values.get("annotator") == "length":  # chains of one task begin alike
+        of_model = DEFAULTS.get(model, {})
+        if values.get("annotator") == "length":  # chains of one task begin alike, and several are compared
             defaults["window"] = "span"
             values = {**values, "window": values.get("window") or "auto"}
-        values = {**DEFAULTS.get(model, {}), **values}
+            of_model = {name: max(2, value) if name == "samples" else value for name, value in of_model.items()}
+        values = {**of_model, **values}
         return {**values, **{name: value for name, value in defaults.items() if values.get(name, "auto") == "auto"}}
 
     @model_validator(mode="after")

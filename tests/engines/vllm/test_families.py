@@ -42,3 +42,11 @@ def test_classes_of_transformers_are_changed_in_another_process(family, processe
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fitting_here(vllm, str(tmp_path))
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == processes
+
+
+@pytest.mark.parametrize("free, options", [(140, {}), (70, {"gpu_memory_utilization": 0.45})])
+def test_memory_that_is_taken_is_left_alone(free, options, monkeypatch):
+    """On a GPU, where this process's own model may lie."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free << 30, 140 << 30))
+    assert fitting_here(None, "nowhere") == options

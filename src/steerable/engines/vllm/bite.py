@@ -99,9 +99,25 @@ def _probed(runner: Any, bank: Bank, steps: Steps, lane: int, row: int | None = 
 def _output(runner: Any) -> Tensor:
     """What the model gives for a few dummy tokens, on the CPU: hidden states, or what is sent to the next rank."""
     if hasattr(runner, "model_state"):
-        output = runner._dummy_run(_TOKENS)[0]
+        output = _second_output(runner)
     else:  # without its attention a step would read memory that nothing has written
         output = runner._dummy_run(_TOKENS, force_attention=True)[0]
     if hasattr(output, "tensors"):
         output = torch.cat([output.tensors[name] for name in sorted(output.tensors)])
     return output.float().cpu().clone()  # type: ignore[no-any-return]
+
+
+def _second_output(runner: Any) -> Any:
+    """The second model runner's dummy run tells the last rank's output alone; what others send is seen on its way."""
+    execute_model, sent = runner.execute_model, []
+
+    def execute(*args: Any, **kwargs: Any) -> Any:
+        sent.append(execute_model(*args, **kwargs))
+        return sent[-1]
+
+    runner.execute_model = execute
+    try:
+        hidden = runner._dummy_run(_TOKENS)[0]
+    finally:
+        runner.execute_model = execute_model
+    return sent[-1] if hidden is None else hidden
