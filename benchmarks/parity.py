@@ -76,7 +76,7 @@ def family(name: str) -> Any:
 def second(*options: str) -> Any:
     command = [sys.executable, str(TESTS / "vllm_second_runner.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     worst = max(value for name, value in seen.items() if name.startswith("difference") and "unsteered" not in name)
     return {"texts": seen["texts"], "difference": worst, "if_unsteered": seen["difference_if_unsteered"]}
 
@@ -93,6 +93,7 @@ ROWS: dict[str, tuple[str, Callable[[], Any]]] = {
     "pocket, eager: pipeline parallel, 2 stages": ("pocket", partial(batch, "pocket", pipeline_parallel_size=2)),
     f"pocket, second model runner, eager: {CROWD}, three texts": ("pocket", second),
     f"pocket, second model runner, eager, asynchronous: {CROWD}, three texts": ("pocket", partial(second, "--async")),
+    "pocket, second model runner, eager: pipeline parallel, 2 stages": ("pocket", partial(second, "--stages")),
     "smol-think, eager": ("smol-think", partial(batch, "smol-think")),
     f"smol-think, compiled: {CROWD}": ("smol-think", partial(batch, "smol-think", crowded=True, enforce_eager=False)),
     **{f"a tiny {name}, eager": (name, partial(family, name)) for name in FAMILIES},

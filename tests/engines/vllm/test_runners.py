@@ -14,20 +14,32 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it u
 pytestmark = pytest.mark.slow
 
 
-def test_the_second_model_runner():
-    """vLLM takes it by itself wherever Triton works, which is on GPUs; here Triton's interpreter runs its kernels, in a
-    process that has them from the start. Asynchronously: a step is prepared before the tokens of the last are known."""
+def second_runner(option):
+    """What a process tells that has Triton's interpreter from the start: vLLM takes this runner by itself wherever
+    Triton works, which is on GPUs."""
     script = Path(vllm_engines.__file__).with_name("vllm_second_runner.py")
-    command = [sys.executable, script, "--async"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, script, option], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    return next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+
+
+def test_the_second_model_runner():
+    """Asynchronously: a step is prepared before the tokens of the last are known."""
+    seen = second_runner("--async")
     assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"]
     assert seen["preemptions"] > 5 and seen["cached"] > 4
     assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
     assert seen["difference_of_three_texts"] < PARITY and seen["difference_of_scores"] < PARITY
     assert seen["equal_draws"] == 1
+
+
+def test_the_second_model_runner_in_two_stages():
+    seen = second_runner("--stages")
+    assert seen["layers"] == [[0, 1, 2], [3, 4, 5]]
+    assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
 
 
 def test_two_stages(reference, prompts, steerings):
