@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --out runs/recipes             # goes on where it was stopped; one thread
     python benchmarks/recipes.py --out runs/recipes --summary   # benchmarks/results/recipes.json
-    # A row of it once more, on other tasks:
+    # one row again, on other tasks
     python benchmarks/recipes.py --only angular-shorter --seed 1 --out runs/recipes-1 --to recipes_again_1.json
 
 Directions come from chains of extraction tasks; the layer, where a recipe leaves it open, is chosen on validation

@@ -59,20 +59,6 @@ def verdict(given: Sources) -> str:
     )
 
 
-def again(given: Sources) -> str:
-    """What came of the row that meets the bars on other tasks, with directions that were learnt anew."""
-    told = []
-    for seed in (1, 2):
-        for row in given.get(f"recipes_again_{seed}", {}).get("rows", []):
-            thinking, accuracy = _change(row["thinking_ratio"], _cut), _change(row["accuracy_change"], _points)
-            controls = " and ".join(_control(row.get(kind)) for kind in ("random", "shuffled"))
-            told.append(
-                f"`{row['recipe']}` to be {row['aim']}, seed {seed}: thinking {thinking}, accuracy {accuracy} points; "
-                f"random and shuffled {controls}"
-            )
-    return "; ".join(told) or words.MISSING
-
-
 def everyday(given: Sources) -> str:
     """One row a recipe that is not about reasoning."""
     rows = [
@@ -186,7 +172,6 @@ def _share(value: Any) -> str:
 FIGURES: dict[str, Callable[[Sources], str]] = {
     "recipes.reasoning": reasoning,
     "recipes.verdict": verdict,
-    "recipes.again": again,
     "recipes.everyday": everyday,
     "recipes.everyday.about": everyday_about,
     "recipes.overhead": overhead,
