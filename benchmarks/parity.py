@@ -33,7 +33,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1
 def batch(model: str, *, crowded: bool = False, plain: bool = False, sampling: Any = None, **options: Any) -> Any:
     """One row: the texts of one engine. plain: beside an engine without the plugin, for the unsteered ones."""
     import torch
-    from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, metric, scores, start
+    from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, preemptions, scores, start
 
     import steerable as st
 
@@ -53,7 +53,7 @@ def batch(model: str, *, crowded: bool = False, plain: bool = False, sampling: A
     told["difference"] = difference(reference, steerings, outputs)
     told["if_unsteered"] = difference(reference, [()] * len(outputs), outputs)
     if crowded:
-        told["preemptions"] = metric(engine, "num_preemptions")
+        told["preemptions"] = preemptions(outputs)
         told["from_cache"] = sum(output.num_cached_tokens > 64 for output in outputs)
     if plain:
         salts = [str(steering) if steering else None for steering in steerings]

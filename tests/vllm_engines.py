@@ -133,8 +133,14 @@ def difference(reference, steerings, outputs):
     return max(float((scores(text) - e).abs().max()) for (_, text, _), e in zip(rows, expected, strict=True))
 
 
+def preemptions(outputs):
+    """How often requests of an engine with disable_log_stats=False were put off. Their own counts are summed: vLLM's
+    counters are the process's, and an engine that starts takes them from those that run."""
+    return sum(output.metrics.num_preemptions for output in outputs)
+
+
 def metric(engine, name):
-    """A counter of vLLM; the engine was started with disable_log_stats=False."""
+    """A counter of vLLM; no engine was started after this one, and it has disable_log_stats=False."""
     return sum(one.value for one in engine.llm.get_metrics() if one.name == f"vllm:{name}")
 
 

@@ -47,7 +47,7 @@ def measure_stages():
 
 
 def measure():
-    from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, metric, start
+    from vllm_engines import CROWDED, crowd_prompts, crowd_steerings, difference, generated, preemptions, start
 
     import steerable as st
     from steerable.engines.base import Continuation
@@ -60,7 +60,6 @@ def measure():
     steerings = steerings[::3]  # the interpreter is slow
     twice = [steering for steering in steerings for _ in range(2)]
     outputs = generated(engine, [prompt for prompt in prompts for _ in range(2)], twice, max_tokens=16)
-    preemptions = metric(engine, "num_preemptions")
     three = generated(engine, prompts, steerings[::5], n=3, temperature=1.5, max_tokens=8)
     decoding = [Decoding(0.9, 20, 0.95, 0.01, penalty) for penalty in (1.0, 1.2)]
     asked = [
@@ -77,7 +76,7 @@ def measure():
         "runner": type(llm.model_executor.driver_worker.worker.model_runner).__module__,
         "is_async": llm.vllm_config.scheduler_config.async_scheduling,
         "texts": len(outputs) + sum(len(output.outputs) for output in three),
-        "preemptions": preemptions,
+        "preemptions": preemptions(outputs),
         "cached": sum(output.num_cached_tokens > 64 for output in outputs),
         "difference": difference(reference, twice, outputs),
         "difference_if_unsteered": difference(reference, [()] * len(outputs), outputs),
