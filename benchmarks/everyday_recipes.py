@@ -30,16 +30,20 @@ from contrast_measures import a_hundred_words, french, sentiment
 from contrast_questions import QUESTIONS
 from contrasts import ROOT, TEMPERATURE, once
 from recipe_doses import Texts, dosed, random_like
+from small_autoencoder import train
 
 from steerable.chains.generation import prompt_ids
 from steerable.chains.text_pairs import read_pairs
+from steerable.engines.activations import capture
 from steerable.engines.base import Request
 from steerable.engines.sampling import Decoding
 from steerable.engines.transformers import TransformersEngine
 from steerable.evals.calibration import BUDGET, replies
 from steerable.evals.intervals import difference_interval
 from steerable.evals.metrics import loops
-from steerable.methods.recipes import assistant_axis, language, persona, selective, vla_neurons
+from steerable.methods.contrasts import difference_of_means
+from steerable.methods.recipes import assistant_axis, language, persona, sae, selective, vla_neurons
+from steerable.methods.sparse_autoencoders import read_sae
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
@@ -51,6 +55,8 @@ TOKENS, REPLIES, DRAWS = 40, 5, 2
 NUMBERS = "one two three four five six seven eight nine"
 SPEAKING = "You are {}. Stay in this role."
 ROLES = ("a pirate", "a ghost", "a medieval knight", "an old witch", "a sleepy cat", "a grumpy neighbour", "a wizard")
+FEATURES = 15  # the layer whose output the autoencoder reads
+AUTOENCODER = ROOT / "runs" / "everyday-recipes" / "autoencoder"
 PLAYED = "a person who is very sad and cries about everything"  # none of those that the axis is made of
 
 
@@ -97,6 +103,19 @@ def axis(loaded: models.Loaded) -> Steering:
     return assistant_axis(*loaded, chats(None), {role: chats(SPEAKING.format(role)) for role in ROLES})
 
 
+def autoencoder(loaded: models.Loaded) -> dict[str, Any]:
+    """What is known of the small autoencoder, which is trained the first time."""
+    about: dict[str, Any] = once(AUTOENCODER, "training", partial(train, loaded, AUTOENCODER, layer=FEATURES), FEATURES)
+    return about
+
+
+def feature(loaded: models.Loaded) -> Direction:
+    """The feature whose row is nearest to the difference of the happy and sad sentences' means."""
+    autoencoder(loaded)
+    groups = [capture(*loaded, side, sites=[f"resid_post.{FEATURES}"]) for side in pairs("happy-sad")]
+    return sae(*loaded, read_sae(AUTOENCODER), along=difference_of_means(*groups))
+
+
 ROWS = (
     Row(
         "selective", "sentiment (VADER)", lambda loaded: selective(*loaded, *pairs("happy-sad")), sentiment
@@ -107,6 +126,7 @@ ROWS = (
         "vla-neurons", "number words in a hundred", lambda loaded: vla_neurons(*loaded, NUMBERS.split()),
         a_hundred_words(NUMBERS),
     ),
+    Row("sae", "sentiment (VADER)", feature, sentiment),
     Row(
         "assistant-axis", "sentiment (VADER) in the role of a sad person", axis, sentiment,
         SPEAKING.format(PLAYED), is_whole=True,
@@ -168,7 +188,8 @@ def main() -> None:
             rows.append(once(args.work, row.recipe, partial(measured, loaded, texts, row, args.budget), *settings))
             print(f"{row.recipe}: {rows[-1]['effect']}, less random {rows[-1]['less_random']}", flush=True)
     versions = {package: importlib.metadata.version(package) for package in ("steerable", "torch", "transformers")}
-    about = {"model": "smol", "budget": args.budget, "tokens": TOKENS, "questions": len(QUESTIONS)}
+    about: dict[str, Any] = {"model": "smol", "budget": args.budget, "tokens": TOKENS, "questions": len(QUESTIONS)}
+    about["autoencoder"] = autoencoder(loaded)
     write_json(args.to, {**about, "rows": rows, "versions": versions})
 
 

@@ -85,6 +85,17 @@ def everyday_about(given: Sources) -> str:
         f"SmolLM2-135M-Instruct, {made['questions']} everyday questions, answers of {made['tokens']} tokens, a budget "
         f"of {made['budget']:g} nats a token; effects are in standard deviations (SD) of the unsteered answers, but "
         "for a measure that is the same for all of them; intervals are 95 %, over questions."
+        + _autoencoder(made.get("autoencoder"))
+    )
+
+
+def _autoencoder(about: Mapping[str, Any] | None) -> str:
+    if about is None:
+        return ""
+    return (
+        f" The autoencoder of `sae` is a small one, since none is published for this model: TopK with k = {about['k']}, "
+        f"{about['features']:,} features of the output of block {about['layer']}, trained on {about['tokens']:,} tokens; "
+        f"it explains {words.percent(about['explained'])} of the variance of others."
     )
 
 

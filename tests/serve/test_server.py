@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,13 +30,12 @@ def direction():
     return st.Direction({st.Site("resid_post", 3): v / v.norm() * 6}, behaviour="happy", model_id="pocket")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Its process and its address."""
+@contextmanager
+def served(folder, *options):
+    """The process of a server and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("served")
     command = [str(Path(sys.executable).with_name("steerable")), "serve", "pocket", "--port", str(port)]
     command += [
         "--directions",
@@ -43,6 +44,7 @@ def server(tmp_path_factory):
         "merry=0.5 happy@generated",
         "--",
         *OPTIONS.split(),
+        *options,
     ]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
@@ -61,14 +63,26 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("served")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def url(server):
     return server[1]
 
 
-@pytest.fixture
-def client(url):
+@contextmanager
+def connected(url):
     with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=300) as client:
         assert client.put("/v1/steering/directions/happy", content=direction().to_bytes()).status_code in (200, 201)
+        yield client
+
+
+@pytest.fixture
+def client(url):
+    with connected(url) as client:
         yield client
 
 
@@ -94,13 +108,17 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
     assert names == ["pocket", "pocket:happy", "pocket:merry"]
     [worker] = client.get("/v1/steering").json()["workers"]
     assert worker["layers"] == [0, 1, 2, 3, 4, 5] and worker["tokens"] > 0
-    metrics = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    metrics = metrics_of(client)
     assert float(metrics["steerable_requests_total"]) > 0
     assert float(metrics["steerable_tokens_total"]) == worker["tokens"]
     for kind in ("vectors", "maps", "gates"):
         assert [float(metrics[f'steerable_{name}{{kind="{kind}"}}']) for name in ("slots_used", "slots")] == worker[
             kind
         ]
+
+
+def metrics_of(client):
+    return dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
 
 
 @pytest.mark.parametrize(
@@ -146,3 +164,22 @@ def test_its_processes_end_with_it(server):
     assert children
     server[0].kill()
     assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def test_several_engines_behind_several_api_servers(tmp_path):
+    """vLLM's data parallelism: each engine steers the requests that come to it, a direction that one API server takes in
+    is there in the other, and the figures are those of all engines together."""
+    with served(tmp_path, "--data-parallel-size", "2") as (process, url), connected(url) as client:
+        with ThreadPoolExecutor(8) as pool:
+            happy = list(pool.map(lambda _: scores(client, "pocket:happy", max_tokens=16), range(16)))
+        plain = scores(client, max_tokens=16)
+        assert all(one == pytest.approx(happy[0], abs=1e-4) for one in happy)
+        assert happy[0] != pytest.approx(plain, abs=1e-2)
+        workers = client.get("/v1/steering").json()["workers"]
+        assert [worker["engine"] for worker in workers] == [0, 1]
+        assert all(worker["tokens"] > 0 for worker in workers)
+        metrics = metrics_of(client)
+        assert float(metrics["steerable_requests_total"]) == 16
+        assert float(metrics["steerable_tokens_total"]) == sum(worker["tokens"] for worker in workers)
+        slots = [sum(worker["vectors"][n] for worker in workers) for n in range(2)]
+        assert [float(metrics[f'steerable_{name}{{kind="vectors"}}']) for name in ("slots_used", "slots")] == slots

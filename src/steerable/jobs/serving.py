@@ -92,9 +92,8 @@ def _allowed(given: str | None) -> list[str]:
     return list(dict.fromkeys([*names, "steerable"]))
 
 
-def _run(arguments: list[str]) -> Any:
-    import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
+def _run(arguments: list[str]) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -102,4 +101,4 @@ def _run(arguments: list[str]) -> Any:
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="steerable serve ... --")).parse_args(arguments)
     validate_parsed_serve_args(args)
-    uvloop.run(run_server(args))
+    ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it

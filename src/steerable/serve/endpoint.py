@@ -38,7 +38,7 @@ class Endpoint:
 
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's application, and have it measure before its metrics are read."""
-        app.add_middleware(Measured, ask=self.workers)
+        app.add_middleware(Measured, ask=self.engines)
         app.add_api_route(_PATH, self.status, methods=["GET"])
         app.add_api_route(f"{_PATH}/directions", self.list_directions, methods=["GET"])
         for method, answer in (("GET", self.get), ("PUT", self.put), ("DELETE", self.delete)):
@@ -93,11 +93,14 @@ class Endpoint:
 
     async def status(self) -> Any:
         """What every worker steers: layers, and how many slots of vectors and maps are filled."""
-        return {"workers": await self.workers()}
+        engines = await self.engines()
+        return {"workers": [{"engine": n, **worker} for n, workers in enumerate(engines) for worker in workers]}
 
-    async def workers(self) -> Any:
-        """`Steps.status` of every worker."""
-        return await self.engine.collective_rpc("steering_status")
+    async def engines(self) -> Any:
+        """`Steps.status` of every worker of each engine. (`collective_rpc` asks all data-parallel engines, too, but
+        says what the first one answers.)"""
+        call = ("collective_rpc", "steering_status", None, (), None)
+        return await self.engine.engine_core.call_utility_all_async(*call)
 
     async def list_directions(self) -> Any:
         """All directions of the folder."""

@@ -18,10 +18,9 @@ _PATIENCE = 2.0  # seconds; an engine that does not answer keeps nobody from the
 
 
 @cache
-def _metric(kind: str, name: str, about: str, labels: tuple[str, ...] = ()) -> Any:
+def _metric(kind: str, name: str, about: str, labels: tuple[str, ...] = (), **more: str) -> Any:
     import prometheus_client
 
-    more = {} if kind == "Counter" else {"multiprocess_mode": "mostrecent"}
     return getattr(prometheus_client, kind)(f"steerable_{name}", about, labels, **more)
 
 
@@ -33,12 +32,11 @@ def count_requests() -> None:
 class Measured:
     """vLLM's application, whose metrics are brought up to date before they are read.
 
-    ask: gives what every worker steers (`Steps.status`).
+    ask: gives what every worker of each engine steers (`Steps.status`).
     """
 
-    def __init__(self, app: Any, ask: Callable[[], Awaitable[Sequence[dict[str, Any]]]]) -> None:
+    def __init__(self, app: Any, ask: Callable[[], Awaitable[Sequence[Sequence[dict[str, Any]]]]]) -> None:
         self.app, self.ask = app, ask
-        self._tokens = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
@@ -46,13 +44,14 @@ class Measured:
                 self.set(await asyncio.wait_for(self.ask(), _PATIENCE))
         await self.app(scope, receive, send)
 
-    def set(self, workers: Sequence[dict[str, Any]]) -> None:
-        """Take over what the workers say, who all steer the same tokens."""
-        tokens = max(worker["tokens"] for worker in workers)
-        counter = _metric("Counter", "tokens", "Tokens that were steered, or that a gate on activations decided on.")
-        counter.inc(max(tokens - self._tokens, 0))
-        self._tokens = tokens
+    def set(self, engines: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Take over what the workers say: those of one engine all steer the same tokens, each engine others."""
+        about = "Tokens that were steered, or that a gate on activations decided on."
+        # A gauge, since several API servers ask the same engines, and the counters of processes are summed.
+        tokens = _metric("Gauge", "tokens_total", about, multiprocess_mode="max")
+        tokens.set(sum(max(worker["tokens"] for worker in workers) for workers in engines))
         for n, name in enumerate(("slots_used", "slots")):
-            gauge = _metric("Gauge", name, ("Slots that hold something.", "Slots that there are.")[n], ("kind",))
+            about = ("Slots that hold something.", "Slots that there are.")[n]
+            gauge = _metric("Gauge", name, about, ("kind",), multiprocess_mode="mostrecent")
             for kind in KINDS:
-                gauge.labels(kind).set(max(worker[kind][n] for worker in workers))
+                gauge.labels(kind).set(sum(max(worker[kind][n] for worker in workers) for workers in engines))
