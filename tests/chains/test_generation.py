@@ -91,13 +91,13 @@ def test_chains_keep_the_ids_that_were_generated(loaded, tmp_path):
     assert all("ids" in chain for chain in read_jsonl(file))
 
 
-def test_pieces_of_a_big_model_take_a_minute(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr("steerable.engines.pool._OPERATIONS", 5e6)
-    minute = 4 * tokens_a_minute(loaded.model) // 20  # of chains a quarter as long as the longest
+def test_pieces_of_a_big_model_take_two_minutes(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("steerable.engines.pool._OPERATIONS", 2.5e6)
+    most = 2 * 4 * tokens_a_minute(loaded.model) // 20  # of chains a quarter as long as the longest
     job = Job(TASKS, range(6))
     (chains,) = generate_jobs(loaded, [job], max_new_tokens=20, keep=tmp_path)
     sizes = [len(read_jsonl(tmp_path / f"{i}.jsonl")) for i in range(len(list(tmp_path.iterdir())))]
-    assert len(sizes) > 1 and max(sizes) <= max(8, minute) and sum(sizes) == len(chains)
+    assert len(sizes) > 1 and max(sizes) <= max(8, most) and sum(sizes) == len(chains)
     # pieces of another size, as an earlier version made them, are done again
     write_jsonl(tmp_path / "0.jsonl", read_jsonl(tmp_path / "0.jsonl")[:-1])
     assert generate_jobs(loaded, [job], max_new_tokens=20, keep=tmp_path) == [chains]

@@ -31,6 +31,7 @@ from steerable.steering.vocabulary import with_first
 from steerable.store.errors import UsageError
 
 _FEW = 128  # chains that are one piece of work
+_MINUTES = 2  # of a piece: while its last chains are written, rows of the batch are empty; a killed run loses it
 _LONGEST = 4  # the longest chain that is allowed, as a multiple of what chains are on average
 _FEWEST = 8  # chains that are computed together: one alone takes as long as all of them
 
@@ -122,7 +123,7 @@ def generate_jobs(
         greedy: None follows the model's `generation_config`. decoding: instead of it and of the model's own.
         max_new_tokens: of a chain. rows, generation_dtype: as for the engine.
         engine: what generates, in this process; None: transformers.
-        block: chains that one worker computes in one piece, at most: as many as a core writes in about a minute, by
+        block: chains that one worker computes in one piece, at most: as many as a core writes in about two minutes, by
             the model's size, where chains are a quarter of the longest on average, and no more than this. Another
             engine takes so many at once.
         workers: processes; None: one a core for a small model on a CPU. They change no chain. More than one needs a
@@ -139,8 +140,8 @@ def generate_jobs(
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
     if engine is None:
-        minute = _LONGEST * tokens_a_minute(model) // max_new_tokens
-        block = min(block, max(_FEWEST, minute))
+        timely = _MINUTES * _LONGEST * tokens_a_minute(model) // max_new_tokens
+        block = min(block, max(_FEWEST, timely))
     size = block_size(len(items), block)
     parts = [items[i : i + size] for i in range(0, len(items), size)]
     files = [None if keep is None else keep / f"{i}.jsonl" for i in range(len(parts))]

@@ -62,12 +62,12 @@ def default_threads(model: Any, workers: int) -> int:
     return 1 if is_small(model) else max(1, min(torch.get_num_threads(), cores() // workers))
 
 
-def default_rows(model: Any, longest: int) -> int:
+def default_rows(model: Any, longest: int, stored: torch.dtype | None = None) -> int:
     """How many rows of `longest` tokens are generated together: 64 on an accelerator; on a CPU 8 to 192, as many as
-    fit into a gigabyte."""
+    fit into a gigabyte. stored: the type of keys and values; None: the model's."""
     if model.device.type != "cpu":
         return 64
-    return max(8, min(192, _ROOM // row_bytes(model, longest)))
+    return max(8, min(192, _ROOM // row_bytes(model, longest, stored)))
 
 
 def tokens_a_minute(model: Any) -> int:
@@ -81,12 +81,12 @@ def tokens_a_minute(model: Any) -> int:
     return int(min(_STEPS * 64, 1000 * _OPERATIONS // (2 * parameters)))
 
 
-def row_bytes(model: Any, longest: int) -> int:
+def row_bytes(model: Any, longest: int, stored: torch.dtype | None = None) -> int:
     """What one row of so many tokens takes: its keys and values, and what is made of its logits to draw a token."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
-    cache = 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize * longest
+    cache = 2 * text.num_hidden_layers * heads * width * (stored or model.dtype).itemsize * longest
     return int(cache + _DRAWING * text.vocab_size)
 
 

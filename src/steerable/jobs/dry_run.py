@@ -18,6 +18,7 @@ from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import STEERABLE, Record
 from steerable.chains.tasks import make_splits
 from steerable.chains.windows import WINDOWS
+from steerable.engines.hf.products import product_dtype
 from steerable.engines.pool import default_rows, default_workers, row_bytes
 from steerable.engines.transformers import score_tokens
 from steerable.evals.halving import successive_halving
@@ -245,7 +246,8 @@ def _anything(layers: int) -> Any:
 def _memory(run: Run, prompt: float) -> int:
     model, longest = run.loaded.model, round(prompt) + run.config.max_new_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + (run.config.rows or default_rows(model, longest)) * row_bytes(model, longest)
+    stored = product_dtype(model, run.config.generation_dtype)
+    return weights + (run.config.rows or default_rows(model, longest, stored)) * row_bytes(model, longest, stored)
 
 
 def tables(plan: Mapping[str, Any]) -> list[Any]:

@@ -44,7 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "smol-think": {
         "limit": 200,
         "validation": 24,
-        "evaluation": 90,
+        "evaluation": 110,
         "samples": 1,  # more tasks rather than more chains of each: intervals are over tasks
         "controls": 2,
         "budget": 0.1,

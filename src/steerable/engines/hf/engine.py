@@ -87,9 +87,9 @@ class TransformersEngine:
         check_ids(model, [request.prompt_ids for request in requests])
         longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
         check_length(model, longest)
-        rows = rows or default_rows(model, longest)
+        way, products = route(model, longest - 1), product_dtype(model, self.generation_dtype)
+        rows = rows or default_rows(model, longest, products if way.name == "slots" else None)
         longest -= 1  # the last new token is never fed
-        way, products = route(model, longest), product_dtype(model, self.generation_dtype)
         if way.name == "slots":
             model = private_copy(model, _attn_implementation=ATTENTION)
         elif not is_bound(model):
