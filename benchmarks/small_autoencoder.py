@@ -1,8 +1,8 @@
 """A small sparse autoencoder of SmolLM2 for `everyday_recipes.py`, since none is published for this model.
 
-TopK (Gao et al. 2024, arXiv 2406.04093): f = top_k(W_enc (h - b) + b_enc), h ~ W_dec f + b, the squared error beside the
-variance as the loss, rows of W_dec of length 1. It is trained on the tokens of the bundled pairs of sentences and of the
-model's own replies to everyday questions, and saved in the format of SAELens.
+TopK (Gao et al. 2024, arXiv 2406.04093): f = top_k(W_enc (h - b) + b_enc), h ~ W_dec f + b, rows of W_dec of length 1,
+and the squared error as the loss. It is trained on the tokens of the bundled pairs of sentences and of the model's own
+replies to everyday questions, and saved in the format of SAELens.
 """
 
 from __future__ import annotations

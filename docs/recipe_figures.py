@@ -93,8 +93,8 @@ def _autoencoder(about: Mapping[str, Any] | None) -> str:
     if about is None:
         return ""
     return (
-        f" The autoencoder of `sae` is a small one, since none is published for this model: TopK with k = {about['k']}, "
-        f"{about['features']:,} features of the output of block {about['layer']}, trained on {about['tokens']:,} tokens; "
+        f" The autoencoder of `sae` is a small one, since none is published for this model: TopK, k = {about['k']}, "
+        f"{about['features']:,} features of what leaves block {about['layer']}, trained on {about['tokens']:,} tokens; "
         f"it explains {words.percent(about['explained'])} of the variance of others."
     )
 

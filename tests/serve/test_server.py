@@ -167,8 +167,8 @@ def test_its_processes_end_with_it(server):
 
 
 def test_several_engines_behind_several_api_servers(tmp_path):
-    """vLLM's data parallelism: each engine steers the requests that come to it, a direction that one API server takes in
-    is there in the other, and the figures are those of all engines together."""
+    """vLLM's data parallelism: each engine steers the requests that come to it, a direction that one API server takes
+    in is there in the other, and the figures are those of all engines together."""
     with served(tmp_path, "--data-parallel-size", "2") as (process, url), connected(url) as client:
         with ThreadPoolExecutor(8) as pool:
             happy = list(pool.map(lambda _: scores(client, "pocket:happy", max_tokens=16), range(16)))

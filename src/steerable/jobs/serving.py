@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from steerable.engines.vllm.engine import installed
 from steerable.engines.vllm.presets import VARIABLE, parse_presets
