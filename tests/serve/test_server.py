@@ -1,65 +1,16 @@
 """`steerable serve` as a client sees it: a real process, the bundled model."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from vllm_servers import connected, direction, metrics_of, scores, served
 
 import steerable as st
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.slow
-
-OPTIONS = (
-    "--enforce-eager --dtype float32 --max-model-len 512 --max-num-seqs 8 --gpu-memory-utilization 0.1 --api-key secret"
-)
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
-
-
-def direction():
-    v = torch.randn(192, generator=torch.Generator().manual_seed(0))
-    return st.Direction({st.Site("resid_post", 3): v / v.norm() * 6}, behaviour="happy", model_id="pocket")
-
-
-@contextmanager
-def served(folder, *options):
-    """The process of a server and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("steerable")), "serve", "pocket", "--port", str(port)]
-    command += [
-        "--directions",
-        str(folder / "directions"),
-        "--preset",
-        "merry=0.5 happy@generated",
-        "--",
-        *OPTIONS.split(),
-        *options,
-    ]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except httpx.HTTPError:
-                assert server.poll() is None, (folder / "log").read_text()[-4000:]
-                time.sleep(1)
-        yield server, f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +24,10 @@ def url(server):
     return server[1]
 
 
-@contextmanager
-def connected(url):
-    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=300) as client:
-        assert client.put("/v1/steering/directions/happy", content=direction().to_bytes()).status_code in (200, 201)
-        yield client
-
-
 @pytest.fixture
 def client(url):
     with connected(url) as client:
         yield client
-
-
-def scores(client, model="pocket", steering=None, **more):
-    body = {"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 4, "temperature": 0, "logprobs": 0, **more}
-    if steering is not None:
-        body["vllm_xargs"] = {"steering": steering}
-    answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
 
 
 def test_a_request_is_steered_by_its_model_or_its_field(client):
@@ -115,10 +50,6 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
         assert [float(metrics[f'steerable_{name}{{kind="{kind}"}}']) for name in ("slots_used", "slots")] == worker[
             kind
         ]
-
-
-def metrics_of(client):
-    return dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
 
 
 @pytest.mark.parametrize(
@@ -164,22 +95,3 @@ def test_its_processes_end_with_it(server):
     assert children
     server[0].kill()
     assert psutil.wait_procs(children, timeout=60)[1] == []
-
-
-def test_several_engines_behind_several_api_servers(tmp_path):
-    """vLLM's data parallelism: each engine steers the requests that come to it, a direction that one API server takes
-    in is there in the other, and the figures are those of all engines together."""
-    with served(tmp_path, "--data-parallel-size", "2") as (process, url), connected(url) as client:
-        with ThreadPoolExecutor(8) as pool:
-            happy = list(pool.map(lambda _: scores(client, "pocket:happy", max_tokens=16), range(16)))
-        plain = scores(client, max_tokens=16)
-        assert all(one == pytest.approx(happy[0], abs=1e-4) for one in happy)
-        assert happy[0] != pytest.approx(plain, abs=1e-2)
-        workers = client.get("/v1/steering").json()["workers"]
-        assert [worker["engine"] for worker in workers] == [0, 1]
-        assert all(worker["tokens"] > 0 for worker in workers)
-        metrics = metrics_of(client)
-        assert float(metrics["steerable_requests_total"]) == 16
-        assert float(metrics["steerable_tokens_total"]) == sum(worker["tokens"] for worker in workers)
-        slots = [sum(worker["vectors"][n] for worker in workers) for n in range(2)]
-        assert [float(metrics[f'steerable_{name}{{kind="vectors"}}']) for name in ("slots_used", "slots")] == slots
