@@ -63,11 +63,13 @@ def default_threads(model: Any, workers: int) -> int:
 
 
 def default_rows(model: Any, longest: int, stored: torch.dtype | None = None) -> int:
-    """How many rows of `longest` tokens are generated together: 64 on an accelerator; on a CPU 8 to 192, as many as
-    fit into a gigabyte. stored: the type of keys and values; None: the model's."""
+    """How many rows of `longest` tokens are generated together: 64 on an accelerator; on a CPU 8 to 192 (96 of a
+    larger model, whose products are no faster with more), as many as fit into a gigabyte. stored: the type of keys and
+    values; None: the model's."""
     if model.device.type != "cpu":
         return 64
-    return max(8, min(192, _ROOM // row_bytes(model, longest, stored)))
+    most = 192 if is_small(model) else 96
+    return max(8, min(most, _ROOM // row_bytes(model, longest, stored)))
 
 
 def tokens_a_minute(model: Any) -> int:
