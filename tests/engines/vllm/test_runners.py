@@ -1,5 +1,5 @@
-"""Steering on vLLM's other model runner, and where a model is spread over several processes. Pipeline stages, which take
-a CPU long to start, are in `benchmarks/parity.py`, on both runners."""
+"""Steering on vLLM's other model runner, and where a model is spread over several processes. Pipeline stages, which
+take a CPU long to start, are in `benchmarks/parity.py`, on both runners."""
 
 import json
 import os
