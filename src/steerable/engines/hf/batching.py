@@ -26,7 +26,7 @@ from steerable.store.errors import SteerableError
 
 _SORTED = 16  # slots among which rows are not sorted by length
 _PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass, at most
-_PREFILL_NUMBERS = 2**23  # numbers of one of its activations on a CPU: 32 MiB in float32, and there are several
+_PREFILL_NUMBERS = 2**21  # numbers of one of its activations on a CPU: 8 MiB in float32, and there are several
 _SLACK = 8  # cache positions beyond the longest row, for rows that finished but have not left yet
 _ENOUGH = 16  # one row in so many must have finished before the rows are rearranged
 

@@ -26,6 +26,7 @@ from steerable.store.errors import UsageError
 
 _LIKELY = 8.0  # nats under the likeliest token's logit: what is further down has a probability of 0.0003 at most
 _MANY = 256  # likely tokens a row, on average, that are computed anew one by one
+_TOGETHER = 2048  # of them at a time: each takes as much memory as a row of the stream
 
 GenerationDtype = Literal["auto", "model", "bfloat16"]
 """In which type a model's linear layers generate: `model` is that of its weights."""
@@ -76,7 +77,8 @@ def _logits(product: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | 
     likely = (logits > logits.amax(-1, keepdim=True) - _LIKELY).nonzero()
     if len(likely) > _MANY * (x.numel() // x.shape[-1]):  # the rows of an untrained model, say
         return F.linear(x, weight, bias)
-    places = likely.unbind(1)
-    exact = (x[places[:-1]] * weight[places[-1]]).sum(-1)
-    logits[places] = exact if bias is None else exact + bias[places[-1]]
+    for part in likely.split(_TOGETHER):
+        places = part.unbind(1)
+        exact = (x[places[:-1]] * weight[places[-1]]).sum(-1)
+        logits[places] = exact if bias is None else exact + bias[places[-1]]
     return logits

@@ -9,13 +9,13 @@ read only for the rows that have reached it: those are the first slots, so what 
 from __future__ import annotations
 
 import math
+import mmap
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,12 +133,15 @@ class SlotLayer(CacheLayerMixin):
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros, not empty: unused positions are masked by adding -inf, which a stray NaN would survive.
 
-    On a CPU the memory comes zeroed from the system, which provides it as it is first used.
+    On a CPU the memory comes zeroed from the system, which provides it as it is first used: in small pages, as a large
+    one would be provided whole for the few positions of it that are written (numpy asks for large ones).
     """
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    size = math.prod(shape) * like.element_size()
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 class SlotCache(Cache):
