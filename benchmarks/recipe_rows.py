@@ -24,7 +24,9 @@ from steerable.methods import recipes
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
 
-LAYERS = (2, 4)
+#: Those that a recipe may choose from, where it leaves the layer open; and late ones, of which LASER truncates one.
+LAYERS = {"pocket": (2, 4), "smol-think": (13, 17)}
+LATE = {"pocket": (4, 5), "smol-think": (26, 29)}
 Make = Callable[[Data, Any, int | None], Made | None]
 
 
@@ -108,16 +110,17 @@ def steering(given: Any) -> Steering:
     return given.steering() if isinstance(given, Direction) else tuple(given)
 
 
-def rows() -> list[Row]:
+def rows(model: str) -> list[Row]:
     """Every recipe that reads chains or pairs of them, with what it is asked for."""
+    layers = LAYERS[model]
     made = [
-        Row("efficiency", "shorter", efficiency, LAYERS),
+        Row("efficiency", "shorter", efficiency, layers),
         Row("steer2edit", "shorter", steer2edit),
     ]
     for name, choices in (
-        ("caa", LAYERS),
+        ("caa", layers),
         ("linear-act", (None,)),
-        ("shift-vectors", LAYERS),
+        ("shift-vectors", layers),
         ("fractional", (None,)),
         ("angular", (None,)),
     ):
@@ -127,14 +130,14 @@ def rows() -> list[Row]:
             Row(name, "shorter", on_pairs(function, Data.shorter), choices),
         ]
     made += [
-        Row("seal", "shorter", seal, LAYERS),
+        Row("seal", "shorter", seal, layers),
         Row("thinkedit", "right", thinkedit),
         Row("repe", "shorter", on_pairs(recipes.repe, Data.shorter)),
         Row("selective", "shorter", on_pairs(recipes.selective, Data.shorter)),
         Row("raptor", "shorter", on_pairs(recipes.raptor, Data.shorter, above=0.5)),
-        Row("cast", "shorter", conditional(recipes.cast), LAYERS),
-        Row("guiding-giants", "shorter", conditional(recipes.guiding_giants), LAYERS),
-        Row("laser", "right", laser, (4, 5)),
-        Row("east", "right", east, LAYERS),
+        Row("cast", "shorter", conditional(recipes.cast), layers),
+        Row("guiding-giants", "shorter", conditional(recipes.guiding_giants), layers),
+        Row("laser", "right", laser, LATE[model]),
+        Row("east", "right", east, layers),
     ]
     return made

@@ -1,9 +1,12 @@
-"""Every recipe for reasoning on the bundled model at one KL budget: which shortens chains, which lifts accuracy?
+"""Every recipe for reasoning on a model that was taught to think, at one KL budget: which shortens chains, which lifts
+accuracy?
 
-    python benchmarks/recipes.py --out runs/recipes             # goes on where it was stopped; one thread
-    python benchmarks/recipes.py --out runs/recipes --summary   # benchmarks/results/recipes.json
+    python benchmarks/recipes.py                        # pocket; goes on where it was stopped; one thread
+    python benchmarks/recipes.py --summary              # benchmarks/results/recipes.json
+    python benchmarks/recipes.py --model smol-think --only angular-shorter seal-shorter      # recipes_smol-think.json
     # one row again, on other tasks
-    python benchmarks/recipes.py --only angular-shorter --seed 1 --out runs/recipes-1 --to recipes_again_1.json
+    python benchmarks/recipes.py --only angular-shorter --seed 1 --out runs/recipes-1 \
+        --to benchmarks/results/recipes_again_1.json
 
 Directions come from chains of extraction tasks; the layer, where a recipe leaves it open, is chosen on validation
 tasks; figures are those of evaluation tasks that neither has seen, with the seeds of the unsteered chains. Whatever a
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe_data import Data
+from recipe_data import ANNOTATORS, Data
 from recipe_doses import Made, Texts, dosed, patched, random_like
 from recipe_rows import Row, rows
 
@@ -39,8 +42,11 @@ from steerable.models import loading as models
 from steerable.store.errors import SteerableError, SteerableWarning
 from steerable.store.run_folder import read_json, write_json
 
-RESULTS = Path(__file__).parent / "results" / "recipes.json"
-SIZES = {"extraction": 120, "validation": 48, "evaluation": 100}
+RESULTS = Path(__file__).parent / "results"
+SIZES = {
+    "pocket": {"extraction": 120, "validation": 48, "evaluation": 100},
+    "smol-think": {"extraction": 80, "validation": 24, "evaluation": 64},
+}
 SAMPLES = {"extraction": 4, "validation": 4, "evaluation": 4}
 CONTROLS = ("random", "shuffled")
 DRAWS = 2  # of each control: sample k is steered by draw k
@@ -53,11 +59,11 @@ LONGEST, TEXTS = 400, 8
 class Work:
     """One folder of chains and settings; what is finished is not done again."""
 
-    def __init__(self, out: Path, budget: float, sizes: dict[str, int], seed: int):
-        self.out, self.budget = out, budget
-        self.loaded = models.load("pocket")
+    def __init__(self, out: Path, model: str, budget: float, sizes: dict[str, int], seed: int):
+        self.out, self.model, self.budget = out, model, budget
+        self.loaded = models.load(model)
         if not (out / "tasks.jsonl").exists():
-            write_jsonl(out / "tasks.jsonl", make_splits("pocket", sizes, seed=seed))
+            write_jsonl(out / "tasks.jsonl", make_splits(model, sizes, seed=seed))
         tasks = read_jsonl(out / "tasks.jsonl", "task")
         self.tasks = {split: [t for t in tasks if t["split"] == split][:size] for split, size in sizes.items()}
         self.cache: dict[Any, Made | None] = {}
@@ -80,7 +86,8 @@ class Work:
     @cached_property
     def data(self) -> Data:
         tasks = {task["id"]: task for task in self.tasks["extraction"]}
-        return Data(self.loaded, tasks, [c for c in self.unsteered("extraction") if c["task_id"] in tasks])
+        chains = [c for c in self.unsteered("extraction") if c["task_id"] in tasks]
+        return Data(self.loaded, ANNOTATORS[self.model], tasks, chains)
 
     @cached_property
     def texts(self) -> Texts:
@@ -203,7 +210,7 @@ def summarise(work: Work, chosen: Sequence[Row], out: Path) -> None:
                 )
         table.append(made)
     unsteered = {k: mean_interval(by_task((r["task_id"], r[k]) for r in base)) for k in COLUMNS}
-    about = {"model": "pocket", "budget": work.budget, "tasks": {k: len(v) for k, v in work.tasks.items()}}
+    about = {"model": work.model, "budget": work.budget, "tasks": {k: len(v) for k, v in work.tasks.items()}}
     write_json(out, {**about, "samples": SAMPLES, "unsteered": unsteered, "rows": table})
     for made in table:
         print(made["recipe"], made["aim"], {k: made[k] for k in ("accuracy_change", "thinking_ratio")})
@@ -239,19 +246,22 @@ def of_own_chains(work: Work, row: Row) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--model", choices=SIZES, default="pocket")
+    parser.add_argument("--out", type=Path, help="default: runs/recipes, or runs/recipes-MODEL")
     parser.add_argument("--budget", type=float, default=0.05, help="nats a token")
     parser.add_argument("--tasks", type=float, default=1.0, help="share of the tasks")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks: another one wants folders of its own")
     parser.add_argument("--only", nargs="+", help="rows, recipe-aim")
     parser.add_argument("--stages", nargs="+", default=["settings", "evaluation", "controls"])
     parser.add_argument("--summary", action="store_true")
-    parser.add_argument("--to", type=Path, default=RESULTS)
+    parser.add_argument("--to", type=Path, help="default: recipes.json or recipes_MODEL.json in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", SteerableWarning)
-    work = Work(args.out, args.budget, {name: round(n * args.tasks) for name, n in SIZES.items()}, args.seed)
-    chosen = [row for row in rows() if not args.only or row.name in args.only]
+    name = "recipes" if args.model == "pocket" else f"recipes_{args.model}"
+    sizes = {split: round(n * args.tasks) for split, n in SIZES[args.model].items()}
+    work = Work(args.out or Path("runs") / name.replace("_", "-"), args.model, args.budget, sizes, args.seed)
+    chosen = [row for row in rows(args.model) if not args.only or row.name in args.only]
     if not args.summary:
         do = {
             "settings": lambda row: work.setting(row)["chosen"],
@@ -262,7 +272,7 @@ def main() -> None:
         for row, stage in itertools.product(chosen, args.stages):
             if stage == "settings" or work.setting(row)["chosen"]:
                 print(time.strftime("%H:%M:%S"), stage, row.name, do[stage](row), flush=True)
-    summarise(work, chosen, args.to)
+    summarise(work, chosen, args.to or RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the recipes do and what they cost, from recipes.json, everyday_recipes.json and overhead.json in
+"""What the recipes do and what they cost, from recipes*.json, everyday_recipes.json and overhead.json in
 benchmarks/results; `fill_figures.py` places it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from training_figures import table
@@ -14,9 +15,9 @@ Sources = Mapping[str, Any]
 _LESS, _MORE, _LOSS = 0.8, 0.05, -0.02  # the bars: thinking, accuracy, accuracy that may be lost
 
 
-def reasoning(given: Sources) -> str:
+def reasoning(given: Sources, source: str = "recipes") -> str:
     """The unsteered model, then one row a recipe and aim, the shorter chains first."""
-    result = given.get("recipes", {})
+    result = given.get(source, {})
     if not result.get("rows"):
         return table([], [])
     base = result["unsteered"]
@@ -41,9 +42,9 @@ def reasoning(given: Sources) -> str:
     return table([*head, "random", "shuffled"], shown)
 
 
-def verdict(given: Sources) -> str:
+def verdict(given: Sources, source: str = "recipes") -> str:
     """Which rows meet the two bars, and which others make chains shorter or longer."""
-    rows = given.get("recipes", {}).get("rows", [])
+    rows = given.get(source, {}).get("rows", [])
     if not rows:
         return words.MISSING
     short = [r for r in rows if r["thinking_ratio"][0] <= _LESS and r["accuracy_change"][1] >= _LOSS]
@@ -57,6 +58,18 @@ def verdict(given: Sources) -> str:
         f"shorter, with an interval below 0: {_named(others)}. Longer, with an interval above 0: {_named(longer)}; on "
         f"shuffled labels, too: {_named(as_shuffled)}."
     )
+
+
+def again(given: Sources) -> str:
+    """The rows that were measured on other tasks, too."""
+    told = []
+    for source in sorted(name for name in given if name.startswith("recipes_again_")):
+        for row in given[source]["rows"]:
+            thinking, accuracy = _change(row["thinking_ratio"], _cut), _change(row["accuracy_change"], _points)
+            controls = [f"{kind} {_control(row[kind])}" for kind in ("random", "shuffled") if row.get(kind)]
+            effect = f"thinking {thinking}, accuracy {accuracy} points; {', '.join(controls)}"
+            told.append(f"`{row['recipe']}` to be {row['aim']}: {effect}")
+    return ". ".join(told) + "." if told else words.MISSING
 
 
 def everyday(given: Sources) -> str:
@@ -183,6 +196,9 @@ def _share(value: Any) -> str:
 FIGURES: dict[str, Callable[[Sources], str]] = {
     "recipes.reasoning": reasoning,
     "recipes.verdict": verdict,
+    "recipes.again": again,
+    "recipes.smol-think": partial(reasoning, source="recipes_smol-think"),
+    "recipes.smol-think.verdict": partial(verdict, source="recipes_smol-think"),
     "recipes.everyday": everyday,
     "recipes.everyday.about": everyday_about,
     "recipes.overhead": overhead,
