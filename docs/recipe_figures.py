@@ -1,5 +1,5 @@
-"""What the recipes do and what they cost, from recipes*.json, everyday_recipes.json and overhead.json in
-benchmarks/results; `fill_figures.py` places it."""
+"""What the recipes do and what they cost, and what the search of `calibrate` gives away: from recipes*.json,
+everyday_recipes.json, overhead.json and calibrate.json in benchmarks/results; `fill_figures.py` places it."""
 
 from __future__ import annotations
 
@@ -70,6 +70,50 @@ def again(given: Sources) -> str:
             effect = f"thinking {thinking}, accuracy {accuracy} points; {', '.join(controls)}"
             told.append(f"`{row['recipe']}` to be {row['aim']}: {effect}")
     return ". ".join(told) + "." if told else words.MISSING
+
+
+def grid(given: Sources) -> str:
+    """One row a calibration: what its search cost of the full grid, and what it gave away."""
+    rows = []
+    for row in given.get("calibrate", {}).get("rows", []):
+        lost = [words.fixed(value, ".3g") for value in (row["lost"] or [])]
+        rows.append(
+            [
+                f"{words.short(row['target'])}, {row['aim']}",
+                str(row["seed"]),
+                words.percent(row["share"]) if row["share"] else words.MISSING,
+                *(_setting(row[name]) for name in ("chosen", "best")),
+                "–" if row["steps"] is None else str(row["steps"]),
+                f"{lost[0]} ({lost[1]} to {lost[2]})" if lost else "–",
+                words.fixed(row["step"], ".3g") if lost else "–",
+            ]
+        )
+    head = ["target", "seed", "tokens of the search", "chosen", "best of the grid"]
+    return table([*head, "steps between", "gain given up", "one step"], rows)
+
+
+def grid_verdict(given: Sources) -> str:
+    """How many calibrations kept both bars."""
+    rows = given.get("calibrate", {}).get("rows", [])
+    if not rows:
+        return words.MISSING
+    cheap = sum(row["share"] is not None and row["share"] <= 0.25 for row in rows)
+    near = sum(row["steps"] is not None and row["steps"] <= 1 for row in rows)
+    close = sum(bool(row["lost"]) and row["lost"][0] <= row["step"] for row in rows)
+    nowhere = sum(row["chosen"] is None and row["best"] is None for row in rows)
+    text = (
+        f"Of {len(rows)} calibrations {cheap} searched within a quarter of the grid's tokens; {near} chose the grid's "
+        f"best setting or one a step from it, and {close} gave up no more gain than a step."
+    )
+    return text + f" In {nowhere} neither the search nor the grid has a setting to recommend." * (nowhere > 0)
+
+
+def _setting(setting: Mapping[str, Any] | None) -> str:
+    if setting is None:
+        return "none"
+    layers = setting["layers"]
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    return f"{where} at {words.fixed(setting['strength'], '+.2g')}"
 
 
 def everyday(given: Sources) -> str:
@@ -199,6 +243,8 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "recipes.again": again,
     "recipes.smol-think": partial(reasoning, source="recipes_smol-think"),
     "recipes.smol-think.verdict": partial(verdict, source="recipes_smol-think"),
+    "calibrate.grid": grid,
+    "calibrate.grid.verdict": grid_verdict,
     "recipes.everyday": everyday,
     "recipes.everyday.about": everyday_about,
     "recipes.overhead": overhead,
