@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval
+from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval, student_interval
 
 
 def draw(seed, n=40, shift=0.0):
@@ -28,6 +28,14 @@ def test_coverage_of_the_mean():
         _, low, high = mean_interval(draw(seed))
         covered += low <= 1 <= high
     assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_students_interval_covers_on_few_tasks():
+    assert student_interval({"a": 1.0, "b": 2.0, "c": 3.0}) == pytest.approx([2.0, -0.4841, 4.4841], abs=1e-4)
+    generator = np.random.default_rng(0)
+    drawn = [student_interval(dict(enumerate(generator.standard_normal(4)))) for _ in range(2000)]
+    assert np.mean([low <= 0 <= high for _, low, high in drawn]) == pytest.approx(0.95, abs=0.015)
+    assert student_interval({"a": 1.0}) is None
 
 
 def test_pairing_removes_the_spread_between_tasks():

@@ -25,7 +25,7 @@ from steerable.evals.dose_response import (
     perplexity_beside,
 )
 from steerable.evals.halving import Round, fewest_tasks, successive_halving
-from steerable.evals.intervals import difference_interval, mean_interval
+from steerable.evals.intervals import Interval, difference_interval, mean_interval, student_interval
 from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.evals.side_effects import score_texts
 from steerable.formats import import_file
@@ -93,17 +93,17 @@ class GridSearch:
         rounds: list[Round[Setting]] = []
         if is_searched(len(grid), len(self.tasks), self.how["full_grid"]):
             rounds = successive_halving(grid, len(self.tasks), self._extend, self._ranked, self._cost)
-        chosen, reason = self._choose(grid)
+        else:
+            self._fill(grid)
+        chosen, reason = self._choose(grid, rounds)
         spent = self._tokens()
-        about = self._recommended(chosen, rounds) if chosen else None
+        about = self._recommended(chosen, grid, rounds) if chosen else None
         cost: dict[str, Any] = {"search": spent if rounds else None, "grid": None, "share": None}
         if self.how["full_grid"]:
-            self._fill(grid)
-            best, reason_of_all = self._choose(grid)
-            if not rounds:
-                chosen, reason, about = best, reason_of_all, self._recommended(best, []) if best else None
-            cost |= {"grid": self._tokens(), "share": spent / self._tokens() if rounds else None}
-            cost |= self._lost(chosen, best) if rounds else {}
+            if rounds:
+                self._fill(grid)
+                cost |= {"share": spent / self._tokens(), **self._lost(chosen, self._choose(grid, [])[0])}
+            cost["grid"] = self._tokens()
         result = self._result(grid, rounds, chosen, reason, about, cost)
         write_json(self.job.folder / "calibrate.json", result)
         about_rows = ((s and self._named(s), row) for s, rows in self.rows.items() for row in rows)
@@ -260,26 +260,36 @@ class GridSearch:
         broken = {s: bool(self.limits.broken(self.rows[s], self.rows[None], is_early=not is_last)) for s in settings}
         return sorted(settings, key=lambda s: (broken[s], -score[s]))
 
-    def _choose(self, grid: Sequence[Setting]) -> tuple[Setting | None, str]:
-        """The setting within the limits with the largest gain that is clear of 0, among those measured on most tasks;
-        else why there is none."""
-        measured = [s for s in grid if s in self.rows]
+    def _choose(self, grid: Sequence[Setting], rounds: Sequence[Round[Setting]]) -> tuple[Setting | None, str]:
+        """The setting within the limits with the largest gain, of those whose gain is clear of 0 on the tasks that test
+        it (see `_tested`); else why there is none."""
+        settings, tasks = _tested(grid, rounds)
         reason = "every setting that was measured breaks a limit"
-        for chains in sorted({len(self.rows[s]) for s in measured}, reverse=True):
-            some = [s for s in measured if len(self.rows[s]) == chains]
-            for s in self._ranked(some, True):
-                if self.limits.broken(self.rows[s], self.rows[None]):
-                    break  # those within the limits come first
-                interval = gain_interval(self.rows[s], self.rows[None], self.aim, self.seed)
-                if interval is not None and interval[1] > 0 and chains >= _CLEAR:
-                    return s, ""
-                reason = f"no setting within the limits has a clear gain of {self.how['target']}"
-                if chains < _CLEAR:
-                    reason = (
-                        f"a gain is told from {_CLEAR} chains of a setting or more, and there are {chains}: give more "
-                        "--validation or --samples"
-                    )
+        for s in self._ranked(settings, True):
+            if self.limits.broken(self.rows[s], self.rows[None]):
+                break  # those within the limits come first
+            rows = self._on(s, tasks)
+            interval = self._clear_gain(rows, len(settings))
+            if len(rows) >= _CLEAR and interval is not None and interval[1] > 0:
+                return s, ""
+            reason = f"no setting within the limits has a clear gain of {self.how['target']}"
+            if len(rows) < _CLEAR:
+                reason = (
+                    f"a gain is told from {_CLEAR} chains of a setting or more, and there are {len(rows)} to tell it "
+                    "from: give more --validation or --samples"
+                )
         return None, reason
+
+    def _on(self, setting: Setting, tasks: slice) -> list[dict[str, Any]]:
+        """The rows of a setting on some of the tasks."""
+        ids = {task["id"] for task in self.tasks[tasks]}
+        return [row for row in self.rows[setting] if row["task_id"] in ids]
+
+    def _clear_gain(self, rows: Rows, among: int) -> Interval | None:
+        """[gain, low, high], wide enough that of so many settings without a gain one in twenty times any is clear of 0:
+        Bonferroni. There may be few tasks, on which the bootstrap is too narrow."""
+        gains = {t: self.aim * v for t, v in change(rows, self.rows[None], "target").items()}
+        return student_interval(gains, 1 - 0.05 / among)
 
     def _lost(self, chosen: Setting | None, best: Setting | None) -> dict[str, Any]:
         """What the search's choice gives away beside the full grid's, and what one step of the grid changes there."""
@@ -320,28 +330,25 @@ class GridSearch:
             "broken": self.limits.broken(rows, base),
         }
 
-    def _recommended(self, chosen: Setting, rounds: Sequence[Round[Setting]]) -> dict[str, Any]:
-        """The setting with intervals over tasks that had no part in the choice of the finalists, where there are any;
-        beside it a random direction with the same dose."""
-        fresh = slice(None)
-        if len(rounds) > 1 and chosen in rounds[-1].settings:
-            fresh = slice(rounds[-1].start, rounds[-1].stop)
-        met = {row["task_id"] for row in self.rows[chosen]}
-        ids = {task["id"] for task in self.tasks[fresh]} & met
-        rows = [row for row in self.rows[chosen] if row["task_id"] in ids]
-        twin = self.arms[chosen.arm].direction.random_like(self.seed).steering(chosen.strength)
-        last = max(i for i, task in enumerate(self.tasks) if task["id"] in ids) + 1
-        where = {chosen: slice(fresh.start or 0, last)}
-        chains = self._generate("control", where, lambda _: twin, control="random")
-        control = self._measured("control", chains, lambda _: twin)[chosen]
-        about = self._about(chosen, rows)
+    def _recommended(
+        self, chosen: Setting, grid: Sequence[Setting], rounds: Sequence[Round[Setting]]
+    ) -> dict[str, Any]:
+        """The setting with intervals over the tasks that tested it; beside it a random direction with the same dose."""
+        settings, tasks = _tested(grid, rounds)
+        rows = self._on(chosen, tasks)
         arm = self.arms[chosen.arm]
+        twin = arm.direction.random_like(self.seed).steering(chosen.strength)
+        chains = self._generate("control", {chosen: tasks}, lambda _: twin, control="random")
+        control = self._measured("control", chains, lambda _: twin)[chosen]
         original = {s: float(v.double().norm()) for s, v in import_file(arm.file).vectors.items()}
         factors = {float(v.double().norm()) / original[s] for s, v in arm.direction.vectors.items()}
         file_strength = factors.pop() * chosen.strength if len(factors) == 1 else None
+        about, random = (
+            self._about(chosen, some) | {"gain": self._clear_gain(some, len(settings))} for some in (rows, control)
+        )
         return {
             **about, "file": arm.file, "file_strength": file_strength,
-            "random": {name: self._about(chosen, control)[name] for name in ("gain", "kl", "accuracy", "tokens")},
+            "random": {name: random[name] for name in ("gain", "kl", "accuracy", "tokens")},
         }  # fmt: skip
 
     def _result(
@@ -393,6 +400,12 @@ def is_searched(settings: int, tasks: int, full_grid: bool) -> bool:
         return not full_grid or tasks >= fewest_tasks(settings)
     except UsageError:
         return False
+
+
+def _tested(grid: Sequence[Setting], rounds: Sequence[Round[Setting]]) -> tuple[Sequence[Setting], slice]:
+    """The settings among which one is chosen, and the tasks that test its gain: after a search those of its last round,
+    whose tasks had no part in the choice of its settings; else all."""
+    return (rounds[-1].settings, slice(rounds[-1].start, rounds[-1].stop)) if rounds else (grid, slice(0, None))
 
 
 def _mean(values: Mapping[str, float]) -> float:
