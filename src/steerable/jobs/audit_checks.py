@@ -46,6 +46,7 @@ from steerable.jobs.run import Run
 from steerable.methods.contrasts import difference_of_means
 from steerable.methods.head_projection import head_scores
 from steerable.steering.direction import Direction
+from steerable.steering.maps import Shift, parse_map
 from steerable.steering.site import Site
 from steerable.steering.spec import Steering
 from steerable.steering.think import render_messages
@@ -193,6 +194,18 @@ class Checks:
         return sides
 
     @cached_property
+    def line(self) -> Direction:
+        """The direction as one vector a site. Raises UsageError for a subspace that is not added, which has none."""
+        vectors = self.direction.vectors
+        rows = max(v.dim() == 2 and len(v) or 1 for v in vectors.values())
+        if rows > 1 and not isinstance(parse_map(self.direction.map), Shift):
+            raise UsageError(
+                f"it steers in a subspace of {rows} rows, which is no one vector to be compared or projected on: only "
+                "effect, sign, linearity, side effects and displacement are checked"
+            )
+        return Direction({site: v.reshape(-1, v.shape[-1]).sum(0) for site, v in vectors.items()})
+
+    @cached_property
     def means(self) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
         positive, negative = (
             passage_means(self.job.loaded.model, s, list(self.direction.vectors)) for s in self.passages
@@ -213,9 +226,16 @@ class Checks:
 
     # --- chains, and what they show ---
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether there is one vector a site, in whose place a label-shuffled one can be put."""
+        return all(v.dim() == 1 for v in self.direction.vectors.values())
+
     @cached_property
     def shuffled(self) -> list[Direction]:
-        """Directions of the same examples with their labels shuffled."""
+        """Directions of the same examples with their labels shuffled; none for a subspace, whose rows they lack."""
+        if not self.is_vector:
+            return []
         generator = torch.Generator().manual_seed(self.job.config.seed)
         count = len(self.passages[0])
         made = []
@@ -293,7 +313,16 @@ class Checks:
 
     @cached_property
     def main_effect(self) -> Effect:
-        return self.effect()
+        effect, gate = self.effect(), str(self.direction.gate)
+        if (
+            self.sides is not None
+            and gate != "all"
+            and not any(effect(self.direction.steering(self.strength)).values())
+        ):
+            raise UsageError(
+                f"its gate, {gate}, opens at no token of these texts that counts: audit it over chains, without --pairs"
+            )
+        return effect
 
     @property
     def effect_of(self) -> str:
@@ -305,8 +334,9 @@ class Checks:
     # --- the checks ---
 
     def halves(self) -> tuple[str, str, dict[str, Any]]:
+        _ = self.line  # a subspace is refused
         cosine = halves_agreement(self.made_of, len(self.passages[0]), self.job.config.seed)
-        near = sum(self.made_of(range(len(self.passages[0]))).cosine(self.direction).values())
+        near = sum(self.made_of(range(len(self.passages[0]))).cosine(self.line).values())
         near /= len(self.direction.vectors)
         figure = (
             f"cosine {cosine:.2f}, of {counted(len(self.passages[0]), 'example')}; the file's with theirs {near:.2f}"
@@ -314,7 +344,8 @@ class Checks:
         return _graded(cosine, HALVES), figure, {"cosine": cosine, "file": near}
 
     def separation(self) -> tuple[str, str, dict[str, Any]]:
-        made: Callable[[Sequence[int]], Direction] = lambda _: self.direction  # noqa: E731
+        line = self.line
+        made: Callable[[Sequence[int]], Direction] = lambda _: line  # noqa: E731
         how = "by the file's vector"
         if self.sides is not None and self.direction.data_sha256 == pairs_sha256(*self.sides):
             made, how = self.made_of, "by the direction of the other half, as the file was made of these pairs"
@@ -327,7 +358,8 @@ class Checks:
             raise UsageError("no --lookalikes: pairs of a text that shows it and one that only looks like it")
         sides = [[Passage.whole(ids) for ids in side] for side in self.encoded(self.lookalikes)]
         means = [passage_means(self.job.loaded.model, side, list(self.direction.vectors)) for side in sides]
-        values = held_out_auc(lambda _: self.direction, *means)
+        line = self.line
+        values = held_out_auc(lambda _: line, *means)
         return _graded(values[0], SEPARATION), f"AUC {_interval(values)[1:]}", {"auc": values}
 
     def effect_check(self) -> tuple[str, str, dict[str, Any]]:
@@ -336,10 +368,11 @@ class Checks:
             seed=self.job.config.seed,
         )  # fmt: skip
         effect, random, shuffled = values["effect"], values["random"], values["shuffled"]
-        figure = f"{_interval(effect)}; random {_interval(random)}, label-shuffled {_interval(shuffled)}"
+        figure = f"{_interval(effect)}; random {_interval(random)}, "
+        figure += f"label-shuffled {_interval(shuffled)}" if self.is_vector else "no label-shuffled ones of a subspace"
         if effect is None or effect[1] <= 0 or effect[0] <= (values["largest"] or 0.0):
             return "fail", figure, values
-        above = values["above_random"], values["above_shuffled"]
+        above = [values["above_random"], *([values["above_shuffled"]] if self.is_vector else [])]
         is_clear = all(interval is not None and interval[1] > 0 for interval in above)
         return "pass" if is_clear else "warn", figure, values
 
@@ -397,8 +430,7 @@ class Checks:
 
     def heads(self) -> tuple[str, str, dict[str, Any]]:
         model = self.job.loaded.model
-        first = min(self.direction.vectors)
-        line = self.direction.vectors[first].reshape(-1, self.direction.vectors[first].shape[-1]).sum(0)
+        first, line = min(self.line.vectors.items())
         layers = range(first.layer + (first.kind not in ("resid_pre", "attn_out", "head_in")))
         if first.kind in ("head_in", "mlp_act") or not layers:
             raise UsageError(f"no head writes into {first} before it is steered")
@@ -416,25 +448,29 @@ class Checks:
         return "shown", figure, {"heads": best, "share": share, "of": few}
 
     def turns(self) -> tuple[str, str, dict[str, Any]]:
+        line = self.line
         contexts: list[list[int]] = [[]]
         for text in self.unrelated[:_TURNS]:
             contexts.append([*contexts[-1], *text.prompt_ids, *text.ids])
         sides = [[[p.ids[i] for i in p.tokens] for p in side] for side in self.passages]
-        values = margin_over_turns(self.job.loaded.model, self.direction, contexts, *sides)
+        values = margin_over_turns(self.job.loaded.model, line, contexts, *sides)
         figure = " -> ".join(f"{margin:.2f}" for margin in values) + " standard deviations"
         if values[0] <= 0:
             raise UsageError(f"there is no margin to be kept: it is {values[0]:.2f} before the first turn")
         return _graded(min(values) / values[0], LATER), figure, {"margins": values}
 
     def drift(self) -> tuple[str, str, dict[str, Any]]:
+        _ = self.line  # a subspace is refused
         steering = self.direction.steering(self.strength)
         if self.sides is None:
             _ = self.label
             sides = [[Continuation(c["prompt_ids"], c["ids"]) for c in self.chains(s)] for s in (steering, ())]
         else:
             sides = [self._answers(steering), self._answers(())]
+        if [t.ids for t in sides[0]] == [t.ids for t in sides[1]]:
+            raise UsageError("steering changes no token of these chains")
         steered, plain = ([Passage.whole([*t.prompt_ids, *t.ids], len(t.prompt_ids)) for t in side] for side in sides)
-        values = drift_over_chains(self.job.loaded.model, self.direction, steered, plain)
+        values = drift_over_chains(self.job.loaded.model, self.line, steered, plain)
         figure = " -> ".join(f"{part:+.2f}" for part in values) + " standard deviations, by thirds"
         if values[0] <= 0:
             return "warn", f"{figure}: the chains do not begin along the vector", {"parts": values}

@@ -159,7 +159,7 @@ def estimate_search(
 
 def estimate_audit(run: Run, checks: Checks, done: Sequence[str] = ()) -> dict[str, Any]:
     """What `audit` would do; returned as by `estimate`. Raises UsageError where its effect cannot be judged."""
-    shuffled = [checks.direction.random_like(10_000 + k) for k in range(checks.controls)]  # others count the same
+    shuffled = [checks.direction.random_like(10_000 + k) for k in range(checks.controls * checks.is_vector)]
     settings = 1 + len(checks.settings(shuffled))
     if checks.sides is None:
         _ = checks.label
