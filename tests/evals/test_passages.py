@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from planted_model import SITE, planted_model, texts
+from scipy.stats import norm
 
 from steerable.evals.passages import (
     Passage,
@@ -74,9 +75,21 @@ def test_auc_against_all_pairs():
     pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
     assert auc(a, b) == pytest.approx(np.mean(pairs))
     mean, low, high = auc_interval(a, b)
-    assert low < mean < high and auc_interval([2.0], [1.0]) == [1.0, 1.0, 1.0]
+    assert low < mean < high
+    turned = auc_interval(-a, -b)
+    assert turned == pytest.approx([1 - mean, 1 - high, 1 - low])
+    assert auc_interval([2.0], [1.0]) == pytest.approx([1.0, 1 / (1 + 1.96**2), 1.0])  # Wilson's of one case
     with pytest.raises(UsageError, match="scores of both sides"):
         auc([], [1.0])
+
+
+@pytest.mark.parametrize(("count", "shift"), [(4, 0.0), (4, 2.5), (8, 1.2), (24, 2.5), (24, 0.5)])
+def test_intervals_cover_the_true_auc(count, shift):
+    generator, true = np.random.default_rng(0), norm.cdf(shift / 2**0.5)
+    drawn = [generator.standard_normal((2, count)) for _ in range(300)]
+    made = [auc_interval(a + shift, b) for a, b in drawn]
+    assert np.mean([low <= true <= high for _, low, high in made]) >= 0.92
+    assert min(high - low for _, low, high in made) > 0
 
 
 def made_of(means, some):
@@ -100,6 +113,9 @@ def test_held_out_text_is_told_apart_by_the_planted_direction_alone(planted, sid
     assert held_out_auc(lambda some: made_of((positive, negative), some), positive, negative)[0] > 0.95
     assert held_out_auc(lambda _: -direction, positive, negative)[0] < 0.05
     assert 0.1 < held_out_auc(lambda _: random, positive, negative)[0] < 0.9
+    few = [{s: h[:3] for s, h in side.items()} for side in (positive, negative)]
+    with pytest.raises(UsageError, match="how well 3 examples are told apart says nothing: expected four or more"):
+        held_out_auc(lambda _: direction, *few)
 
 
 def test_margin_over_turns(planted, sides):

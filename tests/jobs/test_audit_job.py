@@ -12,7 +12,7 @@ from steerable.chains import generation
 from steerable.chains.text_pairs import read_pairs
 from steerable.evals.calibration import calibrate
 from steerable.evals.passages import Passage, passage_means
-from steerable.jobs.audit_checks import LOOKALIKES, Checks
+from steerable.jobs.audit_checks import LOOKALIKES, Checks, _separated
 from steerable.jobs.audit_job import audit, judge
 from steerable.methods.text_pairs import contrast
 from steerable.models.loading import load
@@ -233,6 +233,14 @@ def test_verdicts(checks, verdict):
     rows = [{"name": n, "title": n, "status": s, "figure": "?"} for n, s in checks.items()]
     said, reasons = judge(rows)
     assert said == verdict and reasons
+
+
+@pytest.mark.parametrize(
+    ("auc", "status"),
+    [([0.9, 0.6, 1.0], "pass"), ([0.9, 0.45, 1.0], "warn"), ([0.7, 0.6, 0.8], "warn"), ([0.5, 0.2, 0.8], "fail")],
+)
+def test_separation_that_may_be_chance_does_not_pass(auc, status):
+    assert _separated(auc) == status
 
 
 def test_refusals(place, steerable):

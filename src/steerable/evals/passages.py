@@ -117,11 +117,29 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def auc_interval(positive: Sequence[float], negative: Sequence[float]) -> list[float]:
-    """[AUC, low, high] by Hanley and McNeil 1982: a normal interval with the variance of exponential scores."""
+    """[AUC, low, high] by Newcombe 2006, "Confidence intervals for an effect size measure based on the Mann-Whitney
+    statistic. Part 2", method 5: the values theta that lie within 1.96 standard errors of the AUC, by their own error
+
+        V(theta) = theta (1 - theta) / (m n) (1 + ((m + n) / 2 - 1) ((1 - theta) / (2 - theta) + theta / (1 + theta))),
+
+    the variance of Hanley and McNeil 1982 with m and n alike. The AUC's own error is 0 at 1, of however few scores.
+
+    Example:
+        >>> auc_interval([3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 0.0, 1.0])
+        [1.0, 0.58, 1.0]
+    """
     a, m, n = auc(positive, negative), len(positive), len(negative)
-    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
-    error = math.sqrt(max(0.0, a * (1 - a) + (m - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)) / (m * n))
-    return [a, max(0.0, a - 1.96 * error), min(1.0, a + 1.96 * error)]
+
+    def edge(outside: float) -> float:
+        inside = a
+        for _ in range(50):
+            theta = (outside + inside) / 2
+            spread = 1 + ((m + n) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+            is_outside = (a - theta) ** 2 > 1.96**2 * theta * (1 - theta) / (m * n) * spread
+            outside, inside = (theta, inside) if is_outside else (outside, theta)
+        return inside
+
+    return [a, edge(0.0), edge(1.0)]
 
 
 def halves_agreement(make: Callable[[Sequence[int]], Direction], count: int, seed: int = 0, splits: int = 8) -> float:
@@ -164,12 +182,17 @@ def held_out_auc(
         make: indices of examples -> a direction.
         positive, negative: {site: [n, d]}, example by example.
 
+    Raises:
+        UsageError: fewer than four examples.
+
     Example:
         >>> held_out_auc(lambda some: direction, happy, sad)
         [0.97, 0.93, 1.0]
     """
     scores: tuple[list[float], list[float]] = ([], [])
     count = len(next(iter(positive.values())))
+    if count < 4:
+        raise UsageError(f"how well {count} examples are told apart says nothing: expected four or more")
     for half in range(2):
         fit, held = list(range(half, count, 2)), list(range(1 - half, count, 2))
         direction = make(fit)

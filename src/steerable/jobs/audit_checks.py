@@ -101,9 +101,9 @@ class Checks:
         rows = (
             ("halves", "Halves of the data agree", f"cosine {HALVES[0]} or more; under {HALVES[1]} fails", self.halves),
             ("separation", "Separation of held-out text",
-             f"AUC {SEPARATION[0]} or more; under {SEPARATION[1]} fails", self.separation),
+             f"AUC {SEPARATION[0]} or more, clear of 0.5; under {SEPARATION[1]} fails", self.separation),
             ("lookalikes", "Told from lookalikes",
-             f"AUC {SEPARATION[0]} or more; under {SEPARATION[1]} fails", self.told_apart),
+             f"AUC {SEPARATION[0]} or more, clear of 0.5; under {SEPARATION[1]} fails", self.told_apart),
             ("effect", "Effect beside controls",
              "clear of 0 and of random and label-shuffled directions; not above each of them fails", self.effect_check),
             ("sign", "Sign over prompts and paraphrases",
@@ -351,7 +351,7 @@ class Checks:
             made, how = self.made_of, "by the direction of the other half, as the file was made of these pairs"
         values = held_out_auc(made, *self.means)
         figure = f"AUC {values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f}), {how}"
-        return _graded(values[0], SEPARATION), figure, {"auc": values}
+        return _separated(values), figure, {"auc": values}
 
     def told_apart(self) -> tuple[str, str, dict[str, Any]]:
         if self.lookalikes is None:
@@ -360,7 +360,7 @@ class Checks:
         means = [passage_means(self.job.loaded.model, side, list(self.direction.vectors)) for side in sides]
         line = self.line
         values = held_out_auc(lambda _: line, *means)
-        return _graded(values[0], SEPARATION), f"AUC {_interval(values)[1:]}", {"auc": values}
+        return _separated(values), f"AUC {_interval(values)[1:]}", {"auc": values}
 
     def effect_check(self) -> tuple[str, str, dict[str, Any]]:
         values = effect_beside_controls(
@@ -496,6 +496,12 @@ class Checks:
 def _graded(value: float, thresholds: tuple[float, float], worst: str = "fail") -> str:
     passes, fails = thresholds
     return "pass" if value >= passes else worst if value < fails else "warn"
+
+
+def _separated(auc: Sequence[float]) -> str:
+    """Of few pairs chance alone may tell many apart: none of them passes whose interval reaches 0.5."""
+    status = _graded(auc[0], SEPARATION)
+    return "warn" if status == "pass" and auc[1] <= 0.5 else status
 
 
 def _interval(value: Sequence[float] | None) -> str:
