@@ -14,8 +14,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("served")) as server:
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def directions(folder):
+    return folder / "directions"
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with served(folder) as server:
         yield server
 
 
@@ -61,11 +71,42 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
         ({"vllm_xargs": {"steering": "1 happy"}, "model": "pocket:happy"}, 400, "has another: give one"),
         ({"model": "pocket:happy", "use_beam_search": True, "n": 2}, 400, "beam search drops the steering"),
         ({"model": "pocket:sad"}, 404, "does not exist"),
+        ({"model": "pocket", "use_beam_search": True, "vllm_xargs": {"steering": "1 happy"}}, 400, "beam search drops"),
+        ({"steering": "1 happy"}, 400, "would be passed over here"),
+        ({"extra_args": {"steering": "1 happy"}}, 400, "would be passed over here"),
+        ({"vllm_xargs": {"steer": "1 happy"}}, 400, "would be passed over here"),
+        ({"vllm_xargs": {"steering": "1e39 happy"}}, 400, "smaller strength"),
+        ({"vllm_xargs": {"steering": ""}}, 400, "expected the name of a direction"),
     ],
 )
 def test_what_cannot_be_steered_is_never_answered(client, body, status, message):
     answer = client.post("/v1/completions", json={"model": "pocket", "prompt": [5, 6], "max_tokens": 4} | body)
     assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_routes_that_do_not_steer_refuse_a_steering(client):
+    body = {"query": "1 + 1", "items": ["2"], "label_token_ids": [5, 6]}
+    answer = client.post("/generative_scoring", json={"model": "pocket:happy"} | body)
+    assert answer.status_code == 400 and "this route does not steer" in answer.json()["error"]["message"]
+    assert client.post("/generative_scoring", json={"model": "pocket"} | body).status_code == 200
+    assert client.post("/tokenize", json={"model": "pocket:happy", "prompt": "2"}).status_code == 200
+
+
+def test_strengths_are_drawn(client):
+    seeds = [scores(client, steering="1 happy|uniform(0.5, 1)", seed=seed) for seed in (1, 2, 1)]
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_a_file_that_is_no_direction(client, server, directions):
+    (directions / "broken.safetensors").write_bytes(b"xx")
+    rows = {row["id"]: row for row in client.get("/v1/steering/directions").json()["data"]}
+    assert "not a sound" in rows["broken"]["error"] and str(directions) not in rows["broken"]["error"]
+    assert "error" not in rows["happy"]
+    assert client.delete("/v1/steering/directions/broken").status_code == 204
+
+
+def test_a_preset_keeps_its_meaning(client):
+    assert client.put("/v1/steering/directions/merry", content=direction().to_bytes()).status_code == 409
 
 
 def test_directions_come_and_go(client, url):

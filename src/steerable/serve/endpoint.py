@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from functools import wraps
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
@@ -21,13 +22,20 @@ from fastapi.responses import JSONResponse, Response
 
 from steerable.engines.vllm.folder import MAX_BYTES, Folder
 from steerable.engines.vllm.presets import VARIABLE, Models, Presets
-from steerable.engines.vllm.requests import check_steering, read_steering
+from steerable.engines.vllm.requests import asked, check_steering
 from steerable.engines.vllm.settings import KEY, settings_of
 from steerable.serve.metrics import Measured, count_requests
 from steerable.steering.direction import Direction
+from steerable.steering.spec import drawn
 from steerable.store.errors import SteerableError, UsageError
 
 _PATH = "/v1/steering"
+_READING = {
+    "ChatCompletionRequest", "BatchChatCompletionRequest", "CompletionRequest", "ResponsesRequest",
+    "TokenizeCompletionRequest", "TokenizeChatRequest", "DetokenizeRequest", "DerenderChatRequest",
+    "DerenderCompletionRequest", "DerenderChatStreamRequest", "DerenderCompletionStreamRequest",
+}  # fmt: skip
+"""Requests of vLLM that are steered by the model's name, or that only turn text into tokens and back."""
 
 
 class Endpoint:
@@ -51,30 +59,33 @@ class Endpoint:
         if settings is None:
             raise UsageError("this server does not steer: start it by `steerable serve`")
         self.folder = Folder(settings.directions)
-        presets = Presets(self.folder, json.loads(os.environ.get(VARIABLE, "{}")))
         models = state.openai_serving_models
         paths = models.base_model_paths
+        given = json.loads(os.environ.get(VARIABLE, "{}"))
+        bases = [path.name for path in paths]
+        self.presets = Presets(self.folder, given, bases, lambda name: name in getattr(models, "lora_requests", ()))
         registry = getattr(models, "registry", models)
-        models.base_model_paths = registry.base_model_paths = Models(paths, presets)
-        self._read_names(presets)
+        models.base_model_paths = registry.base_model_paths = Models(paths, self.presets)
+        self._read_names()
 
-    def _read_names(self, presets: Presets) -> None:
+    def _read_names(self) -> None:
         """Steer the requests that name a preset, and refuse at once, with 400 also for streams, what cannot be done."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+        from vllm.entrypoints.serve.engine import serving
         from vllm.exceptions import VLLMValidationError
 
         def steered(request: Any, params: Any) -> Any:
             extra = dict(getattr(params, "extra_args", None) or {})
-            preset = presets.steering(request.model or "")
             try:
+                preset = self.presets.steering(request.model)
                 if preset is not None and KEY in extra:
                     raise UsageError(
                         f"the model {request.model!r} is a steering, and the request has another: give one"
                     )
                 if (given := extra.get(KEY, preset)) is not None:
-                    check_steering(read_steering(given, self.folder), self.config)
+                    check_steering(drawn(asked(given, self.folder), 0), self.config)
                     count_requests()
                     params.extra_args = {**extra, KEY: given}
             except SteerableError as error:
@@ -82,7 +93,11 @@ class Endpoint:
             return params
 
         def refused(request: Any, params: Any) -> Any:
-            if presets.steering(request.model or "") is not None or KEY in (request.vllm_xargs or {}):
+            try:
+                preset = self.presets.steering(request.model)
+            except SteerableError as error:
+                raise VLLMValidationError(str(error), parameter="model") from error
+            if preset is not None:
                 raise VLLMValidationError("vLLM's beam search drops the steering: leave beams out", parameter=KEY)
             return params
 
@@ -90,6 +105,26 @@ class Endpoint:
             _after(cls, "to_sampling_params", steered)
             if hasattr(cls, "to_beam_search_params"):
                 _after(cls, "to_beam_search_params", refused)
+        base = next(cls for cls in vars(serving).values() if "_check_model" in vars(cls))
+        _instead(base, "_check_model", self._check_model)
+
+    async def _check_model(self, original: Any, serving: Any, request: Any) -> Any:
+        """vLLM's own check of the model's name, after which some routes do not look at it again."""
+        error = await original(serving, request)
+        tokens = getattr(getattr(request, "sampling_params", None), "extra_args", None) or {}
+        if error is not None or type(request).__name__ in _READING or KEY in tokens:
+            return error
+        try:
+            preset = self.presets.steering(request.model)
+        except SteerableError as missing:
+            return serving.create_error_response(str(missing), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
+        if preset is not None:
+            return serving.create_error_response(
+                f"the model {request.model!r} is a steering, and this route does not steer: take "
+                f"{request.model.rpartition(':')[0]!r}, or a route of completions, chats or responses",
+                param="model",
+            )
+        return None
 
     async def status(self) -> Any:
         """What every worker steers: layers, and how many slots of vectors and maps are filled."""
@@ -103,8 +138,14 @@ class Endpoint:
         return await self.engine.engine_core.call_utility_all_async(*call)
 
     async def list_directions(self) -> Any:
-        """All directions of the folder."""
-        return {"object": "list", "data": [_about(name, self.folder.load(name)) for name in self.folder.names()]}
+        """All directions of the folder; of a file that is none, why."""
+        rows = []
+        for name in self.folder.names():
+            try:
+                rows.append(_about(name, self.folder.load(name)))
+            except SteerableError as error:
+                rows.append({"id": name, "object": "steering.direction", "error": str(error)})
+        return {"object": "list", "data": rows}
 
     async def get(self, name: str) -> Any:
         """One direction file."""
@@ -120,10 +161,12 @@ class Endpoint:
             content += part
             if len(content) > MAX_BYTES:
                 return _error(413, f"a direction file has {MAX_BYTES >> 20} MiB at most")
+        if name in self.presets.given:
+            return _error(409, f"--preset gives {name!r} another meaning on this server: take another name")
         try:
             is_new = name not in self.folder.names()
             direction = self.folder.put(
-                name, bytes(content), lambda direction: check_steering(direction.steering(), self.config)
+                name, bytes(content), lambda direction: check_steering(drawn(direction.steering(), 0), self.config)
             )
         except SteerableError as error:
             return _error(400, str(error))
@@ -140,11 +183,16 @@ class Endpoint:
 
 def _after(cls: type, name: str, change: Any) -> None:
     """Pass what a method of vLLM returns through a function of the object and it."""
+    _instead(cls, name, lambda original, self, *args, **kwargs: change(self, original(self, *args, **kwargs)))
+
+
+def _instead(cls: type, name: str, other: Any) -> None:
+    """Call a function of the method and what it is given in place of a method of vLLM."""
     original = getattr(getattr(cls, name), "steerable_original", getattr(cls, name))
 
     @wraps(original)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return change(self, original(self, *args, **kwargs))
+        return other(original, self, *args, **kwargs)
 
     wrapped.steerable_original = original  # type: ignore[attr-defined]
     setattr(cls, name, wrapped)
@@ -164,5 +212,5 @@ def _about(name: str, direction: Direction) -> dict[str, Any]:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    kind = {404: "NotFoundError", 409: "ConflictError"}.get(status, "BadRequestError")
     return JSONResponse({"error": {"message": message, "type": kind, "param": "steering", "code": status}}, status)

@@ -39,7 +39,7 @@ class Measured:
         self.app, self.ask = app, ask
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") == "/metrics":
             with suppress(Exception):  # of a dead engine vLLM's own metrics tell
                 self.set(await asyncio.wait_for(self.ask(), _PATIENCE))
         await self.app(scope, receive, send)

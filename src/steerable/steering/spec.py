@@ -329,8 +329,12 @@ def _intervention(data: dict[str, Any]) -> Intervention:
         raise UsageError(f"unknown key {unknown[0]!r} in an intervention")
     if not isinstance(data["rescale"], bool):
         raise UsageError(f"rescale is true or false, not {data['rescale']!r}")
+    if isinstance(data["strength"], bool) or not isinstance(data["strength"], (int, float)):
+        raise UsageError(f"the strength of an intervention is a number, not {data['strength']!r}")
     d, k = data["basis"]["shape"]
     source = data.get("source", {})
+    if not all(isinstance(source.get(name, ""), str) for name in ("name", "map", "model_id", "model_revision")):
+        raise UsageError("the source of an intervention holds texts")
     content = bytearray(base64.b64decode(data["basis"]["float64"], validate=True))
     return Intervention(
         Site.parse(data["site"]),

@@ -1,6 +1,8 @@
 """What requests may say, the folder of directions, and presets: without vLLM."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 import steerable as st
 from steerable.engines.vllm.folder import Folder
+from steerable.engines.vllm.kept import Kept
 from steerable.engines.vllm.presets import Models, Presets, parse_presets
-from steerable.engines.vllm.requests import check_model, read_steering
+from steerable.engines.vllm.requests import asked, check_model, read_steering
 from steerable.engines.vllm.settings import Settings
 from steerable.steering.spec import to_json
 
@@ -18,6 +21,11 @@ D = 8
 
 def direction(**more):
     return st.Direction({st.Site("resid_post", i): torch.arange(1.0, D + 1) + i for i in (1, 3)}, **more)
+
+
+def as_json(**fields):
+    """A steering with other fields."""
+    return json.dumps([json.loads(to_json(direction().steering(1.0)))[0] | fields])
 
 
 @pytest.fixture
@@ -38,9 +46,9 @@ def test_forms_of_a_steering_are_the_same(folder):
         [{"vectors": vectors, **options}],
         json.dumps({"vectors": vectors, **options}),
     ):
-        assert read_steering(given, folder) == steering
-    assert read_steering(steering[0], folder) == steering
-    assert read_steering('[{"direction": "happy"}, {"direction": "happy", "strength": -1}]', folder) == (
+        assert read_steering(given, folder.load) == steering
+    assert read_steering(steering[0], folder.load) == steering
+    assert read_steering('[{"direction": "happy"}, {"direction": "happy", "strength": -1}]', folder.load) == (
         *direction().steering(0.5), *direction().steering(-1.0),
     )  # fmt: skip
 
@@ -62,7 +70,13 @@ def test_forms_of_a_steering_are_the_same(folder):
         ({"direction": "happy", "rescale": 1}, "rescale is true or false"),
         ({"direction": "happy", "where": "nowhere"}, "is not a selector"),
         ({"vectors": {"1": ["a"]}}, "no list of numbers"),
+        ({"vectors": {"1": [True, False]}}, "no list of numbers"),
+        ({"vectors": {"1": [1.0], "resid_post.1": [2.0]}}, "have resid_post.1 twice"),
         ({"vectors": {"-1": [1.0]}}, "is not a site"),
+        ("", "expected the name of a direction"),
+        (as_json(strength=True), "is a number, not True"),
+        (as_json(strength="2"), "is a number, not '2'"),
+        (as_json(source={"model_id": 5}), "holds texts"),
         ({"vectors": [1.0]}, "an object of layers and numbers"),
         ('{"direction": "happy"', "no sound JSON"),
         ("[1]", "holds interventions"),
@@ -71,7 +85,7 @@ def test_forms_of_a_steering_are_the_same(folder):
 )
 def test_what_is_no_steering_is_refused_in_a_sentence(folder, given, message):
     with pytest.raises(st.UsageError, match=message):
-        read_steering(given, folder)
+        read_steering(given, folder.load)
 
 
 def test_without_a_folder_no_name_is_known():
@@ -127,14 +141,66 @@ def test_folder_takes_directions_in_and_nothing_else(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["happy.safetensors"]
 
 
+def test_a_file_that_is_none_can_be_removed(folder, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"xx")
+    with pytest.raises(st.UsageError) as told:
+        folder.load("broken")
+    assert "broken.safetensors" in str(told.value) and str(tmp_path) not in str(told.value)
+    folder.remove("broken")
+    assert folder.names() == ["happy"]
+
+
+def test_a_file_in_place_of_another_is_read(folder, tmp_path):
+    """Also where it has the time of the other, as copies may."""
+    file = tmp_path / "happy.safetensors"
+    time = file.stat().st_mtime_ns
+    assert asked("1 happy", folder)[0].vector.tolist() == direction().at(1).tolist()
+    folder.put("happy", (2 * direction()).to_bytes())
+    os.utime(file, ns=(time, time))
+    assert asked("1 happy", folder)[0].vector.tolist() == (2 * direction()).at(1).tolist()
+    folder.remove("happy")
+    with pytest.raises(st.UsageError, match="no direction is known as 'happy'"):
+        asked("1 happy", folder)
+
+
+def test_directions_of_a_program_are_asked_anew(tmp_path):
+    one, other = (Folder("", {"policy": n * direction()}) for n in (1, 3))
+    for folder in (one, other, one):
+        assert asked("1 policy", folder)[0].vector.tolist() == folder.load("policy").at(1).tolist()
+    assert asked("1 policy", one) is asked("1 policy", one)  # kept as long as nothing changes
+
+
+def test_writers_of_a_name_never_leave_half_a_file(folder):
+    contents = [direction(behaviour=f"{n}", strength=n + 1.0).to_bytes() for n in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            list(threads.map(lambda content: folder.put("shared", content), contents))
+            assert folder.load("shared").to_bytes() in contents
+
+
+def test_kept_values_have_their_room():
+    made = []
+    kept = Kept(10, len)
+    for key in ("aaaa", "bbbb", "aaaa", "cccc", "bbbb", "x" * 11, "x" * 11):
+        assert kept.get(key, lambda key=key: made.append(key) or key) == key
+    assert made == ["aaaa", "bbbb", "cccc", "bbbb", "x" * 11, "x" * 11]  # bbbb made room for cccc; the last has none
+    assert kept.get("cccc", lambda: "new", is_fresh=lambda value: False) == "new" and kept.used == 7
+
+
 def test_presets_are_models(folder):
-    presets = Presets(folder, parse_presets(["merry=0.5 happy@thinking", "calm = -1 happy"]))
+    presets = Presets(folder, parse_presets(["merry=0.5 happy@thinking", "calm = -1 happy"]), ["pocket"])
     models = Models([SimpleNamespace(name="pocket", model_path="/p")], presets)
     assert [model.name for model in models] == ["pocket", "pocket:calm", "pocket:happy", "pocket:merry"]
     assert models[0].name == "pocket"
     assert presets.steering("pocket:calm") == "-1 happy"
-    assert presets.steering("pocket") is None is presets.steering("pocket:sad")
-    assert read_steering(presets.steering("pocket:happy"), folder) == tuple(direction().steering(0.5))
+    assert presets.steering("pocket") is None is presets.steering("") is presets.steering(None)
+    with pytest.raises(st.UsageError, match="has no steering 'sad': there are calm, happy, merry"):
+        presets.steering("pocket:sad")
+    assert read_steering(presets.steering("pocket:happy"), folder.load) == tuple(direction().steering(0.5))
+    # Names with a colon that are no presets: the model's own, an adapter's, another model's.
+    presets = Presets(folder, {}, ["llama:happy"], lambda name: name == "sql:happy")
+    assert [presets.steering(name) for name in ("llama:happy", "sql:happy", "other:happy")] == [None] * 3
+    assert presets.steering("llama:happy:happy") == '"happy"'
     for wrong in ("merry", "=x", "x=", "a:b=c"):
         with pytest.raises(st.UsageError, match="expected a name and a steering"):
             parse_presets([wrong])

@@ -16,8 +16,15 @@ from vllm_engines import (
     start,
 )
 
+import steerable as st
+
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
+
+
+def direction(reference):
+    v = torch.randn(reference.model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    return st.Direction({st.Site("resid_post", layer): 8 * v / v.norm() for layer in (1, 3)})
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,18 @@ def test_chunks_caches_and_preemption(crowded, reference, prompts, twice, output
     assert sum(output.num_cached_tokens > 64 for output in outputs) > len(outputs) // 8
     assert difference(reference, twice[1], outputs) < PARITY
     assert difference(reference, [()] * len(outputs), outputs) > 0.1  # steering did something
+
+
+@pytest.mark.parametrize("where", ["generated", "prompt", "last_prompt", "all"])
+def test_turns_of_a_conversation(crowded, reference, prompts, where):
+    """What was written is a part of the next turn's prompt, and is found in the cache where it is the same there."""
+    steering = [direction(reference).steering(where=where)]
+    [first] = generated(crowded, prompts, steering, max_tokens=48)
+    following = [*first.prompt_token_ids, *first.outputs[0].token_ids, *prompts[1][-9:]]
+    [second] = generated(crowded, [following], steering, max_tokens=8)
+    assert second.num_cached_tokens >= 64  # of the prompt
+    assert second.num_cached_tokens >= len(following) - 42 or where != "all"
+    assert difference(reference, steering, [second]) < PARITY
 
 
 def test_unsteered_requests_keep_their_bits(twice, outputs):

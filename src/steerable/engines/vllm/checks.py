@@ -8,6 +8,9 @@ from typing import Any
 from steerable.engines.vllm.settings import settings_of
 from steerable.store.errors import UsageError
 
+CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "NixlConnector")
+"""Connectors of vLLM that know blocks by vLLM's own hashes, or requests by their ids."""
+
 
 def check_config(config: Any) -> None:
     """Raises UsageError for what steering does not go together with, and for layers that the model has not."""
@@ -22,6 +25,12 @@ def check_config(config: Any) -> None:
     if names := [name for name, is_on in refused.items() if is_on]:
         raise UsageError(
             f"steering does not go together with {names[0]}, by which layers see other tokens: leave it out"
+        )
+    transfer = getattr(config, "kv_transfer_config", None)
+    if transfer is not None and (connector := transfer.kv_connector) not in CONNECTORS:
+        raise UsageError(
+            f"steering does not go together with {connector} of --kv-transfer-config, which may know stored texts by "
+            f"their tokens alone, however they were steered: take one of {', '.join(CONNECTORS)}"
         )
     settings = settings_of(config.additional_config)
     number = config.model_config.hf_text_config.num_hidden_layers

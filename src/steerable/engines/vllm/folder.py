@@ -3,14 +3,15 @@ that several processes may share it, and what is put there is there after a rest
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from steerable.engines.vllm.kept import Kept
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import write_atomic
@@ -37,13 +38,26 @@ class Folder:
     def load(self, name: str) -> Direction:
         """The direction of this name. Raises UsageError for a name that is not there, SteerableError for a file that is
         not sound."""
+        return self.version(name)[1]
+
+    def version(self, name: str) -> tuple[Any, Direction]:
+        """The direction of this name, and what differs from it where another is there in its place. Raises as
+        `load`."""
         if isinstance(name, str) and name in self.live:
-            return self.live[name]
+            direction = self.live[name]
+            return _Same(direction), direction
         file = self._file(name)
-        if not file.is_file():
+        try:
+            there = file.stat()
+        except OSError:
             names = ", ".join(self.names()[:20]) or "none"
-            raise UsageError(f"no direction is known as {name!r}: there are {names}")
-        return _loaded(str(file), file.stat().st_mtime_ns)
+            raise UsageError(f"no direction is known as {name!r}: there are {names}") from None
+        # Not the time alone: copies keep it, and some file systems count it in seconds.
+        key = str(file), there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
+        try:
+            return key, _LOADED.get(key, lambda: Direction.load(file))
+        except SteerableError as error:
+            raise UsageError(str(error).replace(f"{self.path}/", "")) from None
 
     def put(self, name: str, content: bytes, check: Callable[[Direction], Any] = lambda direction: None) -> Direction:
         """Keep a direction file under a name, whole or not at all. check: raises for a direction that is not to be
@@ -59,13 +73,20 @@ class Folder:
             except SteerableError as error:
                 raise UsageError(str(error).replace(f"{place}/", "")) from None
         check(direction)
-        write_atomic(file, direction.to_bytes())
+        # Servers that share the folder may be at this name at once, so each writes a file of its own first.
+        try:
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=".") as place:
+                os.replace(write_atomic(Path(place) / file.name, direction.to_bytes()), file)
+        except OSError as error:
+            raise SteerableError(f"cannot keep {name!r}: {error.strerror or error}") from error
         return direction
 
     def remove(self, name: str) -> None:
-        """Remove a direction. Raises UsageError for a name that is not there."""
-        self.load(name)
-        self._file(name).unlink()
+        """Remove a direction, also a file that is not sound. Raises UsageError for a name that is not there."""
+        try:
+            self._file(name).unlink()
+        except FileNotFoundError:
+            self.load(name)  # says what there is
 
     def _file(self, name: str) -> Path:
         if not self.path:
@@ -86,6 +107,21 @@ def check_name(name: Any) -> None:
         raise UsageError(f"{name!r:.80} cannot name a direction: expected letters, digits, '_', '-' and '.'")
 
 
-@lru_cache(maxsize=256)
-def _loaded(file: str, changed: int) -> Direction:
-    return Direction.load(file)
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to itself for this very direction alone, which it keeps alive."""
+
+    direction: Direction
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.direction is self.direction
+
+    def __hash__(self) -> int:
+        return id(self.direction)
+
+
+def _size(direction: Direction) -> int:
+    return sum(v.numel() * v.element_size() for v in direction.vectors.values())
+
+
+_LOADED: Kept[Direction] = Kept(256 << 20, _size)

@@ -69,10 +69,16 @@ class Lane:
 
 @dataclass
 class _Filling:
+    """What becomes one lane. parts: by layer, with the strength of each."""
+
     number: int
-    strength: float
     rows: set[int] = field(default_factory=set)
     parts: dict[int, list[tuple[float, Intervention]]] = field(default_factory=dict)
+
+    @property
+    def strength(self) -> float:
+        """Of the strongest part: the others are kept in the slot as shares of it, none above 1."""
+        return max((strength for some in self.parts.values() for strength, _ in some), key=abs)
 
 
 def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
@@ -94,16 +100,16 @@ def lower(steering: Steering, settings: Settings) -> tuple[Lane, ...]:
         answers = range(settings.answers if conditions else 1)
         key = tuple(answered(i.gate, rows, n) for n in answers), i.schedule if i.schedule.needs_tokens else None
         if isinstance(i.map, Shift) and not i.rescale and not depth.get(layer):
-            filling = shifts.setdefault(key, _Filling(len(shifts), factor))
+            filling = shifts.setdefault(key, _Filling(len(shifts)))
         else:  # what follows a map at its layer must not come before it
             number = depth.get(layer, 0)
             while number < len(maps) and maps[number][0] != key:
                 number += 1
             if number == len(maps):
-                maps.append((key, _Filling(settings.lanes + number, factor)))
+                maps.append((key, _Filling(settings.lanes + number)))
             depth[layer] = number + 1
             filling = maps[number][1]
-        filling.parts.setdefault(layer, []).append((factor / filling.strength, i))
+        filling.parts.setdefault(layer, []).append((factor, i))
         filling.rows |= {rows[condition] for condition in conditions}
     _check_room(len(shifts), settings.lanes, "lanes", "additions with different gates or schedules")
     _check_room(len(maps), settings.maps, "maps", "maps behind each other, or with different gates or schedules")
@@ -155,17 +161,22 @@ def _check_room(used: int, there: int, name: str, what: str) -> None:
 
 
 def _vectors(filling: _Filling) -> dict[str, Tensor]:
-    """[d] float32 of each layer."""
-    return {
-        str(layer): torch.stack([share * i.vector for share, i in parts if i.vector is not None]).sum(0).float()
-        for layer, parts in filling.parts.items()
-    }
+    """[d] float32 of each layer. Raises UsageError where what is added has no place among such numbers."""
+    vectors, whole = {}, filling.strength
+    for layer, parts in filling.parts.items():
+        v = torch.stack([strength / whole * i.vector.double() for strength, i in parts if i.vector is not None]).sum(0)
+        if not torch.isfinite((whole * v).float()).all():
+            raise UsageError(f"what is added at layer {layer} is no finite float32 number: take a smaller strength")
+        vectors[str(layer)] = v.float()
+    return vectors
 
 
 def _maps(filling: _Filling, settings: Settings) -> dict[str, Tensor]:
     """Of each layer its basis [rank, d] and numbers [rank, 3 * rank + COLUMNS], float32."""
-    tensors, rank = {}, settings.rank
-    for layer, [(share, i)] in filling.parts.items():
+    tensors, rank, whole = {}, settings.rank, filling.strength
+    if not torch.isfinite(torch.tensor(whole, dtype=torch.float32)):
+        raise UsageError(f"the strength {whole:g} is too large a number for float32: take a smaller one")
+    for layer, [(strength, i)] in filling.parts.items():
         d, k = i.basis.shape
         if k > rank:
             raise UsageError(
@@ -175,7 +186,7 @@ def _maps(filling: _Filling, settings: Settings) -> dict[str, Tensor]:
         basis = torch.zeros(rank, d, dtype=torch.float64)
         basis[:k] = i.basis.double().T
         numbers = general(i.map, k, rank)
-        numbers[:, -2], numbers[:, -1] = share, float(i.rescale)
+        numbers[:, -2], numbers[:, -1] = strength / whole, float(i.rescale)
         tensors[f"{layer}.basis"], tensors[f"{layer}.numbers"] = basis.float(), numbers.float()
     return tensors
 
@@ -222,12 +233,14 @@ def general(map: Map, k: int, rank: int) -> Tensor:
     return torch.cat([matrix, frame, frame.inverse(), columns], 1)
 
 
-def to_wire(lanes: Sequence[Lane], prompt_tokens: int | None) -> dict[str, Any]:
+def to_wire(lanes: Sequence[Lane], prompt_tokens: int | None, hangs_on_prompt: bool = True) -> dict[str, Any]:
     """Lanes as `SamplingParams.extra_args` carries them from process to process.
 
-    prompt_tokens: how many of the tokens of the prompt count as prompt for the gates; None: all.
+    prompt_tokens: how many of the tokens of the prompt count as prompt for the gates; None: all. hangs_on_prompt: see
+        `prefixes`.
     """
     return {
+        "hangs_on_prompt": hangs_on_prompt,
         "lanes": [
             [
                 lane.number,
@@ -275,14 +288,14 @@ def _schedule(text: str | None) -> Schedule | None:
     return None if text is None else decoded(json.loads(text), SCHEDULES, "schedule")  # type: ignore[no-any-return]
 
 
-def identity(lanes: Sequence[Lane], prompt_tokens: int | None) -> str:
+def identity(lanes: Sequence[Lane]) -> str:
     """A hash of all that these lanes do: equal for requests that are steered equally, another one for all others."""
     what = [
         (lane.number, lane.digest, lane.strength, [str(gate) for gate in lane.gates], repr(lane.schedule),
          [(row.number, row.is_latched, row.digest) for row in lane.rows])
         for lane in lanes
     ]  # fmt: skip
-    return hashlib.sha256(repr((what, prompt_tokens)).encode()).hexdigest()
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def slot_of(content: bytes) -> dict[int, tuple[Tensor, ...]]:

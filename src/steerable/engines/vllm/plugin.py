@@ -1,7 +1,9 @@
-"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): three of its methods are wrapped.
+"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): some of its functions are wrapped.
 
 - `EngineArgs.create_engine_config`: the settings are checked, and a hash of this code goes into the key of the graphs;
 - `InputProcessor.process_inputs`: the one door of every request (`requests.py`);
+- `generate_block_hash_extra_keys`: what the prefix cache may share (`prefixes.py`);
+- `to_sampling_params` and `to_beam_search_params` of HTTP requests: a steering that would be dropped is refused;
 - `Worker.load_model`: the model's layers are taken hold of (`worker.py`).
 
 Nothing else happens until `--additional-config '{"steering": {}}'` switches it on, but for two things: a request that
@@ -11,6 +13,7 @@ asks to be steered by an engine without steering is refused, and the processes o
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
@@ -20,18 +23,29 @@ from typing import Any
 TESTED = ("0.32",)
 """Versions of vLLM that the tests ran with."""
 
+_HTTP = {
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
+}
+"""Modules of vLLM's server, and the requests in them that can be steered."""
+
 
 def register() -> None:
     """Wrap vLLM's methods, once a process."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker
 
+    from steerable.engines.vllm.prefixes import with_prompt
     from steerable.engines.vllm.presets import VARIABLE
 
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(Worker, "load_model", _load_model)
+    if hasattr(kv_cache_utils, "generate_block_hash_extra_keys"):
+        _wrap(kv_cache_utils, "generate_block_hash_extra_keys", with_prompt)
     if VARIABLE in os.environ:  # `steerable serve` has set it
         _end_with_parent()
 
@@ -50,7 +64,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, name="end with the server", daemon=True).start()
 
 
-def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap(cls: Any, name: str, wrapper: Callable[..., Any]) -> None:
     original = getattr(cls, name)
     if hasattr(original, "steerable"):
         return
@@ -66,6 +80,12 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     from steerable.engines.vllm.settings import settings_of, switched_on
 
+    for module, name in _HTTP.items():
+        if module in sys.modules:  # of a server, which has them by now
+            request = getattr(sys.modules[module], name)
+            _wrap(request, "to_sampling_params", _to_sampling_params)
+            if hasattr(request, "to_beam_search_params"):
+                _wrap(request, "to_beam_search_params", _to_beam_search_params)
     if settings_of(self.additional_config) is None:
         return original(self, *args, **kwargs)
     from steerable.engines.vllm.checks import check_config
@@ -78,6 +98,20 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
         config.model_config.logits_processors = [SECOND if one == FIRST else one for one in given]
     return config
+
+
+def _to_sampling_params(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.requests import check_place
+
+    check_place(self)
+    return original(self, *args, **kwargs)
+
+
+def _to_beam_search_params(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.requests import refuse_beams
+
+    refuse_beams(self)
+    return original(self, *args, **kwargs)
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

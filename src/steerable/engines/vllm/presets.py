@@ -7,7 +7,7 @@ Every direction of the folder is one, "pocket:happy", at its own strength; other
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,31 @@ def parse_presets(given: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Presets:
-    """The steering that a model's name stands for."""
+    """The steering that a model's name stands for.
+
+    bases: the names that vLLM serves its model by. is_adapter: whether vLLM knows an adapter by a name.
+    """
 
     folder: Folder
     given: Mapping[str, str]
+    bases: Sequence[str]
+    is_adapter: Callable[[str], bool] = lambda name: False
 
     def names(self) -> list[str]:
         """What may stand behind the colon."""
         return sorted({*self.folder.names(), *self.given})
 
-    def steering(self, model: str) -> str | None:
-        """The text of the steering; None for a model's plain name."""
-        _, colon, name = model.rpartition(":")
-        if not colon or name not in self.names():
+    def steering(self, model: str | None) -> str | None:
+        """The text of the steering; None for a model's own name, and for one that vLLM has to answer for. Raises
+        UsageError for a preset that is not, or no longer, there."""
+        if not model or model in self.bases or self.is_adapter(model):
             return None
+        base, colon, name = model.rpartition(":")
+        if not colon or base not in self.bases:
+            return None
+        if name not in self.names():
+            there = ", ".join(self.names()) or "none"
+            raise UsageError(f"the model {base!r} has no steering {name!r}: there are {there}")
         return self.given.get(name, json.dumps(name))
 
 

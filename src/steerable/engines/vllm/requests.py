@@ -13,15 +13,18 @@ is fed as a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steerable.engines.vllm.folder import EMPTY, Folder
+from steerable.engines.vllm.kept import Kept
 from steerable.engines.vllm.layers import listed
 from steerable.engines.vllm.lowering import Lane, identity, lower, to_wire
+from steerable.engines.vllm.prefixes import hangs_on_prompt, is_keyed_by_block, may_look_ahead
 from steerable.engines.vllm.settings import KEY, Settings, settings_of
 from steerable.models.loading import short_name
 from steerable.steering.direction import Direction
@@ -35,15 +38,16 @@ from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import strict_json
 
 PROMPT_TOKENS = "steering_prompt_tokens"
+_SALT = "steering:"
 _ENTRY = {"direction", "vectors", "strength", "layers", "where", "map", "schedule", "rescale"}
 
 
 def admit(processor: Any, request: Any) -> Any:
     """An `EngineCoreRequest` whose steering is resolved. Raises vLLM's validation error, which a server answers with
     400, for a steering that cannot be done."""
-    params = request.sampling_params
+    params, salt = request.sampling_params, request.cache_salt
     extra = getattr(params, "extra_args", None) or {}
-    if KEY not in extra and PROMPT_TOKENS not in extra:
+    if KEY not in extra and PROMPT_TOKENS not in extra and not (salt or "").startswith(_SALT):
         return request
     from vllm.exceptions import VLLMValidationError
 
@@ -54,20 +58,51 @@ def admit(processor: Any, request: Any) -> Any:
             raise UsageError(
                 f"{PROMPT_TOKENS} is a number of tokens from 1 to the {length} of the text, not {prompt!r}"
             )
-        lanes = _lanes(processor, extra.get(KEY) or (), _seed(params, request))
+        lanes = _lanes(processor, extra[KEY], _seed(params, request)) if KEY in extra else ()
+        if lanes and request.prompt_token_ids is None:
+            raise UsageError("a steered request needs token ids, not embeddings, as its prompt")
+        if lanes and getattr(request, "resumable", False):
+            raise UsageError("a request whose text comes piece by piece is not steered: send it whole")
+        if not lanes and (salt or "").startswith(_SALT):
+            raise UsageError(f"a cache_salt that begins with {_SALT!r} is that of steered requests: give another")
     except SteerableError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from error
     remaining = {name: value for name, value in extra.items() if name not in (KEY, PROMPT_TOKENS)}
     if lanes:
-        if request.prompt_token_ids is None:
-            raise VLLMValidationError("a steered request needs token ids, not embeddings, as its prompt", parameter=KEY)
         if any(row.is_latched for lane in lanes for row in lane.rows):
             params.skip_reading_prefix_cache = True  # the end of the prompt must pass, also after a preemption
-        remaining[KEY] = to_wire(lanes, prompt)
-        salt = f"steering:{identity(lanes, prompt)}"
-        request.cache_salt = salt if request.cache_salt is None else f"{request.cache_salt}|{salt}"
+        hangs = hangs_on_prompt(lanes)
+        remaining[KEY] = to_wire(lanes, prompt, hangs)
+        parts = [f"{_SALT}{identity(lanes)}"]
+        if may_look_ahead(lanes) or hangs and not is_keyed_by_block():
+            parts.append(str(prompt or length))
+        request.cache_salt = "|".join([*parts, *([] if salt is None else [salt])])
     params.extra_args = remaining or None
     return request
+
+
+def check_place(request: Any) -> None:
+    """Refuse an HTTP request whose steering stands where vLLM does not look. Raises vLLM's validation error."""
+    from vllm.exceptions import VLLMValidationError
+
+    fields, extra = request.model_extra or {}, request.vllm_xargs or {}
+    names = [name for name in fields if name.startswith("steer")]
+    names += [name for name in fields.get("extra_args") or () if str(name).startswith("steer")]
+    names += [name for name in extra if name.startswith("steer") and name not in (KEY, PROMPT_TOKENS)]
+    if names:
+        raise VLLMValidationError(
+            f'{names[0]!r} would be passed over here: a steering is "vllm_xargs": {{"{KEY}": "0.5 happy"}}',
+            parameter=names[0],
+        )
+
+
+def refuse_beams(request: Any) -> None:
+    """Refuse an HTTP request for beams that asks to be steered. Raises vLLM's validation error."""
+    check_place(request)
+    if KEY in (request.vllm_xargs or {}):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError("vLLM's beam search drops the steering: leave beams out", parameter=KEY)
 
 
 def _seed(params: Any, request: Any) -> int:
@@ -83,7 +118,8 @@ def _lanes(processor: Any, given: Any, seed: int) -> tuple[Lane, ...]:
             "this engine does not steer: start it with --additional-config '{\"steering\": {}}', or take the steering "
             "out of the request"
         )
-    steering = drawn(read_steering(given, Folder(settings.directions, live_directions(processor))), seed)
+    folder = Folder(settings.directions, live_directions(processor))
+    steering = drawn(asked(given, folder), seed)
     lanes = check_steering(steering, config)
     gates = {i.gate for i in steering}
     if any(gate.uses("thinking", "answer") for gate in gates) or any(i.schedule.event == "close" for i in steering):
@@ -108,10 +144,46 @@ def check_steering(steering: Steering, config: Any) -> tuple[Lane, ...]:
                         f"{leaf} reads {leaf.args[0].site} for {i.site}, and with pipeline parallelism they may be in "  # type: ignore[index]
                         "different processes: use a direction for the gate that has this layer"
                     )
-    return _lowered(tuple(steering), settings)
+    steering = tuple(steering)
+    return _LANES.get((steering, settings), lambda: lower(steering, settings))
 
 
-_lowered = lru_cache(maxsize=512)(lower)
+_LANES: Kept[tuple[Lane, ...]] = Kept(256 << 20, lambda lanes: sum(len(lane.content) for lane in lanes))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The steering of a text. versions: of the directions that it names."""
+
+    steering: Steering
+    versions: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        return sum(i.basis.numel() * i.basis.element_size() for i in self.steering)
+
+
+_TEXTS: Kept[_Text] = Kept(256 << 20, lambda text: text.size)
+
+
+def asked(given: Any, folder: Folder) -> Steering:
+    """`read_steering`, whose result is kept for a text as long as the directions that it names are the same."""
+    if not isinstance(given, str):
+        return read_steering(given, folder.load)
+
+    def read() -> _Text:
+        versions: dict[str, Any] = {}
+
+        def load(name: str) -> Direction:
+            versions[name], direction = folder.version(name)
+            return direction
+
+        return _Text(read_steering(given, load), versions)
+
+    def is_fresh(text: _Text) -> bool:
+        return all(folder.version(name)[0] == version for name, version in text.versions.items())
+
+    return _TEXTS.get((given, folder.path), read, is_fresh).steering
 
 
 def _tokenizer(processor: Any) -> Any:
@@ -125,8 +197,8 @@ def live_directions(processor: Any) -> dict[str, Direction]:
     return vars(processor).setdefault("steering_directions", {})  # type: ignore[no-any-return]
 
 
-def read_steering(given: Any, folder: Folder = EMPTY) -> Steering:
-    """The steering that a request asks for. folder: where the directions are that it names. Raises UsageError."""
+def read_steering(given: Any, load: Callable[[str], Direction] = EMPTY.load) -> Steering:
+    """The steering that a request asks for. load: gives the directions that it names. Raises UsageError."""
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
         try:
             value = strict_json(given)
@@ -136,23 +208,23 @@ def read_steering(given: Any, folder: Folder = EMPTY) -> Steering:
             return tuple(from_json(given))
         given = value
     if isinstance(given, str):
-        return tuple(parse_steering(given, folder.load))
+        return tuple(parse_steering(given, load))
     if isinstance(given, Mapping):
         given = [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(entry, Mapping) for entry in given):
-        return tuple(i for entry in given for i in _entry(entry, folder))
+        return tuple(i for entry in given for i in _entry(entry, load))
     if isinstance(given, Intervention):
         given = (given,)
     return tuple(steering_of(given))
 
 
-def _entry(entry: Mapping[str, Any], folder: Folder) -> Program:
+def _entry(entry: Mapping[str, Any], load: Callable[[str], Direction]) -> Program:
     if unknown := sorted(set(entry) - _ENTRY):
         raise UsageError(f"unknown key {unknown[0]!r} in the steering: expected {', '.join(sorted(_ENTRY))}")
     if ("direction" in entry) == ("vectors" in entry):
         raise UsageError("a steering names a direction, or holds vectors by layer, and this has both or neither")
     options = {name: value for name, value in entry.items() if name not in ("direction", "vectors")}
-    direction = folder.load(entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
+    direction = load(entry["direction"]) if "direction" in entry else _inline(entry["vectors"])
     strength = options.pop("strength", None)
     if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
         raise UsageError(f"the strength of a steering is a number, not {strength!r}")
@@ -167,13 +239,18 @@ def _entry(entry: Mapping[str, Any], folder: Folder) -> Program:
 def _inline(vectors: Any) -> Direction:
     if not isinstance(vectors, Mapping) or not vectors:
         raise UsageError('vectors are an object of layers and numbers, like {"3": [0.1, ...]}')
-    rows = {}
+    rows: dict[Site, Tensor] = {}
     for layer, numbers in vectors.items():
         site = Site.parse(f"resid_post.{layer}" if str(layer).isdigit() else str(layer))
+        if site in rows:
+            raise UsageError(f"the vectors have {site} twice")
         try:
-            rows[site] = torch.tensor(numbers, dtype=torch.float32)
+            rows[site] = torch.tensor(numbers)
         except (TypeError, ValueError, RuntimeError):
-            raise UsageError(f"the vector at {site} is no list of numbers [d], or of such lists [k, d]") from None
+            rows[site] = torch.tensor(False)
+        if rows[site].dtype == torch.bool:
+            raise UsageError(f"the vector at {site} is no list of numbers [d], or of such lists [k, d]")
+        rows[site] = rows[site].float()
     return Direction(rows)
 
 

@@ -83,6 +83,7 @@ class Steps:
 
     slots: of each of the KINDS. tokenizer: gives the tokenizer, which is asked for when a gate first needs it.
     is_probed: a probe is in the buffers, and the next forward passes run with it, whatever their requests are.
+    is_serving: requests are those of clients, and none of a warm-up.
     """
 
     settings: Settings
@@ -90,6 +91,7 @@ class Steps:
     slots: Mapping[str, Slots]
     tokenizer: Callable[[], Any]
     is_probed: bool = False
+    is_serving: bool = False
     _requests: dict[str, _Request | None] = field(default_factory=dict)
     _trackers: dict[Any, Tracker] = field(default_factory=dict)
     _decoding: list[str] | None = None  # whose next single tokens need no new slots

@@ -48,6 +48,7 @@ def take_hold(worker: Any, settings: Settings) -> None:
     def compile_or_warm_up_model() -> Any:
         result = warm_up()
         check_bite(runner, steps)
+        steps.is_serving = True
         missing = "" if len(here) == len(layers) else f", not {listed(layers.keys() - set(here))}"
         log.info(
             "steering takes hold of layers %s of %d%s, for %d additions, %d maps of rank %d, %d conditions at a time",
@@ -60,7 +61,9 @@ def take_hold(worker: Any, settings: Settings) -> None:
     @torch.inference_mode()
     def settle_first() -> None:
         steps.settle()
+        steps.is_serving = False
         execute_dummy_batch()
+        steps.is_serving = True
 
     worker.compile_or_warm_up_model, worker.execute_dummy_batch = compile_or_warm_up_model, settle_first
     worker.steering, worker.steering_status = steps, steps.status
@@ -89,6 +92,7 @@ def _follow_v1(runner: Any, steps: Steps) -> None:
     def prepare(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         batch = runner.input_batch
+        steps.forget(new.req_id for new in scheduler_output.scheduled_new_reqs)  # an id may come again
         steps.forget(scheduler_output.preempted_req_ids or ())
         steps.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         steps.keep(runner.requests)
@@ -118,12 +122,16 @@ def _follow_v2(runner: Any, steps: Steps) -> None:
         arrivals.pop(name, None)
         steps.forget([name])
 
+    def arrival(name: str) -> Arrival:
+        if name not in arrivals and steps.is_serving:
+            raise UsageError(f"vLLM computes the request {name!r}, of which its model runner was not told")
+        return arrivals.get(name, Arrival(None, [], 0, 0))  # a warm-up's requests are not announced
+
     @torch.inference_mode()
     def prepare(batch: Any, states: Any) -> Any:
         steps.prepare(
             list(batch.req_ids), batch.num_computed_tokens_np[: batch.num_reqs],
-            batch.num_scheduled_tokens[: batch.num_reqs], batch.input_ids, batch.positions,
-            lambda name: arrivals.get(name, Arrival(None, [], 0, 0)),  # a warm-up's requests are not announced
+            batch.num_scheduled_tokens[: batch.num_reqs], batch.input_ids, batch.positions, arrival,
         )  # fmt: skip
         return prepare_inputs(batch, states)
 

@@ -1,0 +1,77 @@
+"""How the model runners' requests reach `Steps`, with runners that do nothing else."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import steerable as st
+from steerable.engines.vllm.banks import KINDS, Bank, Tokens
+from steerable.engines.vllm.lowering import lower, to_wire
+from steerable.engines.vllm.settings import Settings
+from steerable.engines.vllm.slots import Slots
+from steerable.engines.vllm.steps import Steps
+from steerable.engines.vllm.worker import _follow_v1, _follow_v2
+
+D, SETTINGS = 8, Settings(lanes=1, maps=0, gates=0)
+CONFIG = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(max_model_len=40))
+
+
+def new_steps():
+    tokens = Tokens(SETTINGS, 64, torch.device("cpu"), 8)
+    bank = Bank(SETTINGS, dict.fromkeys(KINDS, 9), D, tokens)
+    return Steps(SETTINGS, tokens, {kind: Slots({0: bank}, kind, 9) for kind in KINDS}, lambda: None)
+
+
+def extra(strength):
+    direction = st.Direction({st.Site("resid_post", 0): torch.ones(D)})
+    return {"steering": to_wire(lower(direction.steering(strength), SETTINGS), None)}
+
+
+def test_an_id_that_comes_again_is_another_request():
+    """Also in the very step that tells that the first is over, and with no steering at all."""
+    steps, requests = new_steps(), {}
+    ids = torch.arange(1, D)
+    runner = SimpleNamespace(
+        vllm_config=CONFIG, requests=requests, input_ids=SimpleNamespace(gpu=ids), positions=torch.arange(len(ids)),
+        input_batch=SimpleNamespace(num_reqs=1, req_ids=["a"], num_computed_tokens_cpu=np.zeros(1, int)),
+        _prepare_inputs=lambda *_: None,
+    )  # fmt: skip
+    _follow_v1(runner, steps)
+    for strength in (1.0, 2.0, None):
+        params = SimpleNamespace(extra_args=None if strength is None else extra(strength))
+        requests["a"] = SimpleNamespace(sampling_params=params, prompt_token_ids=ids.tolist(), output_token_ids=[])
+        output = SimpleNamespace(
+            preempted_req_ids=None, scheduled_new_reqs=[SimpleNamespace(req_id="a")],
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=[]),
+        )  # fmt: skip
+        runner._prepare_inputs(output, np.array([len(ids)]))
+        assert steps.tokens.strength[0, : len(ids)].tolist() == [strength or 0.0] * len(ids)
+
+
+def test_a_request_that_was_not_announced_is_no_request():
+    """A warm-up's are none of a client; any other would be answered unsteered."""
+    steps = new_steps()
+    runner = SimpleNamespace(
+        vllm_config=CONFIG,
+        model_state=SimpleNamespace(
+            add_request=lambda *_: None, remove_request=lambda *_: None, prepare_inputs=lambda *_: "prepared"
+        ),
+    )  # fmt: skip
+    _follow_v2(runner, steps)
+    batch = SimpleNamespace(
+        req_ids=["x"], num_reqs=1, num_computed_tokens_np=np.zeros(1, int), num_scheduled_tokens=np.array([3]),
+        input_ids=torch.arange(3), positions=torch.arange(3),
+    )  # fmt: skip
+    assert runner.model_state.prepare_inputs(batch, None) == "prepared"
+    steps.is_serving = True
+    steps.forget(["x"])
+    with pytest.raises(st.UsageError, match="was not told"):
+        runner.model_state.prepare_inputs(batch, None)
+    params = SimpleNamespace(extra_args=extra(0.5))
+    runner.model_state.add_request(
+        0, SimpleNamespace(req_id="x", prefill_token_ids=[1, 2, 3], prompt_len=3, sampling_params=params)
+    )
+    assert runner.model_state.prepare_inputs(batch, None) == "prepared"
+    assert steps.tokens.strength[0, :3].tolist() == [0.5] * 3
