@@ -73,7 +73,7 @@ class Endpoint:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-        from vllm.entrypoints.serve.engine import serving
+        from vllm.entrypoints.serve.engine.serving import BaseServing
         from vllm.exceptions import VLLMValidationError
 
         def steered(request: Any, params: Any) -> Any:
@@ -105,8 +105,7 @@ class Endpoint:
             _after(cls, "to_sampling_params", steered)
             if hasattr(cls, "to_beam_search_params"):
                 _after(cls, "to_beam_search_params", refused)
-        base = next(cls for cls in vars(serving).values() if "_check_model" in vars(cls))
-        _instead(base, "_check_model", self._check_model)
+        _instead(BaseServing, "_check_model", self._check_model)
 
     async def _check_model(self, original: Any, serving: Any, request: Any) -> Any:
         """vLLM's own check of the model's name, after which some routes do not look at it again."""
