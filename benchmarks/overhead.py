@@ -64,15 +64,17 @@ class Material:
 
     @cached_property
     def chains(self) -> list[AlignedChain]:
-        """Two of each problem, a short and a long one, each with three labelled spans."""
+        """Two of each problem, a short and a long one, each with three labelled paragraphs."""
         made = []
+        end = encode(self.loaded.tokenizer, "\n\n")
         for n, texts in enumerate(zip(*self.pairs, strict=True)):
             for sample, text in enumerate((texts[0], " ".join(texts))):
-                prompt, ids = self.prompts[n % ROWS], encode(self.loaded.tokenizer, text)
-                cuts = [len(prompt) + len(ids) * part // 3 for part in range(4)]
-                labels = ("transition", "execution", "reflection")
-                spans = map(TokenSpan, labels, cuts[:-1], cuts[1:])
-                made.append(AlignedChain(str(n), sample, (*prompt, *ids), tuple(spans)))
+                ids, spans, part = [*self.prompts[n % ROWS]], [], encode(self.loaded.tokenizer, text)
+                for label in ("transition", "execution", "reflection"):
+                    ids += end
+                    spans.append(TokenSpan(label, len(ids), len(ids) + len(part)))
+                    ids += part
+                made.append(AlignedChain(str(n), sample, tuple(ids), tuple(spans)))
         return made
 
     def recipe(self, name: str, *data: Any, **settings: Any) -> Made:

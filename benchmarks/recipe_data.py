@@ -4,13 +4,14 @@ with its labels shuffled, which makes the second control."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from steerable.chains.annotators.cue_files import seal
 from steerable.chains.generation import prompt_text
 from steerable.chains.records import Record
 from steerable.chains.tasks import correct
@@ -25,12 +26,9 @@ from steerable.methods.sparse_edits import elastic_net_edits
 from steerable.methods.weight_patch import WeightPatch
 from steerable.methods.weighted_means import paired_difference
 from steerable.models.loading import Loaded, n_heads, n_layers
-from steerable.models.pocket import language as pocket
-from steerable.models.smol import language as smol_think
 from steerable.steering.direction import Direction
 
 Pairs = tuple[list[str], list[str]]
-ANNOTATORS = {"pocket": pocket.annotate, "smol-think": smol_think.annotate}
 LONGER = 1.25  # a problem's longest right chain has so many times the tokens of the shortest, or counts for nothing
 
 
@@ -39,7 +37,6 @@ class Data:
     """The unsteered model's chains of the extraction tasks, as each recipe wants them."""
 
     loaded: Loaded
-    annotate: Callable[[Record], list[Record]]
     tasks: dict[str, Record]
     chains: list[Record]
     made: dict[int, Direction] = field(default_factory=dict)
@@ -58,9 +55,8 @@ class Data:
 
     @cached_property
     def thoughts(self) -> list[AlignedChain]:
-        """Two chains of each task with the spans of the model's annotator."""
-        chains = [chain for chain in self.chains if chain["sample"] < 2]
-        return self._aligned(chains, [self.annotate(chain) for chain in chains])
+        """All chains with SEAL's labels of paragraphs: most are execution, so that no chain can be spared."""
+        return self._aligned(self.chains, [seal(chain) for chain in self.chains])
 
     @cached_property
     def lengths(self) -> list[AlignedChain]:

@@ -55,8 +55,7 @@ def on_pairs(recipe: Callable[..., Any], read: Callable[[Data], Pairs], **more: 
 
 def seal(data: Data, layer: int, seed: int | None) -> Made:
     chains = data.thoughts if seed is None else shuffled_thoughts(data.thoughts, seed)
-    labels = {"execution": ["deduction"], "others": ["backtracking", "uncertainty-estimation"]}
-    return steering(recipes.seal(*data.loaded, chains, **labels, layer=layer))
+    return steering(recipes.seal(*data.loaded, chains, layer=layer))
 
 
 def _efficiency(data: Data, layer: int, seed: int | None) -> Direction:

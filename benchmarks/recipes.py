@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe_data import ANNOTATORS, Data
+from recipe_data import Data
 from recipe_doses import Made, Texts, dosed, patched, random_like
 from recipe_rows import Row, rows
 
@@ -87,7 +87,7 @@ class Work:
     def data(self) -> Data:
         tasks = {task["id"]: task for task in self.tasks["extraction"]}
         chains = [c for c in self.unsteered("extraction") if c["task_id"] in tasks]
-        return Data(self.loaded, ANNOTATORS[self.model], tasks, chains)
+        return Data(self.loaded, tasks, chains)
 
     @cached_property
     def texts(self) -> Texts:

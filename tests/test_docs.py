@@ -47,6 +47,8 @@ NOT_RUN = {
     "steerable contrast examples": "needs what `fetch` downloads",
     "steerable calibrate runs/pocket": "takes minutes",
     "steerable audit runs/pocket": "takes minutes",
+    "steerable steer --recipe seal": "needs more paragraphs than the run of the tests has",
+    'steerable chat "2*w + 8 = 30" --steer seal': "needs what that makes",
     "steerable steer --recipe sae": "needs an autoencoder",
     "steerable pocket train": "takes up to hours",
     "steerable pocket measure --out": "takes minutes",

@@ -111,7 +111,7 @@ def test_seal(write):
         import_file(write(v), format="seal")
     found = import_file(write(v), format="seal", layer=20)
     assert list(found.vectors) == [Site("resid_pre", 20)]  # hidden_states[20]: the input of block 20
-    assert (found.strength, found.gate) == (-1.0, "thinking & boundary")
+    assert (found.strength, found.gate) == (-1.0, "thinking & boundary & (last_prompt | generated)")
 
 
 def test_refusal_direction(write, tmp_path):

@@ -23,6 +23,7 @@ from steerable.steering.spec import Program
 
 ROOT = Path(__file__).parents[2]
 INSTEAD = {  # the bundled model knows arithmetic, and few words; and the run is a short one
+    "seal": ("runs/pocket", "runs/short"),  # with more paragraphs
     "efficiency": ("--data runs/short", "--data runs/short --set layer=3"),
     "raptor": ("happy-sad", "questions-statements"),
     "selective": ("happy-sad", "questions-statements"),
@@ -42,7 +43,8 @@ def material(finished, made_once):
         shutil.copytree(finished, folder / "runs/pocket")
         few = {"limit": 16, "validation": 1, "evaluation": 1, "samples": 4, "max_new_tokens": 100}
         main_job.run(folder / "runs/short", stage="tasks", model="pocket", annotator="length", workers=1, **few)
-        main_job.run(folder / "runs/short", stage="generate", fresh=False, workers=1)
+        for stage in ("generate", "annotate"):
+            main_job.run(folder / "runs/short", stage=stage, fresh=False, workers=1)
         write_files(folder)
         pairs = folder / "examples/contrasts/formal-casual.jsonl"
         steer_or_recipe(folder / "formal.safetensors", recipe="caa", data=pairs, model="pocket")
@@ -128,7 +130,8 @@ def test_the_edited_model_is_the_patched_one(steerable, place):
 def test_chains_without_the_labels_are_labelled_by_seals_cues(steerable, place):
     """Pocket's chains have none of the labels; its words are not SEAL's, so that all thoughts are execution."""
     said = steerable("steer", "--recipe", "seal", "--data", "runs/pocket")
-    assert said.code == 2 and "labelled reflection or transition: their labels are execution" in said.err
+    assert said.code == 2 and "no span labelled reflection or transition begins behind" in said.err
+    assert "those that do are labelled execution" in said.err
 
 
 def test_ls_recipes(steerable):

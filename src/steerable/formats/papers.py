@@ -94,7 +94,7 @@ def _read_vllm_hook(source: Source, options: Options) -> Direction:
 
 def _read_seal(source: Source, options: Options) -> Direction:
     """As SEAL's code applies it: the saved vector is (reflection, transition) - execution, used with -1, where a
-    paragraph break was just fed inside the think block."""
+    paragraph break was just fed inside the think block, of a prompt at the last token alone."""
     v = checks.vector(source.torch, "its vector")
     index = options.need_layer("a SEAL file does not hold the layer: give --layer, its index into hidden_states")
     return imported(
@@ -103,7 +103,7 @@ def _read_seal(source: Source, options: Options) -> Direction:
         f"hidden_states[{index}] is the input of block {index}",
         method="SEAL: mean of reflection and transition - mean of execution",
         strength=-1.0,
-        gate="thinking & boundary",
+        gate="thinking & boundary & (last_prompt | generated)",
     )
 
 

@@ -1,5 +1,7 @@
 """Recipes on chains of thought against their formulas, computed anew one chain at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,29 +21,58 @@ def pairs(chains):
     return [sorted((c for c in chains if c.task_id == task), key=lambda c: len(c.ids)) for task in tasks]
 
 
-def test_seal_is_execution_less_the_pooled_others_at_the_breaks_before_them(tiny_llama, tokenizer, chains, read):
-    """Not the mean of two means: reflection and transition have other counts. The first thought follows no break."""
-    direction = st.recipes.seal(tiny_llama, tokenizer, chains, layer=2, strength=0.5)
-    groups = {"execution": [], "others": []}
-    for chain in chains:
+@pytest.fixture(scope="module")
+def thoughts(chains):
+    """The same chains with a paragraph break (token 3) before their last spans: before all, all but one, or the third
+    alone."""
+    made = []
+    for number, chain in enumerate(chains):
+        ids = list(chain.ids)
+        for span in chain.spans[(1, 0, 2)[number % 3] :]:
+            ids[span.start - 1] = 3
+        made.append(replace(chain, ids=tuple(ids)))
+    return made
+
+
+def test_seal_is_execution_less_the_pooled_others_at_the_breaks_before_them(tiny_llama, tokenizer, thoughts, read):
+    """Not the mean of two means: reflection and transition have other counts. A span that no break precedes does not
+    count, wherever it stands, and the first one does where a break precedes it."""
+    direction = st.recipes.seal(tiny_llama, tokenizer, thoughts, layer=2, strength=0.5)
+    groups, left_out, first = {"execution": [], "others": []}, 0, 0
+    for chain in thoughts:
         h = read(chain.ids)["resid_pre.2"]
-        for span in chain.spans[1:]:
-            groups["execution" if span.label == "execution" else "others"].append(h[span.start - 1])
-    assert len(groups["others"]) != len(groups["execution"])
+        for number, span in enumerate(chain.spans):
+            if chain.ids[span.start - 1] == 3:
+                groups["execution" if span.label == "execution" else "others"].append(h[span.start - 1])
+                first += number == 0
+            else:
+                left_out += number > 0
+    assert len(groups["others"]) != len(groups["execution"]) and left_out and first
     expected = mean(groups["execution"]) - mean(groups["others"])
     torch.testing.assert_close(direction.at(Site("resid_pre", 2)).double(), expected, atol=1e-5, rtol=1e-5)
-    assert (direction.gate, direction.strength, direction.layers) == ("thinking & boundary", 0.5, [2])
+    assert (direction.gate, direction.strength, direction.layers) == (
+        "thinking & boundary & (last_prompt | generated)",
+        0.5,
+        [2],
+    )
 
 
-def test_seal_touches_the_breaks_of_the_thinking_alone(tiny_llama, tokenizer, chains):
-    """Tokens: <think> w w \\n\\n w </think> \\n\\n w; what differs begins at the one break inside the block."""
-    direction = st.recipes.seal(tiny_llama, tokenizer, chains)
-    ids = torch.tensor([[1, 10, 11, 3, 12, 2, 3, 13]])
-    with torch.no_grad():
-        before = tiny_llama(ids).logits
-        with st.steer(tiny_llama, direction, tokenizer=tokenizer):
-            after = tiny_llama(ids).logits
-    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3], after[:, 3])
+@pytest.mark.filterwarnings("ignore:steering touched none")
+def test_seal_touches_the_breaks_of_the_thinking_alone(tiny_llama, tokenizer, thoughts):
+    """Of a prompt only the last token, and only if it is a break inside the block; of what is written all such."""
+    direction = st.recipes.seal(tiny_llama, tokenizer, thoughts)
+
+    def changed(prompt, written):
+        """How many tokens are steered."""
+        with st.steer(tiny_llama, direction, tokenizer=tokenizer) as handle, torch.no_grad():
+            cache = tiny_llama(torch.tensor([prompt]), use_cache=True).past_key_values
+            for token in written:
+                cache = tiny_llama(torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
+        return next(iter(handle.report().values()))["tokens"]
+
+    assert changed([1, 10, 3, 11], []) == 0 and changed([1, 10, 3, 11, 3], []) == 1
+    assert changed([1, 10, 2, 3], []) == 0 and changed([4, 10, 3], []) == 0
+    assert changed([1, 10, 3, 11], [12, 3, 13, 3, 2, 3]) == 2
 
 
 def test_efficiency_is_the_mean_over_problems_of_shortest_less_longest(tiny_llama, tokenizer, chains, read):
@@ -84,9 +115,11 @@ def test_a_constant_of_each_problem_cancels_and_the_first_tokens_can_be_all(tiny
     assert float(cosine) == pytest.approx(1, abs=1e-6)
 
 
-def test_what_the_chains_lack_is_said(tiny_llama, tokenizer, chains):
-    with pytest.raises(UsageError, match="labelled planning: their labels are execution, reflection, transition"):
-        st.recipes.seal(tiny_llama, tokenizer, chains, execution=["planning"])
+def test_what_the_chains_lack_is_said(tiny_llama, tokenizer, chains, thoughts):
+    with pytest.raises(UsageError, match="no span labelled execution begins behind .*: none does; give chains"):
+        st.recipes.seal(tiny_llama, tokenizer, chains)
+    with pytest.raises(UsageError, match="labelled planning begins .* are labelled execution, reflection, transition;"):
+        st.recipes.seal(tiny_llama, tokenizer, thoughts, execution=["planning"])
     with pytest.raises(UsageError, match="there is no layer 9: the model has layers 0 to 3"):
         st.recipes.seal(tiny_llama, tokenizer, chains, layer=9)
     one = [AlignedChain("a", 0, chains[0].ids, (TokenSpan("a", 3, 6),))]

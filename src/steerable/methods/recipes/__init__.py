@@ -42,8 +42,8 @@ _PAIRS = "--data examples/contrasts/{} --model smol"
 RECIPES = {
     "seal": Recipe(
         seal, ("2504.07986",), "thoughts", "direction",
-        "difference of means, shift, gate `thinking & boundary`",
-        '--data runs/pocket --set execution=deduction --set others=backtracking,uncertainty-estimation',
+        "difference of means behind paragraph breaks, shift, gate `thinking & boundary`",
+        "--data runs/pocket",
     ),
     "efficiency": Recipe(
         efficiency, ("2506.15647",), "lengths", "direction",

@@ -75,23 +75,6 @@ def read_texts(
     return [{s: part[number] for s, part in parts.items()} for number in range(len(groups))]
 
 
-def read_spans(
-    model: Any, chains: Sequence[AlignedChain], groups: Sequence[Sequence[str]], site: Site, window: str
-) -> list[Rows]:
-    """For each group of labels the mean activation of every such span over a window, {site: [spans, d]}.
-
-    Raises UsageError for a group without a span.
-    """
-    labels = {span.label for chain in chains for span in chain.spans}
-    for group in groups:
-        if not labels & {*group}:
-            there = ", ".join(sorted(labels)) or "none"
-            raise UsageError(f"no span of the chains is labelled {' or '.join(group)}: their labels are {there}")
-    read = span_activations(model, chains, window, kind=site.kind, layers=[site.layer])
-    masks = [torch.tensor([label in group for label in read.labels[0]]) for group in groups]
-    return [{s: h[mask] for s, h in read.activations.items()} for mask in masks]
-
-
 def thinking(chain: AlignedChain) -> TokenSpan:
     """A chain's annotated stretch as one span, from its first to its last annotated token."""
     return TokenSpan("thinking", min(s.start for s in chain.spans), max(s.end for s in chain.spans))

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from steerable.chains.windows import AlignedChain
 from steerable.methods.contrasts import difference_of_means
+from steerable.methods.estimators import span_activations
 from steerable.methods.grouped_means import length_extremes
-from steerable.methods.recipes.reading import at_depth, origin, read_spans, read_whole, thinking
+from steerable.methods.recipes.reading import NEW, Rows, at_depth, origin, read_whole, thinking
 from steerable.methods.text_pairs import separation
 from steerable.methods.weighted_means import paired_difference
+from steerable.steering.automaton import Automaton
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate, resolve
 from steerable.steering.site import Site
@@ -36,10 +40,11 @@ def seal(
     SEAL, Chen et al. 2025 (arXiv 2504.07986). A thought is a paragraph of the thinking, and stands for itself by the
     activation of the token that ends the paragraph before it. S is the difference of the pooled means, read and added
     at the input of one block (20 of the 28 of R1-Distill-Qwen), alpha = 1, only at the tokens that complete a paragraph
-    break inside the think block. The code saves -S and adds it with -1. It leaves out the first thought of a chain,
-    which no break precedes; so does this.
+    break inside the think block; of a prompt only the last token is steered. The code saves -S and adds it with -1.
+    What it reads is what it steers: a span that begins elsewhere than behind a paragraph break, such as the first one
+    of a chain, is left out.
 
-    Data: chains whose spans are thoughts, labelled as by `cue_files.seal`; the paper has 500 right and 500 wrong ones.
+    Data: chains whose spans are paragraphs, labelled as by `cue_files.seal`; the paper has 500 right and 500 wrong.
 
     Args:
         model: the model.
@@ -54,23 +59,24 @@ def seal(
         A Direction at `resid_pre` of one layer, in the model's own units.
 
     Raises:
-        UsageError: no span with such a label, a model without a think block or without a paragraph break, no such
-            layer.
+        UsageError: no span with such a label behind a break, a model without a think block or without a paragraph
+            break, no such layer.
 
     Example:
         >>> from steerable.chains.windows import AlignedChain, TokenSpan
-        >>> spans = TokenSpan("deduction", 2, 6), TokenSpan("deduction", 6, 9), TokenSpan("backtracking", 9, 12)
-        >>> chain = AlignedChain("task", 0, tuple(range(40, 60)), spans)
-        >>> st.recipes.seal(model, tokenizer, [chain], execution=["deduction"], others=["backtracking"]).gate
-        'thinking & boundary'
+        >>> (end,) = tokenizer("\\n\\n")["input_ids"]
+        >>> spans = TokenSpan("execution", 2, 4), TokenSpan("reflection", 5, 7)
+        >>> chain = AlignedChain("task", 0, (40, end, 41, 42, end, 43, 44), spans)
+        >>> st.recipes.seal(model, tokenizer, [chain]).gate
+        'thinking & boundary & (last_prompt | generated)'
     """
     think_tags(tokenizer)
-    resolve(parse_gate(gate := "thinking & boundary"), tokenizer)
+    gate = f"thinking & boundary & ({NEW})"
+    breaks = resolve(parse_gate(gate), tokenizer).breaks
+    assert breaks is not None  # `boundary` is resolved or refused
     site = Site("resid_pre", at_depth(model, 20 / 28, layer))
-    later = [replace(chain, spans=tuple(sorted(chain.spans, key=lambda span: span.start)[1:])) for chain in chains]
-    direction = difference_of_means(
-        *read_spans(model, later, [execution, others], site, "onset"), **origin(model, "execution")
-    )
+    rows = _read_behind_breaks(model, chains, [execution, others], site, breaks)
+    direction = difference_of_means(*rows, **origin(model, "execution"))
     return replace(direction, method="SEAL", gate=gate, strength=strength)
 
 
@@ -129,3 +135,29 @@ def efficiency(
         layer = max(scores, key=scores.__getitem__).layer
     chosen = direction.only([at_depth(model, 0, layer)]).rescaled_to()
     return replace(chosen, method="Efficiency Steering", gate="thinking", strength=strength)
+
+
+def _read_behind_breaks(
+    model: Any, chains: Sequence[AlignedChain], groups: Sequence[Sequence[str]], site: Site, breaks: Automaton
+) -> list[Rows]:
+    """For each group of labels the activations at the breaks right before such spans, {site: [spans, d]}.
+
+    Raises UsageError for a group without one.
+    """
+    behind = []
+    for chain in chains:
+        ids = torch.tensor([chain.ids])
+        completed = breaks.advance(torch.zeros(1, dtype=torch.long), ids, torch.ones_like(ids, dtype=torch.bool))[0][0]
+        spans = tuple(span for span in chain.spans if span.start and completed[span.start - 1])
+        behind.append(replace(chain, spans=spans))
+    labels = {span.label for chain in behind for span in chain.spans}
+    for group in groups:
+        if not labels & {*group}:
+            there = f"those that do are labelled {', '.join(sorted(labels))}" if labels else "none does"
+            raise UsageError(
+                f"no span labelled {' or '.join(group)} begins behind a paragraph break, where SEAL reads and steers: "
+                f"{there}; give chains whose paragraphs are labelled, as --annotator cues:seal does"
+            )
+    read = span_activations(model, behind, "onset", kind=site.kind, layers=[site.layer])
+    masks = [torch.tensor([label in group for label in read.labels[0]]) for group in groups]
+    return [{s: h[mask] for s, h in read.activations.items()} for mask in masks]
