@@ -76,18 +76,12 @@ def test_cast_opens_where_the_condition_tells_the_prompts_apart(
     assert torch.equal(given.at(2), direction.at(2))
 
 
-@pytest.mark.parametrize("recipe", ["cast", "guiding_giants"])
-def test_the_gate_decides_token_by_token(tiny_llama, tokenizer, read, direction, recipe):
-    pytest.importorskip("sklearn")
+def test_cast_can_decide_token_by_token(tiny_llama, tokenizer, read, direction):
     sides = [[f"w{k} w{k + 1 + i % 3} w{k} w{k + i % 2}" for i in range(20)] for k in (5, 25)]
-    options = {"each_token": True} if recipe == "cast" else {}
-    given = getattr(st.recipes, recipe)(tiny_llama, tokenizer, *sides, direction=direction, strength=2, **options)
+    given = st.recipes.cast(tiny_llama, tokenizer, *sides, direction=direction, strength=2, each_token=True)
     condition = given.stats["condition"]
     ids = torch.arange(7, 64)
-    reading = given.gate.args[0]
-    values = read(ids.tolist())[condition["site"]] @ reading.weight() + reading.vectors[0][2]
-    values = values.sigmoid() if recipe == "guiding_giants" else values
-    opened = values > condition["threshold"]
+    opened = read(ids.tolist())[condition["site"]] @ given.gate.args[0].weight() > condition["threshold"]
     streams = []
     with torch.no_grad(), st.steer(tiny_llama, given), st.tap(tiny_llama, {st.Site("resid_pre", 3): streams.append}):
         tiny_llama(ids[None])
@@ -103,15 +97,18 @@ def test_a_direction_keeps_its_gate_beside_the_condition(tiny_llama, tokenizer, 
     assert str(given.gate).startswith("answer & latched(when(condition > ")
 
 
-def test_cast_asks_once_for_each_prompt(tiny_llama, tokenizer, texts, read, direction):
+@pytest.mark.parametrize("recipe", ["cast", "guiding_giants"])
+def test_the_gate_asks_once_for_each_prompt(tiny_llama, tokenizer, texts, read, direction, recipe):
     """Open from the last token of a prompt of one kind on, whatever is generated; shut in prompts of the other kind."""
-    given = st.recipes.cast(tiny_llama, tokenizer, *texts, direction=direction)
+    pytest.importorskip("sklearn")
+    given = getattr(st.recipes, recipe)(tiny_llama, tokenizer, *texts, direction=direction)
     site, threshold = given.stats["condition"]["site"], given.stats["condition"]["threshold"]
     (leaf,) = given.gate.readings
     decisions = set()
     for text in (*texts[0][:4], *texts[1][:4]):
         ids = tokenizer(text)["input_ids"]
-        opened = float(read(ids)[site][-1] @ leaf.args[0].weight()) > threshold
+        score = read(ids)[site][-1] @ leaf.args[0].weight() + leaf.args[0].vectors[0][2]
+        opened = float(score.sigmoid() if recipe == "guiding_giants" else score) > threshold
         decisions.add(opened)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", st.SteerableWarning)  # the gate may stay shut

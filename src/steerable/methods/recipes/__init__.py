@@ -113,7 +113,7 @@ RECIPES = {
     ),
     "guiding-giants": Recipe(
         guiding_giants, ("2505.20309",), "pairs", "direction",
-        "ridge logistic probe, any direction, gate `probe`",
+        "ridge logistic probe, any direction, gate `latched(probe)`",
         _PAIRS.format("questions-statements.jsonl") + " --set direction=formal.safetensors",
         check_scikit_learn,
     ),

@@ -140,13 +140,14 @@ def guiding_giants(
     probability: float = 0.5,
     strength: float | None = None,
 ) -> Direction:
-    """h' = h + alpha u where a probe gives more than one half: a controller's decision of when to steer, closed form.
+    """h' = h + alpha u on prompts to which a probe gives more than one half: a controller's decision in closed form.
 
     After weighted activation steering, "Guiding Giants" (arXiv 2505.20309), whose controller is a small network on the
     last token of a prompt that says how strongly to add a direction (there alpha = 4 times a unit vector), trained to
     tell two kinds of prompts apart. Its weights of layers are held at one half by its own loss and so learn nothing; it
     reads the last layers, which come too late; and its strength goes negative on the other prompts. Here a ridge
-    logistic probe takes its place, on the last tokens at the first layer of the direction or before.
+    logistic probe takes its place, on the last tokens at the first layer of the direction or before. As there, it is
+    asked once for each prompt, at its last token, and decides for it and all of the answer.
 
     Data: prompts of two kinds, 15 of each at least, and a direction of any recipe.
 
@@ -170,12 +171,12 @@ def guiding_giants(
         >>> u = Direction({Site("resid_post", 4): torch.ones(192)})
         >>> sums, words = [f"What is {i} + 3?" for i in range(20)], [f"Who is number {i}?" for i in range(20)]
         >>> str(st.recipes.guiding_giants(model, tokenizer, sums, words, direction=u).gate)
-        'probe(condition > 0.5)'
+        'latched(probe(condition > 0.5))'
     """
     _refuse_other(model, tokenizer, direction)
     site = min(direction.vectors) if layer is None else Site("resid_post", at_depth(model, 0, layer))
     weights = ridge_logistic(*read_texts(model, tokenizer, [positive, negative], [site], "last"))
-    gate = probe(weights, ">", probability, weights.stats["bias"][str(site)], "condition")
+    gate = latched(probe(weights, ">", probability, weights.stats["bias"][str(site)], "condition"))
     gate.at(min(direction.vectors))
     accuracy = weights.stats["accuracy"][str(site)]
     return _conditional(direction, gate, strength, {"site": str(site), "threshold": probability, "accuracy": accuracy})
