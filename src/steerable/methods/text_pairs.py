@@ -186,10 +186,17 @@ def _estimator(method: str | Estimator) -> Estimator:
 def rendered(tokenizer: Any, side: Sequence[str | Messages], name: str, function: str) -> list[str]:
     """The texts of one side, chats through the template. name, function: what errors call the side, and who reads
     it."""
+    return [
+        item if isinstance(item, str) else render_messages(tokenizer, item) for item in checked(side, name, function)
+    ]
+
+
+def checked(side: Sequence[str | Messages], name: str, function: str) -> list[str | Messages]:
+    """The texts and chats of one side, as `rendered` takes them. Raises UsageError for what is neither."""
     items = text_list(side, function)
     for number, item in enumerate(items):
         check_text(item, f"the {name} text {number}")
-    return [item if isinstance(item, str) else render_messages(tokenizer, item) for item in items]
+    return items
 
 
 def _sites(model: Any, kind: str, layers: int | Sequence[int] | None) -> list[Site]:

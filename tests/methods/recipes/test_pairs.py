@@ -1,11 +1,14 @@
 """Recipes on pairs of texts against their formulas, computed anew one text at a time."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from scipy.cluster.vq import kmeans2
 
 import steerable as st
 from steerable import UsageError
+from steerable.methods.recipes.reading import read_texts
 from steerable.steering.site import Site
 
 
@@ -34,6 +37,29 @@ def test_caa_is_the_difference_of_means_at_the_last_token(tiny_llama, tokenizer,
     torch.testing.assert_close(direction.at(1).double(), a.mean(0) - b.mean(0), atol=1e-5, rtol=1e-5)
     assert (direction.gate, direction.strength) == ("last_prompt | generated", 2)
     assert st.recipes.caa(tiny_llama, tokenizer, *texts).layers == [2]  # 13 / 32 of 4 blocks
+
+
+def test_the_last_token_of_a_chat_is_the_answers_own(tiny_llama, tokenizer, read):
+    """Not that with which the template closes the message, which is the same in every chat."""
+    closing = deepcopy(tokenizer)
+    closing.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} \n\n {% endfor %}"
+    closing.chat_template += "{% if add_generation_prompt %}<assistant> {% endif %}"
+
+    def chats(letter):
+        return [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": f"w3 {letter}"}] for q in ("w10", "w11")
+        ]
+
+    direction = st.recipes.caa(tiny_llama, closing, chats("w1"), chats("w2"), layer=1)
+    ids = [[closing(f"<user> {q} \n\n <assistant> w3 {x}")["input_ids"] for q in ("w10", "w11")] for x in ("w1", "w2")]
+    a, b = (torch.stack([read(row)["resid_post.1"][-1] for row in side]).mean(0) for side in ids)
+    torch.testing.assert_close(direction.at(1).double(), a - b, atol=1e-5, rtol=1e-5)
+    (whole,) = read_texts(tiny_llama, closing, [chats("w1")], [Site("resid_post", 1)])
+    torch.testing.assert_close(
+        whole[Site("resid_post", 1)][0].double(), read(ids[0][0])["resid_post.1"].mean(0), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(UsageError, match="needs the user's right before it"):
+        st.recipes.caa(tiny_llama, closing, [chats("w1")[0][1:]], chats("w2"))
 
 
 def test_repe_is_the_component_of_the_pairs(tiny_llama, tokenizer, texts, rows):

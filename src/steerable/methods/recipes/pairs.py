@@ -31,7 +31,8 @@ def caa(
     """u = mean of the positives' last tokens - mean of the negatives'; h' = h + alpha u from the prompt's end on.
 
     Contrastive activation addition, Rimsky et al. 2023 (arXiv 2312.06681): the texts are questions with two answers, A
-    or B, of which one shows the behaviour, and the token that is read is the letter. Added at block 13 of the 32 of
+    or B, of which one shows the behaviour, and the token that is read is the letter, the last one of the text or of the
+    assistant's message. Added at block 13 of the 32 of
     Llama 2 7B, alpha = -2 to 2, at all tokens behind the user's message. With its unit one strength is another dose in
     every model: `st.contrast` and `st.calibrate` give one that is the same.
 

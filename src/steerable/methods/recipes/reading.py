@@ -13,7 +13,7 @@ from steerable.chains.text_pairs import Messages
 from steerable.chains.windows import AlignedChain, TokenSpan
 from steerable.engines.activations import capture
 from steerable.methods.estimators import span_activations
-from steerable.methods.text_pairs import rendered
+from steerable.methods.text_pairs import checked
 from steerable.models import loading as models
 from steerable.models.taps import missing
 from steerable.steering.direction import Direction
@@ -64,9 +64,14 @@ def read_texts(
     sites: Sequence[Site],
     reduce: Literal["mean", "last"] = "mean",
 ) -> list[Rows]:
-    """Each group's texts as activations {site: [texts, d]}, chats by the chat template. Raises UsageError."""
+    """Each group's texts as activations {site: [texts, d]}. Raises UsageError.
+
+    Chats go through the chat template, up to where the model begins to speak, or to the end of what it has said: the
+    last token that is read is then the answer's own, as what a template closes a message with is the same in all chats.
+    """
     names = ("first group's", "second group's")
-    texts = [rendered(tokenizer, group, name, "a recipe") for name, group in zip(names, groups, strict=False)]
+    groups = [checked(group, name, "a recipe") for name, group in zip(names, groups, strict=False)]
+    texts = [["".join(_said(tokenizer, item)) for item in group] for group in groups]
     if not all(texts):
         raise UsageError("a group holds no text: give one at least to each side")
     with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # of attention sinks that are left out
@@ -107,12 +112,24 @@ def spoken(tokenizer: Any, text: str | Messages, number: int = 0) -> AlignedChai
     else:
         if text[-1]["role"] != "assistant":
             raise UsageError("a chat must end with the assistant's message, as that is what is read")
-        ids = encode(tokenizer, render_messages(tokenizer, text[:-1]))
+        prompt, answer = _said(tokenizer, text)
+        ids = encode(tokenizer, prompt)
         start = len(ids)
-        ids = ids + list(tokenizer(text[-1]["content"], add_special_tokens=False)["input_ids"])
+        ids = ids + list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(ids) <= start:
         raise UsageError(f"text {number} has no token that could be read: give longer texts")
     return AlignedChain(str(number), 0, tuple(ids), (TokenSpan("spoken", start, len(ids)),))
+
+
+def _said(tokenizer: Any, item: str | Messages) -> tuple[str, str]:
+    """A chat up to where the model begins to speak, and what it has said then, if anything; or a text, and nothing."""
+    if isinstance(item, str):
+        return item, ""
+    if item[-1]["role"] != "assistant":
+        return render_messages(tokenizer, item), ""
+    if len(item) < 2 or item[-2]["role"] != "user":
+        raise UsageError("a chat that ends with the assistant's message needs the user's right before it")
+    return render_messages(tokenizer, item[:-1]), item[-1]["content"]
 
 
 def units(direction: Direction) -> Direction:
