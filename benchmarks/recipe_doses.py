@@ -62,8 +62,18 @@ def random_like(made: Made, seed: int) -> Made:
             for name, change in made.changes.items()
         }
         return replace(made, changes=changes)
-    bases = [torch.linalg.qr(drawn(i.basis.double()))[0] for i in made]
-    return tuple(replace(i, basis=basis) for i, basis in zip(made, bases, strict=True))
+    planes: dict[tuple[bytes, ...], torch.Tensor] = {}
+
+    def basis(like: torch.Tensor) -> torch.Tensor:
+        """Sites that share a plane share the drawn one, with its columns in the same order."""
+        names = [column.numpy().tobytes() for column in like.T.contiguous()]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        key = tuple(names[i] for i in order)
+        if key not in planes:
+            planes[key] = torch.linalg.qr(drawn(like))[0]
+        return planes[key][:, [order.index(i) for i in range(len(order))]]
+
+    return tuple(replace(i, basis=basis(i.basis.double())) for i in made)
 
 
 @contextmanager

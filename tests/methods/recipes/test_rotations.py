@@ -1,5 +1,7 @@
 """Angular and Selective Steering against their formulas."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -61,6 +63,57 @@ def test_selective_turns_at_the_layers_of_opposite_sides(tiny_llama, tokenizer, 
     opposite = {s: float((unit(a) @ b1).mean() * (unit(b) @ b1).mean()) < 0 for s, (a, b) in rows.items()}
     expected = [i for i in range(4) if all(opposite[f"{kind}.{i}"] for kind in ("resid_pre", "resid_mid"))]
     assert direction.layers == expected and direction.map == "rotate(45)"
+
+
+def test_each_chosen_norm_reads_the_stream_turned_once_and_nothing_else_does(tiny_llama, tokenizer, texts):
+    """The same as turning what these norms are given in their own code, where the stream goes on as it is."""
+    direction = st.recipes.selective(tiny_llama, tokenizer, *texts, degrees=50)
+    basis = direction.vectors[Site("resid_pre", direction.layers[0])]
+    (turn, *_) = direction.steering()
+    handles = []
+    for layer in direction.layers:
+        block = tiny_llama.model.layers[layer]
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            handles.append(norm.register_forward_pre_hook(lambda module, args: (turn.apply(args[0]),)))
+    ids = torch.arange(7, 30)[None]
+    with torch.no_grad():
+        expected = tiny_llama(ids).logits
+        for handle in handles:
+            handle.remove()
+        plain = tiny_llama(ids).logits
+        with st.steer(tiny_llama, direction):
+            steered = tiny_llama(ids).logits
+    assert len(direction.layers) > 1 and basis.shape == (2, 32)
+    torch.testing.assert_close(steered, expected, atol=1e-4, rtol=1e-4)
+    assert float((plain - expected).abs().max()) > 0.1
+
+
+def test_angles_do_not_add_up_over_blocks_that_write_nothing(tiny_llama, tokenizer, texts):
+    direction = st.recipes.selective(tiny_llama, tokenizer, *texts, degrees=50)
+    basis = direction.vectors[Site("resid_pre", direction.layers[0])]
+    silent = deepcopy(tiny_llama)
+    with torch.no_grad():
+        for name, weight in silent.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.mul_(1e-6)
+    coordinates = {}
+
+    def keep(name):
+        return lambda module, args: coordinates.setdefault(name, []).append(args[0] @ basis.T)
+
+    for number, block in enumerate(silent.model.layers):
+        block.input_layernorm.register_forward_pre_hook(keep((number, "input")))
+        block.post_attention_layernorm.register_forward_pre_hook(keep((number, "middle")))
+    silent.model.norm.register_forward_pre_hook(keep((None, "final")))
+    with torch.no_grad():
+        silent(torch.arange(7, 30)[None])
+        with st.steer(silent, direction):
+            silent(torch.arange(7, 30)[None])
+    for (number, _), (before, after) in coordinates.items():
+        turned = torch.atan2(after[..., 1], after[..., 0]) - torch.atan2(before[..., 1], before[..., 0])
+        by = 50.0 if number in direction.layers else 0.0
+        away = (turned.rad2deg() - by + 180) % 360 - 180
+        assert float(away.abs().max()) < 0.1, number
 
 
 def test_relative_rotations_compose(tiny_llama, tokenizer, texts):

@@ -82,7 +82,7 @@ RECIPES = {
     ),
     "selective": Recipe(
         selective, ("2601.19375",), "pairs", "direction",
-        "plane of norms, relative rotation, layers of opposite sign",
+        "plane of norms, relative rotation and back, layers of opposite sign",
         _PAIRS.format("happy-sad.jsonl"),
     ),
     "raptor": Recipe(

@@ -14,6 +14,7 @@ from steerable.methods.planes import plane_of_norms
 from steerable.methods.recipes.reading import Rows, origin, read_texts, sites_of
 from steerable.steering.direction import Direction
 from steerable.steering.gates import when
+from steerable.steering.site import Site
 
 Texts = Sequence[str | Messages]
 
@@ -64,6 +65,12 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
     With orthonormal rows the absolute form keeps the norm, too, whatever the paper says; what differs is that it sends
     all tokens to one angle.
 
+    The paper turns what the norms of these layers give, and not the stream, in which the angles of all sites would add
+    up. Here each of these norms reads the stream turned by theta, once, and nothing else does: the stream is turned
+    where it enters a block, what attention and MLP add is turned with it, and the whole is turned back where it leaves
+    the block (in the plane b2, b1, in which theta counts the other way). This is exact at a strength of 1: for more or
+    less give another angle.
+
     Data: prompts of two kinds.
 
     Args:
@@ -74,7 +81,7 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
         degrees: theta, from b1 towards b2.
 
     Returns:
-        A Direction with rows b1, b2 at some layers.
+        A Direction with rows b1, b2 at four sites of some layers, b2, b1 at the last of them.
 
     Raises:
         UsageError: differences that span no plane; no layer with opposite sides.
@@ -85,8 +92,12 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
         'rotate(60)'
     """
     plane, rows = _plane(model, tokenizer, positive, negative)
-    chosen = plane.only(opposite_sign_layers(plane, *rows))
-    return replace(chosen, method="Selective Steering", map=f"rotate({degrees})")
+    plane = plane.only([site.layer for site in plane.vectors if site.kind == "resid_pre"])  # with all of their norms
+    basis = next(iter(plane.vectors.values()))
+    turns = {"resid_pre": basis, "attn_out": basis, "mlp_out": basis, "resid_post": basis.flip(0)}
+    layers = opposite_sign_layers(plane, *rows)
+    vectors = {Site(kind, layer): turn for layer in layers for kind, turn in turns.items()}
+    return replace(plane, vectors=vectors, norms={}, method="Selective Steering", map=f"rotate({degrees})")
 
 
 def _plane(model: Any, tokenizer: Any, positive: Texts, negative: Texts) -> tuple[Direction, list[Rows]]:
