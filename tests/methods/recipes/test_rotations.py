@@ -40,6 +40,13 @@ def test_angular_sends_the_plane_to_an_angle(tiny_llama, tokenizer, texts, plane
     torch.testing.assert_close(part.apply(h).norm(dim=-1), h.norm(dim=-1), atol=1e-5, rtol=1e-5)
 
 
+def test_groups_of_unequal_size_that_end_alike_are_the_same_before_the_first_block(tiny_llama, tokenizer, texts):
+    """Their means differ by the rounding of float32, which is no direction."""
+    groups = [f"{text} w60" for text in texts[0][:9]], [f"{text} w60" for text in texts[1][:7]]
+    direction = st.recipes.angular(tiny_llama, tokenizer, *groups)
+    assert Site("resid_pre", 0) not in direction.vectors and Site("resid_mid", 0) in direction.vectors
+
+
 def test_adaptive_leaves_the_negative_side_alone(tiny_llama, tokenizer, texts, plane, read):
     """At the last site alone, so that what is turned is what changes behind it."""
     direction = st.recipes.angular(tiny_llama, tokenizer, *texts, degrees=180, adaptive=True)

@@ -103,9 +103,10 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
 def _plane(model: Any, tokenizer: Any, positive: Texts, negative: Texts) -> tuple[Direction, list[Rows]]:
     """The plane of what all norms read, and the activations that it was made of.
 
-    Before the first block, prompts that end with the same token are the same.
+    Before the first block, prompts that end with the same token are the same; in float32 the means of unequal numbers
+    of them would differ by rounding.
     """
     a, b = read_texts(model, tokenizer, [positive, negative], sites_of(model, ["resid_pre", "resid_mid"]), "last")
-    differing = [s for s in a if not torch.equal(a[s].mean(0), b[s].mean(0))]
+    differing = [s for s in a if not torch.equal(a[s].double().mean(0), b[s].double().mean(0))]
     rows = [{s: group[s] for s in differing} for group in (a, b)]
     return plane_of_norms(*rows, **origin(model)), rows
