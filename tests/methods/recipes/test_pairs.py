@@ -133,6 +133,9 @@ def test_linear_act_fits_each_layer_behind_the_maps_before_it(tiny_llama, tokeni
     for part, (scale, offset) in zip(program, [(scales, offsets), fit(moved, target[1])], strict=True):
         h = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         torch.testing.assert_close(part.apply(h), h * scale + offset, atol=1e-3, rtol=1e-3)
+    half = st.recipes.linear_act(tiny_llama, tokenizer, *texts, layers=[1, 2], strength=0.5)
+    assert [part.map for part in half] == [part.map for part in program]
+    assert [part.strength for part in half] == [0.5, 0.5]
 
 
 def test_shift_vectors_are_coarse_or_between_two_concepts(tiny_llama, tokenizer, texts, rows):

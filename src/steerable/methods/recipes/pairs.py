@@ -19,7 +19,7 @@ from steerable.methods.recipes.reading import NEW, at_depth, band, origin, read_
 from steerable.methods.transport import affine_transport
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.steering.spec import Program
+from steerable.steering.spec import Program, scaled
 from steerable.store.errors import SteerableWarning, UsageError
 
 Texts = Sequence[str | Messages]
@@ -32,9 +32,9 @@ def caa(
 
     Contrastive activation addition, Rimsky et al. 2023 (arXiv 2312.06681): the texts are questions with two answers, A
     or B, of which one shows the behaviour, and the token that is read is the letter, the last one of the text or of the
-    assistant's message. Added at block 13 of the 32 of
-    Llama 2 7B, alpha = -2 to 2, at all tokens behind the user's message. With its unit one strength is another dose in
-    every model: `st.contrast` and `st.calibrate` give one that is the same.
+    assistant's message. Added at block 13 of the 32 of Llama 2 7B, alpha = -2 to 2, at all tokens behind the user's
+    message. With its unit one strength is another dose in every model: `st.contrast` and `st.calibrate` give one that
+    is the same.
 
     Data: pairs of texts.
 
@@ -201,10 +201,10 @@ def linear_act(
     """h' = (1 - lambda) h + lambda T(h), T the optimal transport of each coordinate from negatives to positives.
 
     Activation transport, AcT (arXiv 2410.23054): T(h) = omega h + beta by `transport.affine_transport`, of activations
-    averaged over each text. Each layer is fitted with the maps of those before it in place. lambda = 1 is the whole way
-    at every site. The paper acts on the outputs of the norms behind the attention; those are no sites here, and the
-    stream behind each block (`resid_post`) is taken instead. The code's "linear" keeps coordinates out of the source's
-    range as they are when a concept is to be taken out (`support="source"`).
+    averaged over each text. Each layer is fitted with the whole maps of those before it in place, and lambda scales the
+    way at every site afterwards: 1 is the whole way. The paper acts on the outputs of the norms behind the attention;
+    those are no sites here, and the stream behind each block (`resid_post`) is taken instead. The code's "linear" keeps
+    coordinates out of the source's range as they are when a concept is to be taken out (`support="source"`).
 
     Data: two texts of each side at least, as many of both for "linear".
 
@@ -236,8 +236,8 @@ def linear_act(
         with steer(model, program, tokenizer=tokenizer) if program else nullcontext():
             (source,) = read_texts(model, tokenizer, [negative], [site])
         maps = affine_transport(source[site], target[site], site=site, kind=kind, support=support)
-        program += maps.steering(strength)
-    return program
+        program += maps.steering(1.0)
+    return scaled(program, strength)
 
 
 def shift_vectors(
