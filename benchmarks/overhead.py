@@ -54,9 +54,13 @@ class Material:
     loaded: models.Loaded
 
     @cached_property
+    def all_pairs(self) -> tuple[list[str], list[str]]:
+        return read_pairs(ROOT / "examples/contrasts/happy-sad.jsonl")  # type: ignore[return-value]
+
+    @cached_property
     def pairs(self) -> tuple[list[str], list[str]]:
-        positive, negative = read_pairs(ROOT / "examples/contrasts/happy-sad.jsonl")
-        return positive[:PAIRS], negative[:PAIRS]  # type: ignore[return-value]
+        positive, negative = self.all_pairs
+        return positive[:PAIRS], negative[:PAIRS]
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -84,7 +88,7 @@ class Material:
     def conditional(self, name: str) -> Made:
         """A condition on prompts for the direction of CAA."""
         direction = RECIPES["caa"].function(*self.loaded, *self.pairs)
-        return self.recipe(name, *self.pairs, direction=direction)
+        return self.recipe(name, *self.all_pairs, direction=direction)
 
     def vector(self, layers: Sequence[int]) -> Made:
         """A vector of a hundredth of a unit at each of the layers."""
@@ -115,7 +119,7 @@ ON_SMOL: dict[str, Callable[[Material], Made]] = {
         for name in ("angular", "linear-act", "fractional", "caa", "repe", "shift-vectors", "language",
                      "selective")
     },
-    "raptor": lambda m: m.recipe("raptor", *m.pairs, above=0.5),
+    "raptor": lambda m: m.recipe("raptor", *m.all_pairs, above=0.5),
     "cast": lambda m: m.conditional("cast"),
     "guiding-giants": lambda m: m.conditional("guiding-giants"),
     "assistant-axis": lambda m: m.recipe("assistant-axis", m.pairs[0], {"sad": m.pairs[1]}),

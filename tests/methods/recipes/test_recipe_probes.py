@@ -24,7 +24,7 @@ def test_raptor_moves_to_the_probability_by_the_least_step(tiny_llama, tokenizer
 
     rows = read_texts(tiny_llama, tokenizer, texts, [Site("resid_post", i) for i in range(4)], "last")
     probe = ridge_logistic(*rows)
-    for probability in (0.99, 0.02):
+    for probability in (0.99, 0.5, 0.02):
         program = st.recipes.raptor(tiny_llama, tokenizer, *texts, probability=probability, above=0.7)
         layers = [s.layer for s in probe.vectors if probe.stats["accuracy"][str(s)] > 0.7]
         assert [part.site.layer for part in program] == layers and layers
@@ -33,7 +33,7 @@ def test_raptor_moves_to_the_probability_by_the_least_step(tiny_llama, tokenizer
             h = torch.cat([group[part.site] for group in rows]).double()[None]
             moved, before = part.apply(h), torch.sigmoid(h @ w + b)
             after = torch.sigmoid(moved @ w + b)
-            wrong = before < probability if probability > 0.5 else before > probability
+            wrong = before < probability if probability >= 0.5 else before > probability
             assert bool(wrong.any())
             torch.testing.assert_close(after[wrong], torch.full_like(after[wrong], probability), atol=1e-6, rtol=0)
             torch.testing.assert_close(moved[~wrong], h[~wrong])
@@ -47,6 +47,13 @@ def test_raptor_of_what_cannot_be_told_apart(tiny_llama, tokenizer, texts):
     mixed = [*texts[0][:10], *texts[1][:10]], [*texts[0][10:], *texts[1][10:]]
     with pytest.raises(UsageError, match="no layer's probe is right on more than 1 of its test rows"):
         st.recipes.raptor(tiny_llama, tokenizer, *mixed, above=1.0)
+
+
+def test_a_probe_of_few_texts_is_refused(tiny_llama, tokenizer, texts, direction):
+    pytest.importorskip("sklearn")
+    for recipe, more in ((st.recipes.raptor, {}), (st.recipes.guiding_giants, {"direction": direction})):
+        with pytest.raises(UsageError, match="a probe needs 15 texts of each kind at least, and one kind has 14"):
+            recipe(tiny_llama, tokenizer, texts[0], texts[1][:14], **more)
 
 
 @pytest.mark.parametrize("each_token", [False, True])

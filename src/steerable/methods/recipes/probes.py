@@ -14,14 +14,16 @@ from steerable.engines.transformers import steer
 from steerable.methods.contrasts import pca
 from steerable.methods.layer_rules import accurate_layers
 from steerable.methods.probes import probability_threshold, ridge_logistic
-from steerable.methods.recipes.reading import NEW, at_depth, origin, read_texts, sites_of
+from steerable.methods.recipes.reading import NEW, Rows, at_depth, origin, read_texts, sites_of
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Gate, latched, parse_gate, probe, when
 from steerable.steering.maps import Clip
 from steerable.steering.site import Site
 from steerable.steering.spec import Program
+from steerable.store.errors import UsageError
 
 Texts = Sequence[str | Messages]
+_FEWEST = 15  # of each kind, so that a fifth of them, three, are left to test the probe
 
 
 def raptor(
@@ -62,8 +64,9 @@ def raptor(
         Gate(...)
     """
     rows = read_texts(model, tokenizer, [positive, negative], sites_of(model, ["resid_post"]), "last")
+    _refuse_few(rows)
     direction = ridge_logistic(*rows, method="RAPTOR", **origin(model))
-    bound = Clip.floor if probability > 0.5 else Clip.ceiling
+    bound = Clip.floor if probability >= 0.5 else Clip.ceiling
     limits = probability_threshold(direction, probability)
     chosen = direction.only(accurate_layers(direction, above))
     steered = (chosen.only([s.layer]).steering(where=NEW, map=bound(limits[s])) for s in chosen.vectors)
@@ -175,7 +178,9 @@ def guiding_giants(
     """
     _refuse_other(model, tokenizer, direction)
     site = min(direction.vectors) if layer is None else Site("resid_post", at_depth(model, 0, layer))
-    weights = ridge_logistic(*read_texts(model, tokenizer, [positive, negative], [site], "last"))
+    rows = read_texts(model, tokenizer, [positive, negative], [site], "last")
+    _refuse_few(rows)
+    weights = ridge_logistic(*rows)
     gate = latched(probe(weights, ">", probability, weights.stats["bias"][str(site)], "condition"))
     gate.at(min(direction.vectors))
     accuracy = weights.stats["accuracy"][str(site)]
@@ -186,6 +191,12 @@ def _refuse_other(model: Any, tokenizer: Any, direction: Direction) -> None:
     """Raises UsageError for a direction that this model cannot be steered by."""
     with steer(model, direction, tokenizer=tokenizer, track=False):
         pass
+
+
+def _refuse_few(rows: Sequence[Rows]) -> None:
+    """Raises UsageError for kinds of which too few are left to test a probe."""
+    if (fewest := min(len(h) for group in rows for h in group.values())) < _FEWEST:
+        raise UsageError(f"a probe needs {_FEWEST} texts of each kind at least, and one kind has {fewest}")
 
 
 def _conditional(direction: Direction, gate: Gate, strength: float | None, condition: dict[str, Any]) -> Direction:
