@@ -1,12 +1,16 @@
 """The cosine and the draws of Fractional Reasoning; the other schedules are tested in `test_invariants`."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from steerable import UsageError
+from steerable.steering.direction import Direction
 from steerable.steering.schedule import Cosine, Uniform, parse_schedule, schedule_text
+from steerable.steering.site import Site
+from steerable.steering.spec import drawn
 from steerable.steering.tokens import SequenceState
 
 
@@ -38,3 +42,11 @@ def test_draws_are_even_and_depend_on_the_seed_alone():
     assert schedule_text(Uniform()) == "uniform" and parse_schedule("uniform(0.2, 0.8)") == Uniform(0.2, 0.8)
     with pytest.raises(UsageError):
         parse_schedule("uniform(0, inf)")
+
+
+def test_a_drawn_strength_can_go_on_as_a_cosine():
+    direction = Direction({Site("resid_post", 1): torch.ones(4)}, strength=0.15, schedule="uniform_cosine")
+    (before,), (after,) = direction.steering(), drawn(direction.steering(), 7)
+    assert after == replace(before, strength=0.15 * Uniform().drawn(7), schedule=Cosine())
+    assert parse_schedule("uniform_cosine") != Uniform()
+    assert schedule_text(parse_schedule("uniform_cosine(0.2, 0.8)")) == "uniform_cosine(0.2, 0.8)"

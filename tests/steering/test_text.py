@@ -13,7 +13,7 @@ import torch
 from steerable.steering.direction import Direction
 from steerable.steering.gates import probe, quoted, selectors, when
 from steerable.steering.maps import Affine, Clip, Rotate, Shift, Swap
-from steerable.steering.schedule import PerLayer, PerRequest, Ramp, Uniform, Until
+from steerable.steering.schedule import PerLayer, PerRequest, Ramp, Uniform, UniformCosine, Until
 from steerable.steering.site import Site
 from steerable.steering.spec import Intervention, Program, format_steering, from_json, scaled, shift, to_json
 from steerable.steering.text import parse_steering
@@ -119,6 +119,7 @@ def random_program(rng):
             Ramp(0, rng.random(), 5),
             PerRequest(0.5),
             Uniform(0.25, 1.5),
+            UniformCosine(0.25, 1.5),
         ]
         schedules += [PerLayer((1.0, rng.random()))]
         program += direction.steering(

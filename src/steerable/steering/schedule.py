@@ -153,8 +153,7 @@ class PerRequest(Schedule):
 @dataclass(frozen=True)
 class Uniform(Schedule):
     """A factor that each request draws for itself, evenly between `low` and `high`, from its seed: samples of one task
-    think with different strengths, as in Fractional Reasoning (arXiv 2506.15882). All that steers a request shares its
-    draw."""
+    think with different strengths. All that steers a request shares its draw."""
 
     low: float = 0.0
     high: float = 1.0
@@ -167,6 +166,21 @@ class Uniform(Schedule):
     def drawn(self, seed: int) -> float:
         """The factor of a request with this seed; the same in every engine."""
         return self.low + (self.high - self.low) * random.Random(f"steerable uniform {seed}").random()
+
+    @property
+    def then(self) -> Schedule:
+        """The schedule of the strength that was drawn."""
+        return Constant()
+
+
+@SCHEDULES.registering("uniform_cosine")
+@dataclass(frozen=True)
+class UniformCosine(Uniform):
+    """The same draw, and from there on the course of `cosine`, as in Fractional Reasoning (arXiv 2506.15882)."""
+
+    @property
+    def then(self) -> Schedule:
+        return Cosine()
 
 
 def check_drawn(schedules: Iterable[Schedule]) -> None:

@@ -177,7 +177,7 @@ def steering_of(given: Any) -> Steering:
 def drawn(steering: Steering, seed: int) -> Steering:
     """A request's own steering: the strengths that its schedules draw are drawn (`schedule.Uniform`)."""
     return tuple(
-        replace(i, strength=i.strength * i.schedule.drawn(seed), schedule=Constant())
+        replace(i, strength=i.strength * i.schedule.drawn(seed), schedule=i.schedule.then)
         if isinstance(i.schedule, Uniform)
         else i
         for i in steering_of(steering)

@@ -186,6 +186,12 @@ def test_a_request_draws_its_strength_from_its_seed(model):
     texts = generate(model, requests, max_new_tokens=30)
     assert texts == generate(model, expected, max_new_tokens=30)
     assert len({tuple(text.ids) for text in texts}) > 1
+    falling = [replace(r, steering=direction.steering(2.0, schedule="uniform_cosine(0.5, 1.5)")) for r in requests]
+    expected = [
+        replace(r, steering=direction.steering(2.0 * f, schedule="cosine"))
+        for r, f in zip(requests, factors, strict=True)
+    ]
+    assert generate(model, falling, max_new_tokens=30) == generate(model, expected, max_new_tokens=30)
     with pytest.raises(UsageError, match="draws a strength for each request from its seed, and here is no request"):
         st.TransformersEngine(model, None).logprobs([Continuation([30, 40], [50], steering)])
 

@@ -149,6 +149,7 @@ def test_requests_draw_and_stop_as_in_the_other_engine(engine, reference, prompt
     a, *_ = directions()[0]
     decodings = cycle((None, Decoding(), Decoding(0.7, top_p=0.9), Decoding(0.0)))
     rows = [(), a.steering(0.3, where="thinking"), a.steering(0.6, where="thinking", schedule="uniform")] * 4
+    rows[2] = a.steering(0.6, where="thinking", schedule="uniform_cosine")
     requests = [
         st.Request(p, seed, s, next(decodings)) for seed, (p, s) in enumerate(zip(cycle(prompts), rows, strict=False))
     ]

@@ -153,7 +153,7 @@ def fractional(
     detailed reasoning.") and its opposite ("... with direct answering."), each with the same question, read at the last
     token of the prompt. u = argmax of sum_i <u, positive_i - negative_i>^2 over all layers together, not centred; each
     layer's part is scaled to 1. alpha is at most 0.15, drawn anew for every sample in the paper's experiments
-    (`schedule="uniform"` does that), and r(t) falls along a cosine to 0.5 at the 25th token and stays there.
+    (`schedule="uniform_cosine"` does that), and r(t) falls along a cosine to 0.5 at the 25th token and stays there.
 
     The angle is at most asin(alpha). Here ||h|| in the sum is the layer's mean one, so that the vector is a constant;
     the rescaling is to the token's own. The code takes the centred component plus the mean (`variant="code"`), reads
