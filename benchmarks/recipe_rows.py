@@ -88,7 +88,7 @@ def steer2edit(data: Data, _: Any, seed: int | None) -> Made:
     made = recipes.steer2edit(*data.loaded, data.lengths)
     if seed is None:
         return made
-    count = max(1, round(0.05 * len(data.lengths)))
+    count = max(1, int(0.05 * len(data.lengths)))
     settings = {key: made.stats[key] for key in ("alpha", "rho_attention", "rho_mlp")}
     return shuffled_steer2edit(data, (count, count), seed, **settings)
 

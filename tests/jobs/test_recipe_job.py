@@ -13,8 +13,8 @@ from sae_files import make_sae
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from steerable import WeightPatch
-from steerable.jobs.recipe_job import command
+from steerable import UsageError, WeightPatch
+from steerable.jobs.recipe_job import _parameters, command
 from steerable.methods.recipes import RECIPES
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
@@ -100,6 +100,14 @@ def test_the_example_runs(steerable, place, name):
     else:
         patch = WeightPatch.load(made["out"])
         assert list(patch.changes) == made["weights"] and patch.model_id == "pocket"
+
+
+@pytest.mark.parametrize("off", ["off", "null"])
+def test_a_part_of_a_recipe_can_be_switched_off(off):
+    recipe = RECIPES["steer2edit"]
+    assert _parameters("steer2edit", recipe, [f"rho_mlp={off}", "share=0.1"]) == {"rho_mlp": None, "share": 0.1}
+    with pytest.raises(UsageError, match="alpha is 'off': expected a number"):
+        _parameters("steer2edit", recipe, ["alpha=off"])
 
 
 @pytest.mark.parametrize("name", ["assistant-axis", "linear-act"])
@@ -295,7 +303,11 @@ def test_data_that_lack_something_are_one_sentence(steerable, place):
     assert "record 1 has the entropy 'high': expected a number" in said.err
     write(place / "same.jsonl", [{"positive": "So it is 7.", "negative": "So it is 7."}] * 4)
     said = steerable("steer", "--recipe", "caa", "--data", "same.jsonl")
-    assert said.code == 2 and "the recipe caa gives nothing" in said.err and not (place / "caa.safetensors").exists()
+    assert (
+        said.code == 2
+        and "the two sides are the same to the model" in said.err
+        and not (place / "caa.safetensors").exists()
+    )
     tasks = Path("runs/short/tasks.jsonl").read_text()
     (place / "runs/short/tasks.jsonl").write_text("".join(tasks.splitlines(keepends=True)[1:]))
     said = steerable("steer", "--recipe", "efficiency", "--data", "runs/short")

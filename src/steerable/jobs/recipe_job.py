@@ -284,6 +284,8 @@ def _value(name: str, text: str, annotation: str) -> Any:
     """A parameter's value from text, by what the function's signature says. Raises UsageError."""
     if "Callable" in annotation:
         raise UsageError(f"{name} is a function, which only Python can give")
+    if annotation.endswith("| None") and text in ("off", "null"):
+        return None
     if annotation.startswith("Sequence"):
         inner = annotation.removeprefix("Sequence[").partition("]")[0]
         return [_value(name, part, inner) for part in text.split(",")]

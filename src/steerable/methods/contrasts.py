@@ -107,6 +107,9 @@ def pca(
         signs = 1 - 2 * (torch.arange(len(a)) % 2)[:, None]
         data = (a - b) * signs if is_paired else a
         if centre:
+            if len(data) < 2:
+                what = "pairs" if is_paired else "activations"
+                raise UsageError(f"a principal component needs two {what} or more, and got {len(data)} at {s}")
             data = data - data.mean(0)
         _, singular, right = torch.linalg.svd(data, full_matrices=False)
         if not singular[0] > 0:

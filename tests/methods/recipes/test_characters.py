@@ -55,6 +55,14 @@ def test_a_floor_is_a_ceiling_of_the_opposite_vector():
         assert torch.equal(floor.apply(floor.apply(h)) @ v.double() >= tau - 1e-6, torch.ones(2, 50).bool())
 
 
+def test_a_ceiling_leaves_as_many_replies_alone_as_a_floor(tiny_llama, tokenizer, texts):
+    groups = texts[0][:5], {"pirate": texts[1][:5]}
+    for bound, quantile in (("floor", 0.25), ("ceiling", 0.75)):
+        made = st.recipes.assistant_axis(tiny_llama, tokenizer, *groups, layers=[2], bound=bound)
+        given = st.recipes.assistant_axis(tiny_llama, tokenizer, *groups, layers=[2], bound=bound, quantile=quantile)
+        assert made == given
+
+
 def test_the_axis_refuses(tiny_llama, tokenizer):
     with pytest.raises(UsageError, match="'floor' or 'ceiling'"):
         st.recipes.assistant_axis(tiny_llama, tokenizer, ["w1 w2"], {"a": ["w1 w3"]}, bound="cap")

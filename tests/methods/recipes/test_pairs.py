@@ -156,6 +156,10 @@ def test_shift_vectors_are_coarse_or_between_two_concepts(tiny_llama, tokenizer,
 
 
 def test_refusals(tiny_llama, tokenizer, texts):
+    with pytest.raises(UsageError, match="needs two pairs or more, and got 1"):
+        st.recipes.repe(tiny_llama, tokenizer, texts[0][:1], texts[1][:1])
+    with pytest.raises(UsageError, match="the two sides are the same to the model at resid_post.2"):
+        st.recipes.caa(tiny_llama, tokenizer, texts[0][:3], texts[0][:3])
     for recipe in (st.recipes.caa, st.recipes.repe, st.recipes.fractional, st.recipes.linear_act):
         with pytest.raises(UsageError, match="a group holds no text"):
             recipe(tiny_llama, tokenizer, texts[0], [])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_families import tiny
 
 import steerable as st
 from steerable import UsageError
@@ -83,6 +84,46 @@ def test_steer2edit_is_the_elastic_net_of_the_shortest_against_the_longest(tiny_
             torch.testing.assert_close(edited[name], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_steer2edit_reads_only_what_it_edits(tiny_llama, tokenizer, chains):
+    """A mixture of experts has no neurons that could be read, but its heads can be edited."""
+    options = {"share": 0.25, "rho_attention": 0.1, "rho_mlp": 0.1}
+    whole = st.recipes.steer2edit(tiny_llama, tokenizer, chains, **options)
+    for off, kept in (("rho_mlp", "self_attn.o_proj"), ("rho_attention", "mlp.down_proj")):
+        part = st.recipes.steer2edit(tiny_llama, tokenizer, chains, **options | {off: None})
+        assert part.changes.keys() == {name for name in whole.changes if kept in name} and part.changes
+    experts = tiny("qwen3_moe")
+    assert st.recipes.steer2edit(experts, tokenizer, chains, **options | {"rho_mlp": None}).changes
+    with pytest.raises(UsageError, match="neither heads nor neurons"):
+        st.recipes.steer2edit(tiny_llama, tokenizer, chains, rho_attention=None, rho_mlp=None)
+
+
+def test_halves_of_an_odd_number_of_chains_do_not_overlap(tiny_llama, tokenizer, chains):
+    several = thoughts(chains)[:7]
+    rest = [*several[:3], *several[4:]]
+    options = {"share": 0.5, "rho_attention": 0.1, "rho_mlp": 0.1}
+    odd, even = (st.recipes.steer2edit(tiny_llama, tokenizer, some, **options) for some in (several, rest))
+    assert odd.changes.keys() == even.changes.keys()
+    for name, change in odd.changes.items():
+        torch.testing.assert_close(change.left @ change.right, even.changes[name].left @ even.changes[name].right)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("gpt2", "mlp.c_fc"),
+        ("phi3", "mlp.gate_up_proj"),
+        ("gpt_neox", "mlp.dense_h_to_4h"),
+        ("gemma2", "mlp.up_proj"),
+        ("llama", "mlp.up_proj"),
+    ],
+)
+def test_laser_takes_the_input_matrix_of_the_familys_mlp(tokenizer, family, name):
+    patch = st.recipes.laser(tiny(family), tokenizer, layer=1, share=0.25)
+    assert [f".1.{name}.weight" in changed for changed in patch.changes] == [True]
+    with pytest.raises(UsageError, match="no matrix mlp.up_proj: expected one of"):
+        st.recipes.laser(tiny("qwen3_moe"), tokenizer, layer=2)
+
+
 def test_laser_keeps_a_share_of_the_rank(tiny_llama, tokenizer):
     patch = st.recipes.laser(tiny_llama, tokenizer, layer=1, matrix="mlp.gate_proj", share=0.25)
     w = tiny_llama.model.layers[1].mlp.gate_proj.weight.double()
@@ -109,6 +150,9 @@ def test_an_edit_is_its_hooks(tiny_llama, tokenizer, chains):
 def test_refusals(tiny_llama, tokenizer, chains):
     with pytest.raises(UsageError, match="no chain has more than 1000 tokens of thinking: the 8 chains have 5 to 15"):
         st.recipes.thinkedit(tiny_llama, tokenizer, chains)
+    for heads in (-1, 0, 1000):
+        with pytest.raises(UsageError, match=f"heads is {heads}: expected a number from 1 to 16, as many as the model"):
+            st.recipes.thinkedit(tiny_llama, tokenizer, chains, short=10, long=10, heads=heads)
     with pytest.raises(UsageError, match="no chain has fewer than 2 tokens"):
         st.recipes.thinkedit(tiny_llama, tokenizer, chains, short=2, long=4)
     with pytest.raises(UsageError, match="two chains with annotated spans at least"):

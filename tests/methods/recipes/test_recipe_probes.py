@@ -125,6 +125,11 @@ def test_the_gate_asks_once_for_each_prompt(tiny_llama, tokenizer, texts, read, 
     assert decisions == {True, False}
 
 
+def test_a_condition_of_one_pair_is_refused(tiny_llama, tokenizer, texts, direction):
+    with pytest.raises(UsageError, match="needs two pairs or more, and got 1"):
+        st.recipes.cast(tiny_llama, tokenizer, texts[0][:1], texts[1][:1], direction=direction)
+
+
 def test_a_gate_behind_its_direction_is_refused(tiny_llama, tokenizer, texts, direction):
     pytest.importorskip("sklearn")
     with pytest.raises(UsageError, match="comes after resid_post.2"):

@@ -98,15 +98,15 @@ def assistant_axis(
     roles: Mapping[str, Sequence[str | Messages]],
     *,
     bound: Literal["floor", "ceiling"] = "floor",
-    quantile: float = 0.25,
+    quantile: float | None = None,
     layers: Sequence[int] | None = None,
 ) -> Program:
     """h' = h - v min(<h, v> - tau, 0), v the unit vector of (mean of the default persona - mean of the roles' means).
 
-    The Assistant Axis (arXiv 2601.10387) and its activation capping: what lies along the axis is kept above tau, the
-    25 % quantile of the projections of the replies that were read, each averaged over its tokens, at the blocks 46 to
-    53 of 64, at all tokens. Each role counts the same. bound="ceiling" keeps it below tau instead; the published code
-    has a ceiling, which with vectors -v and thresholds -tau is the floor of the paper.
+    The Assistant Axis (arXiv 2601.10387) and its activation capping: what lies along the axis is kept above tau, the 25
+    % quantile of the projections of the replies that were read, each averaged over its tokens, at the blocks 46 to 53
+    of 64, at all tokens. Each role counts the same. bound="ceiling" keeps it below tau instead, there the 75 %
+    quantile; the published code has a ceiling, which with vectors -v and thresholds -tau is the floor of the paper.
 
     Data: replies of the assistant as it is and in many roles (275 there, judged to be played), plain or as chats.
 
@@ -116,7 +116,7 @@ def assistant_axis(
         default: replies of the default persona: texts, or chats that end with the assistant's message, which is read.
         roles: replies of each role.
         bound: "floor" or "ceiling".
-        quantile: of the projections, from 0 to 1.
+        quantile: of the projections, from 0 to 1; None: 0.25 for a floor, 0.75 for a ceiling.
         layers: None: the paper's depths, 46/64 to 53/64.
 
     Returns:
@@ -131,6 +131,8 @@ def assistant_axis(
         >>> [i.site.layer for i in axis]
         [4, 5]
     """
+    if quantile is None:
+        quantile = 0.75 if bound == "ceiling" else 0.25
     if bound not in ("floor", "ceiling") or not 0 <= quantile <= 1:
         raise UsageError("the bound is 'floor' or 'ceiling', and its quantile a number from 0 to 1")
     groups = {"default": default, **{f"role {name}": texts for name, texts in roles.items()}}

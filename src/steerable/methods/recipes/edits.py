@@ -42,14 +42,14 @@ def thinkedit(
         chains: chains with any spans; what lies between the first and the last of a chain's counts as its thinking.
         short: a chain with fewer tokens of thinking is short.
         long: a chain with more is long.
-        heads: how many; None: 5 % of all.
+        heads: how many, up to all; None: 5 % of all.
         weight: w, the share of the projection.
 
     Returns:
         The patch, of rank 1 in each layer that has a chosen head.
 
     Raises:
-        UsageError: no short or no long chain; what `project_heads` refuses.
+        UsageError: no short or no long chain, another number of heads; what `project_heads` refuses.
 
     Example:
         >>> from steerable.chains.windows import AlignedChain, TokenSpan
@@ -58,6 +58,10 @@ def thinkedit(
         >>> st.recipes.thinkedit(model, tokenizer, [chain(0, 9), chain(1, 15)], short=10, long=10, heads=2).method
         'ThinkEdit'
     """
+    total = models.n_layers(model) * models.n_heads(model)
+    count = max(1, round(total / 20)) if heads is None else heads
+    if not 1 <= count <= total:
+        raise UsageError(f"heads is {heads}: expected a number from 1 to {total}, as many as the model has")
     lengths = _lengths(chains)
     sides = [c for c, n in lengths if n < short], [c for c, n in lengths if n > long]
     for side, what in zip(sides, (f"fewer than {short}", f"more than {long}"), strict=True):
@@ -69,7 +73,6 @@ def thinkedit(
     brief, extended = (read_whole(model, side, "resid_mid", "predicting") for side in sides)
     direction = difference_of_means(extended, brief, **origin(model, "long"))
     scores = head_scores(model, read_whole(model, sides[0], "head_in", "predicting"), direction)
-    count = max(1, round(len(scores) / 20)) if heads is None else heads
     return project_heads(model, direction, list(scores)[:count], weight)
 
 
@@ -78,8 +81,8 @@ def steer2edit(
     tokenizer: Any,
     chains: Sequence[AlignedChain],
     *,
-    rho_attention: float = 0.3,
-    rho_mlp: float = 0.9,
+    rho_attention: float | None = 0.3,
+    rho_mlp: float | None = 0.9,
     alpha: float = 0.2,
     share: float = 0.05,
 ) -> WeightPatch:
@@ -96,8 +99,8 @@ def steer2edit(
         model: not changed.
         tokenizer: its tokenizer.
         chains: chains with any spans; what lies between the first and the last of a chain's counts as its thinking.
-        rho_attention: the penalty on heads: the edit is weaker and sparser for larger ones.
-        rho_mlp: the same on neurons.
+        rho_attention: the penalty on heads: the edit is weaker and sparser for larger ones; None (`off`): heads stay.
+        rho_mlp: the same on neurons, which a mixture of experts does not have.
         alpha: the share of the penalty that makes the edit sparse.
         share: of the chains that are short, and of those that are long.
 
@@ -117,17 +120,17 @@ def steer2edit(
     if not 0 < share <= 0.5:
         raise UsageError(f"the share of the chains at each end is {share}: expected more than 0 and at most 0.5")
     lengths = _lengths(chains)
-    count = max(1, round(share * len(lengths)))
+    count = max(1, int(share * len(lengths)))
     if lengths[count - 1][1] >= lengths[-count][1]:
         raise UsageError("the shortest chains are as long as the longest: give more chains, or of more lengths")
-    kinds = ("head_in", "attn_out", "mlp_act", "mlp_out")
+    kinds = ("head_in", "attn_out") * (rho_attention is not None) + ("mlp_act", "mlp_out") * (rho_mlp is not None)
     sides = ([chain for chain, _ in part] for part in (lengths[:count], lengths[-count:]))
     short, long = ({s: h for k in kinds for s, h in read_whole(model, side, k, "predicting").items()} for side in sides)
     return elastic_net_edits(model, short, long, alpha=alpha, rho_attention=rho_attention, rho_mlp=rho_mlp)
 
 
 def laser(
-    model: Any, tokenizer: Any, *, layer: int | None = None, matrix: str = "mlp.up_proj", share: float = 0.01
+    model: Any, tokenizer: Any, *, layer: int | None = None, matrix: str | None = None, share: float = 0.01
 ) -> WeightPatch:
     """W' = the best approximation of one matrix W [m, n] by one of rank rho min(m, n).
 
@@ -141,7 +144,8 @@ def laser(
         model: not changed.
         tokenizer: not used, as LASER reads no text.
         layer: the block; None: the paper's depth, 26/32 of LLaMA 2.
-        matrix: the linear map's name in the block.
+        matrix: the linear map's name in the block; None: the input matrix of its MLP, `mlp.up_proj` or what stands in
+            its place (`mlp.c_fc` in GPT-2, `mlp.gate_up_proj` in Phi-3).
         share: rho.
 
     Returns:
@@ -156,6 +160,10 @@ def laser(
     """
     block = models.blocks(model)[at_depth(model, 26 / 32, layer)]
     maps = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.dim() == 2}
+    if matrix is None:
+        last = models.family(model).mlp_out or ""
+        inputs = [name for name in maps if last in maps and name != last and name.startswith(last.rpartition(".")[0])]
+        matrix = inputs[-1] if inputs else "mlp.up_proj"
     if matrix not in maps:
         raise UsageError(f"a block of this model has no matrix {matrix}: expected one of {', '.join(maps)}")
     weight = maps[matrix]

@@ -50,7 +50,7 @@ def caa(
         A Direction at `resid_post` of one layer, in the model's own units.
 
     Raises:
-        UsageError: no texts, no such layer.
+        UsageError: no texts, two sides that are the same to the model, no such layer.
 
     Example:
         >>> direction = st.recipes.caa(model, tokenizer, ["Yes, I am glad."], ["No, I am sad."], layer=3)
@@ -60,6 +60,8 @@ def caa(
     site = Site("resid_post", at_depth(model, 13 / 32, layer))
     rows = read_texts(model, tokenizer, [positive, negative], [site], "last")
     direction = difference_of_means(*rows, **origin(model))
+    if not direction.vectors[site].any():
+        raise UsageError(f"the two sides are the same to the model at {site}, so that there is no direction")
     return replace(direction, method="CAA", gate=NEW, strength=strength)
 
 
@@ -78,7 +80,7 @@ def repe(
     Tomography: pairs in random order, centred, with the sign that makes the positives project higher. Added at the
     blocks -18 to -5 of 32, all tokens; alpha is chosen by hand for each model, so the default is no more than a start.
 
-    Data: as many positive as negative texts.
+    Data: as many positive as negative texts, two of each or more.
 
     Args:
         model: the model.
@@ -92,7 +94,7 @@ def repe(
         A Direction with unit vectors at `resid_post` of several layers.
 
     Raises:
-        UsageError: unequal numbers of texts, no such layer, differences that do not vary.
+        UsageError: unequal numbers of texts, a single pair, no such layer, differences that do not vary.
 
     Example:
         >>> happy, sad = ["I am glad.", "What a joy!"], ["I am sad.", "What a pity!"]

@@ -95,7 +95,7 @@ def cast(
     answer. `each_token` asks at every token instead, by a condition that is averaged over the tokens of the prompts, so
     that the gate also opens where the text comes to the matter later.
 
-    Data: as many prompts that fulfil the condition as others, and a direction of any recipe.
+    Data: as many prompts that fulfil the condition as others, two of each or more, and a direction of any recipe.
 
     Args:
         model: the model.
@@ -110,7 +110,7 @@ def cast(
         The direction with the gate; `stats["condition"]` holds its site, threshold and F1.
 
     Raises:
-        UsageError: unequal numbers of prompts, a direction of another model.
+        UsageError: unequal numbers of prompts, a single pair, a direction of another model.
 
     Example:
         >>> u = Direction({Site("resid_post", 4): torch.ones(192)})
