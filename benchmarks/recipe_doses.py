@@ -62,16 +62,15 @@ def random_like(made: Made, seed: int) -> Made:
             for name, change in made.changes.items()
         }
         return replace(made, changes=changes)
-    planes: dict[tuple[bytes, ...], torch.Tensor] = {}
+    spans: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def basis(like: torch.Tensor) -> torch.Tensor:
-        """Sites that share a plane share the drawn one, with its columns in the same order."""
-        names = [column.numpy().tobytes() for column in like.T.contiguous()]
-        order = sorted(range(len(names)), key=names.__getitem__)
-        key = tuple(names[i] for i in order)
-        if key not in planes:
-            planes[key] = torch.linalg.qr(drawn(like))[0]
-        return planes[key][:, [order.index(i) for i in range(len(order))]]
+        """Sites that share a plane share the drawn one, too, and turn in it the same way round."""
+        for given, new in spans:
+            if given.shape == like.shape and torch.allclose(given @ (given.T @ like), like, atol=1e-6):
+                return new @ (given.T @ like)
+        spans.append((like, torch.linalg.qr(drawn(like))[0]))
+        return spans[-1][1]
 
     return tuple(replace(i, basis=basis(i.basis.double())) for i in made)
 
