@@ -3,8 +3,8 @@
     steerable run --model pocket --out runs/pocket
     python benchmarks/calibrate.py --run runs/pocket      # benchmarks/results/calibrate.json; goes on where it stopped
 
-Every behaviour of the run, more of it and less, and shorter thinking, with several seeds of tasks: each a calibration
-with `--full-grid`, in which the search chooses first, and the rest of the grid is measured after that. The search is to
+Behaviours of the run, more of them or less, and shorter thinking, on tasks of their own: each a calibration with
+`--full-grid`, in which the search chooses first, and the rest of the grid is measured after that. The search is to
 cost at most a quarter of the grid's tokens, and to end at most one step of the grid (a layer, or a strength) from the
 grid's best setting, or with a gain that is at most as much smaller as one step changes it there.
 """
@@ -20,8 +20,14 @@ from steerable.jobs.calibration_job import calibrate_files
 from steerable.store.run_folder import write_json
 
 RESULTS = Path(__file__).parent / "results" / "calibrate.json"
-BEHAVIOURS = ("backtracking", "uncertainty-estimation", "example-testing", "adding-knowledge")
-TARGETS = [*((b, b, aim) for b in BEHAVIOURS for aim in ("more", "less")), ("backtracking", "thinking", "less")]
+TARGETS = (  # of whose vector, at what, more or less of it
+    ("backtracking", "backtracking", "more"),
+    ("backtracking", "backtracking", "less"),
+    ("uncertainty-estimation", "uncertainty-estimation", "more"),
+    ("example-testing", "example-testing", "more"),
+    ("adding-knowledge", "adding-knowledge", "less"),
+    ("adding-knowledge", "thinking", "less"),
+)
 KEPT = ("steps", "lost", "step", "search", "grid", "share")
 
 
@@ -29,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate-grid"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--validation", type=int, default=60, help="tasks of each calibration")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--validation", type=int, default=40, help="tasks of each calibration")
     parser.add_argument("--to", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -39,7 +45,7 @@ def main() -> None:
             made = calibrate_files(
                 [args.run / f"vectors/candidates/onset.pooled/{behaviour}.safetensors"],
                 model="pocket", target=target, aim=aim, full_grid=True, seed=seed, validation=args.validation,
-                out=args.out / f"{target}-{aim}-{seed}",
+                out=args.out / f"{target}-{aim}-{seed}", workers=1,
             )  # fmt: skip
             chosen, cost = made["recommended"], made["cost"]
             rows.append(
