@@ -45,11 +45,11 @@ from steerable.jobs.annotation import annotate, labels_among, labels_of
 from steerable.jobs.run import Run
 from steerable.methods.contrasts import difference_of_means
 from steerable.methods.head_projection import head_scores
+from steerable.methods.text_pairs import said
 from steerable.steering.direction import Direction
 from steerable.steering.maps import Shift, parse_map
 from steerable.steering.site import Site
 from steerable.steering.spec import Steering
-from steerable.steering.think import render_messages
 from steerable.steering.vocabulary import encode
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
@@ -165,8 +165,8 @@ class Checks:
         tokenizer = self.job.loaded.tokenizer
         sides = []
         for side in given:
-            items = (t if isinstance(t, str) else render_messages(tokenizer, t) for t in side[:_PAIRS])
-            sides.append([encode(tokenizer, text)[:_LONGEST] for text in items])
+            texts = ("".join(said(tokenizer, item)) for item in side[:_PAIRS])
+            sides.append([encode(tokenizer, text)[:_LONGEST] for text in texts])
         return sides[0], sides[1]
 
     @cached_property

@@ -184,11 +184,19 @@ def _estimator(method: str | Estimator) -> Estimator:
 
 
 def rendered(tokenizer: Any, side: Sequence[str | Messages], name: str, function: str) -> list[str]:
-    """The texts of one side, chats through the template. name, function: what errors call the side, and who reads
-    it."""
-    return [
-        item if isinstance(item, str) else render_messages(tokenizer, item) for item in checked(side, name, function)
-    ]
+    """The texts of one side, chats as `said`. name, function: what errors call the side, and who reads it."""
+    return ["".join(said(tokenizer, item)) for item in checked(side, name, function)]
+
+
+def said(tokenizer: Any, item: str | Messages) -> tuple[str, str]:
+    """A chat through the chat template, up to where the assistant's last message begins, and this message; the other
+    chats and texts as they are, and nothing. Raises UsageError."""
+    if isinstance(item, str):
+        return item, ""
+    text = render_messages(tokenizer, item)
+    answer = item[-1]["content"].strip() if item[-1]["role"] == "assistant" else ""
+    start = text.rfind(answer) if answer else -1
+    return (text[:start], text[start:]) if start >= 0 else (text, "")
 
 
 def checked(side: Sequence[str | Messages], name: str, function: str) -> list[str | Messages]:

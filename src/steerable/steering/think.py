@@ -16,6 +16,7 @@ tag's first character.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -343,8 +344,9 @@ def render(
 
 
 def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> str:
-    """Messages in the chat template, up to where the model begins to speak if the last one is the user's. Raises
-    UsageError as `render`."""
+    """Messages in the chat template, up to where the model begins to speak, or to the end of what it has said: without
+    what the template closes a last message of the assistant's with, where the template shows this message as it is.
+    Raises UsageError as `render`."""
     from jinja2 import TemplateError
 
     name = tokenizer.name_or_path or "this model"
@@ -354,8 +356,11 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], think
             "text with {prompt}"
         )
     options = {"enable_thinking": thinking, "thinking": thinking, "tokenize": False}
+    is_said = messages[-1]["role"] == "assistant"
     options["add_generation_prompt"] = messages[-1]["role"] == "user"
     try:
+        with contextlib.suppress(ValueError):  # of a template that leaves parts of the message out
+            return str(tokenizer.apply_chat_template(list(messages), continue_final_message=is_said, **options))
         return str(tokenizer.apply_chat_template(list(messages), **options))
     except TemplateError as error:
         roles = " and ".join(dict.fromkeys(str(message["role"]) for message in messages))

@@ -34,9 +34,9 @@ def test_a_chats_last_message_is_what_is_read(tiny_llama, tokenizer, read):
     program = st.recipes.assistant_axis(
         tiny_llama, tokenizer, [chat], {"ghost": ["w9 w10 w11"]}, layers=[2], quantile=0.0
     )
-    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
-    answer = tokenizer("w3 w4 w5")["input_ids"]
-    a = read([*prompt, *answer])["resid_post.2"][len(prompt) :].mean(0)
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = tokenizer(whole[: whole.index("w5") + 2])["input_ids"]  # without what closes the message
+    a = read(ids)["resid_post.2"][-3:].mean(0)
     b = read(tokenizer("w9 w10 w11")["input_ids"])["resid_post.2"][1:].mean(0)
     v = (a - b) / (a - b).norm()
     torch.testing.assert_close(program[0].basis[:, 0], v, atol=1e-5, rtol=1e-5)

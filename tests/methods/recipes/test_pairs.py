@@ -58,8 +58,9 @@ def test_the_last_token_of_a_chat_is_the_answers_own(tiny_llama, tokenizer, read
     torch.testing.assert_close(
         whole[Site("resid_post", 1)][0].double(), read(ids[0][0])["resid_post.1"].mean(0), atol=1e-5, rtol=1e-5
     )
-    with pytest.raises(UsageError, match="needs the user's right before it"):
-        st.recipes.caa(tiny_llama, closing, [chats("w1")[0][1:]], chats("w2"))
+    alone = st.recipes.caa(tiny_llama, closing, [chats("w1")[0][1:]], [chats("w2")[0][1:]], layer=1)
+    a, b = (read(closing(f"<assistant> w3 {x}")["input_ids"])["resid_post.1"][-1] for x in ("w1", "w2"))
+    torch.testing.assert_close(alone.at(1).double(), a - b, atol=1e-5, rtol=1e-5)
 
 
 def test_repe_is_the_component_of_the_pairs(tiny_llama, tokenizer, texts, rows):

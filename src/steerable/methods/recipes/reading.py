@@ -13,12 +13,11 @@ from steerable.chains.text_pairs import Messages
 from steerable.chains.windows import AlignedChain, TokenSpan
 from steerable.engines.activations import capture
 from steerable.methods.estimators import span_activations
-from steerable.methods.text_pairs import checked
+from steerable.methods.text_pairs import checked, said
 from steerable.models import loading as models
 from steerable.models.taps import missing
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.steering.think import render_messages
 from steerable.steering.vocabulary import encode
 from steerable.store.errors import SteerableWarning, UsageError
 
@@ -71,7 +70,7 @@ def read_texts(
     """
     names = ("first group's", "second group's")
     groups = [checked(group, name, "a recipe") for name, group in zip(names, groups, strict=False)]
-    texts = [["".join(_said(tokenizer, item)) for item in group] for group in groups]
+    texts = [["".join(said(tokenizer, item)) for item in group] for group in groups]
     if not all(texts):
         raise UsageError("a group holds no text: give one at least to each side")
     with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # of attention sinks that are left out
@@ -112,24 +111,13 @@ def spoken(tokenizer: Any, text: str | Messages, number: int = 0) -> AlignedChai
     else:
         if text[-1]["role"] != "assistant":
             raise UsageError("a chat must end with the assistant's message, as that is what is read")
-        prompt, answer = _said(tokenizer, text)
+        prompt, answer = said(tokenizer, text)
         ids = encode(tokenizer, prompt)
         start = len(ids)
         ids = ids + list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(ids) <= start:
         raise UsageError(f"text {number} has no token that could be read: give longer texts")
     return AlignedChain(str(number), 0, tuple(ids), (TokenSpan("spoken", start, len(ids)),))
-
-
-def _said(tokenizer: Any, item: str | Messages) -> tuple[str, str]:
-    """A chat up to where the model begins to speak, and what it has said then, if anything; or a text, and nothing."""
-    if isinstance(item, str):
-        return item, ""
-    if item[-1]["role"] != "assistant":
-        return render_messages(tokenizer, item), ""
-    if len(item) < 2 or item[-2]["role"] != "user":
-        raise UsageError("a chat that ends with the assistant's message needs the user's right before it")
-    return render_messages(tokenizer, item[:-1]), item[-1]["content"]
 
 
 def units(direction: Direction) -> Direction:
