@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from steerable.evals.intervals import by_task, difference_interval, mean_interval, ratio_interval, student_interval
+from steerable.evals.intervals import (
+    by_task,
+    difference_interval,
+    mean_interval,
+    ratio_interval,
+    simultaneous_intervals,
+)
 
 
 def draw(seed, n=40, shift=0.0):
@@ -30,12 +36,32 @@ def test_coverage_of_the_mean():
     assert 0.88 <= covered / 150 <= 0.99
 
 
-def test_students_interval_covers_on_few_tasks():
-    assert student_interval({"a": 1.0, "b": 2.0, "c": 3.0}) == pytest.approx([2.0, -0.4841, 4.4841], abs=1e-4)
-    generator = np.random.default_rng(0)
-    drawn = [student_interval(dict(enumerate(generator.standard_normal(4)))) for _ in range(2000)]
-    assert np.mean([low <= 0 <= high for _, low, high in drawn]) == pytest.approx(0.95, abs=0.015)
-    assert student_interval({"a": 1.0}) is None
+@pytest.mark.parametrize(("count", "tasks", "shared"), [(1, 8, 0.0), (2, 24, 0.5), (20, 30, 0.0), (20, 30, 0.8)])
+def test_the_best_of_several_is_clear_of_0_one_in_twenty_times(count, tasks, shared):
+    generator, clear = np.random.default_rng(count), 0
+    for seed in range(200):
+        common = generator.standard_normal(tasks) * shared**0.5
+        drawn = common + generator.standard_normal((count, tasks)) * (1 - shared) ** 0.5
+        clear += any(low > 0 or high < 0 for _, low, high in simultaneous_intervals([*map(by_number, drawn)], seed))
+    assert 2 <= clear <= 20  # of 200, where ten are expected
+
+
+def test_simultaneous_intervals_are_those_of_the_largest_t():
+    generator = np.random.default_rng(3)
+    rows = generator.standard_normal((3, 12)) + [[0.2], [1.0], [0.0]]
+    intervals = np.array(simultaneous_intervals([*map(by_number, rows)], seed=1))
+    errors = rows.std(1, ddof=1) / 12**0.5
+    assert intervals[:, 0] == pytest.approx(rows.mean(1))
+    assert np.ptp((intervals[:, 2] - intervals[:, 0]) / errors) == pytest.approx(0, abs=1e-9)  # one reach for all
+    [alone] = simultaneous_intervals([by_number(rows[1])], seed=1)
+    assert alone[1] > intervals[1, 1]  # three to choose from cost something
+    assert simultaneous_intervals([{"a": 1.0}, {"a": 2.0}]) == [None, None]
+    [[_, low, high]] = simultaneous_intervals([by_number(np.arange(1.0, 6.0))])
+    assert low <= 0 <= high  # five tasks show nothing
+
+
+def by_number(values):
+    return {str(n): float(v) for n, v in enumerate(values)}
 
 
 def test_pairing_removes_the_spread_between_tasks():

@@ -10,6 +10,7 @@ from steerable.evals.halving import SHARE, successive_halving
 from steerable.jobs.calibration_grid import GridSearch, Setting
 
 STRENGTHS = [0.25, 0.5, 0.75, 1.0, 1.25]
+ARMS = [SimpleNamespace(name=f"arm {i}") for i in range(4)]
 GRID = [Setting(arm, s) for arm in range(4) for s in STRENGTHS]
 
 
@@ -19,7 +20,7 @@ class Drawn(GridSearch):
     def __init__(self, seed, tasks, slopes):
         job = SimpleNamespace(config=SimpleNamespace(seed=0))
         how = {"target": "joy", "aim": "more", "samples": 2}
-        super().__init__(job, [{"id": f"t{i}"} for i in range(tasks)], [None] * 4, STRENGTHS, "", how, Limits(), None)
+        super().__init__(job, [{"id": f"t{i}"} for i in range(tasks)], ARMS, STRENGTHS, "", how, Limits(), None)
         self.slopes, self.generator = slopes, np.random.default_rng(seed)
         self._take("", {None: slice(None)})
 
@@ -42,7 +43,7 @@ class Drawn(GridSearch):
 @pytest.mark.parametrize("tasks", [11, 16, 30, 48])
 def test_settings_that_do_nothing_are_not_recommended(tasks):
     searches = [Drawn(seed, tasks, [0.0] * 4) for seed in range(100)]
-    assert sum(search._choose(GRID, search.searched())[0] is not None for search in searches) <= 10
+    assert sum(search._choose(GRID, search.searched())[1] == "" for search in searches) <= 10
 
 
 @pytest.mark.parametrize("tasks", [8, 30])
@@ -50,7 +51,7 @@ def test_nor_of_a_full_grid(tasks):
     searches = [Drawn(seed, tasks, [0.0] * 4) for seed in range(100)]
     for search in searches:
         search._fill(GRID)
-    assert sum(search._choose(GRID, [])[0] is not None for search in searches) <= 10
+    assert sum(search._choose(GRID, [])[1] == "" for search in searches) <= 10
 
 
 def test_a_real_effect_is_found():
@@ -58,11 +59,12 @@ def test_a_real_effect_is_found():
     for seed in range(20):
         search = Drawn(seed, 30, [0.0, 0.3, 1.0, 0.0])
         rounds = search.searched()
-        chosen = search._choose(GRID, rounds)[0]
-        assert chosen is None or chosen in rounds[-1].settings
-        found.append(chosen is not None and chosen.arm == 2)
+        chosen, reason = search._choose(GRID, rounds)
+        assert chosen in rounds[-1].settings
+        found.append(chosen.arm == 2 and not reason)
         search._fill(GRID)
-        assert search._choose(GRID, [])[0].arm == 2
+        chosen, reason = search._choose(GRID, [])
+        assert chosen.arm == 2 and not reason
     assert sum(found) >= 18
 
 
@@ -75,7 +77,7 @@ def test_only_tasks_without_a_part_in_the_choice_test_it():
     for setting in GRID:
         for row in search.rows[setting]:
             row["target"] += 50.0 * (setting not in last.settings or row["task_id"] in early)
-    assert search._choose(GRID, rounds) == (None, "no setting within the limits has a clear gain of joy")
+    assert search._choose(GRID, rounds)[1] != ""
     for row in search.rows[last.settings[1]]:
         row["target"] += 50.0
     assert search._choose(GRID, rounds) == (last.settings[1], "")

@@ -8,7 +8,7 @@ import torch
 from killed import kill_once, lines
 
 from steerable.chains.records import read_jsonl
-from steerable.evals.intervals import student_interval
+from steerable.evals.intervals import simultaneous_intervals
 from steerable.jobs import calibration_grid
 from steerable.jobs.calibration_job import calibrate_files
 from steerable.steering.direction import Direction
@@ -23,7 +23,9 @@ FAST |= {"budget": 0.4, "accuracy": 1.0, "unclosed": 1.0}
 def anything_is_clear():
     """So few chains have no clear gain: here any gain above 0 is taken for one, so that there is a recommendation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_grid, "student_interval", lambda gains, level: student_interval(gains, 0.01))
+        patch.setattr(
+            calibration_grid, "simultaneous_intervals", lambda gains, seed: simultaneous_intervals(gains, seed, 0.01)
+        )
         yield
 
 

@@ -25,7 +25,7 @@ from steerable.evals.dose_response import (
     perplexity_beside,
 )
 from steerable.evals.halving import Round, fewest_tasks, successive_halving
-from steerable.evals.intervals import Interval, difference_interval, mean_interval, student_interval
+from steerable.evals.intervals import Interval, difference_interval, mean_interval, simultaneous_intervals
 from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.evals.side_effects import score_texts
 from steerable.formats import import_file
@@ -95,14 +95,15 @@ class GridSearch:
             rounds = successive_halving(grid, len(self.tasks), self._extend, self._ranked, self._cost)
         else:
             self._fill(grid)
-        chosen, reason = self._choose(grid, rounds)
+        best, reason = self._choose(grid, rounds)
+        chosen = None if reason else best
         spent = self._tokens()
         about = self._recommended(chosen, grid, rounds) if chosen else None
         cost: dict[str, Any] = {"search": spent if rounds else None, "grid": None, "share": None}
         if self.how["full_grid"]:
             if rounds:
                 self._fill(grid)
-                cost |= {"share": spent / self._tokens(), **self._lost(chosen, self._choose(grid, [])[0])}
+                cost |= {"share": spent / self._tokens(), **self._lost(best, self._choose(grid, [])[0])}
             cost["grid"] = self._tokens()
         result = self._result(grid, rounds, chosen, reason, about, cost)
         write_json(self.job.folder / "calibrate.json", result)
@@ -261,35 +262,43 @@ class GridSearch:
         return sorted(settings, key=lambda s: (broken[s], -score[s]))
 
     def _choose(self, grid: Sequence[Setting], rounds: Sequence[Round[Setting]]) -> tuple[Setting | None, str]:
-        """The setting within the limits with the largest gain, of those whose gain is clear of 0 on the tasks that test
-        it (see `_tested`); else why there is none."""
+        """The setting within the limits with the largest gain of those whose gain is clear of 0 on the tasks that test
+        it (see `_tested`), else of all, with the reason why it is not recommended; None where all break a limit."""
         settings, tasks = _tested(grid, rounds)
-        reason = "every setting that was measured breaks a limit"
-        for s in self._ranked(settings, True):
-            if self.limits.broken(self.rows[s], self.rows[None]):
-                break  # those within the limits come first
-            rows = self._on(s, tasks)
-            interval = self._clear_gain(rows, len(settings))
-            if len(rows) >= _CLEAR and interval is not None and interval[1] > 0:
-                return s, ""
-            reason = f"no setting within the limits has a clear gain of {self.how['target']}"
-            if len(rows) < _CLEAR:
-                reason = (
-                    f"a gain is told from {_CLEAR} chains of a setting or more, and there are {len(rows)} to tell it "
-                    "from: give more --validation or --samples"
-                )
-        return None, reason
+        gains = self._tested_gains(settings, tasks)
+        within = [s for s in self._ranked(settings, True) if not self.limits.broken(self.rows[s], self.rows[None])]
+        if not within:
+            return None, "every setting that was measured breaks a limit"
+        best = within[0]
+        if (count := len(self._on(best, tasks))) < _CLEAR:
+            return best, (
+                f"a gain is told from {_CLEAR} chains of a setting or more, and there are {count} to tell it from: "
+                "give more --validation or --samples"
+            )
+        if clear := [s for s in within if (gain := gains[s]) is not None and gain[1] > 0]:
+            return clear[0], ""
+        if (told := gains[best]) is None or told[0] <= 0:
+            return best, f"no setting within the limits has a gain of {self.how['target']}"
+        gain, low, high = told
+        enough = math.ceil(len(self.tasks) * ((gain - low) / gain) ** 2 / 10) * 10
+        return best, (
+            f"the best setting within the limits, {self.arms[best.arm].name} at {best.strength:g}, has a gain of "
+            f"{gain:.3g} ({low:.3g} to {high:.3g}), which is not clear of 0; if it is real, about --validation "
+            f"{enough} would show it"
+        )
 
     def _on(self, setting: Setting, tasks: slice) -> list[dict[str, Any]]:
         """The rows of a setting on some of the tasks."""
         ids = {task["id"] for task in self.tasks[tasks]}
         return [row for row in self.rows[setting] if row["task_id"] in ids]
 
-    def _clear_gain(self, rows: Rows, among: int) -> Interval | None:
-        """[gain, low, high], wide enough that of so many settings without a gain one in twenty times any is clear of 0:
-        Bonferroni. There may be few tasks, on which the bootstrap is too narrow."""
-        gains = {t: self.aim * v for t, v in change(rows, self.rows[None], "target").items()}
-        return student_interval(gains, 1 - 0.05 / among)
+    def _tested_gains(self, settings: Sequence[Setting], tasks: slice) -> dict[Setting, Interval | None]:
+        """[gain, low, high] of each, wide enough for the best of them to be believed."""
+        gains = [
+            {t: self.aim * v for t, v in change(self._on(s, tasks), self.rows[None], "target").items()}
+            for s in settings
+        ]  # fmt: skip
+        return dict(zip(settings, simultaneous_intervals(gains, self.seed), strict=True))
 
     def _lost(self, chosen: Setting | None, best: Setting | None) -> dict[str, Any]:
         """What the search's choice gives away beside the full grid's, and what one step of the grid changes there."""
@@ -343,9 +352,8 @@ class GridSearch:
         original = {s: float(v.double().norm()) for s, v in import_file(arm.file).vectors.items()}
         factors = {float(v.double().norm()) / original[s] for s, v in arm.direction.vectors.items()}
         file_strength = factors.pop() * chosen.strength if len(factors) == 1 else None
-        about, random = (
-            self._about(chosen, some) | {"gain": self._clear_gain(some, len(settings))} for some in (rows, control)
-        )
+        about = self._about(chosen, rows) | {"gain": self._tested_gains(settings, tasks)[chosen]}
+        random = self._about(chosen, control)
         return {
             **about, "file": arm.file, "file_strength": file_strength,
             "random": {name: random[name] for name in ("gain", "kl", "accuracy", "tokens")},
