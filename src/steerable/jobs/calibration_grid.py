@@ -275,7 +275,7 @@ class GridSearch:
                 f"a gain is told from {_CLEAR} chains of a setting or more, and there are {count} to tell it from: "
                 "give more --validation or --samples"
             )
-        if clear := [s for s in within if (gain := gains[s]) is not None and gain[1] > 0]:
+        if clear := [s for s in within if (tested := gains[s]) is not None and tested[1] > 0]:
             return clear[0], ""
         if (told := gains[best]) is None or told[0] <= 0:
             return best, f"no setting within the limits has a gain of {self.how['target']}"
