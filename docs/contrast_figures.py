@@ -4,6 +4,7 @@ benchmarks/results; `fill_figures.py` places them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from training_figures import table
@@ -13,6 +14,11 @@ from steerable.pages import words
 
 Sources = Mapping[str, Any]
 STEPS = (-1, 0, 1)
+ESTIMATORS = {  # of the paper index
+    "means": "difference of means", "caa": "difference of means, last token (CAA)", "pca": "PCA of pairs",
+    "joint": "PCA of all layers at once", "lat": "PCA of random pairs (LAT)", "lda": "LDA", "ridge": "ridge logistic",
+    "linear-act": "Linear-AcT",
+}  # fmt: skip
 
 
 def trait(given: Sources) -> str:
@@ -135,6 +141,15 @@ def estimators_about(given: Sources) -> str:
     )
 
 
+def estimator(given: Sources, name: str) -> str:
+    """The effect of one estimator."""
+    for told in given.get("estimators", {}).get("estimators", []):
+        if told["name"] == name:
+            page, budget = "contrasts.md#which-estimator-steers-most", given["estimators"]["budget"]
+            return f"[{_interval(told['effect'])} SD]({page}) at {budget} nats, on `smol`"
+    return words.MISSING
+
+
 def _rows(given: Sources) -> list[dict[str, Any]]:
     return given.get("contrasts", {}).get("contrasts", [])
 
@@ -170,4 +185,5 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "estimators": estimators,
     "estimators.verdict": estimators_verdict,
     "estimators.about": estimators_about,
+    **{f"estimator.{key}": partial(estimator, name=name) for key, name in ESTIMATORS.items()},
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from training_figures import table
 
+from steerable.methods.recipes import RECIPES
 from steerable.pages import words
 
 Sources = Mapping[str, Any]
@@ -201,6 +202,12 @@ def measured(given: Sources) -> dict[str, str]:
     return {name: "; ".join(some) for name, some in figures.items()}
 
 
+def of_recipe(given: Sources, name: str) -> str:
+    """What was measured of one recipe."""
+    told = measured(given).get(name)
+    return words.MISSING if told is None else f"[{told}](recipes.md#the-table)"
+
+
 def _figure(row: Mapping[str, Any]) -> str:
     return f"thinking {_cut(row['thinking_ratio'][0])}, accuracy {_points(row['accuracy_change'][0])} points"
 
@@ -249,4 +256,5 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "recipes.everyday.about": everyday_about,
     "recipes.overhead": overhead,
     "recipes.overhead.about": overhead_about,
+    **{f"recipe.{name}": partial(of_recipe, name=name) for name in RECIPES},
 }
