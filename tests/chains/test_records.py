@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from steerable.chains.records import content_hash, read_jsonl, write_jsonl
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import write_atomic
 
@@ -88,11 +88,6 @@ def test_interrupt_removes_the_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "f.txt", "new")
     assert os.listdir(tmp_path) == []
-
-
-def test_content_hash_ignores_ids_and_white_space():
-    assert content_hash({"id": "a", "prompt": "x  y\n"}) == content_hash({"id": "b", "prompt": "x y"})
-    assert content_hash({"prompt": "x y"}) != content_hash({"prompt": "x z"})
 
 
 @pytest.mark.parametrize("value", [None, "12", [1, "2"], [True], [-1], [1.0], {}])

@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from steerable.chains.records import content_hash, write_jsonl
+from steerable.chains.duplicates import task_key
+from steerable.chains.records import write_jsonl
 from steerable.chains.tasks import correct, extract_answer, make_splits, make_tasks, score, unmet
 from steerable.models.pocket.families import FAMILIES, held_out
 from steerable.store.errors import UsageError
@@ -10,7 +11,7 @@ from steerable.store.errors import UsageError
 
 def test_splits_are_disjoint_balanced_and_held_out():
     tasks = make_splits("pocket", {"extraction": 60, "evaluation": 22}, seed=1)
-    assert len({content_hash(task) for task in tasks}) == len({task["id"] for task in tasks}) == 82
+    assert len({task_key(task["prompt"]) for task in tasks}) == len({task["id"] for task in tasks}) == 82
     counts = Counter((task["split"], task["category"]) for task in tasks)
     assert {counts["extraction", family] for family in FAMILIES} == {15}
     assert {counts["evaluation", family] for family in FAMILIES} == {5, 6}
@@ -20,8 +21,14 @@ def test_splits_are_disjoint_balanced_and_held_out():
 def test_same_seed_same_tasks_other_seed_other_tasks():
     first, again, other = (make_tasks("pocket", 12, seed) for seed in (0, 0, 1))
     assert first == again
-    assert not {content_hash(t) for t in first} & {content_hash(t) for t in other}
+    assert not {task_key(t["prompt"]) for t in first} & {task_key(t["prompt"]) for t in other}
     assert make_tasks("pocket", 8, 0) == first[:8]
+
+
+def test_excluded_tasks_are_left_out_in_any_spelling(tmp_path):
+    path = str(tmp_path / "t.jsonl")
+    write_jsonl(path, [{"id": "a", "prompt": "What is 2 + 2?"}, {"id": "b", "prompt": "What is 2 + 3?"}])
+    assert [task["id"] for task in make_tasks(path, 1, exclude_hashes=[task_key("what is  2 + 2")])] == ["b"]
 
 
 def test_reasoning_gym_judges_its_own_answers():

@@ -141,14 +141,12 @@ def test_later_requests_name_what_is_there_and_ask_only_for_what_is_missing(serv
 
 
 def test_excluded_tasks_and_an_endpoint_of_ones_own(server):
-    from steerable.chains.records import content_hash
-
     endpoint = Endpoint("writer", server.url, concurrency=2)
     first = make_tasks("llm", 10, endpoint=endpoint)
     assert endpoint.account.sent >= 10
-    hashes = {content_hash(task) for task in first}
+    hashes = {task_key(task["prompt"]) for task in first}
     again = make_tasks("llm", 10, 0, hashes, endpoint=endpoint)
-    assert not hashes & {content_hash(task) for task in again}
+    assert not hashes & {task_key(task["prompt"]) for task in again}
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import steerable as st
+from steerable.chains.duplicates import task_key
 from steerable.chains.generation import generate_chains, prompt_ids
-from steerable.chains.records import content_hash, read_jsonl, write_jsonl
+from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.chains.tasks import correct
 from steerable.evals.likelihood import surprisal
 from steerable.evals.passk import pass_at_k
@@ -243,9 +244,10 @@ def test_a_system_message_reaches_generation_and_scoring(place, tmp_path):
 
 def test_tasks_of_the_training_can_be_kept_out(place, finished, tmp_path):
     seen = read_jsonl(finished[0] / "tasks.jsonl")
-    run(place, None, tmp_path, exclude=[finished[0] / "tasks.jsonl"], samples=1)
+    write_jsonl(tmp_path / "seen.jsonl", [task | {"prompt": task["prompt"].upper() + " ?"} for task in seen])
+    run(place, None, tmp_path, exclude=[tmp_path / "seen.jsonl"], samples=1)
     drawn = read_jsonl(tmp_path / "tasks.jsonl")
-    assert len(drawn) == 6 and not {content_hash(t) for t in drawn} & {content_hash(t) for t in seen}
+    assert len(drawn) == 6 and not {task_key(t["prompt"]) for t in drawn} & {task_key(t["prompt"]) for t in seen}
 
 
 @pytest.mark.parametrize(

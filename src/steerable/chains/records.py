@@ -12,7 +12,6 @@ One UTF-8 object a line. Unknown keys are kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -123,12 +122,6 @@ def by_chain(spans: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[A
     for span in spans:
         groups[chain_key(span)].append(span)
     return groups
-
-
-def content_hash(task: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a task's prompt with white space collapsed: the same for one prompt under two ids."""
-    prompt = " ".join(str(task["prompt"]).split())
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _parse(line: bytes, kind: Kind | None, where: str) -> Record:

@@ -16,7 +16,7 @@ from steerable.chains.duplicates import task_key
 from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, final_answer, judge, score
-from steerable.chains.records import Record, content_hash
+from steerable.chains.records import Record
 from steerable.models.taught import TAUGHT
 from steerable.store.errors import UsageError
 from steerable.store.text import plural
@@ -49,7 +49,7 @@ def make_tasks(
             file or of a folder, or `llm[:MODEL[@URL]]`, tasks that a language model writes.
         n: how many.
         seed: of the choice and the order.
-        exclude_hashes: hashes (`content_hash`) of tasks that are not wanted.
+        exclude_hashes: hashes (`duplicates.task_key`) of tasks that are not wanted, in whatever spelling.
         endpoint, cache, progress: for `llm` alone; the server if the source does not name it, the folder of replies,
             and where what is done is reported.
 
@@ -156,7 +156,8 @@ def _take(streams: list[Iterator[Record]], n: int, seen: set[str], excluded: Col
     taken: list[Record] = []
 
     def is_new(task: Record) -> bool:
-        return task_key(task["prompt"]) not in seen and content_hash(task) not in excluded
+        key = task_key(task["prompt"])
+        return key not in seen and key not in excluded
 
     while streams and len(taken) < n:
         for stream in list(streams):

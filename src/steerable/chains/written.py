@@ -17,7 +17,7 @@ from steerable.chains.duplicates import shingles, similarity, task_key
 from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import slug
 from steerable.chains.listed import listed_tasks
-from steerable.chains.records import Record, content_hash
+from steerable.chains.records import Record
 from steerable.store.errors import SteerableError, UsageError
 
 #: What each category is about, as the model is told.
@@ -61,7 +61,7 @@ def write_tasks(
     Args:
         source: `llm:MODEL` or `llm:MODEL@URL`, or `llm` with an `endpoint`.
         n, seed: how many tasks, and the seed of the requests.
-        excluded: hashes (`content_hash`) of tasks to leave out.
+        excluded: hashes (`task_key`) of tasks to leave out.
         endpoint, cache, progress: the client, a folder for its replies (the same call then gives the same tasks, and a
             killed one continues), and where progress is reported.
 
@@ -92,7 +92,7 @@ def write_tasks(
                     break
                 key, look = task_key(prompt), shingles(prompt)
                 is_alike = key in keys or any(similarity(look, other) >= _ALIKE for other in looks)
-                if is_alike or len(prompt.split()) not in _WORDS or content_hash({"prompt": prompt}) in excluded:
+                if is_alike or len(prompt.split()) not in _WORDS or key in excluded:
                     continue
                 keys.add(key)
                 looks.append(look)

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import torch
 
+from steerable.chains.duplicates import task_key
 from steerable.chains.generation import Job, Prompting, generate_jobs
-from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
+from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
@@ -200,7 +201,7 @@ def draw_tasks(folder: RunFolder, source: str, s: Comparison, exclude: Sequence[
     Raises UsageError for tasks without reference answers."""
     if source.partition(":")[0] == "llm":
         raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
-    seen = sorted({content_hash(task) for file in exclude for task in read_jsonl(file, "task")})
+    seen = sorted({task_key(task["prompt"]) for file in exclude for task in read_jsonl(file, "task")})
     settings = {"tasks": source, "exclude": seen, **s.subset("limit seed")}
     if Path(source).exists():
         settings["tasks_sha256"] = sha256(Path(source))

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from steerable.chains.duplicates import task_key
 from steerable.chains.generation import Job, Prompting
-from steerable.chains.records import Record, content_hash, read_jsonl, write_jsonl
+from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.engines.sampling import Decoding, warn_if_endless
@@ -325,7 +326,7 @@ def draw_tasks(settings: TrainSettings) -> list[Record]:
     if s.test is None:
         return make_splits(s.tasks, {"train": s.limit, "evaluation": s.evaluation}, s.seed)
     judged = make_tasks(s.test, s.evaluation, s.seed)
-    drawn = make_tasks(s.tasks, s.limit, s.seed, {content_hash(task) for task in judged})
+    drawn = make_tasks(s.tasks, s.limit, s.seed, {task_key(task["prompt"]) for task in judged})
     splits = (("train", drawn), ("evaluation", judged))
     return [{**task, "split": split} for split, tasks in splits for task in tasks]
 

@@ -1,6 +1,6 @@
 """Training and held-out tasks never mix."""
 
-from steerable.chains.records import content_hash
+from steerable.chains.duplicates import task_key
 from steerable.chains.tasks import make_splits, make_tasks
 from steerable.models.pocket import recipe
 from steerable.models.pocket.families import FAMILIES, held_out
@@ -14,7 +14,7 @@ def test_training_never_sees_a_held_out_task():
 def test_extraction_and_evaluation_tasks_are_held_out():
     tasks = make_splits("pocket", {"extraction": 80, "validation": 12, "evaluation": 40}, seed=3)
     assert all(held_out(task["prompt"]) for task in tasks)
-    assert len({content_hash(task) for task in tasks}) == len(tasks)
+    assert len({task_key(task["prompt"]) for task in tasks}) == len(tasks)
     assert {task["category"] for task in tasks} == set(FAMILIES)
 
 
