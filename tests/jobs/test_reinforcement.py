@@ -68,6 +68,7 @@ def test_what_lies_in_the_folder(run):
     direction = Direction.load(run / "bias.safetensors")
     assert direction.layers == list(range(6)) and direction.model_id == "pocket"
     assert direction.stats["training"]["steps"] == 3
+    assert len(direction.stats["task_keys"]) == 12 * 8
     splits = [task["split"] for task in read_jsonl(run / "tasks.jsonl", "task")]
     assert (splits.count("train"), splits.count("evaluation")) == (12, 4)
 

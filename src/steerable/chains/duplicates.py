@@ -10,6 +10,8 @@ import hashlib
 import re
 import unicodedata
 
+SHORT = 8
+"""Digits of a `task_key` by which tasks are excluded: beside a thousand of them, one in four million by mere chance."""
 _SINGLE = str.maketrans(dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4`", "'"))
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
 _DOUBLE = re.compile("[\"\u201c\u201d\u201e\u201f\u00ab\u00bb]|''")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains import gym, tables, written
-from steerable.chains.duplicates import task_key
+from steerable.chains.duplicates import SHORT, task_key
 from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import GYM
 from steerable.chains.judging import Verdict, correct, extract_answer, final_answer, judge, score
@@ -49,7 +49,8 @@ def make_tasks(
             file or of a folder, or `llm[:MODEL[@URL]]`, tasks that a language model writes.
         n: how many.
         seed: of the choice and the order.
-        exclude_hashes: hashes (`duplicates.task_key`) of tasks that are not wanted, in whatever spelling.
+        exclude_hashes: hashes (`duplicates.task_key`, or their first `SHORT` digits) of tasks that are not wanted, in
+            whatever spelling.
         endpoint, cache, progress: for `llm` alone; the server if the source does not name it, the folder of replies,
             and where what is done is reported.
 
@@ -60,7 +61,7 @@ def make_tasks(
     Example:
         >>> tasks = make_tasks("reasoning-gym:@spatial-reasoning,gcd", 4)
     """
-    return _draw(source, [n], seed, set(exclude_hashes), endpoint, cache, progress)[0]
+    return _draw(source, [n], seed, {key[:SHORT] for key in exclude_hashes}, endpoint, cache, progress)[0]
 
 
 def make_splits(
@@ -157,7 +158,7 @@ def _take(streams: list[Iterator[Record]], n: int, seen: set[str], excluded: Col
 
     def is_new(task: Record) -> bool:
         key = task_key(task["prompt"])
-        return key not in seen and key not in excluded
+        return key not in seen and key[:SHORT] not in excluded
 
     while streams and len(taken) < n:
         for stream in list(streams):

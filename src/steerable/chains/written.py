@@ -13,7 +13,7 @@ from collections.abc import Collection
 from itertools import zip_longest
 from pathlib import Path
 
-from steerable.chains.duplicates import shingles, similarity, task_key
+from steerable.chains.duplicates import SHORT, shingles, similarity, task_key
 from steerable.chains.endpoint import Endpoint, Progress
 from steerable.chains.gym import slug
 from steerable.chains.listed import listed_tasks
@@ -61,7 +61,7 @@ def write_tasks(
     Args:
         source: `llm:MODEL` or `llm:MODEL@URL`, or `llm` with an `endpoint`.
         n, seed: how many tasks, and the seed of the requests.
-        excluded: hashes (`task_key`) of tasks to leave out.
+        excluded: the first `SHORT` digits of hashes (`task_key`) of tasks to leave out.
         endpoint, cache, progress: the client, a folder for its replies (the same call then gives the same tasks, and a
             killed one continues), and where progress is reported.
 
@@ -92,7 +92,7 @@ def write_tasks(
                     break
                 key, look = task_key(prompt), shingles(prompt)
                 is_alike = key in keys or any(similarity(look, other) >= _ALIKE for other in looks)
-                if is_alike or len(prompt.split()) not in _WORDS or key in excluded:
+                if is_alike or len(prompt.split()) not in _WORDS or key[:SHORT] in excluded:
                     continue
                 keys.add(key)
                 looks.append(look)

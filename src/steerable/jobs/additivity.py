@@ -25,6 +25,7 @@ from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
 from steerable.jobs.arms import BASE, Arm, answer, check_fit, draw_tasks, fingerprint, job_of, refusing, source_of
+from steerable.jobs.known_tasks import keys_in, note_keys
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
@@ -62,7 +63,8 @@ def compose(
         tasks: Tasks with answers, or auto; without it the files are only added up.
         pairs: Pairs to measure: all, adjacent (layers) or none.
         to: Also measure all files together on this sibling model.
-        exclude: Files of tasks not to draw: those of the training. Repeatable.
+        exclude: Files of tasks not to draw: those of the training, where a file lies outside of its run folder and does
+            not know them. Repeatable.
         greedy: Greedy decoding; default: the model's own.
         out: The folder of the results; without --tasks a .safetensors file will do.
         workers: Processes that generate; default: one a core for small models. Changes no result.
@@ -113,7 +115,7 @@ def compose(
         _check_shape(to, loaded.model)
     settings = {"tasks": tasks, "pairs": pairs, "greedy": greedy, **s.to_dict()}
     with folder.locked():
-        job = job_of(s, draw_tasks(folder, tasks, s, exclude))
+        job = job_of(s, draw_tasks(folder, tasks, s, exclude, [Arm(str(f), "direction", str(f)) for f in files]))
         write_json(folder / "config.json", {"job": "compose", "model": model, **settings})
         together.save(folder / "combined.safetensors")
         how = s.subset("seed max_new_tokens") | {"greedy": greedy or None, "workers": workers}
@@ -198,7 +200,8 @@ def combine(directions: Sequence[Direction]) -> Direction:
                 {"sites": [str(site) for site in d.vectors], "strength": d.strength}
                 | {key: getattr(d, key) for key in ("behaviour", "method", "data_sha256")}
                 for d in directions
-            ]
+            ],
+            **note_keys(*(keys_in(d.stats) for d in directions)),
         },
         data_sha256=_common(d.data_sha256 for d in directions),
         created_by="steerable compose",

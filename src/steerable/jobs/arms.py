@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 
-from steerable.chains.duplicates import task_key
 from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
 from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
 from steerable.formats import gguf, import_file
+from steerable.jobs.known_tasks import keys_of, known_tasks
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
@@ -196,12 +196,17 @@ def source_of(tasks: str, model: str) -> str:
     return (model if model in TAUGHT else "reasoning-gym") if tasks == "auto" else tasks
 
 
-def draw_tasks(folder: RunFolder, source: str, s: Comparison, exclude: Sequence[str | Path]) -> list[Record]:
-    """Tasks of a source (as for `make_tasks`) in the folder's tasks.jsonl, none of the files `exclude`; drawn once.
-    Raises UsageError for tasks without reference answers."""
+def draw_tasks(
+    folder: RunFolder, source: str, s: Comparison, exclude: Sequence[str | Path], arms: Iterable[Arm]
+) -> list[Record]:
+    """Tasks of a source (as for `make_tasks`) in the folder's tasks.jsonl, drawn once: none of the files `exclude`, and
+    none that an arm was made on. Raises UsageError for tasks without reference answers."""
     if source.partition(":")[0] == "llm":
         raise UsageError("tasks that a language model writes have no reference answers: give another source of tasks")
-    seen = sorted({task_key(task["prompt"]) for file in exclude for task in read_jsonl(file, "task")})
+    known = [keys_of(read_jsonl(file, "task")) for file in exclude]
+    for arm in arms:
+        known.append(known_tasks(arm.source, _direction(arm.source).stats if arm.kind == "direction" else {}))
+    seen = sorted(set().union(*known))
     settings = {"tasks": source, "exclude": seen, **s.subset("limit seed")}
     if Path(source).exists():
         settings["tasks_sha256"] = sha256(Path(source))

@@ -16,6 +16,7 @@ from steerable.jobs.annotation import sources
 from steerable.jobs.audit_checks import DECISIVE, Checks
 from steerable.jobs.dry_run import estimate_audit
 from steerable.jobs.dry_run import tables as plan_tables
+from steerable.jobs.known_tasks import known_tasks
 from steerable.jobs.run import Run, load_model, open_run, recorded_settings
 from steerable.jobs.settings import Config
 from steerable.models import loading as models
@@ -62,7 +63,8 @@ def audit(
         file: A direction file.
         pairs: Pairs of texts that it should tell apart, as for `contrast`.
         lookalikes: Pairs of a text that shows the behaviour and one that only looks like it ("coffee", "coffin").
-        run: A run folder whose model, evaluation tasks and annotator are taken.
+        run: A run folder whose model, evaluation tasks and annotator are taken; without it tasks are drawn that the
+            file was not made on, as far as that is known.
         strength: The strength at which it is judged; default: the file's.
         limit: Tasks, where chains are judged.
         samples: Chains of each of them.
@@ -101,7 +103,9 @@ def audit(
         pass
     tasks: list[Record] = []
     if sides is None:
-        tasks = make_tasks(config.tasks, limit, config.seed) if source is None else source.tasks("evaluation")[:limit]
+        known = known_tasks(file, direction.stats)
+        is_new = source is None
+        tasks = make_tasks(config.tasks, limit, config.seed, known) if is_new else source.tasks("evaluation")[:limit]
     reference = None if source is None else source.reference
     strength = direction.strength if strength is None else strength
     checks = Checks(job, direction, strength, sides, alike, tasks, reference, limit, samples, controls)

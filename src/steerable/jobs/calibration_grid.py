@@ -31,6 +31,7 @@ from steerable.evals.side_effects import score_texts
 from steerable.formats import import_file
 from steerable.jobs.annotation import annotate, labels_among, labels_of
 from steerable.jobs.cells import Cell, Part, generate_cells
+from steerable.jobs.known_tasks import keys_of, known_tasks, note_keys
 from steerable.jobs.run import Run
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
@@ -114,7 +115,8 @@ class GridSearch:
             file.unlink(missing_ok=True)  # of an earlier grid
         else:
             made = self.arms[chosen.arm].direction
-            stats = {**made.stats, "recommended": noted(result)}
+            known = known_tasks(self.arms[chosen.arm].file, made.stats)
+            stats = {**made.stats, "recommended": noted(result), **note_keys(known, keys_of(self.tasks))}
             replace(made, strength=chosen.strength, stats=stats).save(file)
 
     def _calibrate(self, chains: Sequence[Record]) -> None:

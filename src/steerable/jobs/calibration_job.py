@@ -26,6 +26,7 @@ from steerable.jobs.annotation import labels_of
 from steerable.jobs.calibration_grid import FIELDS, THINKING, Arm, GridSearch, noted
 from steerable.jobs.dry_run import estimate_search
 from steerable.jobs.dry_run import tables as plan_tables
+from steerable.jobs.known_tasks import known_tasks
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.selection import interior
 from steerable.jobs.settings import Config
@@ -71,7 +72,8 @@ def calibrate_files(
 
     Args:
         files: Direction files; several are compared at equal KL and at equal dose.
-        run: A run folder whose model, validation tasks and annotator are taken.
+        run: A run folder whose model, validation tasks and annotator are taken; without it tasks are drawn that the
+            files were not made on, as far as that is known.
         target: What is aimed at: a label of the annotator, accuracy, thinking (its length in tokens), or another
             metric; default: the behaviour that the first file names.
         aim: more or less of it.
@@ -125,7 +127,11 @@ def calibrate_files(
     job = Run(RunFolder(out), config, workers, display=display)
     job.folder.refuse_other("calibrate", config.model, config.revision, overwrite=overwrite)
     arms = _arms(directions, parse_layers(layers), job)
-    tasks = make_tasks(config.tasks, config.validation, config.seed) if source is None else source.tasks("validation")
+    if source is None:
+        known = set().union(*(known_tasks(file, direction.stats) for file, direction in directions.items()))
+        tasks = make_tasks(config.tasks, config.validation, config.seed, known)
+    else:
+        tasks = source.tasks("validation")
     grid = len(arms) * len(doses)
     if not full_grid and len(tasks) < (fewest := fewest_tasks(grid)):
         more = f"--validation {fewest}, " if source is None else ""

@@ -73,7 +73,8 @@ def passk(
         arms: NAME=FILE to compare with it: a direction file (steered at its own strength), a PEFT adapter (merged into
             the base) or a model. Repeatable.
         tasks: As in `steerable run`, with reference answers; auto: pocket's own, else reasoning-gym.
-        exclude: A .jsonl file of tasks not to draw: those of the training. Repeatable.
+        exclude: A .jsonl file of tasks not to draw: those of the training, where an arm lies outside of its run folder
+            and does not know them. Repeatable.
         ks: The k of the curves, e.g. 1,8,64; default: powers of two.
         temperature: Default: the base's own (the paper's, Yue et al. 2025, is 0.6).
         top_p: Default: the base's own (the paper's is 0.95).
@@ -114,7 +115,7 @@ def passk(
     how = {"decoding": asdict(decoding), **s.to_dict()}
     recorded = {"tasks": source, "ks": chosen, **how}
     with folder.locked():
-        job = job_of(s, draw_tasks(folder, source, s, exclude))
+        job = job_of(s, draw_tasks(folder, source, s, exclude, compared[1:]))
         write_json(folder / "config.json", {"job": "passk", "model": model, **recorded})
         options = s.subset("seed max_new_tokens") | {"decoding": decoding}
 

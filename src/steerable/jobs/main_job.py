@@ -41,6 +41,7 @@ from steerable.jobs.cells import (
     generate_cells,
 )
 from steerable.jobs.dry_run import estimate, tables
+from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.report_content import assemble, describe_model, selected_tokens
 from steerable.jobs.run import Run, recorded_settings
 from steerable.jobs.settings import (
@@ -185,11 +186,13 @@ def extract(run: Run, partial: Path) -> None:
     origin: dict[str, Any] = {"data_sha256": sha256(run.folder / "chains.jsonl"), "created_by": "steerable extract"}
     cosines: dict[str, Any] = {"overall_vs_pooled": {}, "windows": {}}
     estimate = _estimator(run, chains, means)
+    served = note_keys(keys_of(run.tasks("extraction")), keys_of(run.tasks("validation")))
     for label in (label for label in labels if means.count(label) and label not in missing):
         directions = {}
         for window in c.windows:
             for baseline in BASELINES:
-                direction = replace(estimate(label, window, baseline, 0), map=c.map, **origin)
+                direction = estimate(label, window, baseline, 0)
+                direction = replace(direction, map=c.map, stats=direction.stats | served, **origin)
                 direction.save(run.folder / candidate_path(window, baseline, label))
                 directions[window, baseline] = direction
                 for k in range(c.controls if label in behaviours else 0):

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from steerable.chains.sources import READERS
 from steerable.chains.tasks import correct
 from steerable.chains.text_pairs import check_text, read_pairs
 from steerable.chains.windows import AlignedChain, align_chains
+from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.main_job import run
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.settings import Config, flag
@@ -257,6 +259,8 @@ def _made(
         given = {_LOADING.get(key, key): getattr(config, key) for key in _MODEL}
         loaded = models.load(**given)
     made = recipe.function(*loaded, *inputs, **parameters)
+    if isinstance(made, Direction) and recipe.data in ("thoughts", "lengths"):
+        made = replace(made, stats=made.stats | note_keys(keys_of(job.tasks("extraction"))))
     if isinstance(made, Direction) and not any(vector.any() for vector in made.vectors.values()):
         raise UsageError(f"the recipe {name} gives nothing: its two kinds of data are the same to the model")
     return made, model, loaded

@@ -33,6 +33,7 @@ from steerable.evals.metrics import Measured, measure
 from steerable.jobs import arms
 from steerable.jobs.annotation import annotate_by, labels_among, labels_of_function
 from steerable.jobs.arms import BASE, Arm
+from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.lens_job import stamped_lens
 from steerable.jobs.training_settings import MODEL, TrainSettings
 from steerable.methods.train import loop
@@ -112,7 +113,8 @@ class Training:
             trainer = make(trained)
             loop.run(trainer, model, root, _key(root, s), self.display)
             if trainer.accelerator.is_main_process:
-                about = {"behaviour": "reasoning", "method": method, "stats": {"training": s.to_dict()}}
+                stats = {"training": s.to_dict(), **note_keys(keys_of(self.tasks("train")))}
+                about = {"behaviour": "reasoning", "method": method, "stats": stats}
                 trained.finish(root, self.loaded.tokenizer, **about)
                 write_json(root / "training.json", loop.summary(root, trainer))
 
