@@ -78,3 +78,13 @@ def test_sign_stability():
     assert about["spread"] == pytest.approx(1.25 / 2**0.5 / 1.375)  # of the means 2 and 0.75
     with pytest.raises(UsageError, match="one task at least that moves"):
         sign_stability({"plain": {}})
+
+
+@pytest.mark.parametrize("tasks", [1, 5])
+def test_few_tasks_are_clear_of_nothing(planted, tasks):
+    own = planted[1].steering(1.0)
+    about = effect_beside_controls(
+        lambda steering: {str(i): 0.02 if steering == own else 0.01 for i in range(tasks)}, planted[1]
+    )
+    assert about["tasks"] == tasks and about["effect"][0] == pytest.approx(0.02)
+    assert all(about[name][1] < 0 < about[name][2] for name in ("effect", "random", "above_random"))

@@ -83,9 +83,9 @@ def test_limits(worse, broken):
 
 
 def test_early_limits_are_wider_and_only_the_same_tasks_count():
-    few, base = rows(4, **BASE | {"accuracy": 0.3}), rows(4, **BASE) + rows(9, **BASE | {"accuracy": 0.0})[4:]
+    few, base = rows(6, **BASE | {"accuracy": 0.3}), rows(6, **BASE) + rows(9, **BASE | {"accuracy": 0.0})[6:]
     assert Limits().broken(few, base) == ["accuracy"]
-    assert Limits().broken(few, base, is_early=True) == []  # half a share and more, of four chains
+    assert Limits().broken(few, base, is_early=True) == []  # half a share and less than 0.1 + 1 / sqrt(6)
 
 
 def test_a_share_that_is_not_clearly_worse_breaks_nothing():
@@ -94,6 +94,13 @@ def test_a_share_that_is_not_clearly_worse_breaks_nothing():
     assert Limits(accuracy=0.1).broken(one_wrong, base) == []  # 17 points, and the interval reaches 0
     four_wrong = [row | {"accuracy": float(i > 3)} for i, row in enumerate(base)]
     assert Limits(accuracy=0.1).broken(four_wrong, base) == ["accuracy"] and Limits().broken([], base) == []
+
+
+@pytest.mark.parametrize("tasks", [1, 5])
+def test_few_tasks_break_no_limit_on_a_share(tasks):
+    worse = rows(tasks, **BASE | {"accuracy": 0.0, "loops": 0.2, "unclosed": 1.0})
+    assert Limits().broken(worse, rows(tasks, **BASE)) == []
+    assert Limits().broken(rows(tasks, **BASE | {"kl": 9.0, "nats": 90.0}), rows(tasks, **BASE)) == ["kl", "perplexity"]
 
 
 def test_limits_are_positive():

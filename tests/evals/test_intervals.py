@@ -1,12 +1,17 @@
+import json
+
 import numpy as np
 import pytest
 
 from steerable.evals.intervals import (
     by_task,
     difference_interval,
+    is_bounded,
     mean_interval,
     ratio_interval,
     simultaneous_intervals,
+    student_interval,
+    unbounded,
 )
 
 
@@ -55,9 +60,27 @@ def test_simultaneous_intervals_are_those_of_the_largest_t():
     assert np.ptp((intervals[:, 2] - intervals[:, 0]) / errors) == pytest.approx(0, abs=1e-9)  # one reach for all
     [alone] = simultaneous_intervals([by_number(rows[1])], seed=1)
     assert alone[1] > intervals[1, 1]  # three to choose from cost something
-    assert simultaneous_intervals([{"a": 1.0}, {"a": 2.0}]) == [None, None]
-    [[_, low, high]] = simultaneous_intervals([by_number(np.arange(1.0, 6.0))])
-    assert low <= 0 <= high  # five tasks show nothing
+    assert simultaneous_intervals([{"a": 1.0}, {"b": 2.0}]) == [None, None]
+
+
+@pytest.mark.parametrize("values", [[0.01], [0.01] * 2, [0.01] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])
+def test_fewer_than_six_tasks_show_nothing(values):
+    [together] = simultaneous_intervals([by_number(values)])
+    assert together == student_interval(by_number(values)) == unbounded(np.mean(values))
+    assert not is_bounded(together) and json.loads(json.dumps(together, allow_nan=False)) == together
+    assert simultaneous_intervals([by_number([0.01] * 6)]) == [pytest.approx([0.01] * 3)]
+
+
+@pytest.mark.parametrize("tasks", [6, 8, 12])
+def test_student_s_interval_covers_the_mean_of_few_tasks(tasks):
+    inside = sum(low <= 1 <= high for _, low, high in (student_interval(draw(s, tasks)) for s in range(400)))
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_one_task_excludes_nothing():
+    one, other = {"a": 0.3}, {"a": 0.29}
+    assert mean_interval(one) == unbounded(0.3) and difference_interval(one, other) == unbounded(0.3 - 0.29)
+    assert ratio_interval(one, other) is None
 
 
 def by_number(values):
@@ -73,7 +96,7 @@ def test_pairing_removes_the_spread_between_tasks():
 
 
 def test_only_common_tasks_are_compared():
-    assert difference_interval({"a": 3, "b": 9}, {"a": 1, "c": 7}) == [2, 2, 2]
+    assert difference_interval({"a": 3, "b": 9, "c": 0}, {"a": 1, "b": 7}) == [2, 2, 2]
     assert difference_interval({"a": 1}, {"b": 1}) is None and ratio_interval({}, {}) is None
 
 
@@ -90,7 +113,7 @@ def test_ratio():
 
 def test_empty_single_and_seeded():
     assert mean_interval({}) is None
-    assert mean_interval({"a": 0.5}) == [0.5, 0.5, 0.5]
+    assert student_interval({}) is None
     values = draw(3)
     assert mean_interval(values, seed=1) == mean_interval(dict(reversed(values.items())), seed=1)
     assert mean_interval(values, seed=1) != mean_interval(values, seed=2)

@@ -189,3 +189,9 @@ def test_solved():
     a = {"w": (4, 1), "x": (4, 0), "y": (4, 4), "z": (4, 0)}
     b = {"w": (4, 0), "x": (4, 2), "y": (4, 1), "z": (4, 0), "other": (4, 4)}
     assert solved(a, b) == {"only_a": ["w"], "only_b": ["x"], "both": 1, "neither": 1}
+
+
+def test_one_task_tells_nothing():
+    found = crossing({"a": (8, 8)}, {"a": (8, 1)}, [1, 8])
+    assert found.verdict == "level" and found.leader is None and found.k[1:] == [None, None]
+    assert found.sentence("x", "y").endswith("(+0.0 points, too few tasks for an interval)")

@@ -127,7 +127,7 @@ def test_a_plane_is_judged_by_the_checks_that_apply_to_it(place):
     }
     assert checks["effect"]["status"] == checks["sign"]["status"] == "pass", checks
     assert checks["effect"]["figure"].endswith("no label-shuffled ones of a subspace")
-    assert result["verdict"] == "trusted", result["reasons"]
+    assert result["verdict"] == "weak" and "a subspace of 2 rows" in result["reasons"][0], result["reasons"]
     plan = audited(place, "plane", dry_run=True, **more)
     assert plan["done"] == ["audit"]
 
@@ -150,6 +150,7 @@ def test_a_behaviour_is_judged_in_chains(judged):
     assert [name for name in NAMES if checks[name]["status"] == "not checked"] == ["lookalikes"]
     assert checks["separation"]["status"] == "pass" and len(checks["turns"]["values"]["margins"]) == 4
     effects = checks["linearity"]["values"]["effects"]
+    assert checks["effect"]["status"] in ("warn", "fail") and "too few tasks" in checks["effect"]["figure"]
     assert effects["1"] == checks["effect"]["values"]["effect"] == checks["sign"]["values"]["paraphrases"]["{prompt}"]
 
 
@@ -220,7 +221,8 @@ def test_pairs_that_it_was_made_of_are_cut_in_halves(place):
     ("checks", "verdict"),
     [
         ({"effect": "pass", "halves": "pass", "separation": "pass", "sign": "pass"}, "trusted"),
-        ({"effect": "pass", "sign": "pass", "halves": "not checked", "turns": "warn"}, "trusted"),
+        ({"effect": "pass", "sign": "pass", "halves": "not checked", "separation": "pass", "turns": "warn"}, "trusted"),
+        ({"effect": "pass", "sign": "pass", "halves": "not checked", "separation": "not checked"}, "weak"),
         ({"effect": "pass", "sign": "warn"}, "weak"),
         ({"effect": "pass", "side effects": "fail"}, "weak"),
         ({"effect": "warn", "sign": "pass"}, "weak"),

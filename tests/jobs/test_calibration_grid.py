@@ -83,7 +83,9 @@ def test_only_tasks_without_a_part_in_the_choice_test_it():
     assert search._choose(GRID, rounds) == (last.settings[1], "")
 
 
-def test_too_few_chains_test_nothing():
-    search = Drawn(0, 3, [50.0] * 4)
+@pytest.mark.parametrize("tasks", [3, 5])
+def test_too_few_tasks_test_nothing(tasks):
+    search = Drawn(0, tasks, [50.0] * 4)
     search._fill(GRID)
-    assert search._choose(GRID, [])[1].startswith("a gain is told from 8 chains of a setting or more, and there are 6")
+    reason = f"told from 8 chains of 6 tasks or more, and there are {2 * tasks} of {tasks}: give more --validation"
+    assert reason in search._choose(GRID, [])[1]

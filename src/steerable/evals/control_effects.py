@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerable.engines.transformers import Handle, score_tokens
 from steerable.evals.dose_response import fit_power
-from steerable.evals.intervals import ByTask, difference_interval, mean_interval
+from steerable.evals.intervals import ByTask, student_interval
 from steerable.models.loading import unwrap_to_run
 from steerable.steering.direction import Direction
 from steerable.steering.spec import Steering
@@ -90,23 +90,25 @@ def effect_beside_controls(
         controls: how many random directions.
 
     Returns:
-        `effect`: [mean, low, high]; `random` and `shuffled`: the same of the mean over these controls, each added and
-        subtracted, as they have no sign; `above_random`, `above_shuffled`: the difference, paired by task; `largest`:
-        the largest mean of any control at either sign. None where there are no shuffled ones.
+        `effect`: [mean, low, high] by Student's t, over `tasks` tasks; `random` and `shuffled`: the same of the mean
+        over these controls, each added and subtracted, as they have no sign; `above_random`, `above_shuffled`: the
+        difference, paired by task; `largest`: the largest mean of any control at either sign. None where there are no
+        shuffled ones.
 
     Example:
         >>> effect_beside_controls(effect, direction)["above_random"]
         [0.28, 0.19, 0.37]
     """
     own = effect(direction.steering(strength))
-    result: dict[str, Any] = {"effect": mean_interval(own, seed)}
+    result: dict[str, Any] = {"effect": student_interval(own), "tasks": len(own)}
     largest: list[float] = []
     for name, directions in control_directions(direction, shuffled, controls, seed).items():
         ways = [effect(one.steering(sign * strength)) for one in directions for sign in (1, -1)]
         tasks = sorted(set.intersection(*map(set, ways))) if ways else []
         mean = {task: sum(way[task] for way in ways) / len(ways) for task in tasks}
         largest += [sum(way.values()) / len(way) for way in ways if way]
-        result |= {name: mean_interval(mean, seed), f"above_{name}": difference_interval(own, mean, seed)}
+        above = {task: own[task] - mean[task] for task in tasks if task in own}
+        result |= {name: student_interval(mean), f"above_{name}": student_interval(above)}
     return result | {"largest": max(largest, default=None)}
 
 
@@ -136,10 +138,10 @@ def linearity(effect: Effect, direction: Direction, strengths: Sequence[float], 
     effects = {s: effect(direction.steering(s)) for s in strengths}
     turned = [{t: v if s > 0 else -v for t, v in effects[s].items()} for s in strengths]
     law = fit_power(strengths, turned, 1, seed)
-    return None if law is None else law | {"effects": {f"{s:g}": mean_interval(effects[s], seed) for s in strengths}}
+    return None if law is None else law | {"effects": {f"{s:g}": student_interval(effects[s]) for s in strengths}}
 
 
-def sign_stability(effects: Mapping[str, ByTask], seed: int = 0) -> dict[str, Any]:
+def sign_stability(effects: Mapping[str, ByTask]) -> dict[str, Any]:
     """Whether the sign of an effect holds over prompts and over paraphrases of what stands before them.
 
     Stress tests of steering find effects that turn round with the context ("When the coffee feature activates on
@@ -157,7 +159,7 @@ def sign_stability(effects: Mapping[str, ByTask], seed: int = 0) -> dict[str, An
         >>> sign_stability({"plain": {"a": 1.0, "b": 2.0}, "loud": {"a": 1.0, "b": -1.0}})["right"]
         0.75
     """
-    intervals = {name: mean_interval(some, seed) for name, some in effects.items()}
+    intervals = {name: student_interval(some) for name, some in effects.items()}
     means = [interval[0] for interval in intervals.values() if interval is not None]
     moved = [value for some in effects.values() for value in some.values() if value]
     if not moved:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steerable.evals.intervals import ByTask, Interval, by_task, difference_interval, mean_interval
+from steerable.evals.intervals import ByTask, Interval, by_task, difference_interval, mean_interval, student_interval
 from steerable.evals.likelihood import perplexity_ratio
 from steerable.store.errors import UsageError
 
@@ -71,8 +71,9 @@ class Limits:
         """Which limits the rows break beside the unsteered rows of the same tasks; what was not measured breaks none.
 
         A share breaks its limit where it is worse by more, and clearly worse than unsteered: the interval of the
-        difference is clear of 0. Few tasks alone break nothing. is_early: for the first rounds of a search, the limits
-        on shares are wider by two standard errors of a share at most, 1 / sqrt(n), instead.
+        difference (Student's t) is clear of 0. Fewer than six tasks break no limit on a share. is_early: for the first
+        rounds of a search, the limits on shares are wider by two standard errors of a share at most, 1 / sqrt(n),
+        instead.
         """
         if not rows:
             return []
@@ -84,7 +85,7 @@ class Limits:
             worse = {task: sign * value for task, value in change(rows, base, name).items()}
             limit = getattr(self, name) + (1 / math.sqrt(len(rows)) if is_early else 0.0) + 1e-9
             if worse and sum(worse.values()) / len(worse) > limit:
-                interval = None if is_early else mean_interval(worse)
+                interval = None if is_early else student_interval(worse)
                 broken += [name] * (interval is None or interval[1] > 0)
         if not is_early:
             ratio = perplexity_beside(rows, base)
@@ -129,7 +130,7 @@ def fit_power(
         UsageError: not as many changes as strengths.
 
     Example:
-        >>> fit_power([1, 2], [{"a": 2.0}, {"a": 4.0}], power=1)["coefficient"]
+        >>> fit_power([1, 2], [{"a": 2.0, "b": 2.0}, {"a": 4.0, "b": 4.0}], power=1)["coefficient"]
         [2.0, 2.0, 2.0]
     """
     if len(strengths) != len(changes):
@@ -186,7 +187,7 @@ def compare_at_equal(curves: Mapping[str, Curve], seed: int = 0) -> dict[str, An
         paired by task; `best`. None for fewer than two arms, or one that paid nothing.
 
     Example:
-        >>> compare_at_equal({"a": [(1.0, {"t": 4.0})], "b": [(2.0, {"t": 2.0})]})["gains"]
+        >>> compare_at_equal({"a": [(1.0, {"t": 4.0, "u": 4.0})], "b": [(2.0, {"t": 2.0, "u": 2.0})]})["gains"]
         {'a': [4.0, 4.0, 4.0], 'b': [1.0, 1.0, 1.0]}
     """
     ends = [max((paid for paid, _ in curve), default=0.0) for curve in curves.values()]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from steerable.chains.offsets import chain_tokens
 from steerable.engines.transformers import Handle, check_ids, dtype_of, is_narrow, score_tokens
-from steerable.evals.intervals import Interval, difference_interval, mean_interval
+from steerable.evals.intervals import UNBOUNDED, Interval, difference_interval, mean_interval
 from steerable.models.loading import unwrap_to_run
 from steerable.steering.spec import Steering
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
@@ -147,4 +147,4 @@ def _nats_per_token(scored: Iterable[Scored]) -> dict[str, float]:
 
 
 def _exp(interval: Interval | None) -> Interval | None:
-    return None if interval is None else [math.exp(min(x, 700.0)) for x in interval]
+    return None if interval is None else [math.exp(x) if x < math.log(UNBOUNDED) else UNBOUNDED for x in interval]

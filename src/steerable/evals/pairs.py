@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from steerable.evals.intervals import ByTask, Interval, paired_means, percentile_interval
+from steerable.evals.intervals import UNBOUNDED, ByTask, Interval, paired_means, percentile_interval
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _gain(pairs: Sequence[Pair], everything: ByTask | None, seed: int) -> dict[s
     bounds, gain = percentile_interval(room), None
     if min(bounds) > 1e-9:
         # the few resamples without room have a gain beyond all bounds, on the side of their difference
-        far = np.copysign(np.finfo(float).max, difference)
+        far = np.copysign(UNBOUNDED, difference)
         gain = percentile_interval(np.where(room > 1e-9, difference / np.maximum(room, 1e-9), far))
     return {"difference": percentile_interval(difference), "room": bounds, "gain": gain}
 

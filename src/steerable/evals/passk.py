@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from steerable.evals.intervals import Interval, percentile_interval, resampled_means
+from steerable.evals.intervals import TOO_FEW, Interval, is_bounded, percentile_interval, resampled_means
 from steerable.store.errors import UsageError
 from steerable.store.text import counted
 
@@ -87,7 +87,8 @@ class Crossing:
         """The verdict in words; a and b are the names of the two."""
         low, high = self.ks[0], self.ks[-1]
         ahead, behind = (a, b) if self.leader != "b" else (b, a)
-        gap = "{:+.1f} points, {:+.1f} to {:+.1f}".format(*(100 * x for x in self.last)).replace("-", "\N{MINUS SIGN}")
+        style = "{:+.1f} points, {:+.1f} to {:+.1f}" if is_bounded(self.last) else "{:+.1f} points, " + TOO_FEW
+        gap = style.format(*(100 * x for x in self.last)).replace("-", "\N{MINUS SIGN}")
         if self.verdict == "crosses":
             return (
                 f"{ahead} is ahead at k = {low}, {behind} at k = {high} ({gap}): they cross at k \u2248 {self._where()}"
@@ -145,7 +146,7 @@ def crossing(a: Counts, b: Counts, ks: Sequence[int], seed: int = 0) -> Crossing
     return Crossing(
         verdict=verdict,
         leader={1: "a", -1: "b", 0: None}[began],
-        k=[None if math.isinf(place) else grid[int(place)] for place in percentile_interval(places)],
+        k=[grid[int(place)] if 0 <= place < len(grid) else None for place in percentile_interval(places)],
         overtaken=float(np.isfinite(places[1:]).mean()),
         level_from=level_from,
         first=first,

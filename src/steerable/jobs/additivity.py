@@ -20,7 +20,7 @@ from rich.table import Table
 from steerable.chains.generation import Job
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.cells import measure_cell, values
-from steerable.evals.intervals import difference_interval
+from steerable.evals.intervals import TOO_FEW, difference_interval, is_bounded
 from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
@@ -388,4 +388,6 @@ def _accuracies(result: Mapping[str, Any]) -> Any:
 
 
 def _text(interval: Sequence[float] | None, style: str = "{:.3f}") -> str:
-    return "-" if interval is None else f"{style} [{style}, {style}]".format(*interval)
+    if interval is None:
+        return "-"
+    return (f"{style} [{style}, {style}]" if is_bounded(interval) else f"{style} [{TOO_FEW}]").format(*interval)

@@ -29,7 +29,7 @@ from steerable.evals.control_effects import (
     pair_preferences,
     sign_stability,
 )
-from steerable.evals.intervals import by_task
+from steerable.evals.intervals import FEWEST, TOO_FEW, by_task, is_bounded
 from steerable.evals.metrics import measure
 from steerable.evals.passages import (
     Passage,
@@ -62,6 +62,8 @@ HALVES, SEPARATION, RIGHT, LINEAR = (0.8, 0.4), (0.8, 0.6), (0.75, 0.5), (0.8, 0
 PERPLEXITY, CHORD, LATER = (1.5, 3.0), (0.5, 1.5), (0.5, 0.0)
 DECISIVE = ("halves", "separation", "effect", "sign")
 """A vector that fails one of these is not trusted; one that passes none of them, or not the effect, is weak."""
+OF_DATA = ("halves", "separation")
+"""Without one of these that passes, nothing says that the vector stands for what its data show: it is weak."""
 _PAIRS = 48  # pairs that are read, at most
 _LONGEST = 512  # tokens of a text
 _STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
@@ -105,7 +107,8 @@ class Checks:
             ("lookalikes", "Told from lookalikes",
              f"AUC {SEPARATION[0]} or more, clear of 0.5; under {SEPARATION[1]} fails", self.told_apart),
             ("effect", "Effect beside controls",
-             "clear of 0 and of random and label-shuffled directions; not above each of them fails", self.effect_check),
+             f"clear of 0 and of random and label-shuffled directions, over {FEWEST} tasks or more; not above each of "
+             "them fails", self.effect_check),
             ("sign", "Sign over prompts and paraphrases",
              f"right in {RIGHT[0]:.0%} or more and in every paraphrase; under {RIGHT[1]:.0%} fails", self.sign),
             ("linearity", "Linearity of the gain", f"R2 {LINEAR[0]} or more", self.linear),
@@ -370,7 +373,11 @@ class Checks:
         effect, random, shuffled = values["effect"], values["random"], values["shuffled"]
         figure = f"{_interval(effect)}; random {_interval(random)}, "
         figure += f"label-shuffled {_interval(shuffled)}" if self.is_vector else "no label-shuffled ones of a subspace"
-        if effect is None or effect[1] <= 0 or effect[0] <= (values["largest"] or 0.0):
+        if effect is None or effect[0] <= max(0.0, values["largest"] or 0.0):
+            return "fail", figure, values
+        if values["tasks"] < FEWEST:
+            return "warn", f"{figure}; {FEWEST} tasks or pairs at least can show one", values
+        if effect[1] <= 0:
             return "fail", figure, values
         above = [values["above_random"], *([values["above_shuffled"]] if self.is_vector else [])]
         is_clear = all(interval is not None and interval[1] > 0 for interval in above)
@@ -380,7 +387,7 @@ class Checks:
         ways = _BEFORE if self.sides is not None else _WRAPPED
         steering = self.direction.steering(self.strength)
         effects = {way or "alone": (self.effect(i) if i else self.main_effect)(steering) for i, way in enumerate(ways)}
-        values = sign_stability(effects, self.job.config.seed)
+        values = sign_stability(effects)
         values["lookalikes"] = self._between_lookalikes(values["paraphrases"])
         means = [interval[0] for interval in values["paraphrases"].values() if interval is not None]
         holds = sum(mean > 0 for mean in means)
@@ -505,4 +512,6 @@ def _separated(auc: Sequence[float]) -> str:
 
 
 def _interval(value: Sequence[float] | None) -> str:
-    return "not measured" if value is None else f"{value[0]:+.3g} ({value[1]:+.3g} to {value[2]:+.3g})"
+    if value is None:
+        return "not measured"
+    return f"{value[0]:+.3g} " + (f"({value[1]:+.3g} to {value[2]:+.3g})" if is_bounded(value) else f"({TOO_FEW})")

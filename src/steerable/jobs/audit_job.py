@@ -13,7 +13,7 @@ from steerable.chains.text_pairs import pairs_sha256, read_pairs
 from steerable.engines.transformers import steer
 from steerable.formats import import_file
 from steerable.jobs.annotation import sources
-from steerable.jobs.audit_checks import DECISIVE, Checks
+from steerable.jobs.audit_checks import DECISIVE, OF_DATA, Checks
 from steerable.jobs.dry_run import estimate_audit
 from steerable.jobs.dry_run import tables as plan_tables
 from steerable.jobs.known_tasks import known_tasks
@@ -162,4 +162,6 @@ def judge(checks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     if failed or any(c["name"] in DECISIVE for c in doubts):
         return "weak", [f"{c['title']}: {c['figure']}" for c in doubts]
     passed = [c for c in checks if c["name"] in DECISIVE and c["status"] == "pass"]
+    if not any(c["name"] in OF_DATA for c in passed):
+        return "weak", [f"{c['title']}: {c['figure']}" for c in checks if c["name"] in OF_DATA]
     return "trusted", [f"{c['title']}: {c['figure']}" for c in passed]

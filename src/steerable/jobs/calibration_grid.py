@@ -25,7 +25,14 @@ from steerable.evals.dose_response import (
     perplexity_beside,
 )
 from steerable.evals.halving import Round, fewest_tasks, successive_halving
-from steerable.evals.intervals import Interval, difference_interval, mean_interval, simultaneous_intervals
+from steerable.evals.intervals import (
+    FEWEST,
+    Interval,
+    difference_interval,
+    is_bounded,
+    mean_interval,
+    simultaneous_intervals,
+)
 from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.evals.side_effects import score_texts
 from steerable.formats import import_file
@@ -46,7 +53,7 @@ FIELDS = (
 )
 TEXTS, TOKENS = 8, 800
 """Unsteered chains that arms are calibrated on, at most, and their tokens."""
-_CLEAR = 8  # chains, of which an interval may be clear of 0
+_CLEAR = 8  # chains, of which an interval may be clear of 0 where they are of `FEWEST` tasks
 _METRICS = ("target", "kl", "accuracy", "tokens", "thinking", "loops", "unclosed")
 
 
@@ -272,14 +279,17 @@ class GridSearch:
         if not within:
             return None, "every setting that was measured breaks a limit"
         best = within[0]
-        if (count := len(self._on(best, tasks))) < _CLEAR:
+        told, count = gains[best], len(self._on(best, tasks))
+        if told is not None and (count < _CLEAR or not is_bounded(told)):
+            common = set.intersection(*(set(self._gains(s)) for s in settings))
+            fit = sum(task["id"] in common for task in self.tasks[tasks])
             return best, (
-                f"a gain is told from {_CLEAR} chains of a setting or more, and there are {count} to tell it from: "
-                "give more --validation or --samples"
+                f"a gain is told from {_CLEAR} chains of {FEWEST} tasks or more, and there are {count} of {fit}: give "
+                "more --validation or --samples"
             )
         if clear := [s for s in within if (tested := gains[s]) is not None and tested[1] > 0]:
             return clear[0], ""
-        if (told := gains[best]) is None or told[0] <= 0:
+        if told is None or told[0] <= 0:
             return best, f"no setting within the limits has a gain of {self.how['target']}"
         gain, low, high = told
         enough = math.ceil(len(self.tasks) * ((gain - low) / gain) ** 2 / 10) * 10

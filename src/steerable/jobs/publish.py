@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from steerable.evals.intervals import TOO_FEW, is_bounded
 from steerable.evals.metrics import all_metrics
 from steerable.formats.exchange import layers_text
 from steerable.pages.cells import CONTROLS, Cell, doses, measured, setting_of, unsteered
@@ -358,4 +359,6 @@ def _chains(cells: list[Cell]) -> str:
 
 def _mean(cells: list[Cell], metric: str) -> str:
     value = measured(cells, metric)
-    return "not measured" if value is None else f"{value.mean:.3g} ({value.low:.3g} to {value.high:.3g})"
+    if value is None:
+        return "not measured"
+    return f"{value.mean:.3g} ({f'{value.low:.3g} to {value.high:.3g}' if is_bounded(value) else TOO_FEW})"

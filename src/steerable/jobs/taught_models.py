@@ -13,7 +13,7 @@ import torch
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import LABELS, STEERABLE, Record, chain_key
 from steerable.chains.tasks import make_tasks
-from steerable.evals.intervals import Interval, by_task, mean_interval, ratio_interval
+from steerable.evals.intervals import TOO_FEW, Interval, by_task, is_bounded, mean_interval, ratio_interval
 from steerable.evals.metrics import Measured
 from steerable.evals.metrics import measure as measure_chains
 from steerable.evals.passk import curve
@@ -403,7 +403,7 @@ def _percent(value: Interval | None, digits: int = 1) -> str:
     if value is None:
         return "-"
     middle, low, high = (f"{100 * v:.{digits}f}" for v in value)
-    return f"{middle} % ({low}-{high})"
+    return f"{middle} % ({low}-{high})" if is_bounded(value) else f"{middle} % ({TOO_FEW})"
 
 
 def _number(value: Interval | None) -> str:

@@ -29,6 +29,7 @@ from steerable.chains.tasks import make_splits, make_tasks
 from steerable.engines.pool import default_threads, torch_threads
 from steerable.engines.sampling import Decoding, warn_if_endless
 from steerable.evals.cells import differences, measure_cell
+from steerable.evals.intervals import TOO_FEW, is_bounded
 from steerable.evals.metrics import Measured, measure
 from steerable.jobs import arms
 from steerable.jobs.annotation import annotate_by, labels_among, labels_of_function
@@ -347,11 +348,9 @@ def outcome(report: dict[str, Any]) -> Iterator[str]:
         if before is None or after is None:
             yield f"{decoding}: these tasks have no reference answers, so accuracy is not measured"
             continue
-        low, high = report["difference"][decoding]["accuracy"][1:]
-        yield (
-            f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after "
-            f"({after[0] - before[0]:+.1%}, 95 % interval {low:+.1%} to {high:+.1%})"
-        )
+        gap = report["difference"][decoding]["accuracy"]
+        ends = "95 % interval {:+.1%} to {:+.1%}".format(*gap[1:]) if is_bounded(gap) else TOO_FEW
+        yield (f"{decoding}: {before[0]:.1%} right before, {after[0]:.1%} after ({after[0] - before[0]:+.1%}, {ends})")
     training = report["training"]
     steps, skipped, why = training["steps"], training["steps_skipped"], "as in every group all rewards were equal"
     if skipped == steps:

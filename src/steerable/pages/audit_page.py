@@ -35,14 +35,14 @@ def render(result: Result) -> str:
 def _panels(result: Result) -> list[Panel]:
     values = {check["name"]: check["values"] for check in result["checks"]}
     effects = values["linearity"].get("effects", {})
-    line = [Point(float(s), *interval) for s, interval in effects.items() if interval is not None]
+    line = [Point(float(s), *read) for s, interval in effects.items() if (read := words.Interval.of(interval))]
     slope = values["linearity"].get("coefficient")
     fitted = [Point(p.x, slope[0] * p.x) for p in (line[0], line[-1])] if slope and line else []
     control = [(name, values["effect"].get(name)) for name in ("random", "shuffled")]
     at = [
-        Series(f"{name} directions", f"slim control-{name}", [Point(result["strength"], *interval)], "square")
+        Series(f"{name} directions", f"slim control-{name}", [Point(result["strength"], *read)], "square")
         for name, interval in control
-        if interval is not None
+        if (read := words.Interval.of(interval))
     ]
     return [
         _panel("Effect against strength", [Series("the line", "slim unsteered", fitted, "none"),

@@ -90,7 +90,7 @@ def _curves(
     """One line with its band an arm, against log2 k with a margin for the outermost markers."""
     series, ends = [], [0.0]
     for name, values in by_arm.items():
-        reads = {k: Interval(*values[str(k)]) for k in result["settings"]["ks"]}
+        reads = {k: read for k in result["settings"]["ks"] if (read := Interval.of(values[str(k)]))}
         ends += [end for read in reads.values() for end in (read.low, read.high)]
         points = [
             Point(math.log2(k), *read, f"{name}, k = {k}: {words.with_interval(read, 'share')}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steerable.chains.records import LABELS
+from steerable.evals.intervals import TOO_FEW, is_bounded
 
 MISSING = "not measured"
 MINUS = "\N{MINUS SIGN}"
@@ -27,12 +28,15 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, value: Any) -> Interval | None:
-        """`[mean, low, high]`; None for anything else, which was not measured."""
+        """`[mean, low, high]`; None for anything else, which was not measured. That of too few tasks has no ends."""
+        if isinstance(value, cls):
+            return value
         if not isinstance(value, list | tuple) or len(value) != 3:
             return None
         if not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
             return None
-        return cls(*map(float, value))
+        mean, low, high = map(float, value)
+        return cls(mean, low, high) if is_bounded(value) else cls(mean, -math.inf, math.inf)
 
 
 def ratio(part: Interval | None, whole: Interval | None) -> float | None:
@@ -129,6 +133,8 @@ def with_interval(value: Any, unit: str) -> str:
     """`[mean, low, high]` as `20.6% (18.1 to 23.0)` where the unit is `share`, else as `118 (111 to 125)`."""
     if (read := Interval.of(value)) is None:
         return MISSING
+    if math.isinf(read.high):
+        return f"{percent(read.mean) if unit == 'share' else number(read.mean)} ({TOO_FEW})"
     mean, low, high = map(percent if unit == "share" else number, read)
     return f"{mean} ({low.removesuffix('%')} to {high.removesuffix('%')})"
 
@@ -142,6 +148,8 @@ def change(value: Any, unit: str, unit_name: str = " points") -> str:
     """A difference `[mean, low, high]` as `+21.3 points (+17.3 to +25.3)` where the unit is `share`."""
     if (read := Interval.of(value)) is None:
         return MISSING
+    if math.isinf(read.high):
+        return f"{points(read.mean) + unit_name if unit == 'share' else signed(read.mean)} ({TOO_FEW})"
     if unit != "share":
         mean, low, high = map(signed, read)
         return f"{mean} ({low} to {high})"
