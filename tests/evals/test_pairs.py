@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from steerable.evals.intervals import RESAMPLES
+from steerable.evals.intervals import RESAMPLES, unbounded
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 
 
@@ -40,11 +40,14 @@ def test_intervals_are_those_of_the_bootstrap_over_tasks():
     columns = [draw(rng, p, 60) for p in (0.3, 0.35, 0.55, 0.8)]
     (found,) = pair_gains([Pair(*columns[:3])], columns[3], seed=4)
     table = np.array([[c[t] for c in columns] for t in sorted(columns[0])])
-    drawn = np.random.default_rng(4).integers(0, 60, (RESAMPLES, 60))
+    halves = np.random.default_rng(4).permutation(60).reshape(2, 30)
+    drawn = [np.random.default_rng(4 + k).integers(0, 30, (RESAMPLES, 30)) for k in (0, 1)]
     gains = []
-    for rows in drawn:
-        i, j, ij, everything = table[rows].mean(0)
-        gains.append((ij - max(i, j)) / (everything - max(i, j)))
+    for rows in zip(*drawn, strict=True):
+        one, other = (table[half][row].mean(0) for half, row in zip(halves, rows, strict=True))
+        better = [np.mean(here[:2][there[:2] == max(there[:2])]) for here, there in ((one, other), (other, one))]
+        ij, everything = (one[2:] + other[2:]) / 2
+        gains.append((ij - np.mean(better)) / (everything - np.mean(better)))
     expected = np.quantile(gains, [0.025, 0.975], method="inverted_cdf")
     assert found["gain"][1:] == pytest.approx(expected.tolist())
 
@@ -73,11 +76,27 @@ def test_adjacent_against_apart():
 
 
 def test_tasks_that_one_setting_lacks_do_not_count():
-    full = by_task(1.0, 1.0, 1.0, 1.0)
-    (found,) = pair_gains([Pair(by_task(0.0, 0.0), by_task(0.0, 0.0, 1.0), full)], full)
-    assert found["difference"] == [1.0, 1.0, 1.0] and found["gain"] == [1.0, 1.0, 1.0]
+    full = by_task(*[1.0] * 8)
+    (found,) = pair_gains([Pair(by_task(*[0.0] * 6), by_task(*[0.0] * 6, 1.0), full)], full)
+    assert found["difference"] == found["gain"] == [1.0, 1.0, 1.0]
     (found,) = pair_gains([Pair({"x": 1.0}, {"y": 1.0}, full)], full)
     assert found == {"difference": None, "room": None, "gain": None}
+
+
+def test_few_tasks_have_no_interval():
+    for tasks in (2, 3):
+        (found,) = pair_gains([Pair(by_task(*[0.0] * tasks), *[by_task(*[1.0] * tasks)] * 2)], by_task(*[1.0] * tasks))
+        assert found["difference"] == unbounded(0.0) and found["gain"] is None
+
+
+@pytest.mark.parametrize("tasks", [24, 50])
+def test_a_pair_that_adds_nothing_has_a_difference_of_nothing_on_average(tasks):
+    """The larger one of two accuracies would be 4 points too large, of 50 tasks."""
+    rng = np.random.default_rng(tasks)
+    pairs = [Pair(*(draw(rng, 0.5, tasks) for _ in range(3))) for _ in range(600)]
+    found = pair_gains(pairs, None)
+    assert abs(np.mean([one["difference"][0] for one in found])) < 0.02
+    assert np.mean([one["difference"][1] <= 0 <= one["difference"][2] for one in found]) > 0.9
 
 
 def test_which_pairs():
