@@ -15,7 +15,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
-FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 2, "validation": 16, "max_new_tokens": 40, "workers": 1}
+FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 2, "validation": 24, "max_new_tokens": 40, "workers": 1}
 FAST |= {"budget": 0.4, "accuracy": 1.0, "unclosed": 1.0}
 
 
@@ -50,11 +50,11 @@ def test_the_grid_is_what_the_rows_say(calibrated):
     out, result = calibrated
     rows = read_jsonl(out / "measured.jsonl")
     base = {(row["task_id"], row["sample"]): row for row in rows if row["setting"] is None}
-    assert len(base) == 32 and len(result["grid"]) == 8 and len(result["arms"]) == 4
+    assert len(base) == 48 and len(result["grid"]) == 8 and len(result["arms"]) == 4
     for setting in result["grid"]:
         key = {name: setting[name] for name in ("arm", "layers", "strength", "dose")}
         some = [row for row in rows if row["setting"] == key]
-        assert len(some) == 2 * setting["tasks"] == 32
+        assert len(some) == 2 * setting["tasks"] == 48
         gains = [row["target"] - base[row["task_id"], row["sample"]]["target"] for row in some]
         assert setting["gain"][0] == pytest.approx(mean(gains))
         for name in ("kl", "tokens", "loops", "accuracy", "unclosed"):
@@ -80,7 +80,7 @@ def test_the_recommendation_is_written(calibrated, file):
     out, result = calibrated
     about, stats = result["recommended"], Direction.load(file).stats
     if about is None:  # so few chains may differ enough where another processor rounds otherwise
-        assert "clear gain" in result["reason"] and "recommended" not in stats
+        assert "gain" in result["reason"] and "recommended" not in stats
         assert not (out / "recommended.safetensors").exists()
         return
     noted = stats["recommended"]

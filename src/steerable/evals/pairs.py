@@ -73,13 +73,13 @@ def _advantages(
     table = np.array([[column[task] for column in columns] for task in tasks], dtype=np.float64)
     halves = np.array_split(np.random.default_rng(seed).permutation(len(tasks)), 2)
     drawn = [resampled_means(table[half], seed + k).reshape(-1, len(pairs), 4) for k, half in enumerate(halves)]
-    both, rest = 0.0, 0.0
+    parts = []
     for half, here, there in zip(halves, drawn, drawn[::-1], strict=True):
         first = (1 + np.sign(there[..., 0] - there[..., 1])) / 2  # a tie: half of each
         better = first * here[..., 0] + (1 - first) * here[..., 1]
-        both = both + (here[..., 2] - better) * len(half) / len(tasks)
-        rest = rest + (here[..., 3] - better) * len(half) / len(tasks)
-    return both, None if everything is None else rest
+        parts.append((here[..., 2:] - better[..., None]) * len(half) / len(tasks))
+    added = parts[0] + parts[1]
+    return added[..., 0], None if everything is None else added[..., 1]
 
 
 def _gain(pairs: Sequence[Pair], everything: ByTask | None, seed: int) -> dict[str, Interval | None]:

@@ -25,7 +25,7 @@ from steerable.evals.metrics import Measured, measure
 from steerable.evals.pairs import Pair, is_adjacent, names_of_pairs, pair_gains, pooled_gains
 from steerable.formats import import_file
 from steerable.jobs.arms import BASE, Arm, answer, check_fit, draw_tasks, fingerprint, job_of, refusing, source_of
-from steerable.jobs.known_tasks import keys_in, note_keys
+from steerable.jobs.task_origin import keys_in, note_keys
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded

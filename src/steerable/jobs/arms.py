@@ -26,7 +26,7 @@ from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
 from steerable.formats import gguf, import_file
-from steerable.jobs.known_tasks import keys_of, known_tasks
+from steerable.jobs.task_origin import keys_of, known_tasks
 from steerable.jobs.training_settings import Comparison
 from steerable.models import loading as models
 from steerable.models.loading import Loaded

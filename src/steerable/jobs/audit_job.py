@@ -16,9 +16,9 @@ from steerable.jobs.annotation import sources
 from steerable.jobs.audit_checks import DECISIVE, OF_DATA, Checks
 from steerable.jobs.dry_run import estimate_audit
 from steerable.jobs.dry_run import tables as plan_tables
-from steerable.jobs.known_tasks import known_tasks
 from steerable.jobs.run import Run, load_model, open_run, recorded_settings
 from steerable.jobs.settings import Config
+from steerable.jobs.task_origin import known_tasks
 from steerable.models import loading as models
 from steerable.pages.audit_page import render, sentence, tables
 from steerable.store.display import Display
@@ -103,9 +103,10 @@ def audit(
         pass
     tasks: list[Record] = []
     if sides is None:
-        known = known_tasks(file, direction.stats)
-        is_new = source is None
-        tasks = make_tasks(config.tasks, limit, config.seed, known) if is_new else source.tasks("evaluation")[:limit]
+        if source is None:
+            tasks = make_tasks(config.tasks, limit, config.seed, known_tasks(file, direction.stats))
+        else:
+            tasks = source.tasks("evaluation")[:limit]
     reference = None if source is None else source.reference
     strength = direction.strength if strength is None else strength
     checks = Checks(job, direction, strength, sides, alike, tasks, reference, limit, samples, controls)

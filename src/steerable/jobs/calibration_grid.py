@@ -38,8 +38,8 @@ from steerable.evals.side_effects import score_texts
 from steerable.formats import import_file
 from steerable.jobs.annotation import annotate, labels_among, labels_of
 from steerable.jobs.cells import Cell, Part, generate_cells
-from steerable.jobs.known_tasks import keys_of, known_tasks, note_keys
 from steerable.jobs.run import Run
+from steerable.jobs.task_origin import keys_of, known_tasks, note_keys
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.display import Display

@@ -26,10 +26,10 @@ from steerable.jobs.annotation import labels_of
 from steerable.jobs.calibration_grid import FIELDS, THINKING, Arm, GridSearch, noted
 from steerable.jobs.dry_run import estimate_search
 from steerable.jobs.dry_run import tables as plan_tables
-from steerable.jobs.known_tasks import known_tasks
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.selection import interior
 from steerable.jobs.settings import Config
+from steerable.jobs.task_origin import known_tasks
 from steerable.models import loading as models
 from steerable.pages.calibration_page import render, summary, tables
 from steerable.steering.direction import Direction

@@ -41,7 +41,6 @@ from steerable.jobs.cells import (
     generate_cells,
 )
 from steerable.jobs.dry_run import estimate, tables
-from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.report_content import assemble, describe_model, selected_tokens
 from steerable.jobs.run import Run, recorded_settings
 from steerable.jobs.settings import (
@@ -57,6 +56,7 @@ from steerable.jobs.settings import (
     selected_path,
     shuffled_path,
 )
+from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.jobs.validation import Validation
 from steerable.methods.estimators import span_activations
 from steerable.methods.span_statistics import SpanMeans, span_means

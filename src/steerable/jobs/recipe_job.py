@@ -16,10 +16,10 @@ from steerable.chains.sources import READERS
 from steerable.chains.tasks import correct
 from steerable.chains.text_pairs import check_text, read_pairs
 from steerable.chains.windows import AlignedChain, align_chains
-from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.main_job import run
 from steerable.jobs.run import Run, open_run, recorded_settings
 from steerable.jobs.settings import Config, flag
+from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.methods.recipes import RECIPES, Recipe
 from steerable.methods.sparse_autoencoders import read_sae
 from steerable.models import loading as models

@@ -34,8 +34,8 @@ from steerable.evals.metrics import Measured, measure
 from steerable.jobs import arms
 from steerable.jobs.annotation import annotate_by, labels_among, labels_of_function
 from steerable.jobs.arms import BASE, Arm
-from steerable.jobs.known_tasks import keys_of, note_keys
 from steerable.jobs.lens_job import stamped_lens
+from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.jobs.training_settings import MODEL, TrainSettings
 from steerable.methods.train import loop
 from steerable.methods.train.parameters import Trained, artefact, attach, check_vectors, places

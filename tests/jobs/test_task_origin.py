@@ -11,7 +11,7 @@ from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.jobs import additivity, audit_job, calibration_job, elicitation
 from steerable.jobs.audit_job import audit
 from steerable.jobs.calibration_job import calibrate_files
-from steerable.jobs.known_tasks import keys_in, keys_of, known_tasks
+from steerable.jobs.task_origin import keys_in, keys_of, known_tasks
 from steerable.steering.direction import Direction
 
 
