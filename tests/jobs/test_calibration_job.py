@@ -161,7 +161,7 @@ def test_a_plan_counts_what_the_search_does(calibrated, file, steerable, tmp_pat
     plan = json.loads(said.out)
     stages = {stage["stage"]: stage for stage in plan["stages"]}
     assert list(stages) == ["unsteered", "calibrate", "search", "control", "grid", "measure"] and plan["done"] == []
-    assert stages["unsteered"]["chains"] == 32 and stages["search"]["cells"] == 8
+    assert stages["unsteered"]["chains"] == 48 and stages["search"]["cells"] == 8
     assert sum(stages[name]["chains"] for name in ("unsteered", "search", "grid")) == len(rows)
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
     assert calibrate_files([file], full_grid=True, out=out, dry_run=True, **FAST)["done"] == ["calibrate"]
