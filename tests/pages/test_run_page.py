@@ -137,6 +137,15 @@ def test_an_option_left_unset_is_recorded_with_what_was_used(report):
     assert words.MISSING not in record.values()
 
 
+def test_what_strength_1_is(report):
+    """A calibrated vector does not have the norm of the mean activation."""
+    assert "Strength 1 of a vector" not in render(report)
+    report["selection"]["backtracking"]["dose"], report["config"]["budget"] = 0.2, 0.05
+    page = render(report)
+    assert "Strength 1 of a vector is its dose in the table of choices" in page and "by 0.05 nats a token" in page
+    assert "norm of the mean of its layer" not in page
+
+
 def test_a_look_says_so_at_the_top(report):
     assert "A quick look" not in render(report)
     page = render(report | {"look": True})

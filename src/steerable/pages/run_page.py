@@ -81,7 +81,7 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         vector_legend=[(v.name, f"slim {v.hue}", SHAPES[i % len(SHAPES)]) for i, v in enumerate(vectors)],
         method_legend=[(name.replace("_", " "), *method_sign(name, "hue-any")) for name in methods],
         layer_effects=[layer_panel(report, v, methods) for v in vectors],
-        norms=_norms(report["norms"]),
+        norms=_norms(report),
         examples=[(example, columns(example, CHAINS, labels)) for example in report["examples"]],
     )
 
@@ -344,9 +344,9 @@ def layer_panel(report: Report, v: Vector, methods: Sequence[str]) -> Panel:
     return v.panel(figure, f"Rank correlation with exact: {note}" if note else "")
 
 
-def _norms(norms: Mapping[str, Any]) -> Panel | None:
+def _norms(report: Report) -> Panel | None:
     """The two norms of a layer: of the mean activation (the paper's scale) and the mean of the norms."""
-    by_layer = sorted((int(layer), both or {}) for layer, both in norms.items())
+    by_layer = sorted((int(layer), both or {}) for layer, both in report["norms"].items())
     if not by_layer:
         return None
     series = []
@@ -359,4 +359,12 @@ def _norms(norms: Mapping[str, Any]) -> Panel | None:
         series.append(Series(name, css, points, marker))
     x, y = step_scale(by_layer[-1][0] + 1), nice_scale([p.y for one in series for p in one.points])
     figure = curves(series, x, y, label="Norms of the activations by layer", height=170, x_title="layer")
-    return Panel("Size of the activations", figure, "A vector at strength 1 has the norm of the mean of its layer.")
+    note = ""
+    if any((chosen or {}).get("dose") for chosen in report["selection"].values()):
+        budget = report["config"].get("budget")
+        reached = f", at which it moves the model by {budget:g} nats a token" if budget else ""
+        note = (
+            "Strength 1 of a vector is its dose in the table of choices, a share of the mean of the norms of its layer"
+            f"{reached} (KL divergence on unsteered chains)."
+        )
+    return Panel("Size of the activations", figure, note)
