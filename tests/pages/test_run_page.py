@@ -146,6 +146,12 @@ def test_what_strength_1_is(report):
     assert "norm of the mean of its layer" not in page
 
 
+def test_a_behaviour_whose_candidates_all_failed_says_why(report):
+    report["selection"]["backtracking"] |= {"passed": False, "rule": "none passed: every candidate made no sense"}
+    text = " ".join(Sound(render(report)).words)
+    assert "Backtracking: none passed: every candidate made no sense." in text and "kept its loops" not in text
+
+
 def test_a_look_says_so_at_the_top(report):
     assert "A quick look" not in render(report)
     page = render(report | {"look": True})

@@ -143,8 +143,9 @@ def _cost(vectors: Sequence[Vector]) -> str:
             strengths = "/".join(sorted({words.signed(v.strengths[side]) for v in vectors}))
             sentences.append(f"at {strengths} {', '.join(worst)}")
     parts = [f"Cost, at its worst: {'; '.join(sentences)}."] if sentences else []
-    if failed := [v.name for v in vectors if v.selection.get("passed") is False]:
-        parts.append(f"No candidate for {', '.join(failed)} kept its loops within the limit on the validation tasks.")
+    for v in vectors:
+        if v.selection.get("passed") is False:
+            parts.append(f"{words.capital(v.name)}: {v.selection.get('rule') or 'no candidate passed'}.")
     return " ".join(parts)
 
 
