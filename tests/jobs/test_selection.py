@@ -84,6 +84,13 @@ def test_where_none_passes_the_least_harmful_is_picked_and_said():
     assert rule.startswith("none passed") and "20%" in rule and "±0.25" in rule
 
 
+def test_loops_count_above_those_of_the_unsteered_model():
+    (found,) = tried((1.0, 0.9, 0.11, 0.5))
+    assert not pick([found], 0.5)[2] and pick([found | {"loops_unsteered": 0.12}], 0.5)[2]
+    assert not pick([found | {"loops": 0.23, "loops_unsteered": 0.12}], 0.5)[2]
+    assert "every candidate repeated itself more than the unsteered model" in pick([found], 0.5)[1]
+
+
 def test_a_lost_accuracy_is_said():
     _, rule, passed = pick(tried((1.0, 0.9, 0.0, 0.1)), 0.5)
     assert passed and "no candidate kept the accuracy" in rule

@@ -6,8 +6,9 @@
    them with the largest difference (see 3) steers the second third, and the half of that, two at least, the last one,
    two chains of each. So few chains say nothing of accuracy.
 3. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest difference
-   between the behaviour's fraction at +1 and at -1, among those whose loops stay under 10 % and whose -1 keeps accuracy
-   within 10 points of the unsteered model; where none does both, among those that write sound text.
+   between the behaviour's fraction at +1 and at -1, among those whose loops (the mean share of repeated 8-grams) are
+   at most 10 points above those of the unsteered model and whose -1 keeps accuracy within 10 points of it; where none
+   does both, among those that write sound text.
 4. Where none writes sound text at 1 (loops, or tokens without sense), the candidates are tried at a half and at a
    quarter of it. Where none does there, either, none has passed: the one with the fewest loops is taken, and `rule`
    says so.
@@ -28,7 +29,8 @@ from steerable.store.run_folder import read_json
 
 RULE = (
     "candidates: largest exact effect away from the edges, for every window; choice: largest fraction at +1 "
-    "minus fraction at -1 on the validation tasks, with loops under 10 % and -1 costing at most 10 points of accuracy"
+    "minus fraction at -1 on the validation tasks, with loops at most 10 points above the unsteered model's and -1 "
+    "costing at most 10 points of accuracy"
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
 #: A text is nonsense where accuracy falls under this share of the unsteered one, or where this many more chains never
@@ -117,10 +119,10 @@ def pick(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> tup
             rule += "; no candidate kept the accuracy"
         return best, rule, True
     best = min(measured, key=lambda c: (c["loops"], -separation(c)))
-    fault = "made no sense" if does_not_loop(best) else f"looped in more than {LOOPS:.0%} of the chains"
+    fault = "made no sense" if does_not_loop(best) else "repeated itself more than the unsteered model"
     rule = (
         f"none passed: at {_listed(strengths)} every candidate {fault}; taken is "
-        f"the one with the fewest loops, {best['loops']:.0%} at {_listed([best['strength']])}"
+        f"the one with the fewest repeated 8-grams, {best['loops']:.0%} at {_listed([best['strength']])}"
     )
     return best, rule, False
 
@@ -140,8 +142,8 @@ def choose(candidates: Sequence[Candidate], unsteered_accuracy: float | None) ->
 
 
 def does_not_loop(candidate: Candidate) -> bool:
-    """Whether loops stay under the limit at both signs."""
-    return (candidate["loops"] or 0.0) <= LOOPS
+    """Whether loops stay within the limit above those of the unsteered model, at both signs."""
+    return (candidate["loops"] or 0.0) - (candidate.get("loops_unsteered") or 0.0) <= LOOPS
 
 
 def is_sound_text(candidate: Candidate, unsteered_accuracy: float | None) -> bool:

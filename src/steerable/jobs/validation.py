@@ -100,6 +100,7 @@ class Validation:
                     "accuracy_up": _mean(up, "accuracy"),
                     "accuracy_down": _mean(down, "accuracy"),
                     "loops": max(_mean(side, "loops") or 0.0 for side in (up, down)),
+                    "loops_unsteered": _mean(base, "loops"),
                     "unclosed": max(_mean(side, "unclosed") or 0.0 for side in (up, down)),
                     "unclosed_unsteered": _mean(base, "unclosed"),
                 }
