@@ -262,7 +262,7 @@ def select(run: Run, partial: Path) -> None:
     validation.run(candidates)
     chosen: dict[str, Any] = {}
     for number, b in enumerate(candidates):
-        best, rule, passed = selection.pick(validation.finalists[b], validation.accuracy)
+        best, rule, passed = selection.pick(validation.finalists[b])
         if c.chosen_layer is not None:
             rule = f"layer {c.chosen_layer} was asked for" + ("" if rule == selection.RULE else f"; {rule}")
         if not passed:

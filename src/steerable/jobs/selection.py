@@ -94,28 +94,28 @@ def rounds(tasks: Sequence[Any], candidates: int) -> list[Sequence[Any]]:
     return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
-def survivors(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> list[Candidate]:
+def survivors(measured: Sequence[Candidate]) -> list[Candidate]:
     """The better half of a round's candidates, two at least, in their order; none where no text is sound."""
-    sound = [c for c in measured if is_sound_text(c, unsteered_accuracy)]
+    sound = [c for c in measured if is_sound_text(c)]
     best = sorted(sound, key=lambda c: -separation(c))[: max(FEWEST, len(measured) // 2)]
     return [c for c in measured if c in best]
 
 
-def pick(measured: Sequence[Candidate], unsteered_accuracy: float | None) -> tuple[Candidate, str, bool]:
+def pick(measured: Sequence[Candidate]) -> tuple[Candidate, str, bool]:
     """The best of everything that was measured, each with its `strength`; the rule that chose it in words; and
     whether its text is sound. The largest strength at which some candidate's text is sound is taken."""
     strengths = sorted({c["strength"] for c in measured}, reverse=True)
     for strength in strengths:
-        sound = [c for c in measured if c["strength"] == strength and is_sound_text(c, unsteered_accuracy)]
+        sound = [c for c in measured if c["strength"] == strength and is_sound_text(c)]
         if not sound:
             continue
-        best = choose(sound, unsteered_accuracy)
+        best = choose(sound)
         rule = RULE if strength == 1 else RULE.replace("+1", f"+{strength:g}").replace("-1", f"-{strength:g}")
         if strength != strengths[0]:
             rule += f"; at the larger strengths tried ({_listed(s for s in strengths if s > strength)}) all looped more"
             if any(map(does_not_loop, (c for c in measured if c["strength"] > strength))):
                 rule += " or made no sense"
-        if not is_gentle(best, unsteered_accuracy):
+        if not is_gentle(best):
             rule += "; no candidate kept the accuracy"
         return best, rule, True
     best = min(measured, key=lambda c: (c["loops"], -separation(c)))
@@ -131,13 +131,13 @@ def _listed(strengths: Iterable[float]) -> str:
     return ", ".join(f"\N{PLUS-MINUS SIGN}{s:g}" for s in strengths)
 
 
-def choose(candidates: Sequence[Candidate], unsteered_accuracy: float | None) -> Candidate:
+def choose(candidates: Sequence[Candidate]) -> Candidate:
     """The best of the measured candidates.
 
-    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`;
-    any of them may be None, not measured. Of equal candidates the first wins.
+    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`, and
+    `accuracy_unsteered` on the same tasks; any of them may be None, not measured. Of equal candidates the first wins.
     """
-    gentle = [c for c in candidates if is_gentle(c, unsteered_accuracy)]
+    gentle = [c for c in candidates if is_gentle(c)]
     return max(gentle or candidates, key=separation)
 
 
@@ -146,19 +146,20 @@ def does_not_loop(candidate: Candidate) -> bool:
     return (candidate["loops"] or 0.0) - (candidate.get("loops_unsteered") or 0.0) <= LOOPS
 
 
-def is_sound_text(candidate: Candidate, unsteered_accuracy: float | None) -> bool:
-    """Whether a candidate writes text that neither loops nor is nonsense, at both signs."""
+def is_sound_text(candidate: Candidate) -> bool:
+    """Whether a candidate writes text that neither loops nor is nonsense, at both signs, beside the unsteered model on
+    the same tasks."""
     accuracies = [candidate.get("accuracy_up"), candidate.get("accuracy_down")]
     worst = min((a for a in accuracies if a is not None), default=None)
-    is_wrong = worst is not None and bool(unsteered_accuracy) and worst < NONSENSE_ACCURACY * (unsteered_accuracy or 0)
+    is_wrong = worst is not None and worst < NONSENSE_ACCURACY * (candidate.get("accuracy_unsteered") or 0.0)
     more_unclosed = (candidate.get("unclosed") or 0.0) - (candidate.get("unclosed_unsteered") or 0.0)
     return does_not_loop(candidate) and not is_wrong and more_unclosed <= NONSENSE_UNCLOSED
 
 
-def is_gentle(candidate: Candidate, unsteered_accuracy: float | None) -> bool:
+def is_gentle(candidate: Candidate) -> bool:
     """Whether a candidate keeps within the allowed side effects."""
-    accuracy = candidate["accuracy_down"]
-    cheap = accuracy is None or unsteered_accuracy is None or accuracy >= unsteered_accuracy - ACCURACY_COST
+    accuracy, before = candidate["accuracy_down"], candidate.get("accuracy_unsteered")
+    cheap = accuracy is None or before is None or accuracy >= before - ACCURACY_COST
     return cheap and does_not_loop(candidate)
 
 

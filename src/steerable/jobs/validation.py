@@ -11,7 +11,7 @@ from typing import Any
 from steerable.chains.records import Record
 from steerable.engines.base import Continuation
 from steerable.evals.calibration import BudgetNotReached, search
-from steerable.evals.cells import values
+from steerable.evals.cells import same_chains, values
 from steerable.evals.metrics import Measured
 from steerable.jobs import selection
 from steerable.jobs.cells import Cell, Part, candidate_name, dosed, generate_cells, measure_chains, validation_cells
@@ -42,11 +42,6 @@ class Validation:
         self.finalists: dict[str, list[dict[str, Any]]] = {}
         self.rounds: dict[str, list[dict[str, Any]]] = {}
 
-    @property
-    def accuracy(self) -> float | None:
-        """Of the unsteered model, on the tasks that it has met so far."""
-        return _mean([m for some in self.unsteered.values() for m in some], "accuracy")
-
     def run(self, candidates: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Measure the candidates of every behaviour."""
         tasks = self.job.tasks("validation")
@@ -64,7 +59,7 @@ class Validation:
             left = {
                 b: rows
                 for b, rows in dosed_candidates.items()
-                if not any(selection.is_sound_text(c, self.accuracy) for c in self.finalists.get(b, ()))
+                if not any(selection.is_sound_text(c) for c in self.finalists.get(b, ()))
             }
             measured: dict[str, list[Measured]] = {}
             for number, part in enumerate(self.parts):
@@ -84,27 +79,14 @@ class Validation:
         generated = generate_cells(self.job, cells, tasks, self.partial / f"{strength:g}.{number}")
         for name, some in generated.items():
             chains.setdefault(name, []).extend(measure_chains(self.job, some, "validation"))
-        base = [m for some in self.unsteered.values() for m in some]
+        unsteered = [m for some in self.unsteered.values() for m in some]
         result: dict[str, list[dict[str, Any]]] = {}
         for b, candidates in left.items():
             result[b] = []
             for candidate in candidates:
                 name = candidate_name(b, candidate)
                 down, up = chains[f"{name}.{-strength:+g}"], chains[f"{name}.{strength:+g}"]
-                outcome = {
-                    "strength": strength,
-                    "tasks": len({m.task_id for m in up}),
-                    "fraction_unsteered": _mean(base, f"fractions.{b}"),
-                    "fraction_up": _mean(up, f"fractions.{b}"),
-                    "fraction_down": _mean(down, f"fractions.{b}"),
-                    "accuracy_up": _mean(up, "accuracy"),
-                    "accuracy_down": _mean(down, "accuracy"),
-                    "loops": max(_mean(side, "loops") or 0.0 for side in (up, down)),
-                    "loops_unsteered": _mean(base, "loops"),
-                    "unclosed": max(_mean(side, "unclosed") or 0.0 for side in (up, down)),
-                    "unclosed_unsteered": _mean(base, "unclosed"),
-                }
-                result[b].append({**candidate, **outcome})
+                result[b].append({**candidate, "strength": strength, **outcome(b, up, down, unsteered)})
         return result
 
     def _samples(self, number: int) -> tuple[int, ...]:
@@ -154,7 +136,7 @@ class Validation:
     def _go_on(self, behaviour: str, rows: list[dict[str, Any]], is_last: bool) -> list[Any]:
         """Note a behaviour's round; what goes on to the next one."""
         names = [candidate_name(behaviour, c) for c in rows]
-        better = rows if is_last else list(selection.survivors(rows, self.accuracy))
+        better = rows if is_last else list(selection.survivors(rows))
         self.rounds.setdefault(behaviour, []).append(
             {
                 "strength": rows[0]["strength"],
@@ -171,6 +153,27 @@ class Validation:
         if is_last or not better:
             self.finalists.setdefault(behaviour, []).extend(rows)
         return better
+
+
+def outcome(
+    behaviour: str, up: Sequence[Measured], down: Sequence[Measured], unsteered: Sequence[Measured]
+) -> dict[str, Any]:
+    """What a candidate did at both signs, beside the unsteered model on the same chains alone: a candidate that falls
+    out early has met fewer tasks than others."""
+    base = same_chains(up, unsteered)
+    return {
+        "tasks": len({m.task_id for m in up}),
+        "fraction_unsteered": _mean(base, f"fractions.{behaviour}"),
+        "fraction_up": _mean(up, f"fractions.{behaviour}"),
+        "fraction_down": _mean(down, f"fractions.{behaviour}"),
+        "accuracy_unsteered": _mean(base, "accuracy"),
+        "accuracy_up": _mean(up, "accuracy"),
+        "accuracy_down": _mean(down, "accuracy"),
+        "loops_unsteered": _mean(base, "loops"),
+        "loops": max(_mean(side, "loops") or 0.0 for side in (up, down)),
+        "unclosed_unsteered": _mean(base, "unclosed"),
+        "unclosed": max(_mean(side, "unclosed") or 0.0 for side in (up, down)),
+    }
 
 
 def _mean(measured: Sequence[Measured], metric: str) -> float | None:

@@ -1,0 +1,23 @@
+"""What a candidate did on the validation tasks, beside the unsteered model."""
+
+import pytest
+
+from steerable.evals.metrics import Measured
+from steerable.jobs.validation import outcome
+
+
+def chain(task, share, correct=True, loops=0.0, sample=0, closed=True):
+    about = {"task_id": task, "sample": sample, "closed": closed, "tokens": 9}
+    fractions = None if share is None else {"backtracking": share, "deduction": 1 - share}
+    return Measured({"id": task}, about, (), fractions, 0.0, correct, loops)
+
+
+def test_a_candidate_is_judged_beside_the_unsteered_model_on_its_own_tasks():
+    """It fell out after tasks a and b, on which the model without it is right and loops; others went on to c and d."""
+    up, down = ([chain(t, share) for t in "ab"] for share in (0.4, 0.1))
+    unsteered = [chain("a", 0.2, loops=0.3), chain("b", 0.4, loops=0.1), chain("a", 0.9, False, sample=1)]
+    later = [chain(t, 0.9, correct=False, closed=False) for t in "cd"]
+    found = outcome("backtracking", up, down, unsteered)
+    assert found == outcome("backtracking", up, down, unsteered + later)
+    assert found["tasks"] == 2 and found["accuracy_unsteered"] == 1.0 and found["unclosed_unsteered"] == 0.0
+    assert found["fraction_unsteered"] == pytest.approx(0.3) and found["loops_unsteered"] == pytest.approx(0.2)
