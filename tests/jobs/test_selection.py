@@ -31,8 +31,7 @@ def test_candidate_layers_are_the_largest_away_from_the_edges():
 
 def candidate(up, down, loops=0.0, accuracy=0.5):
     return {
-        "fraction_up": up,
-        "fraction_down": down,
+        "fraction_difference": None if None in (up, down) else up - down,
         "loops": loops,
         "accuracy_down": accuracy,
         "accuracy_unsteered": 0.5,
@@ -60,7 +59,7 @@ def test_the_first_of_equals_wins():
 def test_what_was_not_measured():
     nothing = candidate(None, 0.1)
     assert separation(nothing) == separation(candidate(0.1, None)) == -math.inf
-    assert choose([nothing, candidate(0.1, 0.2)])["fraction_up"] == 0.1
+    assert choose([nothing, found := candidate(0.1, 0.2)]) is found
     assert choose([nothing]) is nothing
     assert is_gentle(candidate(1, 0, accuracy=None)) and is_gentle(candidate(1, 0) | {"accuracy_unsteered": None})
 
@@ -80,7 +79,12 @@ def test_the_largest_strength_that_does_not_loop_is_picked():
     assert best is found[1] and passed and "larger strengths" not in rule
     found = tried((1.0, 0.9, 0.4, 0.5), (1.0, 0.8, 0.97, 0.5), (0.5, 0.3, 0.05, 0.5), (0.5, 0.2, 0.0, 0.5))
     best, rule, passed = pick(found)
-    assert best is found[2] and passed and "at +0.5 minus fraction at -0.5" in rule and "all looped more" in rule
+    assert (
+        best is found[2]
+        and passed
+        and "at +0.5 minus fraction at -0.5" in rule
+        and "every candidate repeated itself" in rule
+    )
 
 
 def test_where_none_passes_the_least_harmful_is_picked_and_said():
@@ -109,11 +113,19 @@ def test_nonsense_does_not_pass():
     for fault in ({"accuracy_up": 0.0}, {"accuracy_down": 0.02}, {"unclosed": 0.7}):
         assert not is_sound_text(sound | fault)
     assert all(is_sound_text(sound | {"accuracy_up": 0.0, "accuracy_unsteered": before}) for before in (0.0, None))
-    soup = sound | {"accuracy_up": 0.0, "unclosed": 1.0, "fraction_up": 1.0, "strength": 1.0}
+    soup = sound | {"accuracy_up": 0.0, "unclosed": 1.0, "fraction_difference": 1.0, "strength": 1.0}
     best, rule, passed = pick([soup, sound | {"strength": 0.5}])
-    assert best["strength"] == 0.5 and passed and "all looped more or made no sense" in rule
+    assert best["strength"] == 0.5 and passed and "(±1) every candidate made no sense" in rule
     best, rule, passed = pick([soup])
     assert not passed and "every candidate made no sense" in rule
+
+
+def test_a_candidate_with_few_labelled_chains_does_not_pass():
+    silent = candidate(1.0, 0.0) | {"strength": 1.0, "chains": 24, "dropped": 23}
+    honest = candidate(0.45, 0.1) | {"strength": 1.0, "chains": 24, "dropped": 12}
+    assert pick([silent, honest])[0] is honest and survivors([silent, honest]) == [honest]
+    _, rule, passed = pick([silent, candidate(0.3, 0.1, loops=0.5) | {"strength": 1.0}])
+    assert not passed and "left most chains without a label or repeated itself" in rule
 
 
 def test_rounds_halve_what_there_is_to_measure():

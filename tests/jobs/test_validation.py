@@ -21,3 +21,13 @@ def test_a_candidate_is_judged_beside_the_unsteered_model_on_its_own_tasks():
     assert found == outcome("backtracking", up, down, unsteered + later)
     assert found["tasks"] == 2 and found["accuracy_unsteered"] == 1.0 and found["unclosed_unsteered"] == 0.0
     assert found["fraction_unsteered"] == pytest.approx(0.3) and found["loops_unsteered"] == pytest.approx(0.2)
+
+
+def test_the_difference_is_paired_by_task_and_dropped_chains_are_counted():
+    """Task a has a labelled chain at both signs; the means of each sign are over other tasks."""
+    up = [chain("a", 0.4), chain("b", 1.0), chain("c", None)]
+    down = [chain("a", 0.1), chain("b", None), chain("c", None)]
+    found = outcome("backtracking", up, down, up)
+    assert found["fraction_difference"] == pytest.approx(0.3) and (found["chains"], found["dropped"]) == (3, 2)
+    assert found["fraction_up"] == pytest.approx(0.7)
+    assert outcome("backtracking", up[1:], down[1:], up)["fraction_difference"] is None

@@ -6,12 +6,12 @@
    them with the largest difference (see 3) steers the second third, and the half of that, two at least, the last one,
    two chains of each. So few chains say nothing of accuracy.
 3. Choice: on validation tasks, disjoint from extraction and evaluation, the candidate with the largest difference
-   between the behaviour's fraction at +1 and at -1, among those whose loops (the mean share of repeated 8-grams) are
-   at most 10 points above those of the unsteered model and whose -1 keeps accuracy within 10 points of it; where none
-   does both, among those that write sound text.
-4. Where none writes sound text at 1 (loops, or tokens without sense), the candidates are tried at a half and at a
-   quarter of it. Where none does there, either, none has passed: the one with the fewest loops is taken, and `rule`
-   says so.
+   between the behaviour's fraction at +1 and at -1, the mean of the tasks' own differences, among those whose loops
+   (the mean share of repeated 8-grams) are at most 10 points above those of the unsteered model and whose -1 keeps
+   accuracy within 10 points of it; where none does both, among those that write sound text.
+4. Where none writes sound text at 1 (loops, tokens without sense, or most chains without a label), the candidates are
+   tried at a half and at a quarter of it. Where none does there, either, none has passed: the one with the fewest loops
+   is taken, and `rule` says so.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from steerable.store.run_folder import read_json
 
 RULE = (
     "candidates: largest exact effect away from the edges, for every window; choice: largest fraction at +1 "
-    "minus fraction at -1 on the validation tasks, with loops at most 10 points above the unsteered model's and -1 "
-    "costing at most 10 points of accuracy"
+    "minus fraction at -1 on the validation tasks, paired by task, with loops at most 10 points above the unsteered "
+    "model's and -1 costing at most 10 points of accuracy"
 )
 LOOPS, ACCURACY_COST = 0.10, 0.10
 #: A text is nonsense where accuracy falls under this share of the unsteered one, or where this many more chains never
 #: close their thinking: a model that writes tokens without sense repeats none of them.
 NONSENSE_ACCURACY, NONSENSE_UNCLOSED = 0.1, 0.5
+#: What a few labelled chains of many show is no measurement of a behaviour.
+MOST_DROPPED = 0.5
 STRENGTHS = (1.0, 0.5, 0.25)
 """Strengths that are tried, each only where no candidate writes sound text at the one before."""
 ROUNDS = 3
@@ -112,17 +114,16 @@ def pick(measured: Sequence[Candidate]) -> tuple[Candidate, str, bool]:
         best = choose(sound)
         rule = RULE if strength == 1 else RULE.replace("+1", f"+{strength:g}").replace("-1", f"-{strength:g}")
         if strength != strengths[0]:
-            rule += f"; at the larger strengths tried ({_listed(s for s in strengths if s > strength)}) all looped more"
-            if any(map(does_not_loop, (c for c in measured if c["strength"] > strength))):
-                rule += " or made no sense"
+            larger = _listed(s for s in strengths if s > strength)
+            faults = _faults(c for c in measured if c["strength"] > strength)
+            rule += f"; at the larger strengths tried ({larger}) every candidate {faults}"
         if not is_gentle(best):
             rule += "; no candidate kept the accuracy"
         return best, rule, True
     best = min(measured, key=lambda c: (c["loops"], -separation(c)))
-    fault = "made no sense" if does_not_loop(best) else "repeated itself more than the unsteered model"
     rule = (
-        f"none passed: at {_listed(strengths)} every candidate {fault}; taken is "
-        f"the one with the fewest repeated 8-grams, {best['loops']:.0%} at {_listed([best['strength']])}"
+        f"none passed: at {_listed(strengths)} every candidate {_faults(measured)}; "
+        f"taken is the one with the fewest repeated 8-grams, {best['loops']:.0%} at {_listed([best['strength']])}"
     )
     return best, rule, False
 
@@ -131,10 +132,14 @@ def _listed(strengths: Iterable[float]) -> str:
     return ", ".join(f"\N{PLUS-MINUS SIGN}{s:g}" for s in strengths)
 
 
+def _faults(candidates: Iterable[Candidate]) -> str:
+    return " or ".join(sorted({found for c in candidates if (found := fault(c))}))
+
+
 def choose(candidates: Sequence[Candidate]) -> Candidate:
     """The best of the measured candidates.
 
-    Each has `fraction_up`, `fraction_down` (means in [0, 1]), `loops` (the larger of both signs), `accuracy_down`, and
+    Each has `fraction_difference` (up - down), `loops` (the larger of both signs), `accuracy_down`, and
     `accuracy_unsteered` on the same tasks; any of them may be None, not measured. Of equal candidates the first wins.
     """
     gentle = [c for c in candidates if is_gentle(c)]
@@ -147,13 +152,23 @@ def does_not_loop(candidate: Candidate) -> bool:
 
 
 def is_sound_text(candidate: Candidate) -> bool:
-    """Whether a candidate writes text that neither loops nor is nonsense, at both signs, beside the unsteered model on
-    the same tasks."""
+    """Whether a candidate writes text without a fault, at both signs."""
+    return fault(candidate) is None
+
+
+def fault(candidate: Candidate) -> str | None:
+    """What is wrong with a candidate's text, beside that of the unsteered model on the same tasks."""
     accuracies = [candidate.get("accuracy_up"), candidate.get("accuracy_down")]
     worst = min((a for a in accuracies if a is not None), default=None)
     is_wrong = worst is not None and worst < NONSENSE_ACCURACY * (candidate.get("accuracy_unsteered") or 0.0)
     more_unclosed = (candidate.get("unclosed") or 0.0) - (candidate.get("unclosed_unsteered") or 0.0)
-    return does_not_loop(candidate) and not is_wrong and more_unclosed <= NONSENSE_UNCLOSED
+    if not does_not_loop(candidate):
+        return "repeated itself more than the unsteered model"
+    if is_wrong or more_unclosed > NONSENSE_UNCLOSED:
+        return "made no sense"
+    if (candidate.get("dropped") or 0) > MOST_DROPPED * candidate.get("chains", 0):
+        return "left most chains without a label"
+    return None
 
 
 def is_gentle(candidate: Candidate) -> bool:
@@ -166,8 +181,7 @@ def is_gentle(candidate: Candidate) -> bool:
 def separation(candidate: Candidate) -> float:
     """up - down: its error is the same for all candidates, where that of a ratio grows as `down` nears zero.
 
-    Minus infinity where a sign left no chain that could be measured.
+    Minus infinity where no task has a measured chain at both signs.
     """
-    if candidate["fraction_up"] is None or candidate["fraction_down"] is None:
-        return -math.inf
-    return float(candidate["fraction_up"] - candidate["fraction_down"])
+    difference = candidate["fraction_difference"]
+    return -math.inf if difference is None else float(difference)

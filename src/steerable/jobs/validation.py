@@ -160,12 +160,17 @@ def outcome(
 ) -> dict[str, Any]:
     """What a candidate did at both signs, beside the unsteered model on the same chains alone: a candidate that falls
     out early has met fewer tasks than others."""
-    base = same_chains(up, unsteered)
+    base, share = same_chains(up, unsteered), f"fractions.{behaviour}"
+    high, low = values(up, share), values(down, share)
+    differences = [high[task] - low[task] for task in high if task in low]
     return {
         "tasks": len({m.task_id for m in up}),
-        "fraction_unsteered": _mean(base, f"fractions.{behaviour}"),
-        "fraction_up": _mean(up, f"fractions.{behaviour}"),
-        "fraction_down": _mean(down, f"fractions.{behaviour}"),
+        "chains": len(up),
+        "dropped": max(sum(m.fractions is None for m in side) for side in (up, down)),
+        "fraction_unsteered": _mean(base, share),
+        "fraction_up": _mean(up, share),
+        "fraction_down": _mean(down, share),
+        "fraction_difference": sum(differences) / len(differences) if differences else None,
         "accuracy_unsteered": _mean(base, "accuracy"),
         "accuracy_up": _mean(up, "accuracy"),
         "accuracy_down": _mean(down, "accuracy"),
