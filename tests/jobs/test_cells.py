@@ -102,6 +102,27 @@ def test_a_control_for_both_signs(cells, name, tasks):
     assert {s for part in cell.parts for s in part.samples} == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("baseline", ["pooled", "overall"])
+def test_the_divergence_of_every_cell_is_of_the_same_tasks(baseline):
+    """A control's parts take turns: as many tasks as the vector's own cell has, and every direction with every sign."""
+    tasks = [{"id": f"task {i}"} for i in range(50)]
+    config = Config(samples=4, controls=4)
+    selection = {b: chosen | {"baseline": baseline} for b, chosen in SELECTION.items()}
+    for cell in jobs_cells.evaluation_cells(config, selection, load):
+        chains = [
+            {"part": k, "task_id": task["id"], "sample": sample}
+            for k, part in enumerate(cell.parts)
+            for task in tasks[: cell.tasks][part.tasks]
+            for sample in part.samples
+        ]
+        compared, steerings = jobs_cells.compared_chains(cell, chains, tasks, 8)
+        assert [chain["task_id"] for chain in compared] == [task["id"] for task in tasks[:8]], cell.name
+        assert steerings == [cell.parts[chain["part"]].steering for chain in compared]
+        if cell.control:
+            met = Counter((i.basis.numpy().tobytes(), i.strength) for steering in steerings for i in steering)
+            assert len(met) == (8 if cell.both_signs else 4) and len(set(met.values())) == 1
+
+
 def test_beside_the_overall_mean_shuffled_vectors_have_a_sign():
     selection = {b: chosen | {"baseline": "overall"} for b, chosen in SELECTION.items()}
     cells = {cell.name: cell for cell in jobs_cells.evaluation_cells(CONFIG, selection, load)}

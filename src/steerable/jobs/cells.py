@@ -259,18 +259,30 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], partial: Path) -> list[dict[
 
 
 def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] | None:
-    """Mean KL(steered || unsteered) per token over the cell's first chains, [mean, low, high]; zero if unsteered."""
-    compared: list[Record] = []
-    steerings: list[Steering] = []
-    for k, part in enumerate(cell.parts):
-        # Spread over the tasks: the first sample of as many of them as there are chains to compare.
-        group = [c for c in chains if c["part"] == k and c["sample"] == part.samples[0]]
-        group = group[: max(1, run.config.compared // len(cell.parts))]
-        compared, steerings = compared + group, steerings + [part.steering] * len(group)
+    """Mean KL(steered || unsteered) per token over one chain of each of the first tasks, [mean, low, high]; zero if
+    unsteered."""
+    compared, steerings = compared_chains(cell, chains, run.tasks("evaluation"), run.config.compared)
     values: Sequence[float | None] = [0.0] * len(compared)
     if any(steerings):
         values = divergence(*run.loaded, run.prompts("evaluation"), compared, steerings)
     return mean_interval(by_task((c["task_id"], v) for c, v in zip(compared, values, strict=True)), run.config.seed)
+
+
+def compared_chains(
+    cell: Cell, chains: Sequence[Record], tasks: Sequence[Record], count: int
+) -> tuple[list[Record], list[Steering]]:
+    """One chain of each of the first `count` tasks, and how it was steered. The parts of a cell take turns, so that all
+    cells are compared on the same tasks, however many directions a control has."""
+    found = {(c["part"], c["task_id"], c["sample"]): c for c in chains}
+    tasks = tasks[: cell.tasks]
+    compared, steerings = [], []
+    for i, task in enumerate(tasks[:count]):
+        parts = [(k, part) for k, part in enumerate(cell.parts) if i in range(len(tasks))[part.tasks]]
+        # Two tasks in a row for a direction: where a control stands for both signs, they meet it with both.
+        k, part = parts[i // 2 % len(parts)]
+        compared.append(found[k, task["id"], part.samples[0]])
+        steerings.append(part.steering)
+    return compared, steerings
 
 
 def _dose(cell: Cell) -> dict[str, float]:
