@@ -9,6 +9,7 @@ from steerable.pages.cells import (
     extremes,
     main_setting,
     measured,
+    response,
     settings,
     unsteered,
 )
@@ -84,6 +85,17 @@ def test_missing_controls_are_never_a_success():
     alone = effect(CELLS[:3], "backtracking", HERE, 1.0)
     assert not alone.clear and alone.verdict == "controls not measured"
     assert effect(CELLS, "backtracking", HERE, 2.0).verdict == "not measured"
+
+
+def test_a_cell_of_few_tasks_is_shown_by_its_change():
+    """Its tasks are easier for the unsteered model than all tasks: a rise that looks like a fall."""
+    few = cell(0.5, [0.04, 0.03, 0.05]) | {"difference": {"fractions": {"backtracking": [0.02, -0.01, 0.04]}}}
+    found = response([*CELLS, few], "backtracking", None, HERE, "fractions.backtracking")
+    assert found[0.5] == pytest.approx((0.07, 0.04, 0.09)) and found[0.0].mean == 0.05
+    assert found[1.0] == Interval(0.20, 0.17, 0.23), "without a change, as it was measured"
+    assert effect([*CELLS, few], "backtracking", HERE, 0.5).ratio == pytest.approx(1.4)
+    few["difference"]["fractions"]["backtracking"] = [-0.06, -0.08, -0.01]
+    assert response([*CELLS, few], "backtracking", None, HERE, "fractions.backtracking")[0.5].low == 0.0
 
 
 @pytest.mark.parametrize("base", [[0.0, 0.0, 0.0], [0.01, 0.0, 0.03]])

@@ -152,6 +152,20 @@ def test_a_behaviour_whose_candidates_all_failed_says_why(report):
     assert "Backtracking: none passed: every candidate made no sense." in text and "kept its loops" not in text
 
 
+def test_points_of_fewer_tasks_stand_beside_the_unsteered_level_of_all(report):
+    """Side cells are drawn by their paired change, in every figure that has the unsteered level in it."""
+    for cell in report["cells"]:
+        if cell["behaviour"] == "backtracking" and (abs(cell["strength"]) == 0.5 or cell["where"] == "thinking"):
+            cell |= {"tasks": 12, "fractions": {"backtracking": [0.01, 0.005, 0.02]}, "accuracy": [0.1, 0.05, 0.2]}
+            cell["difference"] = {"accuracy": [0.02, -0.02, 0.06], "fractions": {"backtracking": [0.1, 0.05, 0.2]}}
+    page = render(report)
+    for name in ("+0.5 vector on 12 tasks", "+1, layer 3, thinking positions"):
+        assert f"{name}: 15.3% (10.3 to 25.3)" in page
+    assert "backtracking +0.5 on 12 tasks: 64.0% (60.0 to 68.0)" in page
+    assert "layer 3, thinking positions on 12 tasks" in page
+    assert "; −1, 0, +1 on 50 tasks; −0.5, +0.5 on 12 tasks" in page
+
+
 def test_a_look_says_so_at_the_top(report):
     assert "A quick look" not in render(report)
     page = render(report | {"look": True})

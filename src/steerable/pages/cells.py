@@ -7,6 +7,7 @@ unsteered cell serves every setting and control.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,21 @@ def curve(
     return {strength: read for strength, group in by_strength.items() if (read := measured(group, metric))}
 
 
+def response(
+    cells: Sequence[Cell], behaviour: str, control: str | None, setting: Setting, metric: str, unit: str = "share"
+) -> dict[float, Interval]:
+    """One metric by rising strength beside the unsteered level: that level plus the change, paired by task. A cell of
+    fewer tasks than the level may lie above it though it lowers the metric. Without a change, the metric itself."""
+    base, reads = measured(unsteered(cells, behaviour), metric), curve(cells, behaviour, control, setting, metric)
+    lowest, highest = (0.0, 1.0) if unit == "share" else (-math.inf, math.inf)
+    by_strength = doses(cells, behaviour, control, setting)
+    for strength in reads if base else ():
+        change = measured([c.get("difference") or {} for c in by_strength[strength]], metric)
+        if strength and change and base:
+            reads[strength] = Interval(*(min(max(base.mean + end, lowest), highest) for end in change))
+    return reads
+
+
 def settings(cells: Sequence[Cell], behaviour: str) -> list[Setting]:
     """Every setting in which the behaviour's own vector was measured, in the order of the cells."""
     steered = (c for c in cells if c.get("behaviour") == behaviour and c.get("control") is None and c.get("strength"))
@@ -138,7 +154,8 @@ def effect(cells: Sequence[Cell], behaviour: str, setting: Setting, strength: fl
             beats[control] = None
         else:
             beats[control] = read.low > rival.high if strength > 0 else read.high < rival.low
-    return Effect(strength, read, ratio(read, base), beats)
+    raised = response(cells, behaviour, None, setting, metric).get(strength)
+    return Effect(strength, read, ratio(raised, base), beats)
 
 
 def extremes(cells: Sequence[Cell], behaviour: str, setting: Setting) -> tuple[float, float]:

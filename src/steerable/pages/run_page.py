@@ -195,6 +195,10 @@ def _point(x: float, read: Interval, what: str, unit: str = "share") -> Point:
     return Point(x, *read, f"{what}: {words.with_interval(read, unit)}")
 
 
+def _on(tasks: int | None) -> str:
+    return f" on {tasks} {plural(tasks, 'task')}" if tasks else ""
+
+
 def fraction_panels(vectors: Sequence[Vector]) -> list[Panel]:
     """Fraction of each behaviour unsteered, down and up, beside the controls (the paper's figure 4)."""
     drawn = [[_bars(v, s) for s in (v.strengths[0], 0.0, v.strengths[1])] if v.setting else [] for v in vectors]
@@ -221,14 +225,22 @@ def _bars(v: Vector, strength: float) -> tuple[str, str, list[tuple[str, Point]]
 
 def _dose_response(v: Vector) -> Panel:
     """Fraction of a behaviour against the steering strength, the controls beside it."""
-    series = []
+    series, counts = [], v.tasks()
     for control, marker in (("shuffled", "triangle"), ("random", "square"), (None, "circle")):
         name, css = (control, f"control-{control}") if control else ("vector", f"vector {v.hue}")
-        reads = v.curve(control=control)
-        points = [_point(s, read, f"{words.signed(s)} {name}") for s, read in reads.items() if s or not control]
+        reads, tasks = v.response(control=control), v.tasks(control)
+        points = [
+            _point(s, read, f"{words.signed(s)} {name}{_on(tasks.get(s))}")
+            for s, read in reads.items()
+            if s or not control
+        ]
         series.append(Series(name, css, points, marker, band=not control, whiskers=bool(control)))
     strengths = [p.x for one in series for p in one.points]
-    return v.panel(_against_strength(series, strengths, "share", f"Fraction of {v.name} tokens"))
+    figure = _against_strength(series, strengths, "share", f"Fraction of {v.name} tokens")
+    places = [words.setting(v.setting)] if v.setting else []
+    for count in sorted({*counts.values()}, reverse=True):
+        places.append(f"{', '.join(words.signed(s) for s, n in counts.items() if n == count)}{_on(count)}")
+    return v.panel(figure, "; ".join(places))
 
 
 def _against_strength(
@@ -251,14 +263,15 @@ def _places(v: Vector) -> Panel | None:
     """The other settings beside the main one: layers that share the strength, thinking tokens only."""
     base, groups, notes = v.base(), [], []
     for setting in sorted(ask.settings(v.cells, v.behaviour), key=lambda setting: setting != v.setting)[:4]:
-        members = []
-        for strength, css in zip(ask.extremes(v.cells, v.behaviour, setting), ("down", "up"), strict=True):
-            if read := v.curve(setting=setting).get(strength):
+        members, tasks = [], v.tasks(setting=setting)
+        ends = ask.extremes(v.cells, v.behaviour, setting)
+        for strength, css in zip(ends, ("down", "up"), strict=True):
+            if read := v.response(setting=setting).get(strength):
                 name = f"{words.signed(strength)}, {words.setting(setting)}"
                 members.append((f"thin bar-{css} {v.hue}", _point(strength, read, name)))
         name = "several" if len(setting.layers) > 1 else "one"
         groups.append((name if setting.where == "all" else setting.where, "", members))
-        notes.append(words.setting(setting))
+        notes.append(words.setting(setting) + _on(max(tasks.get(s, 0) for s in ends)))
     if len(groups) < 2:
         return None
     highest = [point.high or 0.0 for _, _, members in groups for _, point in members]
@@ -283,11 +296,14 @@ def _side_effect(vectors: Sequence[Vector], name: str, metric: Mapping[str, Any]
         note = {"share": f"share of {note}", "nats per token": f"{note}, nats a token"}.get(unit, note)
     series, strengths = [], []
     for index, v in enumerate(vectors):
-        reads = v.curve(name)
+        reads, tasks = v.response(name, unit), v.tasks()
         strengths += list(reads)
         # The lines are set apart a little, so that their error bars do not hide one another.
         aside = 0.035 * (index - (len(vectors) - 1) / 2)
-        points = [_point(s and s + aside, read, f"{v.name} {words.signed(s)}", unit) for s, read in reads.items()]
+        points = [
+            _point(s and s + aside, read, f"{v.name} {words.signed(s)}{_on(tasks.get(s))}", unit)
+            for s, read in reads.items()
+        ]
         if name == "kl" and points and 0.0 not in reads:
             # The unsteered model is at no distance from itself, by definition.
             points = sorted([*points, Point(0, 0, tip="unsteered: 0")], key=lambda point: point.x)

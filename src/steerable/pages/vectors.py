@@ -107,6 +107,19 @@ class Vector(NamedTuple):
         place, metric = setting or self.setting, metric or f"fractions.{self.behaviour}"
         return ask.curve(self.cells, self.behaviour, control, place, metric) if place else {}
 
+    def response(
+        self, metric: str = "", unit: str = "share", control: str | None = None, setting: Setting | None = None
+    ) -> dict[float, Interval]:
+        """The same beside the unsteered level: that plus the change, paired by task."""
+        place, metric = setting or self.setting, metric or f"fractions.{self.behaviour}"
+        return ask.response(self.cells, self.behaviour, control, place, metric, unit) if place else {}
+
+    def tasks(self, control: str | None = None, setting: Setting | None = None) -> dict[float, int]:
+        """The number of tasks by strength, by default in the main setting, where it is known."""
+        place = setting or self.setting
+        found = ask.doses(self.cells, self.behaviour, control, place) if place else {}
+        return {strength: tasks for strength, cells in found.items() if (tasks := cells[0].get("tasks"))}
+
     def rows(self, main_only: bool) -> list[Cell]:
         """The cells behind the figures, the unsteered one first: all, or those of the main setting without controls."""
         places = ask.settings(self.cells, self.behaviour)
