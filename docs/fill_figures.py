@@ -155,7 +155,7 @@ def about(given: Sources) -> str:
         f"Model `{config['model']}`, vectors from {run['coverage']['chains']} chains, judged on {cell['tasks']} other "
         f"tasks with {each} each, {decoding}, seed {config['seed']}{took}. "
         "Shares are of the thinking tokens, with 95 % intervals of a bootstrap over tasks; a ratio is bold where the "
-        "share lies beyond the intervals of both controls."
+        "effect is beyond both controls."
     )
 
 
@@ -167,7 +167,7 @@ def ratios(strength: float, given: Sources) -> str:
 
 
 def beyond_controls(given: Sources) -> str:
-    """How many effects at +-1 lie beyond the intervals of both controls, of how many."""
+    """How many effects at +-1 are beyond both controls, of how many."""
     run = given["run"]
     clear = [effect(run["cells"], b, where, s).clear for b, where in _settings(run) for s in STEPS]
     return f"{sum(clear)} of {len(clear)}" if clear else words.MISSING

@@ -98,6 +98,7 @@ def test_a_control_for_both_signs(cells, name, tasks):
     for vector in directions:
         signs = Counter(strength for _, v, strength in met if v == vector)
         assert set(signs) == {1.0, -1.0} and abs(signs[1.0] - signs[-1.0]) <= 1
+    assert [part.direction for part in cell.parts] == [k // 2 for k in range(2 * CONFIG.controls)]
     # The unsteered cell has the same samples, so that the control is compared in pairs.
     assert {s for part in cell.parts for s in part.samples} == {0, 1, 2, 3}
 

@@ -664,6 +664,25 @@ def test_the_dose_of_every_cell_is_told(finished):
     assert ">Dose<" in page and f"dose {dose:.2g} of" in page and report["model"]["dtype"] == "float32"
 
 
+def test_every_steered_cell_with_controls_has_the_differences_to_them(finished):
+    """The estimate is the difference of the means, which are over the same two tasks."""
+    cells, chosen = read_json(finished / "cells.json"), read_json(finished / "selection.json")
+    for cell in cells:
+        strength = chosen[cell["behaviour"]]["strength"]
+        layers = [chosen[cell["behaviour"]]["layer"]]
+        is_main = cell["control"] is None and abs(cell["strength"]) == strength and cell["layers"] == layers
+        assert (cell["above_control"] is not None) == (is_main and cell["where"] == "all")
+        for kind, (estimate, low, high) in (cell["above_control"] or {}).items():
+            (control,) = (
+                c
+                for c in cells
+                if (c["control"], c["behaviour"], c["strength"]) == (kind, cell["behaviour"], cell["strength"])
+            )
+            gap = cell["fractions"][cell["behaviour"]][0] - control["fractions"][cell["behaviour"]][0]
+            assert estimate == pytest.approx(gap) and low <= estimate <= high
+        assert cell["above_control"] is None or set(cell["above_control"]) == {"random", "shuffled"}
+
+
 def test_strength_1_moves_the_model_by_the_budget(finished):
     """Chosen vectors and candidates, on unsteered chains of the validation tasks; the controls have the same dose, and
     every behaviour has random directions of its own."""

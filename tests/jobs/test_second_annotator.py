@@ -30,6 +30,8 @@ def test_the_same_annotator_by_another_name_sees_the_same(run, tiny_settings):
             for kind, share in effect["fractions"][first].items():
                 assert share == pytest.approx(effect["fractions"][second][kind]), kind
             assert effect["outside"][first] == effect["outside"][second]
+            for kind, gap in effect["above_control"][first].items():
+                assert gap == pytest.approx(effect["above_control"][second][kind])
 
 
 def test_another_annotator_reads_the_same_chains(run):
@@ -58,8 +60,30 @@ def test_another_annotator_reads_the_same_chains(run):
 )
 def test_outside_both_controls(strength, steered, outside):
     shares = {"steered": steered, "random": [0.25, 0.2, 0.3], "shuffled": [0.2, 0.18, 0.28]}
-    assert second_annotator._is_outside(shares, strength) is outside
-    assert not second_annotator._is_outside(shares | {"shuffled": None}, strength)
+    assert second_annotator._is_outside(shares, None, strength) is outside
+    assert not second_annotator._is_outside(shares | {"shuffled": None}, None, strength)
+
+
+@pytest.mark.parametrize(
+    ("strength", "random", "outside"),
+    [
+        (1, [0.2, 0.1, 0.3], True),
+        (1, [0.2, 0.0, 0.3], False),
+        (-1, [-0.2, -0.3, -0.1], True),
+        (-1, [0.2, 0.1, 0.3], False),
+    ],
+)
+def test_beyond_both_controls_by_paired_differences(strength, random, outside):
+    above = {"random": random, "shuffled": [0.1 * strength, 0.01 * strength, 0.2 * strength]}
+    assert second_annotator._is_outside({}, above, strength) is outside
+    assert not second_annotator._is_outside({}, above | {"shuffled": None}, strength)
+
+
+def test_an_older_run_is_read_by_its_own_rule(run):
+    cells = json.loads((run / "cells.json").read_text())
+    (run / "cells.json").write_text(json.dumps([{k: v for k, v in c.items() if k != "above_control"} for c in cells]))
+    for effect in reannotate(run)["effects"]:
+        assert set(effect["above_control"].values()) == {None}
 
 
 def test_wrong_input(run, tmp_path):

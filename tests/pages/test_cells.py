@@ -81,6 +81,21 @@ def test_an_effect_is_clear_only_beyond_every_control():
     assert down.verdict == "below the shuffled control only"
 
 
+def test_beyond_a_control_is_a_paired_difference_clear_of_zero():
+    """Whatever the two intervals are that stand beside one another; on the side that the strength asks for."""
+    up = cell(1.0, [0.10, 0.05, 0.15]) | {
+        "above_control": {"random": [0.04, 0.01, 0.07], "shuffled": [0.03, 0.001, 0.05]}
+    }
+    down = cell(-1.0, [0.01, 0.0, 0.02]) | {
+        "above_control": {"random": [-0.04, -0.08, 0.01], "shuffled": [0.1, 0.05, 0.2]}
+    }
+    cells = [CELLS[0], up, down, *CELLS[3:7]]
+    assert effect(cells, "backtracking", HERE, 1.0).verdict == "above both controls"
+    assert effect(cells, "backtracking", HERE, -1.0).beats == {"random": False, "shuffled": False}
+    up["above_control"]["shuffled"] = [0.03, -0.001, 0.05]
+    assert effect(cells, "backtracking", HERE, 1.0).verdict == "above the random control only"
+
+
 def test_missing_controls_are_never_a_success():
     alone = effect(CELLS[:3], "backtracking", HERE, 1.0)
     assert not alone.clear and alone.verdict == "controls not measured"

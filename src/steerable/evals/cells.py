@@ -8,17 +8,30 @@ from typing import Any
 from steerable.chains.records import LABELS
 from steerable.evals.intervals import by_task, difference_interval, mean_interval
 from steerable.evals.metrics import Measured, all_metrics
+from steerable.evals.two_way import ByDirection, control_interval, difference_to_control, negated
 
 
-def measure_cell(measured: Sequence[Measured], seed: int = 0, labels: Sequence[str] = LABELS) -> dict[str, Any]:
+def measure_cell(
+    measured: Sequence[Measured],
+    seed: int = 0,
+    labels: Sequence[str] = LABELS,
+    directions: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """The measured half of a cell: `tasks`, `samples`, `dropped`, `fractions`, and every metric of the table.
 
     Every metric is [mean, low, high] over tasks, or None where nothing was measured. `dropped` counts the
     chains without a labelled token, which have no fractions. Chains of several random directions may be
-    given together: that is their mean, each task with all its chains.
+    given together: that is their mean, each task with all its chains. directions: the number of each chain's
+    direction, where these were drawn, too.
     """
+
+    def interval(metric: str) -> list[float] | None:
+        if directions is None:
+            return mean_interval(values(measured, metric), seed)
+        return control_interval(values_by_direction(measured, metric, directions), seed)
+
     tasks = {chain.task_id for chain in measured}
-    fractions = {label: mean_interval(values(measured, f"fractions.{label}"), seed) for label in labels}
+    fractions = {label: interval(f"fractions.{label}") for label in labels}
     means = [interval[0] for interval in fractions.values() if interval]
     assert not means or abs(sum(means) - 1) < 1e-6, f"fractions sum to {sum(means)}"
     return {
@@ -26,7 +39,7 @@ def measure_cell(measured: Sequence[Measured], seed: int = 0, labels: Sequence[s
         "samples": len(measured) / len(tasks) if tasks else 0,
         "dropped": sum(chain.fractions is None for chain in measured),
         "fractions": fractions,
-        **{name: mean_interval(values(measured, name), seed) for name in all_metrics()},
+        **{name: interval(name) for name in all_metrics()},
     }
 
 
@@ -37,6 +50,16 @@ def values(measured: Sequence[Measured], metric: str) -> dict[str, float]:
         return by_task((m.task_id, None if m.fractions is None else m.fractions[label]) for m in measured)
     value = all_metrics()[name].value
     return by_task((m.task_id, value(m)) for m in measured)
+
+
+def values_by_direction(measured: Sequence[Measured], metric: str, directions: Sequence[int]) -> ByDirection:
+    """A metric's mean by task and by the direction that steered the chain, whose number `directions` gives."""
+    found: dict[str, dict[int, float]] = {}
+    for number in sorted(set(directions)):
+        group = [m for m, k in zip(measured, directions, strict=True) if k == number]
+        for task, value in values(group, metric).items():
+            found.setdefault(task, {})[number] = value
+    return found
 
 
 def same_chains(measured: Sequence[Measured], unsteered: Sequence[Measured]) -> list[Measured]:
@@ -64,13 +87,21 @@ def wrong_way(
 
 
 def differences(
-    measured: Sequence[Measured], baseline: Sequence[Measured], seed: int = 0, labels: Sequence[str] = LABELS
+    measured: Sequence[Measured],
+    baseline: Sequence[Measured],
+    seed: int = 0,
+    labels: Sequence[str] = LABELS,
+    directions: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Every metric of the table minus the baseline's, paired by task, and `fractions` by label, each [estimate, low,
-    high]; None: not measured."""
+    high]; None: not measured. directions: as in `measure_cell`."""
 
     def difference(metric: str) -> list[float] | None:
-        return difference_interval(values(measured, metric), values(baseline, metric), seed)
+        before = values(baseline, metric)
+        if directions is None:
+            return difference_interval(values(measured, metric), before, seed)
+        found = difference_to_control(before, values_by_direction(measured, metric, directions), seed)
+        return None if found is None else negated(found)
 
     fractions = {label: difference(f"fractions.{label}") for label in labels}
     return {name: difference(name) for name in all_metrics()} | {"fractions": fractions}

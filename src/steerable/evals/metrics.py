@@ -96,7 +96,7 @@ _ROWS = [
     Metric("kl", "Divergence", "nats per token", lambda m: m.chain.get("kl"), "mean KL to the unsteered model"),
 ]
 _TABLE = {metric.name: metric for metric in _ROWS}
-_RESERVED = {"tasks", "samples", "dropped", "fractions", "difference", "wrong_way"}
+_RESERVED = {"tasks", "samples", "dropped", "fractions", "difference", "wrong_way", "above_control"}
 
 
 def register_metric(metric: Metric) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 from steerable.chains.generation import Job, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
-from steerable.evals.cells import differences, measure_cell, same_chains, wrong_way
+from steerable.evals.cells import differences, measure_cell, same_chains, values, values_by_direction, wrong_way
 from steerable.evals.intervals import by_task, mean_interval
 from steerable.evals.likelihood import divergence
 from steerable.evals.metrics import Measured, measure
+from steerable.evals.two_way import ByDirection, difference_to_control
 from steerable.jobs.annotation import annotate
 from steerable.jobs.run import Run
 from steerable.jobs.settings import Config, candidate_path, random_path, shuffled_path
@@ -33,13 +34,14 @@ class Part:
     """One way of steering within a cell.
 
     samples: which ones of each task, by number. tasks: which of the cell's tasks. dose: the relative dose
-    ||s v|| / ||h|| by layer.
+    ||s v|| / ||h|| by layer. direction: the number of a control's direction.
     """
 
     samples: tuple[int, ...]
     steering: Steering = ()
     dose: Mapping[int, float] = field(default_factory=dict)
     tasks: slice = field(default_factory=lambda: slice(None))
+    direction: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _control(
         for start in (0, 1) if both_signs else (0,):
             signed = -strength if both_signs and (k + start) % 2 else strength
             part = _part(direction, (samples[k % len(samples)],), signed, layer, where)
-            parts.append(replace(part, tasks=slice(start, None, 2 if both_signs else 1)))
+            parts.append(replace(part, tasks=slice(start, None, 2 if both_signs else 1), direction=k))
     return tuple(parts)
 
 
@@ -221,9 +223,15 @@ def measure_chains(run: Run, chains: Sequence[Record], split: str, spans_to: Pat
     return measured
 
 
+def directions_of(cell: Cell, measured: Sequence[Measured]) -> list[int] | None:
+    """The number of the direction of each chain of a control; None for a cell that is none."""
+    return [cell.parts[m.chain["part"]].direction for m in measured] if cell.control else None
+
+
 def evaluate_cells(run: Run, cells: Sequence[Cell], partial: Path) -> list[dict[str, Any]]:
     """The rows of the report: of every cell its setting, every metric with its interval, and the difference to the
-    unsteered chains with the same seeds; one row a behaviour, so that its controls stand under its own name.
+    unsteered chains with the same seeds and to each control; one row a behaviour, so that its controls stand under its
+    own name.
 
     cells: the unsteered one first. partial: a folder for the spans of the chains, `steered_spans`, and for the
     divergences, which take longest and are found there by the next call.
@@ -232,11 +240,14 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], partial: Path) -> list[dict[
     divergences: dict[str, Any] = read_json(kept, dict) if kept.exists() else {}
     rows: list[dict[str, Any]] = []
     unsteered: list[Measured] = []
+    steered: dict[int, dict[str, float]] = {}  # the behaviour's share by task, by the number of the row
+    controls: dict[tuple[Any, ...], ByDirection] = {}
     for cell in cells:
         chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
         measured = measure_chains(run, chains, "evaluation", spans / f"{cell.name}.jsonl")
         unsteered = unsteered or measured
         base, seed = same_chains(measured, unsteered), run.config.seed
+        directions = directions_of(cell, measured)
         if cell.name not in divergences:
             divergences[cell.name] = _divergence(run, cell, chains)
             write_json(kept, divergences)
@@ -246,16 +257,32 @@ def evaluate_cells(run: Run, cells: Sequence[Cell], partial: Path) -> list[dict[
             "dose": _dose(cell),
             "layers": list(cell.layers),
             "where": cell.where,
-            **measure_cell(measured, seed, run.labels),
+            **measure_cell(measured, seed, run.labels, directions),
             "kl": divergences[cell.name],
-            "difference": differences(measured, base, seed, run.labels) if cell.strength else None,
+            "difference": differences(measured, base, seed, run.labels, directions) if cell.strength else None,
         }
         for strength in (-cell.strength, cell.strength) if cell.both_signs else (cell.strength,):
             for b in cell.behaviours:
                 wrong = wrong_way(measured, base, b, strength, seed)
                 about = {"name": cell.name, "behaviour": b} | content | {"strength": strength}
-                rows.append({**about, "wrong_way": wrong})
+                if directions is not None:
+                    shares = values_by_direction(measured, f"fractions.{b}", directions)
+                    controls[(cell.control, *_place(about))] = shares
+                elif strength:
+                    steered[len(rows)] = values(measured, f"fractions.{b}")
+                rows.append({**about, "wrong_way": wrong, "above_control": None})
+    for number, own in steered.items():
+        place, seed = _place(rows[number]), run.config.seed
+        found = {kind: shares for (kind, *where), shares in controls.items() if tuple(where) == place}
+        if found:
+            above = {kind: difference_to_control(own, shares, seed) for kind, shares in found.items()}
+            rows[number]["above_control"] = above
     return rows
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a vector and its controls have in common."""
+    return row["behaviour"], row["strength"], tuple(row["layers"]), row["where"]
 
 
 def _divergence(run: Run, cell: Cell, chains: Sequence[Record]) -> list[float] | None:

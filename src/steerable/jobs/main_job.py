@@ -363,6 +363,7 @@ def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
         settings["extraction_samples"] = len(run.config.extraction_samples)
     if stage.name == "evaluate":
         settings["metrics"] = sorted(all_metrics())
+        settings["cells"] = 2  # raised when cells.json holds more: 2, the paired differences to the controls
     if "llm" not in (settings.get("annotator"), settings.get("tasks")):
         settings = {name: value for name, value in settings.items() if not name.startswith("llm_")}
     return settings

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from steerable.chains.records import read_jsonl
-from steerable.evals.intervals import by_task, mean_interval
+from steerable.evals.cells import values_by_direction
+from steerable.evals.intervals import mean_interval
+from steerable.evals.two_way import ByDirection, control_interval, difference_to_control
 from steerable.jobs import annotation
-from steerable.jobs.cells import measure_chains
+from steerable.jobs.cells import Cell, directions_of, evaluation_cells, measure_chains
 from steerable.jobs.run import Run, open_run
 from steerable.jobs.selection import read_selection
 from steerable.jobs.settings import Config
@@ -37,8 +39,9 @@ def reannotate(
 
     Returns:
         `{"annotators": [first, second], "effects": [...]}`; an effect is `{"behaviour", "strength", "fractions",
-        "outside"}`: by annotator, [mean, low, high] of the behaviour's share of thinking tokens in the `unsteered`,
-        `steered`, `random` and `shuffled` chains, and whether the steered interval lies outside both controls'.
+        "above_control", "outside"}`: by annotator, [mean, low, high] of the behaviour's share of thinking tokens in the
+        `unsteered`, `steered`, `random` and `shuffled` chains, the paired difference to each control, and whether the
+        effect is beyond both of them.
 
     Raises:
         UsageError: no finished run, the run's own annotator, or one that lacks a label.
@@ -60,8 +63,9 @@ def reannotate(
             f"the annotator {annotator} has no label {lacking[0]!r}: expected one that labels what was steered"
         )
     rows = read_json(run.folder / "cells.json", list)
-    shares: dict[tuple[str, str], list[float] | None] = {}  # of the second annotator, by cell and behaviour
-    effects = []
+    plan = {cell.name: cell for cell in evaluation_cells(run.config, chosen, run.load, run.thinks)}
+    shares: dict[tuple[str, str], ByDirection] = {}  # of the second annotator, by cell and behaviour
+    effects, seed = [], run.config.seed
     for behaviour, one in chosen.items():
         for strength in (one.get("strength", 1.0), -one.get("strength", 1.0)):
             cells = {"unsteered": _row(rows, behaviour, 0.0, None, [], "all")}
@@ -70,14 +74,22 @@ def reannotate(
                 cells[control or "steered"] = row
             for row in cells.values():
                 if (key := (row["name"], behaviour)) not in shares:
-                    shares[key] = _share(second, row["name"], behaviour)
+                    shares[key] = _shares(second, plan[row["name"]], behaviour)
+            found = {kind: shares[row["name"], behaviour] for kind, row in cells.items()}
+            above = {run.config.annotator: cells["steered"].get("above_control"), annotator: None}
+            if above[run.config.annotator]:  # else both are read by the rule of older folders
+                own = _means(found["steered"])
+                above[annotator] = {kind: difference_to_control(own, found[kind], seed) for kind in CONTROLS}
             fractions = {
                 run.config.annotator: {kind: row["fractions"][behaviour] for kind, row in cells.items()},
-                annotator: {kind: shares[row["name"], behaviour] for kind, row in cells.items()},
+                annotator: {
+                    kind: control_interval(some, seed) if kind in CONTROLS else mean_interval(_means(some), seed)
+                    for kind, some in found.items()
+                },
             }
-            outside = {name: _is_outside(some, strength) for name, some in fractions.items()}
+            outside = {name: _is_outside(some, above[name], strength) for name, some in fractions.items()}
             about = {"behaviour": behaviour, "strength": strength}
-            effects.append(about | {"fractions": fractions, "outside": outside})
+            effects.append(about | {"fractions": fractions, "above_control": above, "outside": outside})
     result = {"annotators": [run.config.annotator, annotator], "effects": effects}
     kind = annotator.partition(":")[0]
     with run.folder.locked():
@@ -99,18 +111,23 @@ def _row(
     )
 
 
-def _share(run: Run, cell: str, behaviour: str) -> list[float] | None:
-    """[mean, low, high] of a behaviour's share in a cell's chains, by the run's annotator."""
-    chains = read_jsonl(run.folder / f"steered/{cell}.jsonl", "chain")
+def _shares(run: Run, cell: Cell, behaviour: str) -> ByDirection:
+    """A behaviour's share in a cell's chains by task and direction, by the run's annotator."""
+    chains = read_jsonl(run.folder / f"steered/{cell.name}.jsonl", "chain")
     measured = measure_chains(run, chains, "evaluation")
-    found = mean_interval(
-        by_task((m.task_id, m.fractions[behaviour] if m.fractions else None) for m in measured), run.config.seed
-    )
-    return None if found is None else list(found)
+    return values_by_direction(measured, f"fractions.{behaviour}", directions_of(cell, measured) or [0] * len(measured))
 
 
-def _is_outside(shares: Mapping[str, Any], strength: float) -> bool:
-    """Whether the steered interval lies beyond those of both controls, on the side that the strength asks for."""
+def _means(shares: ByDirection) -> dict[str, float]:
+    return {task: sum(some.values()) / len(some) for task, some in shares.items()}
+
+
+def _is_outside(shares: Mapping[str, Any], above: Mapping[str, Any] | None, strength: float) -> bool:
+    """Whether the effect is beyond both controls, on the side that the strength asks for: by the paired differences, or
+    by intervals that do not overlap where a folder lacks these."""
+    sign = 1 if strength > 0 else -1
+    if above is not None:
+        return all(gap is not None and min(sign * gap[1], sign * gap[2]) > 0 for gap in map(above.get, CONTROLS))
     steered = shares["steered"]
     if steered is None or any(shares[control] is None for control in CONTROLS):
         return False
@@ -124,7 +141,7 @@ def table(result: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     kinds = ("unsteered", "steered", *CONTROLS)
-    drawn = Table("behaviour", "annotator", *kinds, "outside", title="Mean share of thinking tokens, in percent")
+    drawn = Table("behaviour", "annotator", *kinds, "beyond", title="Mean share of thinking tokens, in percent")
     for effect in result["effects"]:
         for name, shares in effect["fractions"].items():
             means = ["-" if shares[kind] is None else f"{100 * shares[kind][0]:.1f}" for kind in kinds]
@@ -137,4 +154,4 @@ def summary(result: Mapping[str, Any]) -> str:
     """How many effects are outside both controls, by each annotator, in a sentence."""
     counts = [sum(e["outside"][name] for e in result["effects"]) for name in result["annotators"]]
     parts = [f"{n} by {name}" for n, name in zip(counts, result["annotators"], strict=True)]
-    return f"of {len(result['effects'])} effects, {' and '.join(parts)} lie outside both controls"
+    return f"of {len(result['effects'])} effects, {' and '.join(parts)} are beyond both controls"

@@ -25,7 +25,8 @@ class Setting(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What one strength did to the vector's own behaviour; `beats` holds None for an unmeasured control."""
+    """What one strength did to the vector's own behaviour; `beats` says of each control whether the effect is beyond
+    it, None for an unmeasured one."""
 
     strength: float
     fraction: Interval | None
@@ -50,7 +51,7 @@ class Effect(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Beyond the interval of every control, all of which were measured."""
+        """Beyond every control, all of which were measured."""
         return all(self.beats.values())
 
 
@@ -143,14 +144,22 @@ def main_setting(cells: Sequence[Cell], behaviour: str, selection: Mapping[str, 
 
 
 def effect(cells: Sequence[Cell], behaviour: str, setting: Setting, strength: float) -> Effect:
-    """What the vector did to its own behaviour at one strength, beside unsteered and the controls."""
+    """What the vector did to its own behaviour at one strength, beside unsteered and the controls.
+
+    An effect is beyond a control where the paired difference between them is clear of 0; in a report that lacks these,
+    where their intervals do not overlap.
+    """
     metric = f"fractions.{behaviour}"
     base = measured(unsteered(cells, behaviour), metric)
     read = curve(cells, behaviour, None, setting, metric).get(strength)
     beats: dict[str, bool | None] = {}
+    paired = [cell.get("above_control") or {} for cell in doses(cells, behaviour, None, setting).get(strength, ())]
     for control in CONTROLS:
+        above = measured(paired, control)
         rival = curve(cells, behaviour, control, setting, metric).get(strength)
-        if read is None or rival is None:
+        if above is not None:
+            beats[control] = above.low > 0 if strength > 0 else above.high < 0
+        elif read is None or rival is None:
             beats[control] = None
         else:
             beats[control] = read.low > rival.high if strength > 0 else read.high < rival.low

@@ -73,6 +73,7 @@ def render(report: Report, timings: Mapping[str, Any] | None = None) -> str:
         methods=methods,
         headline=_headline([v for v in vectors if v.setting]),
         cost=_cost([v for v in vectors if v.setting]),
+        is_paired=any(cell.get("above_control") for cell in report["cells"]),
         bars=fraction_panels(vectors),
         doses=[_dose_response(v) for v in vectors],
         places=[panel for v in vectors if (panel := _places(v))],
