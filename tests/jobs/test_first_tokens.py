@@ -214,6 +214,21 @@ def test_only_the_vectors_change(run, folder):
     assert Direction.load(root / "bias.safetensors").layers == [1, 3]
 
 
+def test_other_solutions_in_the_same_folder_are_learnt_anew(run, folder):
+    s = UPFTSettings(**{k: v for k, v in small(folder, epochs=1).items() if k != "workers"})
+    root, solutions = RunFolder(folder / "solved"), read_jsonl(run / "solutions.jsonl")
+    write_jsonl(root / "tasks.jsonl", read_jsonl(run / "tasks.jsonl"))
+
+    def learnt(rows):
+        from steerable.models import loading as models
+
+        write_jsonl(root / "solutions.jsonl", rows)
+        train_prefixes(root.root, s, models.load(folder / "model"), Display(quiet=True))
+        return (root / "bias.safetensors").read_bytes()
+
+    assert learnt(solutions) != learnt([chain | {"ids": chain["ids"][::-1]} for chain in solutions])
+
+
 def test_a_finished_run_is_not_done_again(run, folder):
     names = ["tasks.jsonl", "solutions.jsonl", "bias.safetensors", "training.json", "chains/bias-greedy.jsonl"]
     before = {name: os.stat(run / name).st_mtime_ns for name in names}

@@ -177,6 +177,19 @@ def test_interrupted_training_on_first_tokens_goes_on_to_the_same_bytes(tmp_path
     _interrupt_and_compare(lambda: train_upft(tmp_path / "run", **settings))
 
 
+def test_other_weights_at_the_same_place_are_trained_anew(tmp_path, tasks):
+    """Not the checkpoints of the first ones, under the others' name."""
+    from safetensors.torch import load_file, save_file
+
+    made = folder(tmp_path / "model", **MODELS["nothing"][0])
+    settings = SMALL | {"tasks": tasks, "model": str(made), "steps": 2}
+    train_rl(tmp_path / "run", **settings)
+    weights = {name: x.roll(1, 0) for name, x in load_file(made / "model.safetensors").items()}
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    again, anew = (train_rl(tmp_path / name, **settings) for name in ("run", "anew"))
+    assert (again / "bias.safetensors").read_bytes() == (anew / "bias.safetensors").read_bytes()
+
+
 def _interrupt_and_compare(train):
     """As if a training of two steps had been killed after its first checkpoint."""
     run = train()

@@ -47,7 +47,7 @@ from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.files import write_atomic
-from steerable.store.run_folder import RunFolder, read_json, write_json
+from steerable.store.run_folder import RunFolder, read_json, sha256, write_json
 from steerable.store.text import plural
 
 DECODINGS = ("greedy", "sampled")
@@ -80,10 +80,14 @@ class Training:
 
     def stage(self, name: str, inputs: Sequence[str], settings: str, outputs: Sequence[str], work: Any) -> None:
         """Do a stage, `work(folder for partial results)`, unless it is finished. settings: those that it depends on."""
-        weights = arms.fingerprint(Arm(BASE, "base", self.settings.model), self.loaded.model)
-        key = self.settings.subset(settings) | {"weights": weights}
+        key = self.settings.subset(settings) | {"weights": self.weights}
         did = self.folder.run_stage(name, inputs, key, outputs, work)
         self.display.say(f"{name}: {'done' if did else 'was done already'}")
+
+    @property
+    def weights(self) -> str:
+        """What tells the untrained model's weights from others of the same name."""
+        return arms.fingerprint(Arm(BASE, "base", self.settings.model), self.loaded.model)
 
     def tasks(self, split: str) -> list[Record]:
         """The tasks to train on ("train") or to judge on ("evaluation")."""
@@ -112,12 +116,20 @@ class Training:
             reference = getattr(s, "beta", 0.0) > 0
             trained = attach(model, s.method, layers=s.chosen_layers, reference=reference, **s.subset("after rank"))
             trainer = make(trained)
-            loop.run(trainer, model, root, _key(root, s), self.display)
+            loop.run(trainer, model, root, self._key(), self.display)
             if trainer.accelerator.is_main_process:
                 stats = {"training": s.to_dict(), **note_keys(keys_of(self.tasks("train")))}
                 about = {"behaviour": "reasoning", "method": method, "stats": stats}
                 trained.finish(root, self.loaded.tokenizer, **about)
                 write_json(root / "training.json", loop.summary(root, trainer))
+
+    def _key(self) -> str:
+        """What tells a training from others in the same folder: a hash of its settings, the weights that it begins
+        with, and what is learnt."""
+        settings = {name: value for name, value in self.settings.to_dict().items() if name not in _UNTRACKED.split()}
+        files = [self.folder / name for name in ("tasks.jsonl", "solutions.jsonl")]
+        learnt = [sha256(file) for file in files if file.exists()]
+        return hashlib.sha256(json.dumps([settings, self.weights, learnt], sort_keys=True).encode()).hexdigest()
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What is the same for every training, as arguments of transformers' `TrainingArguments`."""
@@ -408,10 +420,3 @@ def examples(base: Sequence[Measured], trained: Sequence[Measured], count: int =
         {"task_id": a.task_id, "prompt": a.task["prompt"], "base": chain(a), "trained": chain(b)}
         for a, b in chosen[:count]
     ]
-
-
-def _key(root: Path, s: TrainSettings) -> str:
-    """What tells a training from others in the same folder, as a hash of its tasks and settings."""
-    settings = {name: value for name, value in s.to_dict().items() if name not in _UNTRACKED.split()}
-    tasks = hashlib.sha256((root / "tasks.jsonl").read_bytes()).hexdigest()
-    return hashlib.sha256((json.dumps(settings, sort_keys=True) + tasks).encode()).hexdigest()
