@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from rloo import advantages, log_probs, loss, train
+from tiny_families import tiny
 from tiny_training import MANY, STOPS, TASKS, batch, loaded, says, trainer
 
 from steerable.engines.hf.routes import route
@@ -110,6 +111,21 @@ def test_scores_do_not_depend_on_grouping_by_length(tmp_path, tiny_llama, tokeni
     prompts, texts = rows_of(made, scored)
     naive = log_probs(made.model, prompts[3], texts[3])
     torch.testing.assert_close(ours[3, : len(texts[3])], naive, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("method", ["bias", "lora"])
+def test_scores_with_learned_positions_are_those_of_every_row_alone(tmp_path, tokenizer, monkeypatch, method, alone):
+    """In our way and in TRL's, which pads on the left."""
+    made = trainer(tmp_path, loaded(tiny("gpt2"), tokenizer), MANY, method=method, max_new_tokens=20)
+    monkeypatch.setattr(type(made), "_alone", alone)
+    scored = batch(made)
+    made.model.eval()
+    ids, mask = (torch.cat([scored[f"prompt_{x}"], scored[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    assert not mask[:, 0].all()
+    ours = made._get_per_token_logps_and_entropies(made.model, ids, mask, scored["completion_ids"].shape[1])[0]
+    for row, prompt, text in zip(ours, *rows_of(made, scored), strict=True):
+        torch.testing.assert_close(row[: len(text)], log_probs(made.model, prompt, text), atol=1e-5, rtol=1e-5)
 
 
 def test_the_passes_of_a_step_are_sorted_and_hold_the_same_rollouts(tmp_path, tiny_llama, tokenizer):

@@ -233,7 +233,14 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's, with rows of similar length together, each group without its common padding."""
+        """TRL's, with rows of similar length together, each group without its common padding, and every row in the
+        positions that it has alone."""
+        with _positions_of_the_mask(model):
+            return self._scored(model, input_ids, attention_mask, logits_to_keep, *args, **options)
+
+    def _scored(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         score = super()._get_per_token_logps_and_entropies
         simple = {"batch_size", "compute_entropy", "compute_aux_loss"}
         if not self._alone or any(v is not None and k not in simple for k, v in options.items()):
@@ -342,6 +349,24 @@ def _without_fused_head(model: Any) -> Iterator[None]:
     finally:
         for module, forward in zip(bound, passes, strict=True):
             module.forward = forward
+
+
+@contextmanager
+def _positions_of_the_mask(model: Any) -> Iterator[None]:
+    """Positions that count from a row's first token: without them a model counts padding on the left, too, which one
+    with learned positions sees."""
+    if "position_ids" not in signature(unwrap(model).forward).parameters:
+        yield
+        return
+
+    def place(_: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, inputs | {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+    hook = model.register_forward_pre_hook(place, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _by_length(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
