@@ -44,9 +44,9 @@ def trainer(tmp_path, found, reward, *, method="bias", layers=None, after="mlp",
     """A trainer with the settings' batch; chains without a closed think block count as they stand."""
     s = RLSettings(**{"model": "tiny", "prompts": 4, "group": 4, "limit": 4, "max_new_tokens": 6, "steps": 3,
                       "micro_batch": 16, "method": method, "save_every": 100} | settings)  # fmt: skip
+    training = Training(RunFolder(tmp_path), s, found)
     trained = attach(found.model, method, layers=layers, after=after, rank=rank, reference=s.beta > 0)
     texts = [f"<user> {task['prompt']} <assistant> " for task in TASKS]
-    training = Training(RunFolder(tmp_path), s, found)
     made = VectorTrainer(trained, arguments(training), texts, TASKS, reward, found.tokenizer)
     made.tags = None  # a model that thinks aloud: its whole text is judged
     return made

@@ -78,6 +78,9 @@ class Training:
     workers: int | None = None
     display: Display = field(default_factory=lambda: Display(quiet=True))
 
+    def __post_init__(self) -> None:
+        self.dtype = self.loaded.model.dtype  # in which it computes: `full` makes the weights wider
+
     def stage(self, name: str, inputs: Sequence[str], settings: str, outputs: Sequence[str], work: Any) -> None:
         """Do a stage, `work(folder for partial results)`, unless it is finished. settings: those that it depends on."""
         key = self.settings.subset(settings) | {"weights": self.weights}
@@ -146,7 +149,7 @@ class Training:
             "weight_decay": 0.0,
             "gradient_checkpointing": s.checkpointing,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
-            "bf16": model.dtype == torch.bfloat16 and not cpu,
+            "bf16": self.dtype == torch.bfloat16 and not cpu,
             "use_cpu": cpu,
             "seed": s.seed,
             "remove_unused_columns": False,

@@ -65,6 +65,24 @@ def test_full_trains_everything(tiny_llama, tokenizer):
     assert trained.count() == sum(p.numel() for p in found.model.parameters())
 
 
+def test_full_trains_half_precision_in_float32(tmp_path, tiny_llama, tokenizer):
+    """So that a small step moves the weights; what is left has the checkpoint's type."""
+    from safetensors.torch import load_file
+
+    found = loaded(tiny_llama, tokenizer)
+    trained = attach(found.model.to(torch.bfloat16), "full")
+    before = {name: p.detach().clone() for name, p in trained.parameters().items()}
+    optimizer = torch.optim.AdamW(trained.parameters().values(), lr=1e-6)
+    trained.model(IDS, labels=IDS).loss.backward()
+    assert all(p.dtype == torch.float32 for p in before.values())
+    optimizer.step()
+    with_gradient = sum(int((p.grad != 0).sum()) for p in trained.parameters().values())
+    changed = sum(int((p != before[name]).sum()) for name, p in trained.parameters().items())
+    assert changed > 0.9 * with_gradient
+    saved = load_file(trained.finish(tmp_path, tokenizer) / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"layers": [1, 3]}, {"after": "attention"}, {"rank": 2}, {"reference": True}], ids=str
 )

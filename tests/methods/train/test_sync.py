@@ -152,10 +152,13 @@ def test_half_precision_is_rounded_as_the_forward_pass_rounds_it(tmp_path, found
 
 def test_full_training_sends_everything(tmp_path, monkeypatch, found):
     instead_of_vllm(monkeypatch)
+    found.model.to(torch.bfloat16)
     made = connect(tmp_path, settings(tmp_path, method="full"), found)
     sync.only_trained(made)
     made.vllm_generation.sync_weights()
     assert [name for name, *_ in Engine.last.sent] == [name for name, _ in found.model.named_parameters()]
+    assert {x.dtype for _, x in made.vllm_generation._iter_named_params()} == {torch.bfloat16}
+    assert found.model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["bias", "lora"])

@@ -6,7 +6,7 @@
   (arXiv 2509.06608).
 - `lora`: rank 4 on that projection, alpha = r.
 - `tinylora`: one vector of 13 numbers for all linear maps of the model (arXiv 2602.04118).
-- `full`: every weight.
+- `full`: every weight, in float32: half precision would round most of the optimiser's steps away.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class Trained:
     """A model with trainable parameters: its checkpoints, what it was before the training, and its artefact.
 
     `model` goes to the trainer, together with `peft_config` where PEFT is to wrap it. After that, set `model` to the
-    wrapped model.
+    wrapped model. `types` are those of the checkpoint, by parameter.
     """
 
     def __init__(self, model: Any, method: str, peft_config: Any = None, factors: Factors | None = None) -> None:
         self.model, self.method, self.peft_config, self.factors = model, method, peft_config, factors
         self._first: dict[str, Tensor] = {}
+        self.types = {name: p.dtype for name, p in model.named_parameters()}
         self._padding = model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -133,6 +134,8 @@ class Trained:
         if self.method == "full":  # TRL has written its padding into the model, which may have none
             config, generation = self.model.config.get_text_config(), self.model.generation_config
             config.pad_token_id, generation.pad_token_id = self._padding
+            for name, p in self.model.named_parameters():
+                p.data = p.data.to(self.types[name])
             tokenizer.save_pretrained(partial)
         with models.no_progress_bar():
             self.model.save_pretrained(partial)
@@ -171,7 +174,10 @@ def attach(
         raise UsageError("--rank goes with bias, adaptive, lora and tinylora: full has none")
     model.requires_grad_(method == "full")
     if method == "full":
-        return Trained(model, method)
+        trained = Trained(model, method)
+        for p in model.parameters():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        return trained
     chosen = places(model, layers, after)
     if method == "bias":
         check_vectors(model, chosen, rank, reference)

@@ -7,7 +7,7 @@ TRL sends every weight after every step. Here the engine starts from the very we
   vectors of a rank are alike here;
 - `lora`, `adaptive`, `tinylora`: the weights of the maps that have an adapter, W plus its delta, computed beside the
   model: nothing is merged and unmerged, so that no rounding is left in the frozen weights;
-- `full`: everything, by TRL itself.
+- `full`: everything, by TRL itself, in the checkpoint's type.
 
 vLLM's server rebuilds every linear map of which something arrives, from what arrives, and leaves the rest of it
 uninitialised. So it is sent the whole map, weight and bias; an engine in the trainer's process gets the bias alone.
@@ -135,6 +135,8 @@ def only_trained(trainer: Any) -> None:
 
     generation.sync_weights = sync_weights
     if trained.method == "full":
+        walk = generation._iter_named_params
+        generation._iter_named_params = lambda: ((name, x.to(trained.types.get(name, x.dtype))) for name, x in walk())
         return
     if generation._dist.fsdp_version == 1:
         raise UsageError("weights that FSDP 1 has flattened cannot be sent to vLLM one by one: set fsdp_version: 2")
