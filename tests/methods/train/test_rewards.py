@@ -66,13 +66,17 @@ def test_format_only_pays_for_any_answer():
     assert format_only(task("5"), None) == (-1.0, "no-answer")
 
 
-def test_the_random_reward_is_fair_and_fixed():
-    found = [random_reward(0)(task("5"), rf"\boxed{{{i}}}") for i in range(400)]
-    assert found == [random_reward(0)(task("5"), rf"\boxed{{{i}}}") for i in range(400)]
+def test_the_random_reward_is_fair_and_fixed_and_drawn_for_equal_answers_apart():
+    def drawn(seed, answer="5"):
+        return [random_reward(seed)(task("5") | {"rollout": f"0/0/{i}"}, rf"\boxed{{{answer}}}") for i in range(400)]
+
+    found, other = drawn(0), drawn(1)
+    assert found == drawn(0)
     assert abs(sum(paid for paid, _ in found)) < 60  # three standard deviations
-    assert {reason for _, reason in found} == {"right", "wrong"}, "the reasons are still the true ones"
-    other = [random_reward(1)(task("5"), rf"\boxed{{{i}}}") for i in range(400)]
     assert 120 < sum(a != b for a, b in zip(found, other, strict=True)) < 280
+    wrong = drawn(0, "6")
+    assert [paid for paid, _ in wrong] == [paid for paid, _ in found], "the answer has no part in it"
+    assert {reason for _, reason in found} == {"right"} and {reason for _, reason in wrong} == {"wrong"}
 
 
 def test_names_of_rewards():

@@ -11,6 +11,7 @@ from tiny_families import tiny
 from tiny_training import MANY, STOPS, TASKS, batch, loaded, says, trainer
 
 from steerable.engines.hf.routes import route
+from steerable.methods.train.rewards import random_reward
 from steerable.store.errors import SteerableError, SteerableWarning
 
 pytest.importorskip("trl")
@@ -270,3 +271,16 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path, tiny_llama, tokenizer)
     assert ids(0) != ids(1)
     assert ids(0) != ids(0, step=1)
     assert len({tuple(row) for row in ids(0)}) > 1, "samples of one prompt differ"
+
+
+def test_the_lot_depends_on_seed_step_and_rollout_alone(tmp_path, tiny_llama, tokenizer):
+    """So that a group of equal answers has different rewards, and a resumed training the same."""
+
+    def rewards(seed, step=0):
+        made = trainer(tmp_path, loaded(tiny_llama, tokenizer), random_reward(seed), seed=seed)
+        made.state.global_step = step
+        return made.pay([[8, 9, STOPS[0]]] * 32, [0] * 32, lambda *_: None)
+
+    assert rewards(0) == rewards(0)
+    assert 4 < sum(reward > 0 for reward in rewards(0)) < 28
+    assert rewards(0) != rewards(1) and rewards(0) != rewards(0, step=1)

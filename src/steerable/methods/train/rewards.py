@@ -21,7 +21,7 @@ REASONS = ("right", "wrong", "no-answer", "several-boxes", "parse-error", "timeo
 
 Reward = Callable[[Mapping[str, Any], str | None], tuple[float, str]]
 """`reward(task, completion) -> (reward, reason)`; the completion is the text behind the think block, or None where the
-block was never closed."""
+block was never closed. The task's `rollout` names the completion among all of a training."""
 
 
 def reward(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
@@ -60,11 +60,11 @@ def format_only(task: Mapping[str, Any], completion: str | None) -> tuple[float,
 
 
 def random_reward(seed: int) -> Reward:
-    """The control that pays at random: +1 or -1, fixed by the seed, the task and the completion, so that a resumed run
-    is the same run."""
+    """The control that pays at random: +1 or -1, fixed by the seed and the rollout, so that a resumed run is the same
+    run. Equal answers are drawn for apart."""
 
     def by_lot(task: Mapping[str, Any], completion: str | None) -> tuple[float, str]:
-        digest = hashlib.sha256(f"{seed}/{task['id']}/{completion}".encode()).digest()
+        digest = hashlib.sha256(f"lot {seed}/{task['rollout']}".encode()).digest()
         return (1.0 if digest[0] % 2 else -1.0), reward(task, completion)[1]
 
     return by_lot

@@ -108,17 +108,22 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
 
     # Rollouts and rewards
 
+    @property
+    def place(self) -> str:
+        """The step and the process: with a rollout's index what it draws from."""
+        return f"{self.state.global_step}/{self.accelerator.process_index}"
+
     def roll_out(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """Completions of the prompts, each of which comes as often as it has samples."""
         ids = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts]
-        place = f"{self.state.global_step}/{self.accelerator.process_index}"
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         training = model.training
         model.eval()
         try:
             decoding = Decoding(self.temperature, self.top_k, self.top_p)
-            requests = [Request(row, request_seed(self.args.seed, place, i), (), decoding) for i, row in enumerate(ids)]
+            seeds = [request_seed(self.args.seed, self.place, i) for i in range(len(ids))]
+            requests = [Request(row, seed, (), decoding) for row, seed in zip(ids, seeds, strict=True)]
             with self.timed("generation"), _without_fused_head(model):
                 engine = TransformersEngine(model, self.tokenizer, rows=self.rows)
                 completions = engine.generate(requests, max_new_tokens=self.max_completion_length)
@@ -130,11 +135,12 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         """The rewards of a batch; shares of the reasons are logged."""
         rewards, reasons, cut = [], Counter(dict.fromkeys(REASONS, 0)), 0
         with self.timed("reward"):
-            for ids, number in zip(completion_ids, task, strict=True):
+            for i, (ids, number) in enumerate(zip(completion_ids, task, strict=True)):
                 completion = Completion(ids, bool(ids) and ids[-1] in self.stops)
                 cut += not completion.finished
                 chain = split_chain(self.tokenizer, self.tags, completion, endless=not self.stops)
-                value, reason = self.paid(self.tasks[number], chain["answer"] if chain["closed"] else None)
+                paid_for = {**self.tasks[number], "rollout": f"{self.place}/{i}"}
+                value, reason = self.paid(paid_for, chain["answer"] if chain["closed"] else None)
                 rewards.append(value)
                 reasons[reason] += 1
         for reason, count in sorted(reasons.items()):
