@@ -77,6 +77,9 @@ def test_traps_of_symbolic_equivalence(wanted, text, theirs, ours):
         ),
         ("x^2+2x+1", r"\boxed{2x+x^2+1}", "right"),
         ("x^2+2x+1", r"\boxed{(x+1)^2}", "wrong"),  # stands in the prompt
+        ("x(x-3)(x+2)", r"\boxed{x^3-x^2-6x}", "right"),
+        (r"\frac{a^3}{b^2}", r"\boxed{a^3b^{-2}}", "right"),
+        (r"\frac{x^2}{4}+\frac{y^2}{9}=1", r"\boxed{9x^{2}+4y^{2}=36}", "right"),
         ("4210_5", r"\boxed{4210_{5}}", "right"),
         ("4210_5", r"\boxed{4210}", "wrong"),
         ("east", r"\boxed{seat}", "wrong"),  # the same product of variables
@@ -100,6 +103,12 @@ def test_traps_of_symbolic_equivalence(wanted, text, theirs, ours):
 def test_verdicts(wanted, text, reason):
     verdict = judge({"answer": wanted, "prompt": "Expand $(x+1)^2$ fully."}, text)
     assert verdict == Verdict(float(reason == "right"), reason)
+
+
+@pytest.mark.parametrize("tower", ["9^{9^9}", "9^9^9", "9^{(-9)^{9}}", "9^{{9}^9}", "9^{9}^{9}", "9^(9^9)", "9^{-2^{9}}"])
+def test_a_tower_of_powers_never_reaches_sympy(tower, monkeypatch):
+    monkeypatch.setattr(symbolic, "equivalent", lambda *_: pytest.fail("it does"))
+    assert compare("x^2+x^3", f"x+{tower}") == "wrong"
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,10 @@ _FUNCTIONS = word_set("sin cos tan sec csc cot log exp sqrt arcsin arccos arctan
 _UNREADABLE = re.compile(
     r"['\"@#?&~`]|\.\.|\\[lc]?dots|\\approx|\\simeq|(?<![_\d])\d+\s+\d|[-+*/^=_(\[{]\s*\Z|\d\.\d*\.\d"
 )
-_CALCULATIONS = re.compile(r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!|\^\s*\{?[^{}^]{0,20}\^")
+_CALCULATIONS = re.compile(
+    r"\\(?:i*int|oint|sum|prod|lim|binom)(?![A-Za-z])|!"
+    r"|\^\s*(?:\{(?:[^{}]|\{[^{}]*\})*?|\([^()]*?|(?:\{[^{}]*\}|-?\d+|[A-Za-z]|\\[A-Za-z]+)\s*)\^"  # a tower of powers
+)
 
 
 def _is_formula(text: str, reference: str) -> bool:
