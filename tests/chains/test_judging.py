@@ -199,6 +199,13 @@ def test_numbers_are_compared_exactly(wanted, given, right):
         ("the answer is $18$, because 2*9=18", "18"),
         ("The answer is 3.5. No, the answer is 4", "4"),
         ("####\n#..#\n####", "####\n#..#\n####"),  # a maze
+        ("It is 2 + 1.\n#### 3 bolts\n", "3 bolts"),
+        ("It is 2 + 1.\n#### 3 cups of flour.", "3 cups of flour."),
+        ("It is 9 * 2.\n#### **18**", "18"),
+        ("It is 9 * 2.\n#### **$18** a day", "$18 a day"),
+        ("#### 1. First step\nThe answer is 5.\n#### 2. Next step", "5"),
+        ("#### 1. First step\nThe answer is 5.\n#### **2. next step**", "5"),
+        ("#### 3 ways\nThe answer is 5.", "5"),
     ],
 )
 def test_extraction(text, answer):

@@ -161,8 +161,9 @@ _BOX_PARTS = re.compile(r"\\f?boxed\b\s*\{|\\.|[{}]", re.DOTALL)
 # Without braces a box holds a number or one letter; `the \boxed command` is prose.
 _BARE_BOX = re.compile(r"\\boxed[ ]{1,4}(-?\d[\d.,/]{0,30}(?<![.,])|[A-Za-z](?=[ ]?(?:\$|\\\)|\.|\n|\Z)))|\\boxed\s?\Z")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-# A number alone: models write headings with four signs, too.
+# A number alone: models write headings with four signs, too. In the last line it may be bold or have a unit.
 _HASHED = re.compile(r"-?[ \t]?\\?[$\u20ac\u00a3]?-?\d[\d,.]*(?:/\d+)?[ \t]?\\?%?")
+_HASHED_LAST = re.compile(_HASHED.pattern + r"(?:(?<!\.)(?: [a-z][A-Za-z/]*){1,3})?\.?")
 #: Contents by which a text names a mark and answers nothing: "I have put it in \boxed{}".
 _PLACEHOLDERS = ("", "...", "\u2026", r"\ldots", r"\dots", "answer", "your answer", "final answer", "the answer")
 _NAMED = re.compile(r"\s*[`'\"]|\s+tags?\b|\s+and\b")
@@ -216,11 +217,14 @@ def _tagged(text: str) -> list[Mark]:
 
 
 def _hashed(text: str) -> list[Mark]:
-    marks, position, before = [], 0, ""
+    marks, position, before, end = [], 0, "", len(text.rstrip())
     for line in text.splitlines(keepends=True):
         content = line[4:].strip()
         if line.startswith("####") and not line.startswith("#####"):
-            if len(content) <= 60 and _HASHED.fullmatch(content):
+            number = _HASHED
+            if position + len(line) >= end:
+                content, number = content.replace("**", ""), _HASHED_LAST
+            if len(content) <= 60 and number.fullmatch(content):
                 marks.append(Mark(position, position + len(line), content))
             elif not content and re.search("[A-Za-z]{2}|####|^$", before):  # no line of a maze
                 marks.append(Mark(position, position + len(line), None))
