@@ -105,6 +105,23 @@ def test_verdicts(wanted, text, reason):
     assert verdict == Verdict(float(reason == "right"), reason)
 
 
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("4", ["x=4", "1+3=4", r"\frac{8}{2}=4", r"\text{total} = 4", "Cost of a pen = 4", "2 cm + 2 cm = 4 cm",
+               "3 cups + 1 cup = 4 cups", "f(x)=4", r"\gcd(12,8)=4", r"\$1 + \$3 = \$4", r"2\text{ m}+2\text{ m}=4\text{ m}"],
+         ["2x=4", "x^2=4", "x+y=4", "3x+2y=4", "f(7)-1=4", r"\sqrt{x}=4", r"\frac{x}{2}=4", "5=4", r"\pi r = 4"]),
+        ("13", ["3+10=13"], ["3x+10=13"]),
+        ("x=4", ["x=4", "4"], ["y=4", "2x=4"]),
+        ("2x", ["f(x)=2x", "y=2x"], ["f(x)=3x"]),
+        (r"\frac{1}{2}", [r"\sin x = \frac{1}{2}"], [r"2\sin x = \frac{1}{2}"]),
+    ],
+)  # fmt: skip
+def test_the_right_side_of_an_equation_in_an_unknown_is_no_answer(reference, right, wrong):
+    assert [given for given in right if compare(reference, given) != "right"] == []
+    assert [given for given in wrong if compare(reference, given) == "right"] == []
+
+
 @pytest.mark.parametrize("tower", ["9^{9^9}", "9^9^9", "9^{(-9)^{9}}", "9^{{9}^9}", "9^{9}^{9}", "9^(9^9)", "9^{-2^{9}}"])
 def test_a_tower_of_powers_never_reaches_sympy(tower, monkeypatch):
     monkeypatch.setattr(symbolic, "equivalent", lambda *_: pytest.fail("it does"))

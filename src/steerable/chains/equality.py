@@ -315,15 +315,25 @@ _ASSIGNED = re.compile(rf"({_VARIABLE})\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 
 
 def _right_side(text: str, any_left: bool = False) -> str:
-    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` too."""
+    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` and `total cost = 3` too, but not of `2x = 3`."""
     if assigned := _ASSIGNED.fullmatch(text):
         return assigned[2].strip()
     if label := re.fullmatch(r"[A-Za-z][A-Za-z ]{2,30}: (.+)", text):
         return label[1]
     left, equal, right = text.partition("=")
     is_one = equal and left.strip() and "=" not in right and not re.search(r",|\b(?:or|and)\b", left)
-    is_one = is_one and not re.fullmatch(r"[-\d.]+", left.strip())  # 41 = 42
+    is_one = is_one and not re.fullmatch(r"[-\d.]+", left.strip()) and _has_no_unknown(left.strip())  # 41 = 42
     return right.strip() if any_left and is_one else text
+
+
+_MEASURE = re.compile(r"m?\\(?:angle|overline|sin|cos|tan)\s*\{?[A-Za-z]{1,3}\}?")
+
+
+def _has_no_unknown(left: str) -> bool:
+    """Whether the left side of an equation is a calculation with numbers, or names one thing."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", TEXT.sub(" ", left))
+    numeric = all(len(word) == 3 or (len(word) == 2 and is_known(word)) for word in words)
+    return numeric or any(len(word) > 3 for word in words) or bool(_MEASURE.fullmatch(left))
 
 
 def _same_variable(a: str, b: str) -> bool:
