@@ -30,6 +30,7 @@ USED = [
     "_metrics",
     "_buffered_inputs",
     "_step",
+    "current_gradient_accumulation_steps",
     "rollout_func",
     "eos_token_ids",
     "num_generations",

@@ -261,6 +261,29 @@ def test_the_divergence_is_that_from_the_untrained_model(tmp_path, tiny_llama, t
     assert made._metrics["train"]["kl"][1] == pytest.approx(total / count, rel=1e-3)
 
 
+@pytest.mark.parametrize("micro_batch", [16, 4])
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1, "method": "lora"}], ids=str)
+def test_the_entropy_is_that_of_whole_rollouts(tmp_path, tiny_llama, tokenizer, monkeypatch, settings, micro_batch):
+    """Of all with a KL term, else of the first of every task: whoever is paid, however the passes are cut."""
+    first = lambda task, completion: MANY(task, completion) if task["id"] == "t0" else (-1.0, "wrong")  # noqa: E731
+    found = loaded(tiny_llama, tokenizer)
+    options = {"steps": 1, "micro_batch": micro_batch, "max_new_tokens": 20} | settings
+    made = trainer(tmp_path, found, first, **options)
+    scored, plain = [], made._generate_and_score_completions
+    monkeypatch.setattr(made, "_generate_and_score_completions", lambda rows: scored.append(plain(rows)) or scored[0])
+    untrained = copy.deepcopy(found.model)  # as it still is in the only step
+    made.train()
+    rows = list(zip(*rows_of(made, scored[0]), strict=True))
+    entropies = []
+    for prompt, text in rows if settings else rows[:: made.num_generations]:
+        with torch.no_grad():
+            logits = untrained(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        entropies += (-(logits.exp() * logits).sum(-1)).tolist()
+    assert len(entropies) > 4
+    logged = next(row["entropy"] for row in made.state.log_history if "entropy" in row)
+    assert logged == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
 def test_rollouts_depend_on_seed_and_step_alone(tmp_path, tiny_llama, tokenizer):
     def ids(seed, step=0):
         made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY, seed=seed)

@@ -63,7 +63,7 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         tokenizer: The model's. It is left as it is; TRL gets a copy with a padding token.
         own_engine: Roll out with the package's engine, else as TRL's arguments say.
         rows: Sequences that our engine computes together.
-        kl_rows: Rollouts a step on which the divergence from the untrained model is estimated.
+        kl_rows: Rollouts a step on which entropy and the divergence from the untrained model are estimated.
     """
 
     _buffered_inputs: Any  # TRL's: the passes of the step
@@ -155,8 +155,8 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         # Our engine times itself; TRL's is timed here, less what is pushed to vLLM on the way (`sync`).
         with nullcontext() if self.rollout_func else self.timed("generation"):
             batch = super()._generate_and_score_completions(inputs)
-        if self.beta == 0.0:
-            self._measure_kl(batch)
+        if self._samples:
+            self._measure(batch)
         advantages = self.accelerator.gather(batch["advantages"])
         self.nothing_learnt = self.beta == 0.0 and not bool(advantages.any())
         if self.nothing_learnt:
@@ -170,18 +170,23 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
             warnings.warn(f"step {self.state.global_step + 1} is skipped: {why}", SteerableWarning, stacklevel=2)
         return batch
 
+    @property
+    def _samples(self) -> bool:
+        """Whether divergence and entropy are measured on a sample of the rollouts, as no pass computes all of them."""
+        return bool(self.beta == 0.0 and self.kl_rows and not (self._dist.is_fsdp or self._dist.is_zero3))
+
     @torch.no_grad()
-    def _measure_kl(self, batch: Mapping[str, Any]) -> None:
-        """KL(policy || untrained) a token by Schulman's k3 estimator, on a few rollouts of different tasks."""
-        if self._dist.is_fsdp or self._dist.is_zero3 or not self.kl_rows:
-            return
+    def _measure(self, batch: Mapping[str, Any]) -> None:
+        """On a few rollouts of different tasks, whatever they were paid: the entropy a token, and KL(policy ||
+        untrained) a token by Schulman's k3 estimator."""
         with self.timed("kl"):
             rows = torch.arange(0, len(batch["completion_ids"]), self.num_generations)[: self.kl_rows]
             mask = batch["completion_mask"][rows]
             ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
             seen = torch.cat([batch["prompt_mask"][rows], mask], dim=1)
             score = partial(self._get_per_token_logps_and_entropies, self.model, ids, seen, mask.shape[1])
-            policy = score()[0]
+            policy, entropies, _ = score(compute_entropy=True)
+            self._metrics["train"]["entropy"].append(float((entropies * mask).sum() / mask.sum()))
             with self.trained.reference() as has_reference:
                 if has_reference:
                     ratio = score()[0] - policy
@@ -228,13 +233,21 @@ class VectorTrainer(SmallCheckpoints, GRPOTrainer):  # type: ignore[misc]
         # nobody has one still needs a row to compute.
         chosen = (inputs["advantages"] != 0).nonzero()[:, 0]
         rows = len(inputs["advantages"])
-        if self.beta == 0.0 and self._alone and len(chosen) < rows:
+        if self._samples and self._alone and len(chosen) < rows:
             chosen = chosen if len(chosen) else chosen.new_zeros(1)
             inputs = {
                 name: value[chosen] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
                 for name, value in inputs.items()
             }
-        return super()._compute_loss(model, inputs)
+        loss: Tensor = super()._compute_loss(model, inputs)
+        entropies = self._metrics["train"]["entropy"]  # TRL means over passes: each counts by its tokens
+        if self._samples:
+            entropies.pop()
+        else:
+            tokens = self.accelerator.gather(inputs["completion_mask"].sum()).sum()
+            passes = self.current_gradient_accumulation_steps
+            entropies[-1] *= float(tokens * passes / inputs["num_items_in_batch"])
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
