@@ -1,5 +1,7 @@
 """Scores against the model's own logits, sklearn, and a product written out."""
 
+from functools import partial
+
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -23,10 +25,28 @@ def readings(model, vectors=V, tokens=VOCABULARY):
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "olmo2", "gpt_neox"])
-def test_with_the_norm_these_are_the_models_logits(name):
-    """From the last block's output, soft-cap included (Gemma-2)."""
-    model = tiny(name)
+def scaled(config, **scale):
+    """A tiny model of a family that scales its logits."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    made = getattr(transformers, config)(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, initializer_range=0.3, **sizes, **scale
+    )
+    return transformers.AutoModelForCausalLM.from_config(made).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(partial(tiny, name), id=name) for name in ("llama", "qwen2", "gemma2", "gpt2", "olmo2", "gpt_neox")),
+        pytest.param(partial(scaled, "GraniteConfig", logits_scaling=8.0), id="granite"),
+        pytest.param(partial(scaled, "CohereConfig", logit_scale=0.0625), id="cohere"),
+    ],
+)
+def test_with_the_norm_these_are_the_models_logits(make):
+    """From the last block's output, scale (Granite, Cohere) and soft-cap (Gemma-2) included."""
+    model = make()
     ids = torch.tensor([[7, 9, 20, 11]])
     last: list = []
     with tap(model, {Site("resid_post", models.n_layers(model) - 1): lambda h: last.append(h[0].clone())}):

@@ -60,15 +60,16 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
     """The tokens that a vector makes most and least likely: scores W_U v of every token.
 
     Without the norm, scores are the logits that the vector itself adds, up to the norm. W_U is the unembedding as it
-    is: where it is tied to an embedding that the model scales (Gemma), it is not scaled. Computed in float32.
+    is: where it is tied to an embedding that the model scales (Gemma), it is not scaled, nor are these scores by a scale
+    of the logits (Granite, Cohere). Computed in float32.
 
     Args:
         model: A Hugging Face model with an unembedding.
         tokenizer: Its tokenizer.
         vector: v, [d], of the residual stream.
         k: How many tokens to list at either end.
-        norm: Send the vector through the final norm first, and the scores through the soft-cap where the model has one
-            (Gemma). That fixes its length and applies the norm's weights, as the model does with a whole activation:
+        norm: Send the vector through the final norm first, and the scores through the scale (Granite, Cohere) and the
+            soft-cap (Gemma) where the model has one. That fixes its length and applies the norm's weights, as the model does with a whole activation:
             from the last block's output these are the model's logits.
 
     Returns:
@@ -111,8 +112,8 @@ class Unembedding:
         """All readings of vectors [n, d], a slice of the vectors at a time, in order.
 
         Without the final norm, then with it (where it is known): dot, cosine, softmax. The dots with the norm have the
-        unembedding's bias and the soft-cap of models that have them: these are the model's logits. A zero vector has
-        cosines 0.
+        unembedding's bias, the scale and the soft-cap of models that have them: these are the model's logits. A zero
+        vector has cosines 0.
         """
         step = max(1, _HELD // (2 * self.tokens))
         for part in vectors.detach().float().split(step):
@@ -123,7 +124,7 @@ class Unembedding:
                 sizes = x.norm(dim=1).to(dots.device).clamp_min(1e-30)
                 cosines = dots / lengths / sizes[:, None]
                 if norm:
-                    dots = models.soft_cap(self.model, dots if bias is None else dots + bias)
+                    dots = models.to_logits(self.model, dots if bias is None else dots + bias)
                 readings += [Reading("dot", norm, dots), Reading("cosine", norm, cosines)]
                 readings.append(Reading("softmax", norm, dots.softmax(1)))
             yield readings

@@ -411,17 +411,22 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def unembed(model: nn.Module) -> nn.Module:
-    """The linear map from the normed last state to logits (before a soft-cap)."""
+    """The linear map from the normed last state to logits (before a scale and a soft-cap)."""
     head = unwrap(model).get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise UsageError(f"{type(model).__name__} has no unembedding: load it as a causal language model")
     return head
 
 
-def soft_cap(model: nn.Module, logits: Tensor) -> Tensor:
-    """What the model does to the unembedding's output: c tanh(logits / c) in Gemma, nothing in most others."""
-    cap = getattr(text_config(model), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def to_logits(model: nn.Module, products: Tensor) -> Tensor:
+    """What the model makes of the unembedding's output: Granite, Cohere and a few others scale it, Gemma caps it softly
+    (c tanh(x / c)), most leave it."""
+    config = text_config(model)
+    scales = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"))
+    scale = next((value for value in scales if isinstance(value, int | float)), 1.0)
+    products = products / scale if config.model_type.startswith("granite") else products * scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    return products if cap is None else cap * torch.tanh(products / cap)
 
 
 def device(module: nn.Module) -> torch.device:
