@@ -170,8 +170,11 @@ def arguments(training: Training, longest: int | None = None) -> Any:
             "vllm_gpu_memory_utilization": s.vllm_memory,
             "vllm_enable_sleep_mode": False,  # it discards weights, and only the trained ones are pushed again
         }
+    # TRL loads the reference of a KL term by the model's name: it must be these very weights.
+    commit = models.model_revision(training.loaded.model) or None
     return GRPOConfig(
         **training.trainer_arguments(),
+        model_init_kwargs={"revision": commit, "trust_remote_code": s.trust_remote_code} if commit else None,
         **LOSS,
         beta=s.beta,
         num_generations=s.group,

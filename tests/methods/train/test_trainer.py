@@ -88,6 +88,20 @@ def test_the_gradient_with_a_kl_term_is_that_of_the_plain_loop(tmp_path, tiny_ll
     assert made.ref_model is None, "the reference is the model with its adapter off, no second model"
 
 
+def test_the_reference_of_full_training_is_of_the_same_commit(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    """TRL loads it by the model's name."""
+    asked, found = [], loaded(tiny_llama, tokenizer)
+    found.model.config._name_or_path, found.model.config._commit_hash = "org/model", "0123abc"
+
+    def load(name, **options):
+        asked.append((name, options["revision"]))
+        return copy.deepcopy(found.model)
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", load)
+    trainer(tmp_path, found, MANY, method="full", beta=0.1)
+    assert asked == [("org/model", "0123abc")]
+
+
 def test_advantages_are_rloo_up_to_a_constant(tmp_path, tiny_llama, tokenizer):
     made = trainer(tmp_path, loaded(tiny_llama, tokenizer), MANY)
     scored = batch(made)
