@@ -80,6 +80,16 @@ def test_traps_of_symbolic_equivalence(wanted, text, theirs, ours):
         ("x(x-3)(x+2)", r"\boxed{x^3-x^2-6x}", "right"),
         (r"\frac{a^3}{b^2}", r"\boxed{a^3b^{-2}}", "right"),
         (r"\frac{x^2}{4}+\frac{y^2}{9}=1", r"\boxed{9x^{2}+4y^{2}=36}", "right"),
+        ("3/4", r"\boxed{{3\over4}}", "right"),
+        (r"\frac{\sqrt{3}}{2}", r"\boxed{{\sqrt{3} \over 2}}", "right"),
+        (r"-\frac34", r"\boxed{\frac{3}{-4}}", "right"),
+        (r"-\frac34", r"\boxed{\frac{3}{4}}", "wrong"),
+        (r"\mathbb{R}", r"\boxed{(-\infty,\infty)}", "right"),
+        (r"(-\infty,\infty)", r"\boxed{x \in \mathbb{R}}", "right"),
+        (r"\mathbb{R}", r"\boxed{(-\infty,0)}", "wrong"),
+        ("x+2y=3", r"\boxed{y=\frac{3-x}{2}}", "right"),
+        ("x+2y=3", r"\boxed{y=\frac{x-3}{2}}", "wrong"),
+        (r"y=\frac{3-x}{2}", r"\boxed{x+2y=3}", "right"),
         ("4210_5", r"\boxed{4210_{5}}", "right"),
         ("4210_5", r"\boxed{4210}", "wrong"),
         ("east", r"\boxed{seat}", "wrong"),  # the same product of variables
@@ -109,7 +119,8 @@ def test_verdicts(wanted, text, reason):
     ("reference", "right", "wrong"),
     [
         ("4", ["x=4", "1+3=4", r"\frac{8}{2}=4", r"\text{total} = 4", "Cost of a pen = 4", "2 cm + 2 cm = 4 cm",
-               "3 cups + 1 cup = 4 cups", "f(x)=4", r"\gcd(12,8)=4", r"\$1 + \$3 = \$4", r"2\text{ m}+2\text{ m}=4\text{ m}"],
+               "3 cups + 1 cup = 4 cups", "f(x)=4", r"\gcd(12,8)=4", r"\$1 + \$3 = \$4",
+               r"2\text{ m}+2\text{ m}=4\text{ m}"],
          ["2x=4", "x^2=4", "x+y=4", "3x+2y=4", "f(7)-1=4", r"\sqrt{x}=4", r"\frac{x}{2}=4", "5=4", r"\pi r = 4"]),
         ("13", ["3+10=13"], ["3x+10=13"]),
         ("x=4", ["x=4", "4"], ["y=4", "2x=4"]),
@@ -122,7 +133,9 @@ def test_the_right_side_of_an_equation_in_an_unknown_is_no_answer(reference, rig
     assert [given for given in wrong if compare(reference, given) == "right"] == []
 
 
-@pytest.mark.parametrize("tower", ["9^{9^9}", "9^9^9", "9^{(-9)^{9}}", "9^{{9}^9}", "9^{9}^{9}", "9^(9^9)", "9^{-2^{9}}"])
+@pytest.mark.parametrize(
+    "tower", ["9^{9^9}", "9^9^9", "9^{(-9)^{9}}", "9^{{9}^9}", "9^{9}^{9}", "9^(9^9)", "9^{-2^{9}}"]
+)
 def test_a_tower_of_powers_never_reaches_sympy(tower, monkeypatch):
     monkeypatch.setattr(symbolic, "equivalent", lambda *_: pytest.fail("it does"))
     assert compare("x^2+x^3", f"x+{tower}") == "wrong"

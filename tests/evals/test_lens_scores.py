@@ -39,7 +39,10 @@ def scaled(config, **scale):
 @pytest.mark.parametrize(
     "make",
     [
-        *(pytest.param(partial(tiny, name), id=name) for name in ("llama", "qwen2", "gemma2", "gpt2", "olmo2", "gpt_neox")),
+        *(
+            pytest.param(partial(tiny, name), id=name)
+            for name in ("llama", "qwen2", "gemma2", "gpt2", "olmo2", "gpt_neox")
+        ),
         pytest.param(partial(scaled, "GraniteConfig", logits_scaling=8.0), id="granite"),
         pytest.param(partial(scaled, "CohereConfig", logit_scale=0.0625), id="cohere"),
     ],

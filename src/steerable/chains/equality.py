@@ -89,7 +89,8 @@ def _compare_parts(a: str, b: str, prompt: str, variables: frozenset[str]) -> Ou
     if len(parts) != len(given):
         return "wrong"  # a list of guesses for one answer, or a part for the whole
     if len(parts) == 1 and kind == given_kind == "":
-        return _compare_single(parts[0], given[0], prompt, variables)
+        whole = _is_equation(parts[0]) or _is_equation(given[0])  # y = 3 - x is x + y = 3, and its right side is not
+        return _compare_single(*((a, b) if whole else (parts[0], given[0])), prompt, variables)
     if kind != given_kind and {kind, given_kind} != {"", "{}"}:
         return "wrong"
     worst: Outcome = "right"
@@ -117,7 +118,8 @@ def _values_in_order(parts: list[str]) -> list[str] | None:
 
 
 def _compare_single(a: str, b: str, prompt: str, variables: frozenset[str]) -> Outcome:
-    a, b = _right_side(a), _right_side(b)
+    sides = _right_side(a), _right_side(b)
+    a, b = (a, b) if any(map(_is_equation, sides)) else sides
     if (words := _words(a, variables)) is not None:
         return "right" if _words(b, variables) == words else "wrong"
     if numeral := re.fullmatch(r"(-?[\da-f]+)_\w+", _key(a)):  # sympy would take it for a symbol
@@ -220,6 +222,7 @@ _SPACING = re.compile(
     r"(?![A-Za-z])|"
     r"(?<!\\)\\[;: ]|~"
 )
+_INSIDE = r"(?:[^{}]|\{[^{}]*\})"
 _ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\d|[A-Za-z]|\\[A-Za-z]+))"
 _SHORT_FRACTION = re.compile(rf"\\frac{_ARGUMENT}{_ARGUMENT}")
 # The point of `1./3` and `2.x`, where no digits follow it; that of `0.\\overline{3}` and `0.(3)` has some.
@@ -237,7 +240,10 @@ _PLAIN = (
     (r"\\\}", r"\\rbrace "),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\{\\circ\}|\\degree", r"^\\circ"),
+    (rf"\{{({_INSIDE}*?)\\over(?![A-Za-z])({_INSIDE}*)\}}", lambda m: rf"\frac{{{m[1].strip()}}}{{{m[2].strip()}}}"),
     (_SHORT_FRACTION, lambda m: rf"\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}"),
+    (r"\\frac\{(\d+)\}\{-(\d+)\}", r"\\frac{-\1}{\2}"),
+    (r"\( ?- ?\\infty ?, ?\+? ?\\infty ?\)", r"\\mathbb{R}"),
     (_BARE_POINT, ""),
     (r"^\s*\\approx(?![A-Za-z])", ""),
 )
@@ -315,7 +321,7 @@ _ASSIGNED = re.compile(rf"({_VARIABLE})\s*(?:=|\\in(?![A-Za-z]))\s*([^=]+)")
 
 
 def _right_side(text: str, any_left: bool = False) -> str:
-    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` and `total cost = 3` too, but not of `2x = 3`."""
+    """`3` of `x = 3` and of `Total: 3`; with `any_left`, of `1 + 2 = 3` and `total cost = 3` too, not of `2x = 3`."""
     if assigned := _ASSIGNED.fullmatch(text):
         return assigned[2].strip()
     if label := re.fullmatch(r"[A-Za-z][A-Za-z ]{2,30}: (.+)", text):
@@ -324,6 +330,11 @@ def _right_side(text: str, any_left: bool = False) -> str:
     is_one = equal and left.strip() and "=" not in right and not re.search(r",|\b(?:or|and)\b", left)
     is_one = is_one and not re.fullmatch(r"[-\d.]+", left.strip()) and _has_no_unknown(left.strip())  # 41 = 42
     return right.strip() if any_left and is_one else text
+
+
+def _is_equation(text: str) -> bool:
+    """Whether an equals sign stands outside braces: not that of a sum."""
+    return "=" in re.sub(r"\{[^{}]*\}", "", text)
 
 
 _MEASURE = re.compile(r"m?\\(?:angle|overline|sin|cos|tan)\s*\{?[A-Za-z]{1,3}\}?")

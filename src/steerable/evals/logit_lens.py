@@ -59,9 +59,9 @@ class Lens:
 def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = False) -> Lens:
     """The tokens that a vector makes most and least likely: scores W_U v of every token.
 
-    Without the norm, scores are the logits that the vector itself adds, up to the norm. W_U is the unembedding as it
-    is: where it is tied to an embedding that the model scales (Gemma), it is not scaled, nor are these scores by a scale
-    of the logits (Granite, Cohere). Computed in float32.
+    Without the norm, scores are the logits that the vector itself adds, up to the norm and to a scale of the logits
+    (Granite, Cohere). W_U is the unembedding as it is: where it is tied to an embedding that the model scales (Gemma),
+    it is not scaled. Computed in float32.
 
     Args:
         model: A Hugging Face model with an unembedding.
@@ -69,8 +69,8 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
         vector: v, [d], of the residual stream.
         k: How many tokens to list at either end.
         norm: Send the vector through the final norm first, and the scores through the scale (Granite, Cohere) and the
-            soft-cap (Gemma) where the model has one. That fixes its length and applies the norm's weights, as the model does with a whole activation:
-            from the last block's output these are the model's logits.
+            soft-cap (Gemma) where the model has one. That fixes its length and applies the norm's weights, as the model
+            does with a whole activation: from the last block's output these are the model's logits.
 
     Returns:
         A `Lens`: the k highest and the k lowest.
