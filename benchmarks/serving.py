@@ -235,7 +235,7 @@ def one(arguments: argparse.Namespace, model: str, mode: str) -> None:
     if part.get(mode, {}).get("size") != size:
         part[mode] = {"size": size, "rows": {}}
     part[mode] |= versions
-    names = [name for name in ROWS if arguments.only in name]
+    names = [name for name in ROWS if any(text in name for text in arguments.only)]
     measure(
         bench, {name: ROWS[name] for name in names}, arguments.rounds, part[mode]["rows"],
         lambda: write_json(arguments.out, stored),
@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="pocket,smol-think")
     parser.add_argument("--modes", default="compiled,eager")
-    parser.add_argument("--only", default="", help="the rows in whose name this stands")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose names hold one of these")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=48, help="new ones of each request")
     parser.add_argument("--rounds", type=int, default=11)

@@ -337,9 +337,21 @@ def serving(given: Sources) -> str:
         [f"{model}, {mode}", name, f"{statistics.median(row['wall']):.3f}", f"{statistics.median(row['cpu']):.3f}"]
         for model, modes in given.get("serving", {}).get("models", {}).items()
         for mode, about in modes.items()
+        if mode != "chains"
         for name, row in about["rows"].items()
     ]
     return _table(["engine", "what steers", "throughput over unsteered", "the same by CPU seconds"], rows)
+
+
+def serving_chains(given: Sources) -> str:
+    """One row an engine: the chains of the main job."""
+    rows = [
+        [f"{model}, {made['chains']} chains", name, str(row["tokens"]), f"{row['tokens_per_second']:.0f}"]
+        for model, modes in given.get("serving", {}).get("models", {}).items()
+        for made in modes.get("chains", {}).values()
+        for name, row in made["sides"].items()
+    ]
+    return _table(["model", "engine", "tokens", "tokens a second"], rows)
 
 
 def parity(given: Sources) -> str:
@@ -493,6 +505,7 @@ FIGURES: dict[str, Callable[[Sources], str]] = {
     "long_chain": long_chain,
     "memory": memory,
     "serving": serving,
+    "serving.chains": serving_chains,
     "parity": parity,
     "agreement": agreement,
     "agreement.llama_cpp": llama_cpp,
