@@ -62,3 +62,8 @@ def test_what_was_not_measured_is_left_out():
     assert difference_to_control({"d": 1.0}, control) is None and control_interval({}) is None
     assert control_interval(control)[0] == pytest.approx(0.35)
     assert negated([0.2, 0.1, 0.4]) == [-0.2, -0.4, -0.1]
+
+
+def test_one_task_tells_nothing():
+    mean, low, high = difference_to_control({"t0": 1.0}, {"t0": {0: 0.25, 1: 0.5}})
+    assert mean == 0.625 and low < -1e9 and high > 1e9

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from steerable.evals.intervals import ByTask, Interval, percentile_interval, resampled_means
+from steerable.evals.intervals import ByTask, Interval, percentile_interval, resampled_means, unbounded
 
 ByDirection = Mapping[str, Mapping[int, float]]
 """Task id -> number of the control's direction -> value; what was not measured is left out."""
@@ -29,10 +29,14 @@ def difference_to_control(steered: ByTask, control: ByDirection, seed: int = 0) 
     tasks = sorted(task for task in steered if control.get(task))
     if not tasks:
         return None
+    if len(tasks) == 1:
+        [task] = tasks
+        return unbounded(steered[task] - sum(control[task].values()) / len(control[task]))
     directions = sorted({k for task in tasks for k in control[task]})
     values = np.array([[control[task].get(k, np.nan) for k in directions] for task in tasks])
     of_tasks = resampled_means(np.eye(len(tasks)), seed)  # the weight of every task in every resample
-    of_directions = resampled_means(np.eye(len(directions)), seed + 1)
+    # A single direction is itself in every resample.
+    of_directions = resampled_means(np.eye(len(directions)), seed + 1) if len(directions) > 1 else np.ones((1, 1))
     known = of_directions @ np.isfinite(values).T
     with np.errstate(divide="ignore", invalid="ignore"):
         means = of_directions @ np.nan_to_num(values).T / known
