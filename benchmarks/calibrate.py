@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=40, help="tasks of each calibration")
     parser.add_argument("--to", type=Path, default=RESULTS)
     args = parser.parse_args()
+    versions = {package: importlib.metadata.version(package) for package in ("steerable", "torch", "transformers")}
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for behaviour, target, aim in TARGETS:
@@ -47,17 +48,16 @@ def main() -> None:
                 model="pocket", target=target, aim=aim, full_grid=True, seed=seed, validation=args.validation,
                 out=args.out / f"{target}-{aim}-{seed}", workers=1,
             )  # fmt: skip
-            chosen, cost = made["recommended"], made["cost"]
+            cost, first = made["cost"], made["rounds"][-1]["survivors"][0]
             rows.append(
                 {
                     "target": target, "aim": aim, "seed": seed, "settings": len(made["grid"]),
-                    "chosen": chosen and {key: chosen[key] for key in ("layers", "strength", "gain")},
+                    "chosen": first, "is_recommended": made["recommended"] is not None, "reason": made["reason"],
                     "best": cost.get("best"), **{key: cost.get(key) for key in KEPT},
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
-    versions = {package: importlib.metadata.version(package) for package in ("steerable", "torch", "transformers")}
-    write_json(args.to, {"model": "pocket", "tasks": args.validation, "rows": rows, "versions": versions})
+            write_json(args.to, {"model": "pocket", "tasks": args.validation, "rows": rows, "versions": versions})
 
 
 if __name__ == "__main__":

@@ -84,12 +84,13 @@ def grid(given: Sources) -> str:
                 str(row["seed"]),
                 words.percent(row["share"]) if row["share"] else words.MISSING,
                 *(_setting(row[name]) for name in ("chosen", "best")),
+                "yes" if row["is_recommended"] else "no",
                 "–" if row["steps"] is None else str(row["steps"]),
                 f"{lost[0]} ({lost[1]} to {lost[2]})" if lost else "–",
                 words.fixed(row["step"], ".3g") if lost else "–",
             ]
         )
-    head = ["target", "seed", "tokens of the search", "chosen", "best of the grid"]
+    head = ["target", "seed", "tokens of the search", "chosen", "best of the grid", "its gain is clear"]
     return table([*head, "steps between", "gain given up", "one step"], rows)
 
 
@@ -101,12 +102,12 @@ def grid_verdict(given: Sources) -> str:
     cheap = sum(row["share"] is not None and row["share"] <= 0.25 for row in rows)
     near = sum(row["steps"] is not None and row["steps"] <= 1 for row in rows)
     close = sum(bool(row["lost"]) and row["lost"][0] <= row["step"] for row in rows)
-    nowhere = sum(row["chosen"] is None and row["best"] is None for row in rows)
-    text = (
+    clear = sum(row["is_recommended"] for row in rows)
+    return (
         f"Of {len(rows)} calibrations {cheap} searched within a quarter of the grid's tokens; {near} chose the grid's "
-        f"best setting or one a step from it, and {close} gave up no more gain than a step."
+        f"best setting or one a step from it, and {close} gave up no more gain than a step. {clear} had a gain that is "
+        "clear on the tasks of the last round, and were recommended."
     )
-    return text + f" In {nowhere} neither the search nor the grid has a setting to recommend." * (nowhere > 0)
 
 
 def _setting(setting: Mapping[str, Any] | None) -> str:
