@@ -330,7 +330,7 @@ def _intervention(data: dict[str, Any]) -> Intervention:
     if not isinstance(data["rescale"], bool):
         raise UsageError(f"rescale is true or false, not {data['rescale']!r}")
     if isinstance(data["strength"], bool) or not isinstance(data["strength"], (int, float)):
-        raise UsageError(f"the strength of an intervention is a number, not {data['strength']!r}")
+        raise UsageError(f"an intervention has one number as its strength, not {data['strength']!r}")
     d, k = data["basis"]["shape"]
     source = data.get("source", {})
     if not all(isinstance(source.get(name, ""), str) for name in ("name", "map", "model_id", "model_revision")):
