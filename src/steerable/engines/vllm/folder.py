@@ -44,8 +44,7 @@ class Folder:
         """The direction of this name, and what differs from it where another is there in its place. Raises as
         `load`."""
         if isinstance(name, str) and name in self.live:
-            direction = self.live[name]
-            return _Same(direction), direction
+            return (self.live[name],), self.live[name]  # tuples compare by identity first, which costs nothing
         file = self._file(name)
         try:
             there = file.stat()
@@ -87,6 +86,8 @@ class Folder:
             self._file(name).unlink()
         except FileNotFoundError:
             self.load(name)  # says what there is
+        except OSError as error:
+            raise SteerableError(f"cannot remove {name!r}: {error.strerror or error}") from error
 
     def _file(self, name: str) -> Path:
         if not self.path:
@@ -105,19 +106,6 @@ def check_name(name: Any) -> None:
     """Raises UsageError for what cannot name a direction."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"{name!r:.80} cannot name a direction: expected letters, digits, '_', '-' and '.'")
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """Equal to itself for this very direction alone, which it keeps alive."""
-
-    direction: Direction
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.direction is self.direction
-
-    def __hash__(self) -> int:
-        return id(self.direction)
 
 
 def _size(direction: Direction) -> int:
