@@ -1,13 +1,16 @@
-"""How the model runners' requests reach `Steps`, with runners that do nothing else."""
+"""How a model's layers are taken hold of, and how the model runners' requests reach `Steps`, with runners that do
+nothing else."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import steerable as st
 from steerable.engines.vllm.banks import KINDS, Bank, Tokens
+from steerable.engines.vllm.layers import give_banks
 from steerable.engines.vllm.lowering import lower, to_wire
 from steerable.engines.vllm.settings import Settings
 from steerable.engines.vllm.slots import Slots
@@ -16,6 +19,44 @@ from steerable.engines.vllm.worker import _follow_v1, _follow_v2
 
 D, SETTINGS = 8, Settings(lanes=1, maps=0, gates=0)
 CONFIG = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(max_model_len=40))
+
+
+class GoesOn(nn.Module):
+    """As most: the stream is the sum of what it gives."""
+
+    def forward(self, positions, hidden, residual):
+        if residual is None:
+            residual = hidden
+        return hidden * 2, residual
+
+
+class WritesOver(nn.Module):
+    """As Cohere's and EXAONE 4's: the stream is the first of what it gives, and the second is nothing."""
+
+    def forward(self, positions, hidden, residual):
+        residual = hidden
+        return residual + hidden * 2, residual
+
+
+class Plain(nn.Module):
+    def forward(self, positions, hidden):
+        residual = hidden
+        return residual + hidden * 2, residual
+
+
+@pytest.mark.parametrize("kind, is_sum", [(GoesOn, True), (WritesOver, False), (Plain, False)])
+def test_the_stream_behind_a_layer(kind, is_sum):
+    class Recorder(nn.Module):
+        width = D
+
+        def forward(self, hidden, residual):
+            self.residual = residual
+            return hidden
+
+    layer, bank, hidden = kind(), Recorder(), torch.ones(2, D)
+    give_banks({0: layer}, {0: bank})
+    layer(None, hidden, *[None] * (kind is not Plain))
+    assert bank.residual is (hidden if is_sum else None)
 
 
 def new_steps():

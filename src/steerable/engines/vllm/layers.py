@@ -1,13 +1,16 @@
 """The model's decoder layers, found by their number, and given an output that is steered.
 
 A layer's class is replaced by a subclass of it whose `forward` adds one call, before anything is traced. A layer that
-takes a `residual` gives (hidden, residual), whose sum is the stream; else its output, or the first of it, is.
+goes on with the `residual` that it is given gives (hidden, residual), whose sum is the stream; else its output, or the
+first of it, is.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +49,7 @@ def give_banks(layers: dict[int, nn.Module], banks: dict[int, Bank]) -> None:
 
 
 def _steered(cls: type[nn.Module]) -> type[nn.Module]:
-    takes_residual = "residual" in inspect.signature(cls.forward).parameters
+    takes_residual = _reads_residual(cls.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.forward(self, *args, **kwargs)
@@ -56,6 +59,19 @@ def _steered(cls: type[nn.Module]) -> type[nn.Module]:
         return (_put(self.steering, hidden, rest[0] if takes_residual and rest else None), *rest)
 
     return type(f"Steered{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _reads_residual(forward: Callable[..., Any]) -> bool:
+    """Whether it goes on with the `residual` that it takes. Some (Cohere, EXAONE 4, Granite 4, Phi-MoE) take one only
+    to be called as others are: they write over it at once, and their hidden is the whole stream."""
+    if "residual" not in inspect.signature(forward).parameters:
+        return False
+    [function] = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    for statement in function.body:  # type: ignore[attr-defined]
+        names = (node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == "residual")
+        if uses := {type(name.ctx) for name in names}:
+            return ast.Load in uses
+    return False
 
 
 def _put(bank: Bank, hidden: Tensor, residual: Tensor | None) -> Tensor:
