@@ -59,6 +59,8 @@ def test_personas(steerable, tmp_path):
         (["PAIRS", "--reduce", "most"], "expected mean, last"),
         (["PAIRS", "--layers", "two"], "layers separated by commas"),
         (["PAIRS", "--ask", " "], "--ask is empty"),
+        (["PAIRS", "--engine", "llama"], "--engine is 'llama': expected transformers or vllm"),
+        (["PAIRS", "--engine-options", "{}"], "give --engine vllm, or leave them out"),
         (["PAIRS", "--max-new-tokens", "0"], "expected 1 or more"),
         (["PAIRS", "--budget", "-1", "--model", "./nowhere"], "the budget is -1.0"),
         (["missing.jsonl"], "there is no file missing.jsonl"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from steerable.chains.everyday import QUESTIONS
 from steerable.chains.text_pairs import read_pairs
+from steerable.engines.vllm.engine import VllmEngine, check_engine, parse_options
 from steerable.evals.calibration import BUDGET, check_budget
 from steerable.jobs.conversation import answer
 from steerable.jobs.dialogue import Dialogue, read_part
@@ -43,6 +44,8 @@ def contrast_file(
     ask: str | None = None,
     max_new_tokens: int = 60,
     seed: int = 0,
+    engine: str = "transformers",
+    engine_options: str = "",
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Pairs of texts, or two kinds of person, in; a direction out whose strength 1 means the same everywhere.
@@ -70,6 +73,8 @@ def contrast_file(
         ask: Also answer this prompt at strengths -1, 0 and 1.
         max_new_tokens: Longest answer to --ask.
         seed: Seed of the answers.
+        engine: What writes the answers to --ask: transformers, or vllm (the extra steerable[vllm]).
+        engine_options: With --engine vllm: options of vllm.LLM as JSON.
         display: Where progress and answers are shown; default: nowhere.
 
     Returns:
@@ -97,6 +102,8 @@ def contrast_file(
         raise UsageError(f"--reduce is {reduce!r}: expected mean, last or a number of last tokens")
     if pairs is not None and file_target(out) == file_target(pairs):
         raise UsageError(f"--out is the file of pairs, {pairs}: name another file")
+    check_engine(engine)
+    options = parse_options(engine, engine_options)
     writable_target(out)
     check_budget(budget := BUDGET if budget is None else budget)
     names = f"{', '.join(ESTIMATORS)} or module:function, (positive, negative activations) -> Direction"
@@ -106,7 +113,11 @@ def contrast_file(
     if persona is not None and opposite is not None:
         check_persona(persona, opposite, prompts)
     loaded = models.load(model, revision=revision, dtype=dtype, device=device)
-    dialogue = None if ask is None else Dialogue(loaded, seed=seed, max_new_tokens=max_new_tokens)
+    dialogue = None
+    if ask is not None:
+        fixed: dict[str, Any] = {"dtype": str(loaded.model.dtype).removeprefix("torch."), "revision": revision}
+        writer = VllmEngine.start(model, **fixed | options) if engine == "vllm" else None
+        dialogue = Dialogue(loaded, seed=seed, max_new_tokens=max_new_tokens, engine=writer)
     if persona is not None and opposite is not None:
         sides = persona_pairs(loaded.tokenizer, persona, opposite, prompts)
     direction = contrast(

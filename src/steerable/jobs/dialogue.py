@@ -19,7 +19,7 @@ from steerable.chains.generation import prompt_ids, split_chain
 from steerable.chains.records import Record
 from steerable.chains.tasks import correct
 from steerable.engines import transformers
-from steerable.engines.base import Completion
+from steerable.engines.base import Completion, Engine, Request
 from steerable.engines.sampling import Decoding, choose, decoding_of, mark
 from steerable.jobs.settings import LARGEST_SEED
 from steerable.models import loading as models
@@ -61,9 +61,17 @@ class Dialogue:
     """
 
     def __init__(
-        self, loaded: models.Loaded, *, system: str = "", seed: int = 0, greedy: bool = False, max_new_tokens: int = 500
+        self,
+        loaded: models.Loaded,
+        *,
+        system: str = "",
+        seed: int = 0,
+        greedy: bool = False,
+        max_new_tokens: int = 500,
+        engine: Engine | None = None,
     ) -> None:
-        self.loaded, self.greedy, self.max_new_tokens = loaded, greedy, max_new_tokens
+        """engine: writes the answers, which are shown whole and have no report; None: the loaded model, by tokens."""
+        self.loaded, self.greedy, self.max_new_tokens, self.engine = loaded, greedy, max_new_tokens, engine
         self.turns: list[Record] = []
         self.strengths: tuple[float, ...] | None = None
         self._parts: tuple[Part, ...] = ()
@@ -153,18 +161,16 @@ class Dialogue:
                 raise UsageError(f"the conversation has {len(ids)} tokens, the model reads {most}: begin a new one")
         transformers.check_length(model, len(ids) + limit)
         sides = self.sides
-        with ExitStack() as steered:
-            handles: list[transformers.Handle | None] = []
-            for row, side in enumerate(sides):
-                if side.steering is None:
-                    handles.append(None)
-                    continue
-                handle = steered.enter_context(transformers.steer(model, side.steering, tokenizer=tokenizer))
-                handle.assign(torch.where(torch.arange(len(sides)) == row, 0, -1))  # a report for each row
-                handles.append(handle)
-            decoding = decoding_of(model, greedy=self.greedy or None)
-            chains = _stream(self.loaded, ids, self.seed, decoding, limit, handles, show, stoppable)
-            reports = [None if handle is None else handle.report() for handle in handles]
+        decoding = decoding_of(model, greedy=self.greedy or None)
+        if self.engine is None:
+            completions, reports = self._streamed(ids, sides, decoding, limit, show, stoppable)
+        else:
+            requests = [Request(ids, self.seed, side.steering or (), decoding) for side in sides]
+            completions = self.engine.generate(requests, max_new_tokens=limit)
+            reports = [None] * len(sides)
+        chains = _split(self.loaded, completions)
+        for row, chain in enumerate(chains):
+            show(row, chain["thinking"], chain["answer"])
         answers = []
         for side, chain, report in zip(sides, chains, reports, strict=True):
             record = {"title": side.title, "strength": side.strength}
@@ -176,6 +182,23 @@ class Dialogue:
         turn = {"prompt": prompt, "system": self.system, "seed": self.seed, "history": shown}
         self.turns.append(turn | {"answers": answers, "continued": self._continued(answers)})
         return self.turns[-1]
+
+    def _streamed(
+        self, ids: list[int], sides: Sequence[Side], decoding: Decoding, limit: int, show: Show, stoppable: bool
+    ) -> tuple[list[Completion], list[Record | None]]:
+        """The answers of the loaded model, and a report of each that is steered."""
+        model, tokenizer = self.loaded
+        with ExitStack() as steered:
+            handles: list[transformers.Handle | None] = []
+            for row, side in enumerate(sides):
+                if side.steering is None:
+                    handles.append(None)
+                    continue
+                handle = steered.enter_context(transformers.steer(model, side.steering, tokenizer=tokenizer))
+                handle.assign(torch.where(torch.arange(len(sides)) == row, 0, -1))  # a report for each row
+                handles.append(handle)
+            completions = _stream(self.loaded, ids, self.seed, decoding, limit, handles, show, stoppable)
+            return completions, [None if handle is None else handle.report() for handle in handles]
 
     def _messages(self, numbers: Sequence[int]) -> list[dict[str, str]]:
         """Turns as a chat template takes them, without their think blocks, which templates drop as well."""
@@ -221,9 +244,8 @@ def _stream(
     handles: Sequence[transformers.Handle | None],
     show: Show,
     stoppable: bool,
-) -> list[Record]:
-    """The chains of as many answers as there are handles, each of which steers the row of its place alone. A model
-    without a think block answers only."""
+) -> list[Completion]:
+    """As many answers as there are handles, each of which steers the row of its place alone."""
     model, tokenizer = loaded
     tags, stops = think_tags_if_any(tokenizer), models.stop_ids(model)
     rows = range(len(handles))
@@ -246,14 +268,15 @@ def _stream(
     except KeyboardInterrupt:
         if not stoppable:
             raise
-    chains = []
-    for row in rows:
-        completion = Completion(ids[row], finished=bool(ids[row]) and ids[row][-1] in stops)
-        chain = split_chain(tokenizer, tags, completion, endless=not stops)
-        chain["thinking"] = chain["thinking"] if tags else ""
-        show(row, chain["thinking"], chain["answer"])
-        chains.append(chain)
-    return chains
+    return [Completion(ids[row], finished=bool(ids[row]) and ids[row][-1] in stops) for row in rows]
+
+
+def _split(loaded: models.Loaded, completions: Sequence[Completion]) -> list[Record]:
+    """The chains of answers. A model without a think block answers only."""
+    model, tokenizer = loaded
+    tags, is_endless = think_tags_if_any(tokenizer), not models.stop_ids(model)
+    chains = [split_chain(tokenizer, tags, completion, endless=is_endless) for completion in completions]
+    return chains if tags else [chain | {"thinking": ""} for chain in chains]
 
 
 def _decoder(tokenizer: Any) -> Callable[[int], str]:

@@ -16,7 +16,7 @@ from steerable.chains.generation import prompt_ids
 from steerable.engines.activations import mean_norms
 from steerable.engines.base import Continuation, Engine
 from steerable.engines.transformers import TransformersEngine, score_tokens, steer
-from steerable.engines.vllm.engine import VllmEngine
+from steerable.engines.vllm.engine import VllmEngine, check_engine
 from steerable.evals.parity import Check, compare_engines, random_steerings
 from steerable.models import loading as models
 from steerable.models.loading import Loaded
@@ -88,8 +88,7 @@ def doctor(
     Example:
         steerable doctor pocket --engine vllm --json
     """
-    if engine not in ("transformers", "vllm"):
-        raise UsageError(f"--engine is {engine!r}: expected transformers or vllm")
+    check_engine(engine)
     if dtype not in LIMITS:
         raise UsageError(f"--dtype is {dtype!r}: expected one of {', '.join(LIMITS)}")
     display = display or Display(quiet=True)

@@ -9,6 +9,7 @@ from vllm_engines import ENVIRONMENT
 import steerable as st
 from steerable.chains.records import read_jsonl
 from steerable.jobs.calibration_job import calibrate_files
+from steerable.jobs.contrast_job import contrast_file
 from steerable.jobs.elicitation import passk
 from steerable.store.errors import SteerableError, UsageError
 
@@ -51,6 +52,24 @@ def test_calibrate(tmp_path, file):
     settings = {"strengths": "0.5,1", "validation": 4, "samples": 1, "max_new_tokens": 40, "full_grid": True}
     ours, theirs = both(lambda **how: calibrate_files([file], **how), tmp_path, **settings)
     assert ours["grid"] == theirs["grid"] and ours["cost"] == theirs["cost"]
+
+
+def test_contrast(tmp_path):
+    pairs = [
+        {"positive": f"{n} cats have {4 * n} legs. Wait, is it so?", "negative": f"{n} cats have {4 * n} legs. Done."}
+        for n in range(2, 10)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    settings = {"ask": "2*w + 8 = 30", "layers": "3", "max_new_tokens": 40}
+    ours, theirs = (
+        contrast_file(tmp_path / "pairs.json", out=tmp_path / f"{name}.safetensors", **settings, **more)
+        for name, more in (("a", {}), ("b", VLLM))
+    )
+    assert [answer.pop("report") is None for answer in ours["answers"]] == [False, True, False]
+    assert [answer.pop("report") for answer in theirs["answers"]] == [None] * 3
+    for answer in ours["answers"] + theirs["answers"]:
+        del answer["steering"]  # it names the file
+    assert ours["answers"] == theirs["answers"] and len({str(a["thinking"]) for a in ours["answers"]}) > 1
 
 
 @pytest.mark.parametrize(

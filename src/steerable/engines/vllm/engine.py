@@ -233,6 +233,12 @@ def _decoded(request: Request, decoding: Decoding) -> dict[str, Any]:
     return {"temperature": 0.0, "extra": {DRAW: draw(request.seed, decoding)}}
 
 
+def check_engine(name: str) -> None:
+    """`--engine`. Raises UsageError for what is neither."""
+    if name not in ("transformers", "vllm"):
+        raise UsageError(f"--engine is {name!r}: expected transformers or vllm")
+
+
 def parse_options(engine: str, text: str) -> dict[str, Any]:
     """`--engine-options`, options of `vllm.LLM` as JSON. Raises UsageError."""
     if not text:
