@@ -1,5 +1,6 @@
 """Blocks on several processes: order, errors, and nothing left behind."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,12 @@ import warnings
 
 import pytest
 import torch
+from tiny_families import tiny
 
+import steerable as st
 from steerable.engines import pool
 from steerable.engines.pool import default_threads, loader, map_blocks
+from steerable.models.writers import fold, remove_bias
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 
@@ -126,6 +130,32 @@ def test_no_retries():
 def test_the_loader_needs_a_name(tiny_llama):
     with pytest.raises(UsageError, match="loaded by name or folder"):
         loader(tiny_llama)
+
+
+@pytest.mark.parametrize("change", ["the weight patch", "the hook", "the bias", "the adapter"])
+def test_the_loader_needs_the_model_as_it_was_loaded(change):
+    """A worker that loads it by its name would compute without what was put into it."""
+    peft = pytest.importorskip("peft")
+    model = tiny("llama", num_hidden_layers=1, mlp_bias=False)
+    model.config._name_or_path = "tiny"
+    assert loader(model) and pool.default_workers(model) == pool.cores()
+    patch = st.WeightPatch({"model.layers.0.mlp.down_proj.weight": torch.ones(32, 48)})
+    direction = st.Direction({st.Site("resid_post", 0): torch.ones(32)})
+    with contextlib.ExitStack() as stack:
+        if change == "the weight patch":
+            stack.enter_context(patch.apply(model))
+        elif change == "the hook":
+            stack.enter_context(st.steer(model, direction))
+        elif change == "the bias":
+            fold(model, direction)
+            stack.callback(remove_bias, model)
+        else:
+            model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
+        with pytest.raises(UsageError, match=f"{change} that this one has would be missing there: pass workers=1"):
+            loader(model)
+        assert pool.default_workers(model) == 1
+    if change != "the adapter":
+        assert loader(model)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from sae_files import make_sae
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+import steerable as st
 from steerable import UsageError, WeightPatch
 from steerable.jobs.recipe_job import _parameters, command
 from steerable.methods.recipes import RECIPES
@@ -273,6 +274,13 @@ def test_what_was_made_for_another_model_is_refused(steerable, files):
     ):
         said = steerable("steer", "--recipe", *shlex.split(line), "--model", "pocket")
         assert said.code == 2 and text in said.err and said.err.count("\n") == 1, said
+
+
+def test_a_model_is_spread_over_the_devices(steerable, files, monkeypatch):
+    asked, loaded = {}, st.load("pocket")
+    monkeypatch.setattr(models, "load", lambda name, **options: asked.update(options) or loaded)
+    said = steerable("edit", "--recipe", "laser", "--model", "pocket", "--device", "auto", "--out", "p.safetensors")
+    assert said.code == 0 and asked["device_map"] == "auto" and "device" not in asked
 
 
 LAYERED = [n for n, r in RECIPES.items() if "layer" in signature(r.function).parameters]

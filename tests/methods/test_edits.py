@@ -284,6 +284,13 @@ def test_ablation_of_tied_embeddings_and_what_is_refused():
             ablate_weights(tiny(name), random(32))
 
 
+def test_a_weight_beside_an_adapter_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(UsageError, match="an adapter writes beside .*merge it first"):
+        project_heads(model, Direction({Site("resid_mid", 1): torch.ones(32)}), [(1, 0)])
+
+
 # --- LASER ---
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_families import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import steerable as st
 from steerable.engines.sampling import Decoding
@@ -56,6 +56,7 @@ WEIGHTS = {
         "transformer.wte.weight",
         "transformer.wpe.weight",
     ],
+    "gemma3_text": ["model.embed_tokens.weight"],  # whose rows are scaled
 }
 
 
@@ -239,6 +240,12 @@ def test_wrong_models():
         pytest.raises(UsageError, match="has no hook form"),
         st.WeightPatch({"model.norm.weight": torch.ones(32)}).hooked(model),
     ):
+        pass
+    opt = OPTForCausalLM(
+        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+    )
+    name = "model.decoder.embed_positions.weight"
+    with pytest.raises(UsageError, match="has no hook form"), st.WeightPatch({name: torch.ones(2050, 32)}).hooked(opt):
         pass
     tied = tiny("qwen3")
     two = {name: torch.ones(64, 32) for name in ("model.embed_tokens.weight", "lm_head.weight")}

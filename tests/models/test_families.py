@@ -448,12 +448,17 @@ def test_guess_in_other_families():
     assert (found.blocks, found.mlp_out, found.norms) == ("layers", "mlp.c_proj", "pre")
     assert width_at(starcoder, "mlp_act") == 40
     opt = t.OPTForCausalLM(t.OPTConfig(**common, ffn_dim=40, word_embed_proj_dim=32, max_position_embeddings=64)).eval()
-    with pytest.warns(
-        SteerableWarning, match="blocks decoder.layers, final norm decoder.final_layer_norm, .* not found"
-    ):
+    with pytest.warns(SteerableWarning, match="blocks layers, final norm final_layer_norm, .* not found"):
         check_site(opt, Site("resid_post", 2))
     with pytest.raises(UsageError, match="no mlp_out.0"):
         check_site(opt, Site("mlp_out", 0))  # its MLP sees rows and positions flattened
+    with steer(opt, shift(Site("resid_post", 1), torch.ones(32))) as handle:
+        opt(IDS)  # its head calls the decoder past the model
+    assert handle.report()["resid_post.1"]["tokens"] == IDS.numel()
+    phi = t.PhiForCausalLM(t.PhiConfig(**common, intermediate_size=40)).eval()
+    with pytest.warns(SteerableWarning, match="in parallel"):
+        found = models.family(phi)
+    assert (found.attention_added, found.mlp_added) == ("self_attn", "mlp")  # not the dropout behind both
     falcon = t.FalconForCausalLM(t.FalconConfig(**common, new_decoder_architecture=False, parallel_attn=True)).eval()
     with pytest.warns(SteerableWarning, match="attention and MLP in parallel"):
         assert models.is_parallel(falcon)

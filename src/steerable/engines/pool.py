@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from steerable.models import loading as models
+from steerable.models.taps import Hook
+from steerable.models.writers import PATCHES, STOCK
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 SMALL = 50_000_000
@@ -52,8 +54,8 @@ def cores() -> int:
 
 
 def default_workers(model: Any) -> int:
-    """As many as there are cores for a small model on a CPU, else one."""
-    return cores() if model.device.type == "cpu" and is_small(model) else 1
+    """As many as there are cores for a small model on a CPU that can be loaded again, else one."""
+    return cores() if model.device.type == "cpu" and is_small(model) and not _added(model) else 1
 
 
 def default_threads(model: Any, workers: int) -> int:
@@ -100,8 +102,13 @@ def is_small(model: Any) -> bool:
 def loader(model: Any) -> Callable[..., Any]:
     """A `setup` for `map_blocks` that loads the same model again, as `models.load` returns it.
 
-    Raises UsageError for a model that was not loaded by name or folder.
+    Raises UsageError for a model that was not loaded by name or folder, or that was changed since.
     """
+    if what := _added(model):
+        raise UsageError(
+            f"several workers load the model again, and {what} that this one has would be missing there: pass "
+            "workers=1, or save the model as it is and load that"
+        )
     name = model.config._name_or_path
     if not name:
         raise UsageError("several workers need a model that was loaded by name or folder; pass workers=1")
@@ -118,6 +125,22 @@ def loader(model: Any) -> Callable[..., Any]:
         revision=models.model_revision(model) or None,  # the same commit, not the newest
         trust_remote_code=type(model).__module__.startswith("transformers_modules."),  # it was trusted before
     )
+
+
+def _added(model: Any) -> str | None:
+    """What was put into a model since it was loaded; None: nothing of this package's or of PEFT's."""
+    if hasattr(model, "peft_config"):
+        return "the adapter"
+    if any(hasattr(parameter, PATCHES) for parameter in model.parameters()):
+        return "the weight patch"
+    for module in model.modules():
+        if hasattr(module, STOCK):
+            return "the bias"
+        if any(
+            isinstance(hook, Hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ):
+            return "the hook"
+    return None
 
 
 def map_blocks(

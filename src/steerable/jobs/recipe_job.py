@@ -17,7 +17,7 @@ from steerable.chains.tasks import correct
 from steerable.chains.text_pairs import check_text, read_pairs
 from steerable.chains.windows import AlignedChain, align_chains
 from steerable.jobs.main_job import run
-from steerable.jobs.run import Run, open_run, recorded_settings
+from steerable.jobs.run import Run, load_model, open_run, recorded_settings
 from steerable.jobs.settings import Config, flag
 from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.methods.recipes import RECIPES, Recipe
@@ -40,7 +40,6 @@ DATA = {
 }
 """What each kind of data is."""
 GIVES = ("direction", "steering", "patch")
-_LOADING = {"model": "name_or_path", "attention": "attn_implementation"}
 _MODEL = ("model", "revision", "dtype", "device", "quantization", "attention", "trust_remote_code")
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool}
 _NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -256,8 +255,7 @@ def _made(
         inputs = [] if data is None else _READ[recipe.data](data)
         config = Config(**settings)
         model = config.model
-        given = {_LOADING.get(key, key): getattr(config, key) for key in _MODEL}
-        loaded = models.load(**given)
+        loaded = load_model(config)
     made = recipe.function(*loaded, *inputs, **parameters)
     if isinstance(made, Direction) and recipe.data in ("thoughts", "lengths"):
         made = replace(made, stats=made.stats | note_keys(keys_of(job.tasks("extraction"))))

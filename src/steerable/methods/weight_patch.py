@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from steerable.formats.checkpoint import save_model
 from steerable.models import loading as models
 from steerable.models.taps import Hook, heed_hooks
-from steerable.models.writers import Place, linear
+from steerable.models.writers import PATCHES, Place, linear
 from steerable.steering.float64 import wide
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 from steerable.store.files import check_header, refuse_stand_in, strict_json, write_atomic
@@ -31,7 +31,6 @@ from steerable.store.text import counted, one_line
 
 FORMAT, VERSION = "steerable.patch", "1"
 _TEXT = ("method", "model_id", "model_revision")
-_APPLIED = "_weight_patches"  # of a parameter: the patches that are applied to it, the last one last
 
 
 class LowRank(NamedTuple):
@@ -222,7 +221,7 @@ class Applied:
                 if (wide(rounded) - new).norm() > difference.norm() / 2:
                     lost.append(name)
                 self._before.append((parameter, parameter.detach().clone()))
-                vars(parameter).setdefault(_APPLIED, []).append(self)
+                vars(parameter).setdefault(PATCHES, []).append(self)
                 parameter.copy_(rounded)
         if lost:
             warnings.warn(
@@ -238,14 +237,14 @@ class Applied:
 
         Raises UsageError where another patch was applied to one of them later: revert that first.
         """
-        if any(vars(parameter)[_APPLIED][-1] is not self for parameter, _ in self._before):
+        if any(vars(parameter)[PATCHES][-1] is not self for parameter, _ in self._before):
             raise UsageError("another patch was applied to the same weights later: revert that one first")
         with torch.no_grad():
             while self._before:
                 parameter, before = self._before.pop()
-                vars(parameter)[_APPLIED].pop()
-                if not vars(parameter)[_APPLIED]:
-                    delattr(parameter, _APPLIED)
+                vars(parameter)[PATCHES].pop()
+                if not vars(parameter)[PATCHES]:
+                    delattr(parameter, PATCHES)
                 parameter.copy_(before)
 
     def __enter__(self) -> Applied:
@@ -274,13 +273,19 @@ def check_weight(name: str, weight: Tensor) -> None:
 class WritingMap:
     """The linear map of a block whose output is added to the stream, y = W x + b.
 
-    Raises UsageError where the block has no single one (a mixture of experts) or a norm stands behind it.
+    Raises UsageError where the block has no single one (a mixture of experts), a norm stands behind it, or an adapter
+    beside it.
     """
 
     def __init__(self, model: nn.Module, place: Place) -> None:
         module = linear(model, place)
         self._is_transposed = not isinstance(module, nn.Linear)  # Conv1D
         self.name = next(name for name, other in models.unwrap(model).named_modules() if other is module) + ".weight"
+        if self.name.endswith(".base_layer.weight"):
+            raise UsageError(
+                f"an adapter writes beside {self.name}, which an edit of this weight would leave: merge it first "
+                "(model.merge_and_unload())"
+            )
         self.parameter: Tensor = module.weight
         check_weight(self.name, self.parameter)
         self.bias: Tensor | None = module.bias
@@ -340,13 +345,18 @@ def _adding(module: Any, kind: str, name: str, change: Change) -> Any:
     transposed = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
     if kind not in ("weight", "bias") or not (transposed or isinstance(module, nn.Linear | nn.Embedding)):
         raise UsageError(f"{name} belongs to a {type(module).__name__}, which has no hook form: use apply")
+    is_embedding = isinstance(module, nn.Embedding)
+    scale = getattr(module, "embed_scale", None)  # of the rows, as Gemma's embeddings have one
+    if is_embedding and scale is None and type(module).forward is not nn.Embedding.forward:  # OPT's positions
+        raise UsageError(f"{name} belongs to a {type(module).__name__}, which has no hook form: use apply")
 
     def added(x: Tensor, parts: list[Tensor]) -> Tensor:
         if kind == "bias":
             return parts[0]
-        if isinstance(module, nn.Embedding):
+        if is_embedding:
             rows = F.embedding(x, parts[0])
-            return rows @ parts[1] if len(parts) == 2 else rows
+            rows = rows @ parts[1] if len(parts) == 2 else rows
+            return rows if scale is None else rows * scale
         for part in parts if transposed else reversed(parts):
             x = x @ part if transposed else F.linear(x, part)
         return x

@@ -359,7 +359,10 @@ def base(model: nn.Module) -> nn.Module:
     """The model without its unembedding, itself where it has none: embeds, runs the blocks, applies the last norm."""
     model = unwrap(model)
     inner = getattr(model, "base_model", model)
-    return inner if isinstance(inner, nn.Module) else model
+    if not isinstance(inner, nn.Module):
+        return model
+    # OPT's head calls the decoder inside its model, and not the model
+    return inner.decoder if type(inner).__name__ == "OPTModel" else inner  # type: ignore[return-value]
 
 
 def _has(root: nn.Module, path: str) -> bool:

@@ -36,7 +36,8 @@ from steerable.store.errors import UsageError
 
 AFTER = ("attention", "mlp")
 _AFTER = {"resid_post": "mlp", "mlp_out": "mlp", "resid_mid": "attention", "attn_out": "attention"}
-_STOCK = "_before_bias"  # of a map with an added bias: its own bias and class
+STOCK = "_before_bias"  # of a map with an added bias: its own bias and class
+PATCHES = "_weight_patches"  # of a parameter: the weight patches that are applied to it, the last one last
 
 
 class Place(NamedTuple):
@@ -209,7 +210,7 @@ def fold(model: nn.Module, direction: Direction, strength: float | None = None) 
         if not vector.any():
             continue
         module = linear(model, place)
-        if not hasattr(module, _STOCK):
+        if not hasattr(module, STOCK):
             _replace(model, module, number_type(model, module), trained=False)
         with torch.no_grad():
             module.bias.copy_(_wide(module.bias) + vector.double())
@@ -218,15 +219,15 @@ def fold(model: nn.Module, direction: Direction, strength: float | None = None) 
 def remove_bias(model: nn.Module) -> None:
     """Undo `add_bias` and `fold`: every linear map is as it was, down to the same parameter."""
     for module in model.modules():
-        if not hasattr(module, _STOCK):
+        if not hasattr(module, STOCK):
             continue
-        bias, kind = getattr(module, _STOCK)
+        bias, kind = getattr(module, STOCK)
         if bias is not None:  # the model may have been moved meanwhile
             weight: Any = module.weight
             bias.data = bias.data.to(weight.device, weight.dtype if weight.is_floating_point() else bias.dtype)
         module.bias = bias
         _become(module, kind)
-        delattr(module, _STOCK)
+        delattr(module, STOCK)
 
 
 @contextmanager
@@ -235,7 +236,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
 
     Raises UsageError where the model has added biases already.
     """
-    if any(hasattr(module, _STOCK) for module in model.modules()):
+    if any(hasattr(module, STOCK) for module in model.modules()):
         raise UsageError("this model has added biases already: call remove_bias first")
     try:
         yield
@@ -287,8 +288,8 @@ def extract_bias(
 def _added(model: nn.Module, place: Place) -> Tensor | None:
     """What was added to a map's bias, [d] in float64, adapters included; None where nothing was."""
     module, around, parts = linear(model, place), _projection(model, place), []
-    if hasattr(module, _STOCK):
-        before, _ = getattr(module, _STOCK)
+    if hasattr(module, STOCK):
+        before, _ = getattr(module, STOCK)
         parts.append(_wide(module.bias) - (0 if before is None else _wide(before)))
     if hasattr(around, "beft_bias"):
         merged = around.merged_adapters if parts else ()  # these are in the bias, and so in the difference
@@ -326,8 +327,8 @@ def _replace(model: nn.Module, module: Any, dtype: torch.dtype | None, *, traine
     computed = number_type(model, module)
     dtype = dtype or torch.promote_types(computed, torch.float32)
     old: nn.Parameter | None = module.bias
-    if not hasattr(module, _STOCK):
-        setattr(module, _STOCK, (old, type(module)))
+    if not hasattr(module, STOCK):
+        setattr(module, STOCK, (old, type(module)))
     elif old is not None and old.dtype == dtype:
         old.requires_grad_(trained)
         return old
@@ -336,7 +337,7 @@ def _replace(model: nn.Module, module: Any, dtype: torch.dtype | None, *, traine
     else:
         value = old.detach().to(dtype, copy=True)
     module.bias = nn.Parameter(value, requires_grad=trained)
-    kind = getattr(module, _STOCK)[1]
+    kind = getattr(module, STOCK)[1]
     _become(module, kind if dtype == computed else _rounding(kind))
     return module.bias
 

@@ -281,6 +281,19 @@ def test_reentrant_checkpointing():
         model(IDS).logits.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": False}])
+def test_a_pass_without_gradients_whose_embeddings_require_them(options):
+    """As PEFT has them; the pass is not the first one of reentrant checkpointing."""
+    model = trainable(**options)
+    model.enable_input_require_grads()
+    direction = direction_for(model)
+    with steer(model, direction):
+        model(IDS).logits.sum().backward()
+        with torch.no_grad():
+            again = model(IDS).logits
+    torch.testing.assert_close(again, steered(tiny("llama"), direction))
+
+
 # Copies
 
 

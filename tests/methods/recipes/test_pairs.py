@@ -167,6 +167,8 @@ def test_refusals(tiny_llama, tokenizer, texts):
     for recipe in (st.recipes.repe, st.recipes.fractional, st.recipes.linear_act):
         with pytest.raises(UsageError, match="20 .* 19 .*|as many"):
             recipe(tiny_llama, tokenizer, texts[0], texts[1][:-1])
+    with pytest.raises(UsageError, match="there is no layer 99: the model has layers 0 to 3"):
+        st.recipes.linear_act(tiny_llama, tokenizer, *texts, layers=[2, 99])
     with pytest.raises(UsageError, match="a recipe takes a list of texts, and got one text"):
         st.recipes.caa(tiny_llama, tokenizer, "w1", ["w2"])
     with pytest.raises(UsageError, match="the second group's text 1 is empty"):

@@ -408,7 +408,7 @@ class Handle:
         elif torch.is_grad_enabled():
             if self._local.now is not None:
                 self._remember(h, self._local.now)
-        elif h.requires_grad and self._local.now is not None:
+        elif h.requires_grad and self._local.now is not None and _is_reentrant(module):
             raise UsageError(
                 "gradient checkpointing with use_reentrant=True forgets how a pass was steered: switch it on by "
                 'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
@@ -577,6 +577,14 @@ def _is_checkpointed() -> bool:
     """Whether what autograd saves now is computed once more when it is needed."""
     saving = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return saving is not None and saving[0].__module__ == "torch.utils.checkpoint"
+
+
+def _is_reentrant(block: Any) -> bool:
+    """Whether a pass without gradients may be the first of two of reentrant checkpointing. The input of the first block
+    alone says nothing: `enable_input_require_grads` has it require gradients in every pass."""
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    is_on = block.training and getattr(block, "gradient_checkpointing", True)
+    return is_on and bool(getattr(checkpoint, "keywords", {}).get("use_reentrant", True))
 
 
 def _valid(mask: Any, past: int, rows: int, length: int) -> Tensor | None:

@@ -224,14 +224,14 @@ def linear_act(
         A Program with an affine map for each layer.
 
     Raises:
-        UsageError: what `affine_transport` refuses.
+        UsageError: what `affine_transport` refuses; no such layer.
 
     Example:
         >>> happy, sad = ["I am glad.", "What a joy!"], ["I am sad.", "What a pity!"]
         >>> len(st.recipes.linear_act(model, tokenizer, happy, sad, layers=[2, 3]))
         2
     """
-    sites = sites_of(model, ["resid_post"], layers)
+    sites = sites_of(model, ["resid_post"], sorted({*band(model, 0, 1, layers)}))
     (target,) = read_texts(model, tokenizer, [positive], sites)
     program = Program()
     for site in sites:
