@@ -129,6 +129,8 @@ def test_arms_are_compared_where_all_have_paid_the_same():
     assert compared["behind"]["dear"][0] == pytest.approx(np.mean([v - 1 for v in between.values()]))
     assert compared["behind"]["cheap"] == [0.0, 0.0, 0.0]
     assert compare_at_equal({"one": curves["cheap"]}) is None and interpolated(curves["dear"], 3.0) is None
+    kept, left = [(1.0, {"a": 1.0, "b": 9.0, "c": 9.0})], [(1.0, {"a": 2.0})]  # a search left the other one early
+    assert compare_at_equal({"kept": kept, "left": left})["best"] == "left"
 
 
 def test_pareto_front_against_all_pairs():

@@ -60,7 +60,23 @@ def test_simultaneous_intervals_are_those_of_the_largest_t():
     assert np.ptp((intervals[:, 2] - intervals[:, 0]) / errors) == pytest.approx(0, abs=1e-9)  # one reach for all
     [alone] = simultaneous_intervals([by_number(rows[1])], seed=1)
     assert alone[1] > intervals[1, 1]  # three to choose from cost something
-    assert simultaneous_intervals([{"a": 1.0}, {"b": 2.0}]) == [None, None]
+
+
+@pytest.mark.parametrize("moved", range(1, 5))
+def test_a_few_tasks_that_moved_alike_show_nothing(moved):
+    """By chance all of four move one way in one of eight cases, and rounding decides nothing."""
+    generator = np.random.default_rng(moved)
+    for seed in range(40):
+        [found] = simultaneous_intervals([by_number([*generator.uniform(0.1, 1, moved), *[0.0] * (24 - moved)])], seed)
+        assert found[0] > 0 >= found[1]
+
+
+def test_a_value_that_few_tasks_have_hides_no_other():
+    whole = draw(5, 12)
+    [alone] = simultaneous_intervals([whole], seed=2)
+    few = dict(list(whole.items())[:5])
+    assert simultaneous_intervals([whole, few, {}], seed=2) == [alone, unbounded(np.mean(list(few.values()))), None]
+    assert simultaneous_intervals([{}, {}]) == [None, None]
 
 
 @pytest.mark.parametrize("values", [[0.01], [0.01] * 2, [0.01] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]])

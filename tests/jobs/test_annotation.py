@@ -11,8 +11,11 @@ import pytest
 from steerable.chains.records import read_jsonl, write_jsonl
 from steerable.evals.agreement import measure_agreement_of_files
 from steerable.jobs import annotation, main_job
+from steerable.jobs.run import Run
+from steerable.jobs.settings import STAGES, Config
 from steerable.models.pocket import language
 from steerable.store.errors import SteerableError, UsageError
+from steerable.store.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -188,3 +191,20 @@ def test_a_missing_key_is_told_before_anything_is_done(options, steerable, tmp_p
         monkeypatch.delenv(name, raising=False)
     said = steerable("run", "--model", "nowhere", "--out", tmp_path / "run", *options)
     assert said.code == 2 and "no key for OpenAI" in said.err and not (tmp_path / "run").exists()
+
+
+def test_another_model_or_file_is_another_annotation(finished, tmp_path):
+    """What an annotator's name alone does not say is part of the keys of the stages that annotate."""
+    labels, tasks = tmp_path / "labels.yaml", tmp_path / "tasks.csv"
+    labels.write_text("doubt: it doubts")
+
+    def key(stage, **settings):
+        run = Run(RunFolder(finished), Config(**{"annotator": f"llm:{labels}"} | settings))
+        return main_job._depends_on(run, next(s for s in STAGES if s.name == stage))
+
+    assert key("annotate", llm_model="a") != key("annotate", llm_model="b")
+    assert key("annotate", annotator="keywords", llm_model="a") == key("annotate", annotator="keywords", llm_model="b")
+    tasks.write_text("Body,answer\n1 + 1?,2\n")
+    before = key("tasks", tasks=f"{tasks}?prompt=Body")
+    tasks.write_text("Body,answer\n1 + 2?,3\n")
+    assert key("tasks", tasks=f"{tasks}?prompt=Body") != before

@@ -89,3 +89,12 @@ def test_too_few_tasks_test_nothing(tasks):
     search._fill(GRID)
     reason = f"told from 8 chains of 6 tasks or more, and there are {2 * tasks} of {tasks}: give more --validation"
     assert reason in search._choose(GRID, [])[1]
+
+
+def test_a_setting_whose_chains_nobody_could_read_hides_no_other():
+    search = Drawn(0, 30, [0.0, 0.3, 1.0, 0.0])
+    search._fill(GRID)
+    for row in search.rows[GRID[4]]:
+        row["target"] = None
+    chosen, reason = search._choose(GRID, [])
+    assert chosen.arm == 2 and not reason

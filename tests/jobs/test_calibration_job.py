@@ -13,7 +13,7 @@ from steerable.jobs import calibration_grid
 from steerable.jobs.calibration_job import calibrate_files
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 FAST = {"strengths": "0.5,1", "layers": "2,3,4", "samples": 2, "validation": 24, "max_new_tokens": 40, "workers": 1}
 FAST |= {"budget": 0.4, "accuracy": 1.0, "unclosed": 1.0}
@@ -216,3 +216,16 @@ def test_files_that_do_not_fit(tmp_path):
         calibrate_files([ablating.save(tmp_path / "a.safetensors")], out=tmp_path / "c", **FAST)
     with pytest.raises(UsageError, match="give one direction file at least"):
         calibrate_files([], out=tmp_path / "c")
+
+
+def test_the_annotator_s_file_belongs_to_what_is_done(file, tmp_path):
+    cues = tmp_path / "cues.yaml"
+    cues.write_text('{"labels": {"backtracking": {"contains": ["w"]}}, "otherwise": "step"}')
+    one = FAST | {"layers": "3", "strengths": "1", "validation": 1, "samples": 1, "full_grid": True}
+    options = one | {"annotator": f"cues:{cues}", "out": tmp_path / "c"}
+    calibrate_files([file], **options)
+    assert calibrate_files([file], **options, dry_run=True)["done"] == ["calibrate"]
+    cues.write_text('{"labels": {"backtracking": {"contains": ["x"]}}, "otherwise": "step"}')
+    assert calibrate_files([file], **options, dry_run=True)["done"] == []
+    with pytest.raises(SteerableError, match="kl is measured in none of 1 unsteered chain, so that no gain"):
+        calibrate_files([file], out=tmp_path / "d", **one | {"target": "kl"})

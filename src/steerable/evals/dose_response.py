@@ -184,7 +184,8 @@ def compare_at_equal(curves: Mapping[str, Curve], seed: int = 0) -> dict[str, An
 
     Returns:
         `at`: the payment; `gains`: {arm: [gain, low, high]}; `behind`: {arm: [best arm's gain minus its, low, high]},
-        paired by task; `best`. None for fewer than two arms, or one that paid nothing.
+        paired by task; `best`. All of them over the tasks that every arm has: a search measures the arms that it keeps
+        on more. None for fewer than two arms, or one that paid nothing.
 
     Example:
         >>> compare_at_equal({"a": [(1.0, {"t": 4.0, "u": 4.0})], "b": [(2.0, {"t": 2.0, "u": 2.0})]})["gains"]
@@ -194,6 +195,9 @@ def compare_at_equal(curves: Mapping[str, Curve], seed: int = 0) -> dict[str, An
     if len(ends) < 2 or (at := min(ends)) <= 0:
         return None
     gains = {arm: interpolated(curve, at) or {} for arm, curve in curves.items()}
+    found = [set(gain) for gain in gains.values() if gain]
+    shared = set.intersection(*found) if found else set()
+    gains = {arm: {task: gain[task] for task in gain if task in shared} for arm, gain in gains.items()}
     intervals = {arm: mean_interval(gain, seed) for arm, gain in gains.items()}
     measured = {arm: interval[0] for arm, interval in intervals.items() if interval is not None}
     if not measured:

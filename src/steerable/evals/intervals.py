@@ -9,6 +9,7 @@ tasks: of normal values it covers the mean in 51 % of the cases with 2 tasks, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -73,34 +74,43 @@ def simultaneous_intervals(values: Sequence[ByTask], seed: int = 0, level: float
     """[mean, low, high] of several values by task, all of which hold at once: where the best of them is to be believed.
 
     Mean and standard error, as far as the largest |t| of all values reaches under random signs of the tasks (Westfall &
-    Young 1993, "Resampling-Based Multiple Testing"; the signs keep what the values share). Over the tasks that all
-    have; None where there is none. Of fewer than `FEWEST` they are unbounded: these can show nothing.
+    Young 1993, "Resampling-Based Multiple Testing"; the signs keep what the values share). Each over the tasks that it
+    has; None where there is none. Of fewer than `FEWEST` they are unbounded: these can show nothing.
 
     Example:
         >>> low, high = simultaneous_intervals([{str(i): i for i in range(9)}, {str(i): -1 for i in range(9)}])
         >>> [round(x, 2) for x in low], high
         ([4.0, 1.69, 6.31], [-1.0, -1.0, -1.0])
     """
-    shared = sorted(set.intersection(*map(set, values)))
-    n = len(shared)
-    if n == 0:
+    tasks = sorted(set().union(*values))
+    if not tasks:
         return [None] * len(values)
-    rows = np.array([[some[task] for task in shared] for some in values])  # [values, tasks]
-    if n < FEWEST:
-        return [unbounded(mean) for mean in rows.mean(1)]
+    table = np.array([[some.get(task, np.nan) for task in tasks] for some in values])  # [values, tasks]
+    counts, rows = np.isfinite(table).sum(1), np.nan_to_num(table)
+    n = np.maximum(counts, 1)
     squares = np.square(rows).sum(1)
 
     def errors(means: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.maximum(squares - n * np.square(means), 0.0) / (n - 1) / n)
+        return np.sqrt(np.maximum(squares - n * np.square(means), 0.0) / np.maximum(n - 1, 1) / n)
 
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, n))
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (RESAMPLES, len(tasks)))
     flipped = signs @ rows.T / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        largest = np.nan_to_num(np.abs(flipped) / errors(flipped), nan=0.0, posinf=np.inf).max(1)
-    reach = float(np.quantile(largest, level, method="higher"))
-    means = rows.mean(1)
-    reaches = [reach * error if error > 0 else 0.0 for error in errors(means)]
-    return [[float(m), float(m - r), float(m + r)] for m, r in zip(means, reaches, strict=True)]
+        ratios = np.nan_to_num(np.abs(flipped) / errors(flipped), nan=0.0, posinf=np.inf)
+    reach = float(np.quantile(ratios[:, counts >= FEWEST].max(1, initial=0.0), level, method="higher"))
+    # Where few tasks moved, the t that was found is itself the largest of all: 0 is in the interval, whatever rounds.
+    reach *= 1 + 1e-9
+    means = rows.sum(1) / n
+    intervals: list[Interval | None] = []
+    for mean, error, count in zip(means.tolist(), errors(means).tolist(), counts.tolist(), strict=True):
+        if count == 0:
+            intervals.append(None)
+        elif count < FEWEST or math.isinf(reach):
+            intervals.append(unbounded(mean))
+        else:
+            far = reach * error if error > 0 else 0.0
+            intervals.append([mean, mean - far, mean + far])
+    return intervals
 
 
 def difference_interval(a: ByTask, b: ByTask, seed: int = 0, level: float = 0.95) -> Interval | None:

@@ -21,7 +21,7 @@ from steerable.jobs.settings import ANNOTATORS, Annotator, Config
 from steerable.models.loading import Loaded
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
-from steerable.store.files import writable_target
+from steerable.store.files import sha256, writable_target
 from steerable.store.text import counted
 
 Spans = list[Record]
@@ -220,6 +220,20 @@ def sources(config: Config) -> list[Path]:
         return files
     file = inspect.getsourcefile(inspect.unwrap(function))
     return [] if file is None else [Path(file)]
+
+
+def content(config: Config) -> dict[str, Any]:
+    """What the annotator's answers depend on beside its name: a part of the key of what is measured by them."""
+    hashes = [sha256(source) for source in sources(config)]
+    return {"annotator_sha256": hashes} | ({"llm_model": config.llm_model} if config.is_judged else {})
+
+
+def writer(config: Config, folder: Path) -> dict[str, Any]:
+    """Arguments of `make_tasks` and `make_splits` where a language model writes the tasks: the server that the settings
+    name, and a folder that keeps what it wrote, so that the same command has the same tasks; nothing elsewhere."""
+    if config.tasks.partition(":")[0] != "llm":
+        return {}
+    return {"endpoint": endpoint(config) if config.tasks == "llm" else None, "cache": folder / "replies"}
 
 
 def train_probe(

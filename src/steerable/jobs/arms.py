@@ -22,6 +22,7 @@ import torch
 
 from steerable.chains.generation import Job, Prompting, generate_jobs
 from steerable.chains.records import Record, read_jsonl, write_jsonl
+from steerable.chains.tables import parse_source
 from steerable.chains.tasks import make_tasks
 from steerable.engines.pool import MapBlocks, loader, map_blocks
 from steerable.engines.transformers import steer
@@ -208,8 +209,8 @@ def draw_tasks(
         known.append(known_tasks(arm.source, _direction(arm.source).stats if arm.kind == "direction" else {}))
     seen = sorted(set().union(*known))
     settings = {"tasks": source, "exclude": seen, **s.subset("limit seed")}
-    if Path(source).exists():
-        settings["tasks_sha256"] = sha256(Path(source))
+    if (place := Path(parse_source(source)[0])).exists():
+        settings["tasks_sha256"] = sha256(place)
 
     def work(_: Path) -> None:
         drawn = make_tasks(source, s.limit, s.seed, seen)

@@ -12,7 +12,7 @@ from steerable.chains.tasks import make_tasks
 from steerable.chains.text_pairs import pairs_sha256, read_pairs
 from steerable.engines.transformers import steer
 from steerable.formats import import_file
-from steerable.jobs.annotation import sources
+from steerable.jobs import annotation
 from steerable.jobs.audit_checks import DECISIVE, OF_DATA, Checks
 from steerable.jobs.dry_run import estimate_audit
 from steerable.jobs.dry_run import tables as plan_tables
@@ -26,7 +26,10 @@ from steerable.store.errors import UsageError
 from steerable.store.files import sha256, write_atomic
 from steerable.store.run_folder import RunFolder, read_json, write_json
 
-_FIELDS = "model revision dtype device annotator seed max_new_tokens greedy generation_dtype rows block engine"
+_FIELDS = (
+    "model revision dtype device quantization attention annotator seed max_new_tokens greedy generation_dtype rows "
+    "block engine"
+)
 
 
 class _AnyRun(Run):
@@ -104,7 +107,10 @@ def audit(
     tasks: list[Record] = []
     if sides is None:
         if source is None:
-            tasks = make_tasks(config.tasks, limit, config.seed, known_tasks(file, direction.stats))
+            tasks = make_tasks(
+                config.tasks, limit, config.seed, known_tasks(file, direction.stats),
+                **annotation.writer(config, job.folder.root),
+            )  # fmt: skip
         else:
             tasks = source.tasks("evaluation")[:limit]
     reference = None if source is None else source.reference
@@ -115,7 +121,7 @@ def audit(
         "pairs": None if sides is None else pairs_sha256(*sides),
         "lookalikes": None if alike is None else pairs_sha256(*alike),
         "tasks": tasks, "reference": reference, "limit": limit, "samples": samples, "controls": controls,
-        "annotator_sha256": [sha256(source) for source in sources(config)], **config.subset(_FIELDS),
+        **annotation.content(config), **config.subset(_FIELDS),
     }  # fmt: skip
     if dry_run:
         done = ["audit"] * job.folder.finished("audit", job.folder.key("audit", [], key))

@@ -45,11 +45,12 @@ from steerable.steering.direction import Direction
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json, write_json
+from steerable.store.text import counted
 
 THINKING = "thinking"
 FIELDS = (
-    "model revision dtype device annotator tasks seed validation max_new_tokens greedy budget generation_dtype rows "
-    "block engine"
+    "model revision dtype device quantization attention annotator tasks seed validation max_new_tokens greedy budget "
+    "generation_dtype rows block engine"
 )
 TEXTS, TOKENS = 8, 800
 """Unsteered chains that arms are calibrated on, at most, and their tokens."""
@@ -96,6 +97,12 @@ class GridSearch:
         if self.reference is None and self.job.config.annotator == "length":
             self.reference = reference_length(chains)
         self.rows[None] = self._measured("unsteered", {None: chains}, lambda _: ())[None]
+        if not column(self.rows[None], "target"):
+            raise SteerableError(
+                f"{self.how['target']} is measured in none of {counted(len(chains), 'unsteered chain')}, so that "
+                "no gain of it can be told: give another --target, tasks with answers (accuracy), or an annotator that "
+                "knows this text"
+            )
         self._calibrate(chains)
         grid = [Setting(k, s) for k in range(len(self.arms)) for s in self.strengths]
         rounds: list[Round[Setting]] = []
@@ -221,6 +228,11 @@ class GridSearch:
         value = all_metrics()[self.how["target"]].value(m)
         return None if value is None else float(value)
 
+    def _target_unit(self) -> str:
+        if self.label:
+            return "share"
+        return "tokens" if self.how["target"] == THINKING else all_metrics()[self.how["target"]].unit
+
     def _extend(self, settings: Sequence[Setting], start: int, stop: int) -> float:
         before = self._tokens()
         self._take(f"search.{start}", {s: slice(start, stop) for s in settings})
@@ -281,8 +293,7 @@ class GridSearch:
         best = within[0]
         told, count = gains[best], len(self._on(best, tasks))
         if told is not None and (count < _CLEAR or not is_bounded(told)):
-            common = set.intersection(*(set(self._gains(s)) for s in settings))
-            fit = sum(task["id"] in common for task in self.tasks[tasks])
+            fit = len(self._gains(best).keys() & {task["id"] for task in self.tasks[tasks]})
             return best, (
                 f"a gain is told from {_CLEAR} chains of {FEWEST} tasks or more, and there are {count} of {fit}: give "
                 "more --validation or --samples"
@@ -397,7 +408,8 @@ class GridSearch:
             curves["dose"][arm.name] = [(max(arm.direction.dose(s.strength).values()), gains[s]) for s in mine]
         return {
             "model": models.model_id(self.job.loaded.model) or self.job.config.model,
-            "settings": dict(self.how) | {"limits": asdict(self.limits)} | self.job.config.subset(FIELDS),
+            "settings": dict(self.how) | {"unit": self._target_unit(), "limits": asdict(self.limits)}
+                        | self.job.config.subset(FIELDS),
             "tasks": len(self.tasks),
             "unsteered": {n: mean_interval(column(self.rows[None], n), self.seed)
                           for n in _METRICS},

@@ -22,6 +22,7 @@ from steerable.evals.dose_response import Limits
 from steerable.evals.halving import fewest_tasks
 from steerable.evals.metrics import all_metrics
 from steerable.formats import import_file
+from steerable.jobs import annotation
 from steerable.jobs.annotation import labels_of
 from steerable.jobs.calibration_grid import FIELDS, THINKING, Arm, GridSearch, noted
 from steerable.jobs.dry_run import estimate_search
@@ -129,7 +130,9 @@ def calibrate_files(
     arms = _arms(directions, parse_layers(layers), job)
     if source is None:
         known = set().union(*(known_tasks(file, direction.stats) for file, direction in directions.items()))
-        tasks = make_tasks(config.tasks, config.validation, config.seed, known)
+        tasks = make_tasks(
+            config.tasks, config.validation, config.seed, known, **annotation.writer(config, job.folder.root)
+        )
     else:
         tasks = source.tasks("validation")
     grid = len(arms) * len(doses)
@@ -144,8 +147,7 @@ def calibrate_files(
     key = how | {
         "limits": asdict(limits), "layers": [arm.layers for arm in arms], "weights": job.weights,
         "files": [hashlib.sha256(replace(d, stats={}).to_bytes()).hexdigest() for d in directions.values()],
-        "reference": reference,
-        **config.subset(FIELDS),
+        "reference": reference, **annotation.content(config), **config.subset(FIELDS),
     }  # fmt: skip
     outputs = ["calibrate.json", "measured.jsonl", "recommended.safetensors"]
     if dry_run:

@@ -25,6 +25,7 @@ import torch
 
 from steerable.chains.annotators.length import reference_length
 from steerable.chains.records import read_jsonl, write_jsonl
+from steerable.chains.tables import parse_source
 from steerable.chains.tasks import make_splits, unmet
 from steerable.chains.windows import AlignedChain
 from steerable.chains.written import endpoint_of
@@ -78,10 +79,7 @@ def make_tasks(run: Run, partial: Path) -> None:
     """Tasks of the three splits, disjoint by content."""
     c = run.config
     sizes = {"extraction": c.limit, "validation": c.validation, "evaluation": c.evaluation}
-    written: dict[str, Any] = {}
-    if c.tasks.partition(":")[0] == "llm":
-        written = {"endpoint": annotation.endpoint(c) if c.tasks == "llm" else None, "cache": run.folder / "replies"}
-    tasks = make_splits(c.tasks, sizes, c.seed, **written)
+    tasks = make_splits(c.tasks, sizes, c.seed, **annotation.writer(c, run.folder.root))
     if len(wrong := unmet(tasks)) > UNMET * len(tasks):
         warnings.warn(
             f"the references of {len(wrong)} of {counted(len(tasks), 'task')} are met by no plain answer, not even by "
@@ -355,16 +353,16 @@ _WORK: dict[str, Callable[[Run, Path], None]] = {
 def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
     """What the stage's result depends on beside its inputs, with the content of what the settings only name."""
     settings = run.config.subset(stage.settings) | {"weights": run.weights}
-    if "tasks" in settings and Path(run.config.tasks).is_file():
-        settings["tasks_sha256"] = sha256(Path(run.config.tasks))
+    if "tasks" in settings and (file := Path(parse_source(run.config.tasks)[0])).is_file():
+        settings["tasks_sha256"] = sha256(file)
     if "annotator" in settings:
-        settings["annotator_sha256"] = [sha256(source) for source in annotation.sources(run.config)]
+        settings |= annotation.content(run.config)
     if stage.name == "generate" and len(run.config.extraction_samples) > 1:
         settings["extraction_samples"] = len(run.config.extraction_samples)
     if stage.name == "evaluate":
         settings["metrics"] = sorted(all_metrics())
         settings["cells"] = 2  # raised when cells.json holds more: 2, the paired differences to the controls
-    if "llm" not in (settings.get("annotator"), settings.get("tasks")):
+    if settings.get("tasks") != "llm" and not ("annotator" in settings and run.config.is_judged):
         settings = {name: value for name, value in settings.items() if not name.startswith("llm_")}
     return settings
 

@@ -119,6 +119,8 @@ def tables(result: Result) -> list[Any]:
 
 def _unit(result: Result, name: str) -> str:
     if name in ("gain", "target"):
+        if unit := result["settings"].get("unit"):
+            return str(unit)
         name = result["settings"]["target"]
     return "tokens" if name in (*_COUNTS, "kl", "perplexity") else "share"
 
