@@ -158,6 +158,7 @@ PASSING = {
     "empty choices": lambda h: h.send(200, {"choices": []}),
     "no message": lambda h: h.send(200, {"choices": [{}]}),
     "an error that says 200": lambda h: h.send(200, {"error": {"message": "upstream"}}),
+    "an error midway": lambda h: h.answer("half of it", finish="error"),
     "cut body": cut_body,
     "reset": reset,
     "slow": lambda h: time.sleep(1.0),
@@ -257,11 +258,11 @@ def test_one_bad_request_does_not_stop_the_others(server, tmp_path):
     assert replies[0].finish == replies[1].finish == "error"
     assert "3 tries failed" in replies[0].error and "assertion failed" in replies[0].error
     assert "400" in replies[1].error and "context length" in replies[1].error
-    assert server.texts.count("long") == 1
+    assert server.texts.count("long") == 2  # the second time without a longest reply
     assert tally(replies)["failed"] == endpoint.account.failed == 2
     asked = len(server.texts)
     endpoint.complete(say("long", *"abcdefgh"), cache=tmp_path, max_tokens=5)
-    assert len(server.texts) == asked + 1  # failures are not kept
+    assert len(server.texts) == asked + 2  # failures are not kept
 
 
 @pytest.mark.parametrize(
@@ -317,19 +318,42 @@ def test_newer_models_refuse_settings(server, tmp_path):
     assert reply.error.startswith("422")
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "'max_tokens' or 'max_completion_tokens' is too large: 8192. This model's maximum context length is 4096",
+        "This model's maximum context length is 4096 tokens. However, you requested 9303 tokens (1111 in the messages, "
+        "8192 in the completion). Please reduce the length of the messages or completion.",
+        "max_tokens=8192 cannot be greater than max_model_len=4096. Please request fewer output tokens.",
+    ],
+)
+def test_a_model_that_reads_less_than_the_longest_reply_is_not_told_it(server, refusal):
+    """What servers of short models say (several releases of vLLM, OpenAI)."""
+
+    def act(handler, request, text, count):
+        (echo if "max_tokens" not in request else lambda *_: handler.fail(400, refusal))(handler, request, text, count)
+
+    server.act = act
+    replies = client(server).complete(say("a", "b"), max_tokens=8192, temperature=0.0)
+    assert [(r.text, r.error) for r in replies] == [("A", None), ("B", None)] and "temperature" in server.requests[-1]
+
+
 def test_cut_and_empty_replies_are_told_apart(server, tmp_path):
     def act(handler, request, text, count):
         if text == "cut":
             handler.answer("half a", finish="length")
+        elif text == "parts":  # as servers of reasoning models write content
+            handler.answer([{"type": "thinking", "thinking": []}, {"type": "text", "text": "whole"}])
         else:
             handler.answer(None)
 
     server.act = act
     for _ in range(2):
-        cut, empty = client(server).complete(say("cut", "empty"), cache=tmp_path)
+        cut, empty, parts = client(server).complete(say("cut", "empty", "parts"), cache=tmp_path)
         assert cut.truncated and cut.text == "half a" and tally([cut])["truncated"] == 1
         assert (empty.text, empty.truncated, empty.error) == ("", False, None)
-    assert len(server.texts) == 2
+        assert parts.text == "whole"
+    assert len(server.texts) == 3
 
 
 def test_resuming_asks_only_for_what_is_missing(server, tmp_path):

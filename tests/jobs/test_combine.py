@@ -35,6 +35,8 @@ def logits(model, directions):
     [
         [one(0), one(2), one(3, kind="mlp_out")],
         [one(1), one(1, seed=1)],  # the same site: the vectors are added
+        [one(0, rescale=True), one(2, rescale=True)],
+        [one(0, map="ablate"), one(2, map="ablate")],
         [one(0, strength=0.5), one(2, strength=-1.5), one(2, seed=3, strength=2.0)],
     ],
 )
@@ -69,6 +71,14 @@ def test_what_the_sum_says_of_itself(tmp_path):
         ([], "nothing to combine"),
         ([one(0), one(1, model_id="other")], "different models, 'm' and 'other'"),
         ([one(0), one(1, gate="thinking")], "different gates, 'all' and 'thinking'"),
+        ([one(0), one(1, schedule="ramp(0, 1, 50)")], "different schedules, 'constant' and"),
+        ([one(0), one(1, rescale=True)], "different settings of rescale, False and True"),
+        (
+            [one(0, map="ablate"), one(0, seed=1, map="ablate")],
+            "map ablate.* is not what the sum of their vectors does",
+        ),
+        ([one(0, map="ablate"), one(1, map="ablate", strength=0.5)], "steer with them side by side"),
+        ([one(0, rescale=True), one(0, seed=1, rescale=True)], "map shift, rescaled"),
         ([one(0), Direction({Site("resid_post", 1): torch.ones(8)}, model_id="m")], "one width"),
         ([one(0), Direction({Site("resid_post", 0): torch.ones(8)}, model_id="m")], "differ in shape"),
     ],

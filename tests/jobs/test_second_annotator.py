@@ -97,3 +97,8 @@ def test_wrong_input(run, tmp_path):
     (run / "cells.json").unlink()
     with pytest.raises(UsageError, match="has no cells yet"):
         reannotate(run)
+
+
+def test_a_cell_that_is_not_there_is_one_sentence():
+    with pytest.raises(UsageError, match="no cell of doubt at strength -1, as selection.json says: run the stages"):
+        second_annotator._row([], "doubt", -1.0, None, [3], "all")

@@ -96,6 +96,10 @@ class _Again(Exception):
         self.wait, self.absent = wait, absent
 
 
+class _NoRoom(Exception):
+    """The model reads less than prompt and longest reply together: without the latter the server takes what is left."""
+
+
 @dataclass
 class Endpoint:
     """A model behind an OpenAI-compatible server.
@@ -274,6 +278,10 @@ class Endpoint:
             self.account.retries += failures > 0
             try:
                 reply = await self._send(client, sent, key)
+            except _NoRoom:
+                self._gate.correct(expected, 0)
+                request = {name: value for name, value in request.items() if name != "max_tokens"}
+                continue
             except _Again as again:
                 self._gate.correct(expected, 0)
                 failures += 1
@@ -307,7 +315,8 @@ class Endpoint:
     async def _send(self, client: Any, request: dict[str, Any], key: str) -> Reply | None:
         """The reply to one request, errors that concern it alone included; None if the server refused a setting.
 
-        Raises `_Again` for transient failures, UsageError or SteerableError for those of all requests.
+        Raises `_Again` for transient failures, `_NoRoom` for a longest reply that is too long, UsageError or
+        SteerableError for failures of all requests.
         """
         import openai
 
@@ -325,6 +334,9 @@ class Endpoint:
             message = body.get("message") or body.get("detail") or getattr(error.response, "reason_phrase", "")
             reason = f"{status}: {_line(str(message or 'no message'), key)}"
             headers = error.response.headers
+        has_longest = request.keys() & {"max_tokens", "max_completion_tokens"}
+        if status in (400, 422) and has_longest and _TOO_LONG.search(reason):
+            raise _NoRoom
         if self._refuses(status, body, reason, request):
             return None
         is_quota = status == 429 and "insufficient_quota" in (body.get("code"), body.get("type"))
@@ -383,6 +395,10 @@ _UNSUPPORTED = re.compile(
     r"unsupported|not support|not allowed|not permitted|unknown (?:arg|param|name|field)|unrecogni[sz]ed|unexpected|"
     r"extra (?:input|field)",
     re.IGNORECASE,
+)
+#: Prompt and longest reply together are more than the model can read.
+_TOO_LONG = re.compile(
+    r"max_(?:completion_)?tokens\b.*(?:too large|greater than)|\d+ (?:in|for) the +completion", re.IGNORECASE
 )
 
 
@@ -446,6 +462,10 @@ def _read(body: str, key: str) -> Reply:
         document = json.loads(body)
         choice = document["choices"][0]
         text, usage = choice["message"].get("content"), document.get("usage") or {}
+        if choice.get("finish_reason") == "error":
+            raise ValueError  # that of a server in front of others, one of which failed midway
+        if isinstance(text, list):  # parts, of which those of thinking have no text
+            text = "".join(part["text"] for part in text if isinstance(part.get("text"), str))
         return Reply(
             text=_hide(text, key) if isinstance(text, str) else "",
             finish=str(choice.get("finish_reason") or "stop"),

@@ -31,6 +31,7 @@ from steerable.models import loading as models
 from steerable.models.loading import Loaded
 from steerable.models.sources import find
 from steerable.steering.direction import Direction
+from steerable.steering.maps import Shift, parse_map
 from steerable.store.display import Display
 from steerable.store.errors import UsageError
 from steerable.store.run_folder import RunFolder, sha256, write_json
@@ -161,8 +162,8 @@ def combine(directions: Sequence[Direction]) -> Direction:
         directions: At least one.
 
     Raises:
-        UsageError: There is none, or they have different models, widths, maps or gates: a direction has one gate, so
-            that those have to be given to `steer` side by side.
+        UsageError: There is none, they have different models, widths, maps, gates, schedules or rescaling, of which a
+            direction has one each, or what they do cannot be added: such have to be given to `steer` side by side.
     """
     if not directions:
         raise UsageError("there is nothing to combine: expected one direction at least")
@@ -170,11 +171,22 @@ def combine(directions: Sequence[Direction]) -> Direction:
         ("models", {d.model_id for d in directions if d.model_id}),
         ("gates", {d.gate for d in directions}),
         ("maps", {d.map for d in directions}),
+        ("schedules", {d.schedule for d in directions}),
+        ("settings of rescale", {d.rescale for d in directions}),
     ):
         if len(different) > 1:
             named = " and ".join(repr(value) for value in sorted(different)[:3])
             raise UsageError(f"the directions have different {what}, {named}: expected one for all of them")
     fold = len({d.strength for d in directions}) > 1
+    is_added, rescale = isinstance(parse_map(directions[0].map), Shift), directions[0].rescale
+    sites = [site for d in directions for site in d.vectors]
+    is_shared = len(set(sites)) < len(sites)
+    if (is_shared and (rescale or not is_added)) or (fold and not is_added):
+        how = f"map {directions[0].map}" + ", rescaled" * rescale
+        raise UsageError(
+            f"what these directions do together ({how}) is not what the sum of their vectors does: steer with them "
+            "side by side, as in --steer 'a.safetensors + b.safetensors'"
+        )
     vectors: dict[Any, torch.Tensor] = {}
     for direction in directions:
         for site, vector in direction.vectors.items():
@@ -193,6 +205,8 @@ def combine(directions: Sequence[Direction]) -> Direction:
         method=f"sum of {len(directions)}: {_joined(' + ', (d.method for d in directions))}",
         map=directions[0].map,
         gate=directions[0].gate,
+        schedule=directions[0].schedule,
+        rescale=rescale,
         strength=1.0 if fold else directions[0].strength,
         norms={site: norm for direction in reversed(directions) for site, norm in direction.norms.items()},
         stats={

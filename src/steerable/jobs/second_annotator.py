@@ -103,12 +103,18 @@ def _row(
     rows: list[dict[str, Any]], behaviour: str, strength: float, control: str | None, layers: list[int], where: str
 ) -> dict[str, Any]:
     """The row of the report for one setting."""
-    return next(
+    found = [
         row
         for row in rows
         if (row["behaviour"], row["strength"], row["control"]) == (behaviour, strength, control)
         and (not strength or (row["layers"], row["where"]) == (layers, where))
-    )
+    ]
+    if not found:
+        raise UsageError(
+            f"cells.json has no cell of {behaviour} at strength {strength:g}, as selection.json says: run the stages "
+            "`steer` and `evaluate` again"
+        )
+    return found[0]
 
 
 def _shares(run: Run, cell: Cell, behaviour: str) -> ByDirection:
