@@ -160,6 +160,22 @@ def test_unknown_families_go_through_generate(name):
     assert continued(model, prompts, rows=8, **sampled) == continued(model, prompts, rows=3, **sampled)
 
 
+def test_a_state_that_is_no_cache():
+    """Mamba's, of which `steer` cannot tell what it holds; the engine feeds the tokens itself."""
+    model, prompt = OTHERS["recurrent"](), texts(1, 6)[0] + [5]
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    added_there = shift(Site("resid_post", 1), vector, 1.0, "prompt")
+    with pytest.raises(st.SteerableError, match="no key/value cache"), st.steer(model, added_there):
+        reference(model, prompt, 2)
+    with st.steer(model, added_there) as handle:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=False
+        )
+    assert handle.tokens_fed > len(prompt) == handle.report()["resid_post.1"]["tokens"] / 4
+    assert continued(model, [prompt], steering=(added_there,), max_new_tokens=4) == out[:, len(prompt) :].tolist()
+
+
 @pytest.fixture
 def foreign():
     """An attention implementation of somebody else's."""

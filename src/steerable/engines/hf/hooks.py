@@ -189,6 +189,7 @@ class Handle:
         )
         prompts = counts or any(g.uses("prompt", "generated", "last_prompt", "latched") for g in gates)
         self._model, self._norms = model, norms
+        self._is_recurrent = bool(getattr(model, "_is_stateful", False))  # Mamba, RWKV
         self._follower = Follower(self.new_state, prompts)
         self._local = _Local()
         self._threads: set[int] = set()
@@ -377,6 +378,11 @@ class Handle:
             raise self._refused
         elif ids is None:
             raise UsageError("a selector other than 'all' needs input_ids, but only inputs_embeds were given")
+        elif cache is None and length == 1 and kwargs.get("use_cache") is not False and self._is_recurrent:
+            raise SteerableError(
+                "this model goes on from a state that is no key/value cache, in which only the selector 'all' can be "
+                "followed: use TransformersEngine, use_cache=False, or where='all'"
+            )
         else:
             ends = _piece(kwargs.get("position_ids"), length) if asked == 1 else None
             current = self._some_tokens(self._follower.follow(ids, valid, cache, asked, ends))
