@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import steerable as st
 from steerable.steering.site import Site
@@ -129,3 +130,13 @@ def test_relative_rotations_compose(tiny_llama, tokenizer, texts):
     )
     h = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(twice.apply(once.apply(h)), both.apply(h), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:models of type")
+def test_a_model_whose_parts_are_not_known_is_refused(tokenizer, texts):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    settings |= {"num_attention_heads": 4, "residual_multiplier": 0.3, "initializer_range": 0.2, "pad_token_id": 0}
+    granite = GraniteForCausalLM(GraniteConfig(**settings)).eval()
+    with pytest.raises(st.UsageError, match="there is no attn_out"):
+        st.recipes.selective(granite, tokenizer, *texts)

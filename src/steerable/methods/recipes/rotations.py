@@ -12,6 +12,7 @@ from steerable.chains.text_pairs import Messages
 from steerable.methods.layer_rules import opposite_sign_layers
 from steerable.methods.planes import plane_of_norms
 from steerable.methods.recipes.reading import Rows, origin, read_texts, sites_of
+from steerable.models.taps import check_site
 from steerable.steering.direction import Direction
 from steerable.steering.gates import when
 from steerable.steering.site import Site
@@ -84,7 +85,7 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
         A Direction with rows b1, b2 at four sites of some layers, b2, b1 at the last of them.
 
     Raises:
-        UsageError: differences that span no plane; no layer with opposite sides.
+        UsageError: differences that span no plane; no layer with opposite sides; a model without these sites.
 
     Example:
         >>> questions, statements = ["Is it 3?", "Is it 7?"], ["It is 3.", "It is 7."]
@@ -97,6 +98,8 @@ def selective(model: Any, tokenizer: Any, positive: Texts, negative: Texts, *, d
     turns = {"resid_pre": basis, "attn_out": basis, "mlp_out": basis, "resid_post": basis.flip(0)}
     layers = opposite_sign_layers(plane, *rows)
     vectors = {Site(kind, layer): turn for layer in layers for kind, turn in turns.items()}
+    for site in vectors:  # of a model whose parts are not all known
+        check_site(model, site)
     return replace(plane, vectors=vectors, norms={}, method="Selective Steering", map=f"rotate({degrees})")
 
 
