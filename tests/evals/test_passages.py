@@ -151,3 +151,11 @@ def test_chains_that_drift_back(planted, sides):
     assert drift_over_chains(model, direction, plain, plain) == pytest.approx([0.0] * 3)
     with pytest.raises(UsageError, match="no chain has 6 tokens"):
         drift_over_chains(model, direction, [Passage.whole([1, 2])], plain)
+
+
+def test_a_text_that_is_an_attention_sink_is_one_sentence(smol):
+    model, tokenizer = smol
+    one, two = (Passage.whole(tokenizer("The house")["input_ids"][:n]) for n in (1, 2))
+    assert passage_means(model, [two], [SITE])[SITE].isfinite().all()
+    with pytest.raises(UsageError, match="every token of passage 1 is an attention sink at resid_post"):
+        passage_means(model, [two, one], [Site("resid_post", 15)])

@@ -2,22 +2,26 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from killed import kill_once, lines
 from planted_model import planted_model, texts
+from tokenizers.processors import TemplateProcessing
 
 from steerable.chains import generation
 from steerable.chains.text_pairs import read_pairs
 from steerable.evals.calibration import calibrate
 from steerable.evals.passages import Passage, passage_means
+from steerable.jobs import audit_checks
 from steerable.jobs.audit_checks import LOOKALIKES, Checks, _separated
 from steerable.jobs.audit_job import audit, judge
+from steerable.jobs.settings import Config
 from steerable.methods.text_pairs import contrast
-from steerable.models.loading import load
+from steerable.models.loading import Loaded, load
 from steerable.steering.direction import Direction
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 NAMES = [
     "halves",
@@ -243,6 +247,49 @@ def test_verdicts(checks, verdict):
 )
 def test_separation_that_may_be_chance_does_not_pass(auc, status):
     assert _separated(auc) == status
+
+
+def test_a_negative_strength_asks_for_less(place):
+    job = SimpleNamespace(loaded=load(place / "model"), config=Config(model=str(place / "model")))
+    pairs = read_pairs(place / "pairs.jsonl")
+    checks = Checks(job, Direction.load(place / "planted.safetensors"), -1.0, pairs, None, [], None, 4, 1, 2)
+    status, _, values = checks.effect_check()
+    assert status == checks.sign()[0] == "pass" and values["effect"][1] > 0
+    assert checks.effect_of == "the preference for the negative text of a pair, in nats a token"
+
+
+def test_what_begins_a_text_does_not_stand_within_one(place, monkeypatch):
+    """A tokenizer that puts a BOS in front: behind other words, a text has none."""
+    model, tokenizer = load(place / "model")
+    begin = [("<user>", tokenizer.convert_tokens_to_ids("<user>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<user> $A", special_tokens=begin)
+    rows = []
+
+    def asked(model, tokenizer, positive, negative, prompts):
+        rows.append([*prompts[0], *positive[0]])
+        return lambda steering: {}
+
+    monkeypatch.setattr(audit_checks, "pair_preferences", asked)
+    monkeypatch.setattr(audit_checks, "_BEFORE", ("", "w1 w2 "))
+    job = SimpleNamespace(loaded=Loaded(model, tokenizer), config=Config(model=str(place / "model")))
+    checks = Checks(job, planted_model()[1], 1.0, (["w3 w4"], ["w5 w6"]), None, [], None, 4, 1, 2)
+    checks.effect(), checks.effect(1)
+    assert [tokenizer.convert_ids_to_tokens(row) for row in rows] == [
+        ["<user>", "w3", "w4"],
+        ["<user>", "w1", "w2", "w3", "w4"],
+    ]
+
+
+def test_an_annotator_that_fails_says_nothing_of_the_vector(judged, tmp_path, monkeypatch):
+    """A server that is away is no verdict: the same call goes on when it is back."""
+
+    def away(*_, **__):
+        raise SteerableError("the server failed")
+
+    monkeypatch.setattr(audit_checks, "annotate", away)
+    with pytest.raises(SteerableError, match="the server failed"):
+        audit(judged[0] / "initializing.safetensors", out=tmp_path / "out", **CHAINS | {"limit": 1, "samples": 1})
+    assert not (tmp_path / "out/audit.json").exists()
 
 
 def test_refusals(place, steerable):

@@ -39,7 +39,7 @@ def read_passages(
 ) -> dict[Site, list[Any]]:
     """What `reduce` makes of each passage's activations at each site, [n, d] float32 without attention sinks.
 
-    Raises UsageError for a passage without tokens.
+    Raises UsageError for a passage without tokens, or with attention sinks alone.
     """
     if empty := [i for i, passage in enumerate(passages) if not len(passage.tokens)]:
         raise UsageError(f"passage {empty[0]} has no tokens")
@@ -55,6 +55,11 @@ def read_passages(
                 picked = h[row, places].float()
                 if batch.sinks is not None:
                     picked = picked[~batch.sinks.to(h.device)[row, places]]
+                if not len(picked):
+                    raise UsageError(
+                        f"every token of passage {number} is an attention sink at {of_kind[index]}, whose activation "
+                        "is massive whatever the text says: give longer texts"
+                    )
                 result[of_kind[index]][number] = reduce(of_kind[index], picked.cpu())
 
     def batches() -> Any:

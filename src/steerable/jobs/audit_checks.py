@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.maps import Shift, parse_map
 from steerable.steering.site import Site
 from steerable.steering.spec import Steering
-from steerable.steering.vocabulary import encode
+from steerable.steering.vocabulary import encode, first_ids, without_first
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.run_folder import read_json, write_json
@@ -96,6 +96,8 @@ class Checks:
     controls: int
     written: dict[tuple[str, Steering], list[Record]] = field(default_factory=dict)
     partial: Path = Path()
+    unread: SteerableError | None = None
+    """What the annotator failed of."""
 
     def all(self, partial: Path) -> list[dict[str, Any]]:
         """All of them, in the order of the page. partial: a folder that keeps what is finished, for the next call."""
@@ -131,6 +133,8 @@ class Checks:
                 try:
                     status, figure, values = check()
                 except SteerableError as error:
+                    if error is self.unread:
+                        raise  # the annotator's, not the vector's: what was done is kept for the next call
                     status, figure, values = "not checked", str(error), {}
                 done[name] = {"name": name, "title": title, "status": status, "figure": figure,
                               "threshold": threshold, "values": values}  # fmt: skip
@@ -286,10 +290,15 @@ class Checks:
 
     def spans(self, chains: Sequence[Record]) -> list[list[Record]]:
         """Those of each chain."""
-        spans = annotate(
-            self.job.config, chains, self.tasks, self.job.loaded,
-            replies=self.job.folder / "replies", display=Display(quiet=True), reference=self.reference,
-        ).spans  # fmt: skip
+        reference = self.reference
+        try:
+            spans = annotate(
+                self.job.config, chains, self.tasks, self.job.loaded,
+                replies=self.job.folder / "replies", display=Display(quiet=True), reference=reference,
+            ).spans  # fmt: skip
+        except SteerableError as error:
+            self.unread = error
+            raise
         return [some or [] for some in spans]
 
     def shares(self, steering: Steering, template: str) -> dict[str, float]:
@@ -301,18 +310,30 @@ class Checks:
         measured = measure(self.tasks, chains, spans, self.job.loaded.tokenizer, labels)
         return by_task((m.task_id, None if m.fractions is None else m.fractions[label]) for m in measured)
 
+    def changes(self, base: Mapping[str, float], template: str, steering: Steering) -> dict[str, float]:
+        """By task, `shares` less those of the unsteered chains."""
+        steered = self.shares(steering, template)
+        return {task: steered[task] - base[task] for task in sorted(base.keys() & steered.keys())}
+
+    @property
+    def aim(self) -> float:
+        """-1 at a negative strength, which asks for less of what the vector stands for."""
+        return -1.0 if self.strength < 0 else 1.0
+
     def effect(self, number: int = 0) -> Effect:
-        """What is measured, with the numbered paraphrase, and once of each steering."""
+        """What is measured, with the numbered paraphrase, and once of each steering: how far it moves as the strength
+        asks."""
         if self.sides is not None:
-            before = encode(self.job.loaded.tokenizer, _BEFORE[number]) if number else []
-            return cache(pair_preferences(*self.job.loaded, *self.texts, prompts=[before] * len(self.texts[0])))
-        base = self.shares((), _WRAPPED[number])
-
-        def effect(steering: Steering) -> dict[str, float]:
-            steered = self.shares(steering, _WRAPPED[number])
-            return {task: steered[task] - base[task] for task in sorted(base.keys() & steered.keys())}
-
-        return cache(effect)
+            tokenizer, (positive, negative) = self.job.loaded.tokenizer, self.texts
+            before: list[int] = []
+            measured: Effect
+            if number:
+                before = encode(tokenizer, _BEFORE[number])
+                positive, negative = ([without_first(tokenizer, ids) for ids in side] for side in self.texts)
+            measured = pair_preferences(*self.job.loaded, positive, negative, [before] * len(positive))
+        else:
+            measured = partial(self.changes, self.shares((), _WRAPPED[number]), _WRAPPED[number])
+        return cache(lambda steering: {task: self.aim * value for task, value in measured(steering).items()})
 
     @cached_property
     def main_effect(self) -> Effect:
@@ -331,8 +352,10 @@ class Checks:
     def effect_of(self) -> str:
         """The effect in words."""
         if self.sides is not None:
-            return "the preference for the positive text of a pair, in nats a token"
-        return f"the share of {self.direction.behaviour or 'the behaviour'} in chains"
+            side = "positive" if self.aim > 0 else "negative"
+            return f"the preference for the {side} text of a pair, in nats a token"
+        share = f"the share of {self.direction.behaviour or 'the behaviour'} in chains"
+        return share if self.aim > 0 else f"the fall of {share}"
 
     # --- the checks ---
 
@@ -371,9 +394,11 @@ class Checks:
             seed=self.job.config.seed,
         )  # fmt: skip
         effect, random, shuffled = values["effect"], values["random"], values["shuffled"]
+        if effect is None:
+            raise UsageError("no task has a share of it both steered and unsteered, as their chains have no label")
         figure = f"{_interval(effect)}; random {_interval(random)}, "
         figure += f"label-shuffled {_interval(shuffled)}" if self.is_vector else "no label-shuffled ones of a subspace"
-        if effect is None or effect[0] <= max(0.0, values["largest"] or 0.0):
+        if effect[0] <= max(0.0, values["largest"] or 0.0):
             return "fail", figure, values
         if values["tasks"] < FEWEST:
             return "warn", f"{figure}; {FEWEST} tasks or pairs at least can show one", values
@@ -456,10 +481,11 @@ class Checks:
 
     def turns(self) -> tuple[str, str, dict[str, Any]]:
         line = self.line
-        contexts: list[list[int]] = [[]]
+        tokenizer = self.job.loaded.tokenizer
+        contexts = [first_ids(tokenizer)]
         for text in self.unrelated[:_TURNS]:
-            contexts.append([*contexts[-1], *text.prompt_ids, *text.ids])
-        sides = [[[p.ids[i] for i in p.tokens] for p in side] for side in self.passages]
+            contexts.append([*contexts[-1], *without_first(tokenizer, text.prompt_ids), *text.ids])
+        sides = [[without_first(tokenizer, [p.ids[i] for i in p.tokens]) for p in side] for side in self.passages]
         values = margin_over_turns(self.job.loaded.model, line, contexts, *sides)
         figure = " -> ".join(f"{margin:.2f}" for margin in values) + " standard deviations"
         if values[0] <= 0:
@@ -477,10 +503,10 @@ class Checks:
         if [t.ids for t in sides[0]] == [t.ids for t in sides[1]]:
             raise UsageError("steering changes no token of these chains")
         steered, plain = ([Passage.whole([*t.prompt_ids, *t.ids], len(t.prompt_ids)) for t in side] for side in sides)
-        values = drift_over_chains(self.job.loaded.model, self.line, steered, plain)
+        values = [self.aim * v for v in drift_over_chains(self.job.loaded.model, self.line, steered, plain)]
         figure = " -> ".join(f"{part:+.2f}" for part in values) + " standard deviations, by thirds"
         if values[0] <= 0:
-            return "warn", f"{figure}: the chains do not begin along the vector", {"parts": values}
+            return "warn", f"{figure}: the chains do not begin the way that they are steered", {"parts": values}
         return _graded(values[-1] / values[0], LATER, worst="warn"), figure, {"parts": values}
 
     # --- texts that have nothing to do with it ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steerable.store.errors import UsageError
@@ -74,17 +74,23 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with the special tokens that the tokenizer adds. What it puts in front (a BOS) does not come
     twice where the text begins with it already, as one from a chat template does."""
     ids = list(tokenizer(text)["input_ids"])
-    first = _first(tokenizer)
+    first = first_ids(tokenizer)
     return ids[len(first) :] if first and ids[: 2 * len(first)] == first * 2 else ids
+
+
+def without_first(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Token ids without what the tokenizer puts in front of a text (a BOS): as they stand behind another text."""
+    first = first_ids(tokenizer)
+    return list(ids[len(first) :] if first and list(ids[: len(first)]) == first else ids)
 
 
 def with_first(tokenizer: Any, text: str) -> str:
     """A text that begins with what the tokenizer puts in front (a BOS), as text."""
-    first = str(tokenizer.decode(_first(tokenizer)))
+    first = str(tokenizer.decode(first_ids(tokenizer)))
     return text if text.startswith(first) else first + text
 
 
-def _first(tokenizer: Any) -> list[int]:
+def first_ids(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     whole, plain = list(tokenizer("a")["input_ids"]), list(tokenizer("a", add_special_tokens=False)["input_ids"])
     return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
