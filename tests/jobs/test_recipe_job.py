@@ -309,6 +309,9 @@ def test_data_that_lack_something_are_one_sentence(steerable, place):
     write(place / "steps.jsonl", [{"prompt": "A", "entropy": "high", "run": 1}])
     said = steerable("steer", "--recipe", "east", "--data", "steps.jsonl")
     assert "record 1 has the entropy 'high': expected a number" in said.err
+    write(place / "steps.jsonl", [{"prompt": "A", "entropy": 1, "run": [1]}])
+    said = steerable("steer", "--recipe", "east", "--data", "steps.jsonl")
+    assert "record 1 has the run [1]: expected a name or a number" in said.err
     write(place / "same.jsonl", [{"positive": "So it is 7.", "negative": "So it is 7."}] * 4)
     said = steerable("steer", "--recipe", "caa", "--data", "same.jsonl")
     assert (

@@ -57,6 +57,7 @@ def test_sinks_and_errors(make):
         dictionary = make(with_sink, 3)
     assert dictionary.rows.tolist() == [False] + [True] * 38
     torch.testing.assert_close(dictionary.concepts, make(x, 3).concepts)
+    assert make(x, 3, seed=-1).concepts.shape == (3, 5)
     for bad, count, message in [
         (x[0], 2, "activations"),
         (x, 0, "expected 1 to 38"),

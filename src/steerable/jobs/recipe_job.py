@@ -362,6 +362,8 @@ def _steps(path: Path) -> list[Any]:
     rows = _rows(path, ("prompt", "entropy", "run"))
     for number, row in enumerate(rows, 1):
         check_text(row["prompt"], f"{path}, record {number}")
+        if isinstance(row["run"], (list, dict)):
+            raise UsageError(f"{path}, record {number} has the run {row['run']!r}: expected a name or a number")
         try:
             row["entropy"] = float(row["entropy"])
         except (TypeError, ValueError):

@@ -211,7 +211,9 @@ def _clusters(x: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndar
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for start in range(_STARTS):
         try:
-            centres, labels = kmeans2(x, count, iter=_ITERATIONS, minit="++", missing="raise", seed=seed + start)
+            centres, labels = kmeans2(
+                x, count, iter=_ITERATIONS, minit="++", missing="raise", seed=(seed + start) % 2**32
+            )
         except ClusterError:  # a cluster lost its rows
             continue
         error = float(((x - centres[labels]) ** 2).sum())

@@ -36,3 +36,6 @@ def test_neurons_are_those_whose_top_tokens_are_among_the_words(tiny_llama, toke
 def test_words_that_no_neuron_writes(tiny_llama, tokenizer):
     with pytest.raises(UsageError, match="no neuron has 3 of these words among its 10 tokens"):
         st.recipes.vla_neurons(tiny_llama, tokenizer, ["elephant"])
+    for top in (0, 65):
+        with pytest.raises(UsageError, match=f"{top} tokens are to label a neuron: expected 1 to 64"):
+            st.recipes.vla_neurons(tiny_llama, tokenizer, ["w9"], top=top)

@@ -169,6 +169,10 @@ def test_refusals(tiny_llama, tokenizer, texts):
             recipe(tiny_llama, tokenizer, texts[0], texts[1][:-1])
     with pytest.raises(UsageError, match="there is no layer 99: the model has layers 0 to 3"):
         st.recipes.linear_act(tiny_llama, tokenizer, *texts, layers=[2, 99])
+    ordered, other = (
+        st.recipes.linear_act(tiny_llama, tokenizer, *texts, layers=layers) for layers in ([2, 3], [3, 2])
+    )
+    assert ordered == other  # each is fitted behind the maps of the layers before it
     with pytest.raises(UsageError, match="a recipe takes a list of texts, and got one text"):
         st.recipes.caa(tiny_llama, tokenizer, "w1", ["w2"])
     with pytest.raises(UsageError, match="the second group's text 1 is empty"):

@@ -62,6 +62,8 @@ def vla_neurons(
     texts = token_texts(tokenizer)
     meant = torch.tensor([text.strip().lower() in set(words) for text in texts])
     rows = models.unembed(model).weight[: len(texts)].detach().float()  # type: ignore[union-attr, index]
+    if not 1 <= top <= len(rows):
+        raise UsageError(f"{top} tokens are to label a neuron: expected 1 to {len(rows)}, the model's vocabulary")
     vectors, chosen = {}, {}
     for layer in band(model, 0.5, 1, layers):
         columns = WritingMap(model, Place(layer, "mlp")).matrix.T.to(rows)

@@ -231,7 +231,7 @@ def linear_act(
         >>> len(st.recipes.linear_act(model, tokenizer, happy, sad, layers=[2, 3]))
         2
     """
-    sites = sites_of(model, ["resid_post"], sorted({*band(model, 0, 1, layers)}))
+    sites = sites_of(model, ["resid_post"], band(model, 0, 1, layers))
     (target,) = read_texts(model, tokenizer, [positive], sites)
     program = Program()
     for site in sites:

@@ -38,9 +38,9 @@ def at_depth(model: Any, share: float, layer: int | None = None) -> int:
 
 
 def band(model: Any, first: float, last: float, layers: Sequence[int] | None = None) -> list[int]:
-    """The blocks from one share of the model's depth to another, or `layers`."""
+    """The blocks from one share of the model's depth to another, or `layers`, each once and in their order."""
     if layers is not None:
-        return [at_depth(model, 0, layer) for layer in layers]
+        return sorted({at_depth(model, 0, layer) for layer in layers})
     return list(range(at_depth(model, first), at_depth(model, last) + 1))
 
 
