@@ -242,6 +242,10 @@ def test_derived_directions_share_nothing():
     copy.stats["new"] = 1
     copy.norms[A] = 0.0
     assert "new" not in direction.stats and direction.norms[A] == 1 / 3
+    trained = torch.zeros(4)
+    first = Direction({A: trained})
+    trained += 1
+    assert not first.at(A).any()
 
 
 def test_the_residual_stream_has_one_width(tmp_path):

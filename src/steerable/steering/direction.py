@@ -455,7 +455,7 @@ def _checked(site: Site, vector: Tensor) -> Tensor:
         raise UsageError(f"the vector at {site} has shape {tuple(vector.shape)}: expected [d] or [k, d]")
     if not vector.is_floating_point():
         raise UsageError(f"the vector at {site} has type {vector.dtype}: expected float32")
-    vector = vector.detach().to("cpu", torch.float32).contiguous()
+    vector = vector.detach().to("cpu", torch.float32, copy=True).contiguous()  # one that is trained goes on changing
     if not torch.isfinite(vector).all():
         raise UsageError(f"the vector at {site} holds NaN or infinite numbers")
     return vector

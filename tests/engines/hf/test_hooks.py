@@ -250,8 +250,9 @@ def test_strength_by_row(model):
         for row in (0, 2):
             with steer(model, direction, strength=float(strengths[row]), where=where):
                 torch.testing.assert_close(mixed[row], logits(model, ids)[row], **CLOSE_ENOUGH)
-    with steer(model, direction, strength=strengths), pytest.raises(SteerableError, match="3 rows"):
-        logits(model, ids[:2])
+    for given in (strengths, strengths.tolist()):
+        with steer(model, direction, strength=given), pytest.raises(SteerableError, match="3 rows"):
+            logits(model, ids[:1])
 
 
 def test_set_strength(tiny_llama):

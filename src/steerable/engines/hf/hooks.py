@@ -297,6 +297,8 @@ class Handle:
                 raise UsageError(f"the strength must be a number or a tensor [B], not {strength!r}") from None
             if not bool(torch.isfinite(numbers).all()):
                 raise UsageError(f"the strength must be a finite number, not {strength}")
+            if numbers.dim() and not isinstance(strength, Tensor):  # a list
+                strength = numbers
             if isinstance(strength, Tensor) and strength.dim() != 1:
                 raise UsageError(f"a strength tensor must have the shape [B], not {tuple(strength.shape)}")
         self._strength = strength
