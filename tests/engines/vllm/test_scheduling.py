@@ -17,6 +17,7 @@ from vllm_engines import (
 )
 
 import steerable as st
+from steerable.engines.sampling import Decoding
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
@@ -107,3 +108,14 @@ def test_drafts(reference, prompts, steerings):
     outputs = generated(engine, prompts, steerings)
     assert 0 < metric(engine, "spec_decode_num_accepted_tokens") < metric(engine, "spec_decode_num_draft_tokens")
     assert difference(reference, steerings, outputs) < PARITY
+
+
+def test_a_call_that_was_stopped_leaves_no_texts_behind(crowded, prompts, monkeypatch):
+    """They would be the answers to the next call's requests."""
+    one, llm = [st.Request(prompts[0], decoding=Decoding(0.0))], crowded.llm.llm_engine
+    expected = crowded.generate(one, max_new_tokens=4)
+    steps = iter([llm.step] * 3)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):  # as Ctrl-C in the middle
+        patch.setattr(llm, "step", lambda: next(steps)())
+        crowded.generate(one, max_new_tokens=40)
+    assert crowded.generate(one, max_new_tokens=4) == expected

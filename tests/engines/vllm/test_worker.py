@@ -10,6 +10,7 @@ from torch import nn
 
 import steerable as st
 from steerable.engines.vllm.banks import KINDS, Bank, Tokens
+from steerable.engines.vllm.checks import check_config
 from steerable.engines.vllm.layers import give_banks
 from steerable.engines.vllm.lowering import lower, to_wire
 from steerable.engines.vllm.settings import Settings
@@ -57,6 +58,19 @@ def test_the_stream_behind_a_layer(kind, is_sum):
     give_banks({0: layer}, {0: bank})
     layer(None, hidden, *[None] * (kind is not Plain))
     assert bank.residual is (hidden if is_sum else None)
+
+
+@pytest.mark.parametrize(
+    "option, name",
+    [("use_sequence_parallel_moe", "--enable-expert-parallel beside"), ("enable_dbo", "--enable-dbo")],
+)
+def test_layers_that_see_a_part_of_the_tokens_are_not_steered(option, name):
+    """As those of DeepSeek and Qwen 3.5 do where each rank has its part of them."""
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**{option: True}), cache_config=None, speculative_config=None, model_config=None
+    )
+    with pytest.raises(st.UsageError, match=name):
+        check_config(config)
 
 
 def new_steps():

@@ -19,6 +19,9 @@ def check_config(config: Any) -> None:
         "--kv-sharing-fast-prefill": getattr(cache, "kv_sharing_fast_prefill", False),
         "--enable-dbo": getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False),
         "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--enable-expert-parallel beside tensor and data parallelism": getattr(
+            parallel, "use_sequence_parallel_moe", False
+        ),
         "--enable-prompt-embeds": getattr(config.model_config, "enable_prompt_embeds", False),
         "enable_adaptive_verification of --speculative-config": getattr(drafts, "enable_adaptive_verification", False),
     }

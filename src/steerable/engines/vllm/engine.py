@@ -6,8 +6,9 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,7 @@ class VllmEngine:
 
     llm: Any
     model: str
+    _alone: Any = field(default_factory=Lock, init=False, repr=False, compare=False)  # vLLM steps in one thread at a time
 
     @classmethod
     def start(cls, model: str, settings: Settings | None = None, **options: Any) -> VllmEngine:
@@ -176,18 +178,21 @@ class VllmEngine:
             raise UsageError("a prompt is empty: every request needs at least one token")
         engine, done = self.llm.llm_engine, {}
         names = []
-        try:
-            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                names.append(engine.add_request(str(number), tokens_input(list(prompt)), one))
-        except VLLMValidationError as error:
-            engine.abort_request(names, internal=True)
-            raise UsageError(str(error)) from error
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    done[int(output.request_id)] = output
-                    if progress is not None:
-                        progress(1, len(output.outputs[0].token_ids))
+        with self._alone:
+            try:
+                for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+                    names.append(engine.add_request(str(number), tokens_input(list(prompt)), one))
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            done[int(output.request_id)] = output
+                            if progress is not None:
+                                progress(1, len(output.outputs[0].token_ids))
+            except BaseException as error:  # texts that Ctrl-C left behind would be answers to the next requests
+                engine.abort_request(names, internal=True)
+                if isinstance(error, VLLMValidationError):
+                    raise UsageError(str(error)) from error
+                raise
         return [done[number] for number in range(len(prompts))]
 
 
