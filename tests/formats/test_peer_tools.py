@@ -63,7 +63,7 @@ EXPECTED = {
     "repsteer": ("repsteer", post({15: unit(vectors(15)[15])}), 1.0, "all", "org/m"),
     "steerkit/happy_12.probe.safetensors": ("steerkit", post({12: unit(A)}), 4.5, "all", "org/m"),
     "steerkit/happy_-1.probe.safetensors": ("steerkit", {Site("resid_pre", 0): unit(A)}, 1.0, "all", "org/m"),
-    "steerkit/happy.gguf": ("steerkit", post({12: 4.5 * unit(A)}), 1.0, "all", ""),
+    "steerkit/happy.gguf": ("steerkit", post({12: 4.5 * unit(A)}), 1.0, "all", "org/m"),
     "rotalabs": ("rotalabs", post(vectors(14, 15)), 1.0, "all", "org/m"),
     "rotalabs/layer_15.pt": ("rotalabs", post({15: vectors(14, 15)[15]}), 1.0, "all", "org/m"),
     "persona-vectors/p1": ("persona-vectors", post({1: PERSONA[1]}), 1.0, "all", "org/m"),
@@ -139,6 +139,14 @@ def test_steerkit_methods(tmp_path):
     save_file({"weights": torch.ones(2, 6), "biases": torch.ones(2)}, tmp_path / "multinomial.probe.safetensors", meta)
     with pytest.raises(UsageError, match="a classifier"):
         import_file(tmp_path / "multinomial.probe.safetensors")
+    gguf = (SAMPLES / "steerkit/happy.gguf").read_bytes()
+    text = lambda word: len(word).to_bytes(8, "little") + word.encode()  # noqa: E731
+    for word in ("resid_mid", "nowhere"):
+        other = gguf.replace(text("resid_post"), text(word))
+        (tmp_path / word).write_bytes(other[:-32] + bytes(len(gguf) - len(other)) + other[-32:])
+    assert import_file(tmp_path / "resid_mid").vectors.keys() == {Site("resid_mid", 12)}
+    with pytest.raises(UsageError, match="hook_site is 'nowhere'"):
+        import_file(tmp_path / "nowhere")
 
 
 @pytest.fixture
@@ -339,6 +347,10 @@ def test_easysteer_requests(tmp_path):
     assert both.strength == 1.0 and both.gate == "generated"
     assert torch.equal(both.at(1), -2 * table[1]) and torch.equal(both.at(2), 1.5 * table[2])
     assert read(calm | {"layers": None, "apply": {"prompt": "all"}}).layers == [1, 2, 4]
+    # As EasySteer's own classes write a request, with null for what was not given.
+    nulls = {"data": None, "name": None, "apply": {"prompt": None, "generation": "all", "prompt_tokens": None}}
+    assert read(calm | nulls).gate == "generated"
+    assert read(inline | {"source": None, "layers": None, "apply": everywhere}).layers == [1]
     for entry, reason in (
         (calm | {"algorithm": "erase"}, "algorithm is 'erase'"),
         (calm | {"normalize": True}, "normalize"),

@@ -55,6 +55,8 @@ def test_options_without_meaning_are_refused(files):
             import_file(files / name, **option)
     assert import_file(files / "svec", layers_from=0).layers == [1]  # what the format says anyhow
     assert import_file(files / "own", layer=2).layers == [2]
+    named = import_file(files / "own", model_id="org/m", behaviour="b", licence="MIT")
+    assert (named.model_id, named.behaviour, named.licence) == ("org/m", "b", "MIT")
 
 
 def test_import_to(files, tmp_path):

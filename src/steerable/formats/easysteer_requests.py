@@ -34,7 +34,8 @@ def _entries(source: Source) -> list[Mapping[str, Any]]:
         isinstance(e, Mapping) and {"source", "data"} & set(e) for e in entries
     ):
         return []
-    return entries
+    # as its own classes are written, with null for what was not given
+    return [{key: value for key, value in entry.items() if value is not None} for entry in entries]
 
 
 def _read(source: Source, options: Options) -> Direction:
@@ -45,7 +46,7 @@ def _read(source: Source, options: Options) -> Direction:
         if entry.get("normalize"):
             raise UsageError("it has normalize, so that what is added depends on the activation: no plain addition")
         gates.add(_gate(entry.get("apply")))
-        vectors = _inline(entry["data"]) if "data" in entry else _file(source, entry["source"])
+        vectors = _inline(entry["data"]) if "data" in entry else _file(source, entry.get("source"))
         layers = entry.get("layers")
         if layers is not None and not isinstance(layers, list):
             raise UsageError(f"its layers are {checks.kind_of(layers)}: expected a list of blocks")
@@ -67,8 +68,9 @@ def _read(source: Source, options: Options) -> Direction:
 
 def _gate(apply: Any) -> str:
     """Raises UsageError for single tokens, positions and windows."""
-    keys = tuple(sorted(apply)) if isinstance(apply, Mapping) else ()
-    if keys not in _GATES or any(value != "all" for value in apply.values()):
+    given = {k: v for k, v in apply.items() if v is not None} if isinstance(apply, Mapping) else {}
+    keys = tuple(sorted(given))
+    if keys not in _GATES or any(value != "all" for value in given.values()):
         raise UsageError(
             f"its apply is {checks.kind_of(apply)}: expected prompt, generation or both, each 'all'; single tokens and "
             "positions are gates here (tokens, positions), to be given with the direction"

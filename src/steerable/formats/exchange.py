@@ -127,18 +127,14 @@ def import_file(
             raise UsageError(f"it is a {reader.name} file, which can be written only")
         direction = reader.read(source, options)
         options.refuse_unused(reader.name)
+        given = {"model_id": model_id, "model_revision": model_revision, "behaviour": behaviour, "licence": licence}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value}
         if reader is not _OWN:
             record = {"format": reader.name, **direction.stats.get("imported", {})}
             record |= {"file": source.path.name, "sha256": sha256(source.path)}
-            direction = replace(
-                direction,
-                model_id=model_id or direction.model_id,
-                model_revision=model_revision or direction.model_revision,
-                behaviour=behaviour or direction.behaviour,
-                stats=direction.stats | {"imported": record},
-                created_by=f"steerable {version('steerable')} import",
-                licence=licence or direction.licence,
-            )
+            changes["stats"] = direction.stats | {"imported": record}
+            changes["created_by"] = f"steerable {version('steerable')} import"
+        direction = replace(direction, **changes)
         return direction.only([layer]) if layer is not None and "layer" not in options.asked else direction
     except NeedsChoice as error:
         hint = ""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steerable.formats import checks
 from steerable.formats.base import Format, NeedsChoice, Options, Source, WriteOptions, imported, warn, writer
+from steerable.formats.steerkit import SITES
 from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
@@ -113,6 +114,9 @@ def read_gguf(source: Source, options: Options) -> Direction:
             f"its direction.{max(vectors)} was read behind the final norm, where the residual stream has ended"
         )
     _refuse_other_targets(keys.get("easysteer"))
+    kind = str(meta.get("hook_site", "resid_post")) if "steerkit.method" in keys else "resid_post"
+    if kind not in SITES:
+        raise UsageError(f"its hook_site is {kind[:30]!r}: expected one of {', '.join(SITES)}")
     count = reader.get_field("controlvector.layer_count")
     signed = count is not None and count.types[0].name == "INT32"
     if not any(v.any() for v in vectors.values()):
@@ -121,9 +125,10 @@ def read_gguf(source: Source, options: Options) -> Direction:
     method = keys.get("method", "")
     return imported(
         tool,
-        {Site("resid_post", k - first): v for k, v in vectors.items() if v.any()},
-        f"direction.{first} is block 0's output: {reason}",
+        {Site(kind, k - first): v for k, v in vectors.items() if v.any()},
+        f"direction.{first} is block 0's {'output' if kind == 'resid_post' else kind}: {reason}",
         method=method if isinstance(method, str) else "",
+        model_id=str(checks.plain(meta.get("model.id", "")) or ""),
         about={key: checks.plain(v) for key, v in keys.items() if key not in ("method", "layer_count", "layers_from")},
     )
 

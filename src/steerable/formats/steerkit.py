@@ -14,7 +14,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
-_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 def _sniff(source: Source) -> bool:
@@ -57,8 +57,8 @@ def _site(meta: dict[str, str]) -> Site:
             f"its layer {layer} of {blocks} blocks is behind the final norm, where the residual stream has ended: save "
             "the probe of a block"
         )
-    if meta["hook_site"] not in _SITES:
-        raise UsageError(f"its hook_site is {meta['hook_site'][:30]!r}: expected one of {', '.join(_SITES)}")
+    if meta["hook_site"] not in SITES:
+        raise UsageError(f"its hook_site is {meta['hook_site'][:30]!r}: expected one of {', '.join(SITES)}")
     return Site(meta["hook_site"], layer)
 
 

@@ -1,7 +1,7 @@
 """`.svec`: the JSON of IBM/activation-steering (CAST) and AISteer360.
 
 {"model_type", "directions": {"<block>": [...] or [[...]]}, "explained_variances": {"<block>": x}, ...}; layers are
-0-based block outputs.
+0-based block outputs, where the vectors were read. CAST adds them at the input of that block, one block earlier.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _read(source: Source, options: Options) -> Direction:
         "model_type": checks.plain(content.get("model_type", "")),
         "explained_variances": {str(k)[:20]: checks.number(v, "an explained variance") for k, v in variances.items()},
     }
-    return imported("svec", vectors, "its keys are blocks", about=about)
+    convention = "its keys are blocks whose outputs were read (CAST adds them at the inputs of these blocks)"
+    return imported("svec", vectors, convention, about=about)
 
 
 def _vector(numbers: Any, what: str) -> Tensor:

@@ -46,7 +46,7 @@ class VllmEngine:
 
     llm: Any
     model: str
-    _alone: Any = field(default_factory=Lock, init=False, repr=False, compare=False)  # vLLM steps in one thread at a time
+    _alone: Any = field(default_factory=Lock, init=False, repr=False, compare=False)  # vLLM has one thread
 
     @classmethod
     def start(cls, model: str, settings: Settings | None = None, **options: Any) -> VllmEngine:
