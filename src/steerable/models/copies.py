@@ -7,7 +7,8 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-from steerable.models.loading import blocks
+from steerable.models.loading import base, blocks
+from steerable.models.structure import share
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -57,6 +58,7 @@ def private_copy(model: Any, *, block: Callable[..., Any] | None = None, **confi
         return copies[id(module)]
 
     result = double(model)
+    share(base(model), base(result))
     restart_rope(result)
     if block is not None:
         for part in blocks(result):

@@ -42,6 +42,12 @@ def guess(model: nn.Module, root: nn.Module, name: str) -> Family:
     return _guessed[root]
 
 
+def share(root: nn.Module, copy: nn.Module) -> None:
+    """A copy of a model has the parts that were found in it."""
+    if root in _guessed:
+        _guessed[copy] = _guessed[root]
+
+
 def _message(name: str, family: Family) -> str:
     parts = {
         "blocks": family.blocks,

@@ -139,11 +139,15 @@ def other(config, model, **options):
     return ready(found.eval().requires_grad_(False))
 
 
+SEES = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
 OTHERS = {
     "positions from scores": lambda: other("BloomConfig", "BloomForCausalLM", vocab_size=64, hidden_size=32, n_layer=2,
                                            n_head=4, initializer_range=0.3),
     "recurrent": lambda: other("MambaConfig", "MambaForCausalLM", vocab_size=64, hidden_size=32, num_hidden_layers=2,
                                state_size=4, initializer_range=0.3),
+    "images": lambda: other("LlavaConfig", "LlavaForConditionalGeneration", vision_config=SEES, text_config={
+                            **COMMON, "model_type": "llama"}),
     "learned positions": lambda: other("OPTConfig", "OPTForCausalLM", vocab_size=64, hidden_size=32, ffn_dim=48,
                                        num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
                                        max_position_embeddings=64, init_std=0.3),
@@ -158,6 +162,17 @@ def test_unknown_families_go_through_generate(name):
     assert continued(model, prompts) == [reference(model, prompt) for prompt in prompts]
     sampled = {"decoding": Decoding(0.9, 0, 0.9, 0.02, 1.2)}
     assert continued(model, prompts, rows=8, **sampled) == continued(model, prompts, rows=3, **sampled)
+
+
+def test_parts_are_found_once():
+    """In a model, and not again in each copy of it; a text model that the table knows may be inside."""
+    model, prompts = OTHERS["images"](), texts(3, 6)
+    steering = (shift(Site("resid_post", 1), 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))),)
+    with pytest.warns(st.SteerableWarning, match="'llava' are not known") as told, st.steer(model, steering):
+        expected = [reference(model, prompt) for prompt in prompts]
+        assert continued(model, prompts) == expected != continued(model, prompts, steering=steering)
+    assert continued(model, prompts, steering=steering) == expected
+    assert len(told) == 1
 
 
 def test_a_state_that_is_no_cache():

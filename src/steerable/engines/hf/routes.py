@@ -46,7 +46,8 @@ def route(model: Any, longest: int = 0) -> Route:
     """How `generate` computes texts of at most `longest` tokens, prompt included, with this model."""
     inner: Any = unwrap(model)
     config = inner.config.get_text_config()
-    kind, attention = config.model_type, config._attn_implementation
+    # a model that sees has its own type, whatever the text model inside is, and passes its arguments on in its own way
+    kind, attention = inner.config.model_type, config._attn_implementation
     if (limit := changing_rope(config)) is not None and longest > limit:
         return Route("one by one", f"its rotary embedding changes for the whole batch beyond {limit} tokens")
     way = FAMILIES[kind].route if kind in FAMILIES else None
