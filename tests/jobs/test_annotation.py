@@ -208,3 +208,11 @@ def test_another_model_or_file_is_another_annotation(finished, tmp_path):
     before = key("tasks", tasks=f"{tasks}?prompt=Body")
     tasks.write_text("Body,answer\n1 + 2?,3\n")
     assert key("tasks", tasks=f"{tasks}?prompt=Body") != before
+
+
+def test_the_settings_name_who_writes_tasks(tmp_path):
+    """As `calibrate` and `audit` take them: the model of --llm-model, and replies that are asked for once."""
+    made = annotation.writer(Config(tasks="llm", llm_model="judge", llm_url="http://localhost:1/v1"), tmp_path)
+    assert made["endpoint"].model == "judge" and made["cache"] == tmp_path / "replies"
+    assert annotation.writer(Config(tasks="llm:other"), tmp_path)["endpoint"] is None
+    assert annotation.writer(Config(tasks="pocket"), tmp_path) == {}

@@ -55,6 +55,7 @@ def test_the_grid_is_what_the_rows_say(calibrated):
         key = {name: setting[name] for name in ("arm", "layers", "strength", "dose")}
         some = [row for row in rows if row["setting"] == key]
         assert len(some) == 2 * setting["tasks"] == 48
+        assert setting["dropped"] == sum(row["target"] is None for row in some)
         gains = [row["target"] - base[row["task_id"], row["sample"]]["target"] for row in some]
         assert setting["gain"][0] == pytest.approx(mean(gains))
         for name in ("kl", "tokens", "loops", "accuracy", "unclosed"):

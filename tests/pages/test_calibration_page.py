@@ -43,6 +43,13 @@ def parsed(page):
     return ElementTree.fromstring(page[page.index("<body>") : page.index("</html>")].replace("&nbsp;", " "))
 
 
+def test_a_metric_of_ones_own_has_its_unit_and_unread_chains_are_told(result):
+    result["settings"] |= {"target": "waits", "unit": "number"}
+    result["grid"][0]["dropped"] = 3
+    text = " ".join("".join(parsed(calibration_page.render(result)).itertext()).split())
+    assert "more waits by +0.1 (0 to +0.2), at" in text and "20 (3 chains unread)" in text
+
+
 def test_the_calibration_page(result):
     page = calibration_page.render(result)
     assert page == calibration_page.render(copy.deepcopy(result))

@@ -356,6 +356,7 @@ class GridSearch:
         return {
             **(self._named(setting) or {}),
             "tasks": len({row["task_id"] for row in rows}),
+            "dropped": sum(row["target"] is None for row in rows),
             "gain": gain_interval(rows, base, self.aim, self.seed),
             **{name: mean_interval(column(rows, name), self.seed) for name in _METRICS},
             "perplexity": perplexity_beside(rows, base, self.seed),

@@ -131,7 +131,7 @@ def _rows(result: Result) -> list[list[str]]:
             row["arm"],
             words.signed(row["strength"]),
             words.number(row["dose"], 2),
-            str(row["tasks"]),
+            str(row["tasks"]) + (f" ({counted(dropped, 'chain')} unread)" if (dropped := row.get("dropped")) else ""),
             words.change(row["gain"], _unit(result, "gain"), ""),
             *(words.with_interval(row[name], _unit(result, name)) for name in _COLUMNS if name != "gain"),
             ", ".join(row["broken"]) or "none",
