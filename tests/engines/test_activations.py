@@ -4,14 +4,15 @@ import random
 import pytest
 import torch
 from conftest import slow
-from tiny_families import families, tiny
+from tiny_families import COMMON, families, tiny
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, JambaConfig, JambaForCausalLM, PreTrainedTokenizerFast
 
 import steerable as st
 from steerable.chains.generation import Prompting
 from steerable.engines.activations import Batch, NormSums, WeightedSums, length_batches, pad, stream
+from steerable.engines.hf.scoring import score_tokens
 from steerable.evals.perturbation import persistence
 from steerable.models import loading as models
 from steerable.models.reading import pieces
@@ -107,6 +108,23 @@ def test_pieces_in_both_kinds_of_attention_and_half_precision(name, attention):
     stream(model, [pad([ids])], [whole])
     stream(model, [pad([ids])], [pieced], chunk=6)
     torch.testing.assert_close(pieced.means(), whole.means(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:models of type")
+def test_a_model_with_a_state_is_read_in_one_pass(tokenizer):
+    """Jamba's layers forget what they have read in a call of several tokens behind it."""
+    torch.manual_seed(0)
+    settings = COMMON | {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+    model = JambaForCausalLM(JambaConfig(**settings)).eval()
+    texts, sites = [" ".join(f"w{i * i % 50}" for i in range(n)) for n in (11, 6)], ["resid_post.1"]
+    one, other = (
+        st.capture(model, tokenizer, texts, sites=sites, reduce="none", chunk=chunk)[Site("resid_post", 1)]
+        for chunk in (4096, 4)
+    )
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    rows = [tokenizer(texts[0])["input_ids"]]
+    one, other = (score_tokens(model, rows, [2], max_logits=most * 64)[0] for most in (4096, 4))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_no_piece_has_a_large_mask(tiny_llama):

@@ -2,8 +2,9 @@
 
 `stream` is the machinery, an accumulator is any object with `add(index, h, batch)`; nothing the size of the
 data is kept. Texts longer than a chunk are read in pieces behind a key/value cache, so that memory grows with
-their length by that cache alone. `capture` is the convenience for a few texts. Both tell attention sinks (`sinks`)
-from ordinary tokens, and leave them out of every mean unless asked.
+their length by that cache alone; models with a recurrent state (Mamba) read them whole. `capture` is the convenience
+for a few texts. Both tell attention sinks (`sinks`) from ordinary tokens, and leave them out of every mean unless
+asked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from steerable.engines.memory import in_narrower_batches
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
-from steerable.models.reading import CHUNK, read
+from steerable.models.reading import CHUNK, is_recurrent, read
 from steerable.models.sinks import EARLY, Sinks, Tally
 from steerable.models.taps import check_site, tap
 from steerable.steering.float64 import wide, wide_device
@@ -155,13 +156,13 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1 token, not {chunk}")
     model = models.unwrap_to_run(model)
-    device = models.device(model)
+    device, whole = models.device(model), is_recurrent(model)
     first = sinks == "drop" and attention_sinks.first_is_massive(model)
     watches = {site: _Watch(site.kind, reader, sinks, first) for site, reader in readers.items()}
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
             batch = batch.map(lambda t: t.to(wide_device(device) if t.dtype == torch.float64 else device))
-            if batch.ids.shape[1] <= chunk:
+            if batch.ids.shape[1] <= chunk or whole:
                 text = _Text(batch)
                 for watch in watches.values():
                     watch.start(text)

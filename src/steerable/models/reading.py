@@ -65,6 +65,12 @@ def pieces(model: Any, length: int, chunk: int = CHUNK, start: int = 0) -> Itera
         start = stop
 
 
+def is_recurrent(model: Any) -> bool:
+    """Whether layers of a model carry a state of their own (Mamba, Nemotron-H), which transformers leaves out in a call
+    of several tokens: a text must then be read in one pass."""
+    return bool(getattr(models.unwrap(model), "_is_stateful", False))
+
+
 def new_cache(model: Any, length: int) -> Cache:
     """An empty cache for one text of `length` tokens; layers with a sliding window hold no more than the window."""
     layers = DynamicCache(config=model.config).layers

@@ -31,6 +31,7 @@ from steerable.engines.hf.programs import Chosen, Passing, Table
 from steerable.engines.hf.sequences import Follower, cached_tokens
 from steerable.models import loading as models
 from steerable.models.caches import given_cache
+from steerable.models.reading import is_recurrent
 from steerable.models.taps import Hook, Taps, check_site, in_backward, width_at
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Gate, parse_gate, resolve, selectors
@@ -189,7 +190,7 @@ class Handle:
         )
         prompts = counts or any(g.uses("prompt", "generated", "last_prompt", "latched") for g in gates)
         self._model, self._norms = model, norms
-        self._is_recurrent = bool(getattr(model, "_is_stateful", False))  # Mamba, RWKV
+        self._is_recurrent = is_recurrent(model)
         self._follower = Follower(self.new_state, prompts)
         self._local = _Local()
         self._threads: set[int] = set()

@@ -16,7 +16,7 @@ from steerable.models.caches import as_argument
 from steerable.models.copies import restart_rope
 from steerable.models.loading import device as device_of
 from steerable.models.loading import text_config
-from steerable.models.reading import most_logits, new_cache, pieces
+from steerable.models.reading import is_recurrent, most_logits, new_cache, pieces
 from steerable.steering.float64 import wide, wide_device
 from steerable.steering.tokens import SequenceState
 
@@ -72,7 +72,7 @@ def score_tokens(
         states = [handle.new_state() if handle else SequenceState() for _ in passes]
         for state in states:
             state.start(len(batch), device, torch.tensor([starts[i] for i in batch]))
-        is_whole = longest <= most or len(batch) > 1
+        is_whole = longest <= most or len(batch) > 1 or is_recurrent(model)
         caches = [None if is_whole else new_cache(model, longest) for _ in passes]
         values = torch.zeros(0)
         restart_rope(model)
