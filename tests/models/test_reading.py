@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_families import families, tiny
+from transformers import MptConfig, MptForCausalLM
 
 from steerable.evals.attribution import exact, fisher, published_gradients
 from steerable.models import loading as models
@@ -124,6 +125,22 @@ def test_a_pass_takes_fewer_queries_behind_a_long_prefix_and_before_a_large_voca
     assert asked.per_pass(512) == 3 and asked.per_pass(2) == 2
     monkeypatch.setattr(queries, "most_logits", lambda device: 64)
     assert asked.per_pass(512) == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_of_an_unknown_type_is_tried(known):
+    """MPT's attention adds what depends on the distance of columns, in which a query does not stand at its place."""
+    if known:
+        model = tiny("qwen3")
+        model.config.model_type = "cousin"
+        expected = model(torch.tensor([IDS]), use_cache=False).logits[0, POSITIONS]
+        torch.testing.assert_close(Queries(model, IDS, POSITIONS).logits(), expected, atol=1e-4, rtol=1e-4)
+        return
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64)).eval()
+    for _ in range(2):
+        with pytest.raises(UsageError, match="attribution cannot single out tokens of this mpt model"):
+            Queries(model, IDS, POSITIONS)
 
 
 def test_other_kinds_of_attention_are_refused(tiny_llama):

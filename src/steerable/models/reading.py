@@ -16,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from steerable.models import loading as models
 from steerable.models.caches import as_argument
 from steerable.models.copies import private_copy
+from steerable.models.families import FAMILIES
 from steerable.store.errors import UsageError
 
 CHUNK = 4096
@@ -34,6 +36,7 @@ _PAIRS = 2**24  # query-key pairs for which a mask is held: 16 MiB as bool, 64 M
 _EAGER_SCORES = 2**27  # attention scores held at a time by eager attention, over all heads
 _SCORES = 2**25  # attention scores of one layer in one pass of queries, over all heads (128 MiB in float32)
 _SPARE = 512  # queries that a pass can take without a copy of the prefix
+_FEW = 16  # tokens on which a model of an unknown type is tried
 _LONG = 4096  # tokens: behind longer prefixes, what backward needs of a block is computed again, not stored
 
 
@@ -133,6 +136,8 @@ class RoomLayer(DynamicLayer):
 
 # --- single tokens behind their past ---
 
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
 
 class Queries:
     """Single tokens of one chain, each behind its own past, evaluated together in one row.
@@ -151,6 +156,8 @@ class Queries:
         if not len(positions) or min(positions) < 0 or max(positions) >= len(ids):
             raise UsageError(f"query positions must lie in 0 ... {len(ids) - 1}, got {list(positions)}")
         self.windows = _windows(model)
+        if model.config.model_type not in FAMILIES and model not in _tried and len(ids) > 2:
+            _try(model, list(ids)[:_FEW])
         self.prefix = max(1, max(positions))  # at least one token, so that the cache is never empty; it is masked
         # Layers with a window store the whole past here, too: each query has a window of its own.
         layers = [RoomLayer(self.prefix, spare=_SPARE) for _ in DynamicCache(config=model.config).layers]
@@ -211,6 +218,27 @@ class Queries:
             mask = torch.zeros(len(at), self.view.length + len(at), dtype=self.model.dtype, device=self.device)
             masks[kind] = mask.masked_fill_(~torch.cat([itself, past], 1), torch.finfo(mask.dtype).min)[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+@torch.no_grad()
+def _try(model: Any, ids: list[int]) -> None:
+    """Raises UsageError for a model whose queries are not what the whole text says: one that tells places by more than
+    their numbers (ALiBi, masks of its own). Asked once of each model of an unknown type."""
+    _tried[model] = True
+    places, wrong = [len(ids) - 1, len(ids) // 2], True
+    try:
+        got = Queries(model, ids, places).logits().float()
+        expected = model(input_ids=torch.tensor([ids], device=got.device), use_cache=False).logits[0, places].float()
+        spread = (expected - expected.mean(-1, keepdim=True)).norm()
+        wrong = bool((got - expected).norm() > (0.1 if model.dtype.itemsize < 4 else 1e-3) * spread)
+    except (ValueError, TypeError, AttributeError, RuntimeError):
+        pass
+    if wrong:
+        del _tried[model]
+        raise UsageError(
+            f"attribution cannot single out tokens of this {model.config.model_type} model, whose attention tells "
+            "places by more than their numbers: choose another model"
+        )
 
 
 def _windows(model: nn.Module) -> dict[str, int | None]:
