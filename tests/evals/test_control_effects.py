@@ -6,6 +6,8 @@ from planted_model import planted_model, texts
 
 from steerable.engines.transformers import steer
 from steerable.evals.control_effects import effect_beside_controls, linearity, pair_preferences, sign_stability
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
 
@@ -88,3 +90,23 @@ def test_few_tasks_are_clear_of_nothing(planted, tasks):
     )
     assert about["tasks"] == tasks and about["effect"][0] == pytest.approx(0.02)
     assert all(about[name][1] < 0 < about[name][2] for name in ("effect", "random", "above_random"))
+
+
+def test_of_directions_that_are_noise_one_in_forty_reaches_that_far():
+    """An effect that is linear, of a vector that is drawn as its controls are."""
+    line = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    beyond = largest = 0
+    for seed in range(200):
+        noise, *shuffled = (
+            Direction({Site("resid_post", 0): torch.ones(64)}).random_like(10 * seed + k) for k in range(3)
+        )
+
+        def effect(steering):
+            value = sum(i.strength * float(i.basis[:, 0].float() @ line) for i in steering)
+            return {str(task): value for task in range(8)}
+
+        about = effect_beside_controls(effect, noise, shuffled, controls=2, seed=10 * seed + 5)
+        own = about["effect"][0]
+        largest += own > max(0.0, about["largest"])
+        beyond += own > max(about["largest"], about["reach"])
+    assert beyond <= 10 < largest

@@ -109,8 +109,8 @@ class Checks:
             ("lookalikes", "Told from lookalikes",
              f"AUC {SEPARATION[0]} or more, clear of 0.5; under {SEPARATION[1]} fails", self.told_apart),
             ("effect", "Effect beside controls",
-             f"clear of 0 and of random and label-shuffled directions, over {FEWEST} tasks or more; not above each of "
-             "them fails", self.effect_check),
+             f"clear of 0 and of random and label-shuffled directions, over {FEWEST} tasks or more, and above "
+             "what 39 of 40 of these do; not above each of them fails", self.effect_check),
             ("sign", "Sign over prompts and paraphrases",
              f"right in {RIGHT[0]:.0%} or more and in every paraphrase; under {RIGHT[1]:.0%} fails", self.sign),
             ("linearity", "Linearity of the gain", f"R2 {LINEAR[0]} or more", self.linear),
@@ -406,6 +406,8 @@ class Checks:
             return "fail", figure, values
         above = [values["above_random"], *([values["above_shuffled"]] if self.is_vector else [])]
         is_clear = all(interval is not None and interval[1] > 0 for interval in above)
+        if is_clear and self.is_vector and effect[0] <= (values["reach"] or 0.0):
+            return "warn", f"{figure}; one in 40 such directions does more than {values['reach']:.3g}", values
         return "pass" if is_clear else "warn", figure, values
 
     def sign(self) -> tuple[str, str, dict[str, Any]]:
