@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 import steerable as st
 from steerable.engines.sampling import Decoding
 from steerable.methods.weight_patch import LowRank, Replacement
+from steerable.models.writers import fold
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -220,6 +221,16 @@ def test_merged_checkpoint(tmp_path, dtype, tokenizer):
     with pytest.raises(UsageError, match="is there already"):
         patch.merge(model, None, tmp_path / "merged")
     assert same_bits(bits(model), before)
+
+
+def test_a_merged_checkpoint_has_the_folded_biases_too(tmp_path):
+    model = tiny("llama", mlp_bias=False)
+    patch = patch_of(model, [DOWN + ".weight"], torch.float32)
+    fold(model, st.Direction({st.Site("resid_post", 1): torch.ones(32)}))
+    patch.merge(model, None, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with patch.apply(model):
+        torch.testing.assert_close(logits(merged), logits(model))
 
 
 def test_wrong_models():

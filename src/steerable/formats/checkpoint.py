@@ -23,7 +23,7 @@ import torch
 from steerable.formats.base import FOLDED, Format, WriteOptions
 from steerable.models import loading as models
 from steerable.models.families import FAMILIES, Family
-from steerable.models.writers import Place, bias_names, linear, number_type, placed
+from steerable.models.writers import STOCK, Place, bias_names, linear, number_type, placed
 from steerable.steering.direction import Direction
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import whole_folder
@@ -100,6 +100,8 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
 
     model, tokenizer, folder, what is returned and what is raised: as in `as_checkpoint`.
     """
+    if any(hasattr(module, STOCK) for module in model.modules()):  # added biases, which its class may not have
+        return as_checkpoint(model, tokenizer, None, folder)
     folder = _new(folder)
     _check(model)
     return _save(model, tokenizer, folder)
