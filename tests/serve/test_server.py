@@ -13,6 +13,26 @@ httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.slow
 
 
+def test_options_of_vllm_stand_beside_those_of_steering(monkeypatch, tmp_path):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    from steerable.jobs.serving import serve
+
+    def start(args):
+        assert args.additional_config["x"] == 1 and args.max_model_len == 9
+        assert (
+            args.additional_config["steering"] | {"lanes": 3, "bank": "bfloat16"} == args.additional_config["steering"]
+        )
+        raise ValueError("it is too long")
+
+    for name in ("VLLM_PLUGINS", "STEERABLE_PRESETS", "VLLM_USE_RUST_FRONTEND"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(ServeSubcommand, "cmd", start)
+    more = '{"steering": {"bank": "bfloat16"}, "x": 1}'
+    with pytest.raises(st.SteerableError, match="vLLM does not serve: it is too long"):
+        serve("pocket", ["--max-model-len", "9", "--additional-config", more], directions=tmp_path, lanes=3)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("served")
@@ -75,6 +95,8 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
         ({"steering": "1 happy"}, 400, "would be passed over here"),
         ({"extra_args": {"steering": "1 happy"}}, 400, "would be passed over here"),
         ({"vllm_xargs": {"steer": "1 happy"}}, 400, "would be passed over here"),
+        ({"vllm_xargs": {"Steering": "1 happy"}}, 400, "would be passed over here"),
+        ({"vllm_xargs": {"hotwire": '{"id": "happy", "layer": 3}'}}, 400, "'hotwire' would be passed over here"),
         ({"vllm_xargs": {"steering": "1e39 happy"}}, 400, "smaller strength"),
         ({"vllm_xargs": {"steering": ""}}, 400, "expected the name of a direction"),
     ],

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from steerable.engines.vllm.engine import installed
 from steerable.engines.vllm.presets import VARIABLE, parse_presets
@@ -15,7 +16,7 @@ from steerable.models.loading import short_name
 from steerable.models.sources import find
 from steerable.steering.site import parse_layers
 from steerable.store.display import Display
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableError, UsageError
 
 _GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins")
 
@@ -74,12 +75,8 @@ def serve(
     os.environ[VARIABLE] = json.dumps(parse_presets(preset))
     os.environ["VLLM_PLUGINS"] = ",".join(_allowed(os.environ.get("VLLM_PLUGINS")))
     os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # it would take requests past the plugin
-    _run(
-        [
-            "--model", source.place, "--served-model-name", short_name(model), "--host", host, "--port", str(port),
-            "--additional-config", json.dumps({KEY: steering}), *options,
-        ]
-    )  # fmt: skip
+    names = ["--model", source.place, "--served-model-name", short_name(model), "--host", host, "--port", str(port)]
+    _run([*names, *options], steering)
 
 
 def _allowed(given: str | None) -> list[str]:
@@ -91,7 +88,7 @@ def _allowed(given: str | None) -> list[str]:
     return list(dict.fromkeys([*names, "steerable"]))
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], steering: dict[str, Any]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -99,5 +96,10 @@ def _run(arguments: list[str]) -> None:
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="steerable serve ... --")).parse_args(arguments)
-    validate_parsed_serve_args(args)
-    ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it
+    given = args.additional_config or {}
+    args.additional_config = {**given, KEY: {**steering, **given.get(KEY, {})}}
+    try:
+        validate_parsed_serve_args(args)
+        ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SteerableError(f"vLLM does not serve: {error}") from error

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 from steerable.engines.vllm.folder import MAX_BYTES, Folder
 from steerable.engines.vllm.presets import VARIABLE, Models, Presets
-from steerable.engines.vllm.requests import asked, check_steering
+from steerable.engines.vllm.requests import PEERS, asked, check_steering, passed_over
 from steerable.engines.vllm.settings import KEY, settings_of
 from steerable.serve.metrics import Measured, count_requests
 from steerable.steering.direction import Direction
@@ -79,6 +79,8 @@ class Endpoint:
         def steered(request: Any, params: Any) -> Any:
             extra = dict(getattr(params, "extra_args", None) or {})
             try:
+                if odd := [name for name in PEERS if name in extra]:
+                    raise UsageError(passed_over(odd[0]))
                 preset = self.presets.steering(request.model)
                 if preset is not None and KEY in extra:
                     raise UsageError(

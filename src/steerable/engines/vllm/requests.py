@@ -38,6 +38,8 @@ from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import strict_json
 
 PROMPT_TOKENS = "steering_prompt_tokens"
+PEERS = ("hotwire", "apply_steering_vectors")
+"""What requests to other plugins that steer (hotwire, vllm-lens) say in `vllm_xargs`, where vLLM passes over it."""
 _SALT = "steering:"
 _ENTRY = {"direction", "vectors", "strength", "layers", "where", "map", "schedule", "rescale"}
 
@@ -86,14 +88,15 @@ def check_place(request: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     fields, extra = request.model_extra or {}, request.vllm_xargs or {}
-    names = [name for name in fields if name.startswith("steer")]
-    names += [name for name in fields.get("extra_args") or () if str(name).startswith("steer")]
-    names += [name for name in extra if name.startswith("steer") and name not in (KEY, PROMPT_TOKENS)]
+    names = [name for name in (*fields, *(fields.get("extra_args") or ())) if str(name).lower().startswith("steer")]
+    names += [name for name in extra if name.lower().startswith("steer") and name not in (KEY, PROMPT_TOKENS)]
     if names:
-        raise VLLMValidationError(
-            f'{names[0]!r} would be passed over here: a steering is "vllm_xargs": {{"{KEY}": "0.5 happy"}}',
-            parameter=names[0],
-        )
+        raise VLLMValidationError(passed_over(names[0]), parameter=names[0])
+
+
+def passed_over(name: str) -> str:
+    """What is wrong with a request that asks by this name."""
+    return f'{name!r} would be passed over here: a steering is "vllm_xargs": {{"{KEY}": "0.5 happy"}}'
 
 
 def refuse_beams(request: Any) -> None:
