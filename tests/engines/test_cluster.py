@@ -65,6 +65,9 @@ def misbehave(pid, block, report):
     if what == "long":
         report("long")
         time.sleep(1.5)
+    if what == "killed":
+        report("killed")
+        time.sleep(0 if len(list(folder.glob("killed.*"))) > 1 else 60)
     return what, pid
 
 
@@ -85,16 +88,16 @@ def test_a_worker_that_is_killed_in_mid_run_is_replaced_and_its_block_done_again
 
     def on_report(message):
         if not killed:
-            killed.append(int(next(tmp_path.glob("long.*")).read_text()))
+            killed.append(int(next(tmp_path.glob("killed.*")).read_text()))
             os.kill(killed[0], signal.SIGKILL)
 
-    names = ["long", "a", "b", "c"]
+    names = ["killed", "a", "b", "c"]
     results = map_blocks(
         misbehave, [(tmp_path, name) for name in names], setup=setup, workers=2, report=on_report, collect=True
     )
     assert [name for name, _ in results] == names
     assert len(killed) == 1 and killed[0] != results[0][1]
-    assert len(list(tmp_path.glob("long.*"))) == 2  # begun twice, finished once
+    assert len(list(tmp_path.glob("killed.*"))) == 2  # begun twice, finished once
 
 
 @pytest.mark.parametrize(
