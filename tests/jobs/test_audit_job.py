@@ -11,7 +11,7 @@ from planted_model import planted_model, texts
 from tokenizers.processors import TemplateProcessing
 
 from steerable.chains import generation
-from steerable.chains.text_pairs import read_pairs
+from steerable.chains.text_pairs import pairs_sha256, read_pairs
 from steerable.evals.calibration import calibrate
 from steerable.evals.passages import Passage, passage_means
 from steerable.jobs import audit_checks
@@ -256,6 +256,15 @@ def test_a_negative_strength_asks_for_less(place):
     status, _, values = checks.effect_check()
     assert status == checks.sign()[0] == "pass" and values["effect"][1] > 0
     assert checks.effect_of == "the preference for the negative text of a pair, in nats a token"
+
+
+def test_a_file_that_does_not_hold_what_its_pairs_make(place):
+    """It names these pairs as its data, and points the other way."""
+    pairs = read_pairs(place / "pairs.jsonl")
+    job = SimpleNamespace(loaded=load(place / "model"), config=Config(model=str(place / "model")))
+    turned = replace(-1.0 * Direction.load(place / "planted.safetensors"), data_sha256=pairs_sha256(*pairs))
+    status, figure, _ = Checks(job, turned, 1.0, pairs, None, [], None, 4, 1, 2).separation()
+    assert status == "fail" and figure.endswith("by the file's vector")
 
 
 def test_what_begins_a_text_does_not_stand_within_one(place, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -371,11 +371,11 @@ class Checks:
 
     def separation(self) -> tuple[str, str, dict[str, Any]]:
         line = self.line
-        made: Callable[[Sequence[int]], Direction] = lambda _: line  # noqa: E731
-        how = "by the file's vector"
+        values, how = held_out_auc(lambda _: line, *self.means), "by the file's vector"
         if self.sides is not None and self.direction.data_sha256 == pairs_sha256(*self.sides):
-            made, how = self.made_of, "by the direction of the other half, as the file was made of these pairs"
-        values = held_out_auc(made, *self.means)
+            halves = held_out_auc(self.made_of, *self.means)
+            if halves[0] <= values[0]:  # else the file does not hold what these pairs make
+                values, how = halves, "by the direction of the other half, as the file was made of these pairs"
         figure = f"AUC {values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f}), {how}"
         return _separated(values), figure, {"auc": values}
 
