@@ -16,7 +16,8 @@ def ablate_weights(model: nn.Module, vector: Tensor) -> WeightPatch:
 
     That is the token embeddings (and those of positions, where they are learned) and the last maps of every attention
     and MLP. Then <h, v> = 0 at every site of the stream, as with a hook that ablates the embeddings' output and what
-    each block adds. Arditi et al. 2024 (arXiv 2406.11717).
+    each block adds. Not so where a norm stands between the embeddings and the first block (Bloom): use a hook there.
+    Arditi et al. 2024 (arXiv 2406.11717).
 
     The published code edits matrices alone, which is the same in its models, as they have no such biases. As there, an
     embedding that is also the unembedding (tied) is one weight: the unembedding then reads nothing along v either.
