@@ -73,6 +73,20 @@ def test_layers_that_see_a_part_of_the_tokens_are_not_steered(option, name):
         check_config(config)
 
 
+@pytest.mark.parametrize("dtype, is_refused", [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_stream_that_is_kept_divided_is_not_steered(dtype, is_refused):
+    """As DeepSeek's is in float16."""
+    text = SimpleNamespace(kv_lora_rank=16, routed_scaling_factor=2.5, num_hidden_layers=4)
+    config = SimpleNamespace(
+        parallel_config=None, cache_config=None, speculative_config=None, additional_config={},
+        model_config=SimpleNamespace(dtype=dtype, hf_text_config=text),
+    )  # fmt: skip
+    if not is_refused:
+        return check_config(config)
+    with pytest.raises(st.UsageError, match="take --dtype bfloat16"):
+        check_config(config)
+
+
 def new_steps():
     tokens = Tokens(SETTINGS, 64, torch.device("cpu"), 8)
     bank = Bank(SETTINGS, dict.fromkeys(KINDS, 9), D, tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from steerable.engines.vllm.settings import settings_of
 from steerable.store.errors import UsageError
 
@@ -35,7 +37,13 @@ def check_config(config: Any) -> None:
             f"steering does not go together with {connector} of --kv-transfer-config, which may know stored texts by "
             f"their tokens alone, however they were steered: take one of {', '.join(CONNECTORS)}"
         )
-    settings = settings_of(config.additional_config)
-    number = config.model_config.hf_text_config.num_hidden_layers
+    settings, text = settings_of(config.additional_config), config.model_config.hf_text_config
+    is_latent = getattr(text, "kv_lora_rank", None) is not None
+    if config.model_config.dtype == torch.float16 and is_latent and getattr(text, "routed_scaling_factor", 1.0) != 1.0:
+        raise UsageError(
+            "in float16 vLLM keeps the stream of models like DeepSeek-V3 divided by the routed_scaling_factor, and "
+            "no vector would have its strength there: take --dtype bfloat16"
+        )
+    number = text.num_hidden_layers
     if settings is not None and (beyond := [i for i in settings.layers or () if i >= number]):
         raise UsageError(f"the steering settings name layer {beyond[0]}, and the model has layers 0 to {number - 1}")
