@@ -21,7 +21,7 @@ from steerable.steering.direction import Direction
 from steerable.steering.gates import GateError, parse_gate, quoted
 from steerable.steering.maps import is_map, parse_map
 from steerable.steering.schedule import SCHEDULES, parse_schedule
-from steerable.steering.spec import Program
+from steerable.steering.spec import Intervention, Program
 from steerable.store.errors import SteerableError, UsageError
 from steerable.store.text import one_line
 
@@ -31,6 +31,7 @@ _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?=[\s\"])")
 _NAME = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s@|\[\]"&()<>=]+')
 _LAYERS = re.compile(r"\s*\[\s*(\d{1,9}(?:\s*,\s*\d{1,9})*)\s*\]")
 _SPACE = re.compile(r"\s*")
+_WORD = re.compile(r"\s*(\w*)")
 
 
 def parse_steering(text: str, directions: Directions | None = None) -> Program:
@@ -60,11 +61,12 @@ class _Reader:
         self.direction = lru_cache(maxsize=None)(lambda name: _meant(name, directions))
 
     def program(self) -> Program:
-        program, sign = Program(), self._sign(first=True)
+        parts: list[Intervention] = []
+        sign = self._sign(first=True)
         while sign:
-            program += self._term(sign)
+            parts += self._term(sign)
             sign = self._sign(first=False)
-        return program
+        return Program(parts)
 
     def _wrong(self, why: str, place: int | None = None) -> UsageError:
         column = (self.place if place is None else place) + 1
@@ -79,10 +81,10 @@ class _Reader:
         self._take(_SPACE)
         if not first and self.place == len(self.text):
             return 0.0
-        if self.text[self.place : self.place + 1] in ("+", "-"):
+        if (sign := self.text[self.place : self.place + 1]) in ("+", "-"):
             self.place += 1
             self._take(_SPACE)
-            return -1.0 if self.text[: self.place].rstrip()[-1] == "-" else 1.0
+            return -1.0 if sign == "-" else 1.0
         if not first:
             raise self._wrong("expected + or - between two terms")
         return 1.0
@@ -121,7 +123,7 @@ class _Reader:
     def _read(self, mark: str, part: str) -> tuple[str, Any]:
         if mark == "@":
             return "where", parse_gate(part, self.direction)
-        name = re.match(r"\s*(\w*)", part)[1]  # type: ignore[index]
+        name = _WORD.match(part)[1]  # type: ignore[index]
         if name == "rescale":
             if part.strip() not in ("rescale", "rescale(off)"):
                 raise UsageError("rescale takes no values, or `off`")
@@ -148,7 +150,7 @@ class _Reader:
             if depth <= 0 and (
                 sign == "@"
                 or sign == "|"
-                and _is_modifier(re.match(r"\s*(\w*)", text[place + 1 :])[1])  # type: ignore[index]
+                and _is_modifier(_WORD.match(text, place + 1)[1])  # type: ignore[index]
                 or sign in "+-"
             ):
                 break

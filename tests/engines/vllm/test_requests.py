@@ -79,6 +79,8 @@ def test_forms_of_a_steering_are_the_same(folder):
         (as_json(source={"model_id": 5}), "holds texts"),
         ({"vectors": [1.0]}, "an object of layers and numbers"),
         ('{"direction": "happy"', "no sound JSON"),
+        ("+".join(["happy"] * 2000), "has 11999 characters: expected 10000 at most"),
+        ([{"direction": "happy"}] * 101, "has 101 parts: expected 100 at most"),
         ("[1]", "holds interventions"),
         (3, "holds interventions"),
     ],

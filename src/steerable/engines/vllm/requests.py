@@ -38,6 +38,8 @@ from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import strict_json
 
 PROMPT_TOKENS = "steering_prompt_tokens"
+LONGEST, MOST = 10_000, 100
+"""Characters of a steering as text, and parts of one as JSON: beyond them, reading it would keep others waiting."""
 PEERS = ("hotwire", "apply_steering_vectors")
 """What requests to other plugins that steer (hotwire, vllm-lens) say in `vllm_xargs`, where vLLM passes over it."""
 _SALT = "steering:"
@@ -211,10 +213,14 @@ def read_steering(given: Any, load: Callable[[str], Direction] = EMPTY.load) -> 
             return tuple(from_json(given))
         given = value
     if isinstance(given, str):
+        if len(given) > LONGEST:
+            raise UsageError(f"the steering of the request has {len(given)} characters: expected {LONGEST} at most")
         return tuple(parse_steering(given, load))
     if isinstance(given, Mapping):
         given = [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(entry, Mapping) for entry in given):
+        if len(given) > MOST:
+            raise UsageError(f"the steering of the request has {len(given)} parts: expected {MOST} at most")
         return tuple(i for entry in given for i in _entry(entry, load))
     if isinstance(given, Intervention):
         given = (given,)
