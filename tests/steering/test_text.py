@@ -236,6 +236,17 @@ def test_another_process(tmp_path):
     assert done.stdout.strip() == str(program)
 
 
+def test_a_basis_of_coordinates_is_written_by_them():
+    """A transport of all coordinates of a wide model stays a small file; what comes from others has a limit."""
+    basis = torch.eye(600, dtype=torch.float64)[:, torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    steering = (Intervention(SITES[0], basis, Affine([0.5] * 600, [1.0] * 600)),)
+    text = to_json(steering)
+    assert len(text) < 20_000 and from_json(text) == Program(steering)
+    assert torch.equal(from_json(text)[0].basis, basis)
+    with pytest.raises(UsageError, match="have 360000 numbers: expected 1000 at most"):
+        from_json(text, most=1000)
+
+
 def reading(vector):
     return {"text": "when(a > 1)", "readings": [[["resid_post.0", vector, 0]]]}
 
@@ -249,6 +260,9 @@ def reading(vector):
         (lambda i: i["basis"].update(shape=[3, 1]), "no steering"),
         (lambda i: i["basis"].update(float64="?"), "no steering"),
         (lambda i: i["basis"].update(shape=[10**30, 1]), "no steering"),
+        (lambda i: i.update(basis={"shape": [6, 1], "coordinates": [6]}), "1 numbers from 0 to 5"),
+        (lambda i: i.update(basis={"shape": [6, 2], "coordinates": [1]}), "2 numbers from 0 to 5"),
+        (lambda i: i.update(basis={"shape": [6, 1], "coordinates": [True]}), "1 numbers from 0 to 5"),
         (lambda i: i["schedule"].update(type="per_request", default=10**400), "no steering"),
         (lambda i: i.update(site="nowhere.1"), "unknown site"),
         (lambda i: i.update(strength="many"), "one number"),

@@ -298,10 +298,7 @@ def to_json(steering: Iterable[Intervention]) -> str:
         [
             {
                 "site": str(i.site),
-                "basis": {
-                    "shape": list(i.basis.shape),
-                    "float64": base64.b64encode(i.basis.double().numpy().astype("<f8").tobytes()).decode(),
-                },
+                "basis": _basis_to_json(i),
                 "map": encoded(i.map, MAPS),
                 "gate": gate_to_json(i.gate),
                 "schedule": encoded(i.schedule, SCHEDULES),
@@ -316,10 +313,35 @@ def to_json(steering: Iterable[Intervention]) -> str:
     )
 
 
-def from_json(text: str) -> Program:
-    """The inverse of `to_json`. Raises UsageError for what is no steering."""
+def _basis_to_json(intervention: Intervention) -> dict[str, Any]:
+    """Its numbers, or the coordinates that it takes: a transport of all of them would be a file of d^2 numbers."""
+    basis, coordinates = intervention.basis, intervention.coordinates
+    if coordinates is not None:
+        return {"shape": list(basis.shape), "coordinates": coordinates.tolist()}
+    numbers = base64.b64encode(basis.double().numpy().astype("<f8").tobytes()).decode()
+    return {"shape": list(basis.shape), "float64": numbers}
+
+
+def _basis_from_json(data: dict[str, Any]) -> Tensor:
+    d, k = data["shape"]
+    if "coordinates" not in data:
+        content = bytearray(base64.b64decode(data["float64"], validate=True))
+        return torch.frombuffer(content, dtype=torch.float64).reshape(d, k)
+    at = data["coordinates"]
+    if len(at) != k or not all(type(n) is int and 0 <= n < d for n in at):
+        raise ValueError(f"the coordinates of a basis [{d}, {k}] are {k} numbers from 0 to {d - 1}")
+    return torch.zeros(d, k, dtype=torch.float64).scatter_(0, torch.tensor([at]), 1.0)
+
+
+def from_json(text: str, most: int | None = None) -> Program:
+    """The inverse of `to_json`. most: how many numbers the bases may have together, where the text comes from others; a
+    short text can name a large basis by its coordinates. Raises UsageError for what is no steering."""
     try:
-        return Program(_intervention(entry) for entry in strict_json(text))
+        entries = strict_json(text)
+        numbers = sum(abs(math.prod(entry["basis"]["shape"])) for entry in entries)
+        if most is not None and numbers > most:
+            raise UsageError(f"the bases of the steering have {numbers} numbers: expected {most} at most")
+        return Program(_intervention(entry) for entry in entries)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise UsageError(f"this JSON is no steering: {one_line(str(error), 200)}") from error
 
@@ -331,14 +353,12 @@ def _intervention(data: dict[str, Any]) -> Intervention:
         raise UsageError(f"rescale is true or false, not {data['rescale']!r}")
     if isinstance(data["strength"], bool) or not isinstance(data["strength"], (int, float)):
         raise UsageError(f"an intervention has one number as its strength, not {data['strength']!r}")
-    d, k = data["basis"]["shape"]
     source = data.get("source", {})
     if not all(isinstance(source.get(name, ""), str) for name in ("name", "map", "model_id", "model_revision")):
         raise UsageError("the source of an intervention holds texts")
-    content = bytearray(base64.b64decode(data["basis"]["float64"], validate=True))
     return Intervention(
         Site.parse(data["site"]),
-        torch.frombuffer(content, dtype=torch.float64).reshape(d, k),
+        _basis_from_json(data["basis"]),
         decoded(data["map"], MAPS, "map"),
         gate_from_json(data["gate"]),
         decoded(data["schedule"], SCHEDULES, "schedule"),

@@ -38,8 +38,9 @@ from steerable.store.errors import SteerableError, UsageError
 from steerable.store.files import strict_json
 
 PROMPT_TOKENS = "steering_prompt_tokens"
-LONGEST, MOST = 10_000, 100
-"""Characters of a steering as text, and parts of one as JSON: beyond them, reading it would keep others waiting."""
+LONGEST, MOST, NUMBERS = 10_000, 100, 10_000_000
+"""Characters of a steering as text, parts of one as JSON, and numbers of its bases: beyond them, reading it would keep
+others waiting."""
 PEERS = ("hotwire", "apply_steering_vectors")
 """What requests to other plugins that steer (hotwire, vllm-lens) say in `vllm_xargs`, where vLLM passes over it."""
 _SALT = "steering:"
@@ -210,7 +211,7 @@ def read_steering(given: Any, load: Callable[[str], Direction] = EMPTY.load) -> 
         except ValueError as error:
             raise UsageError(f"the steering of the request is no sound JSON: {error}") from None
         if isinstance(value, list) and value and isinstance(value[0], dict) and "basis" in value[0]:
-            return tuple(from_json(given))
+            return tuple(from_json(given, most=NUMBERS))
         given = value
     if isinstance(given, str):
         if len(given) > LONGEST:
