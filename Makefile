@@ -1,6 +1,7 @@
 # make run   set up, then the whole main job on the bundled model, into runs/pocket
 # make test  set up, then lint, types and all tests
 # make test-fast   the same without the slow tests
+#            STEERABLE_ALL=1 before either runs the two longest as well, which CI has no time for
 # make vllm  sets up .venv-vllm with vLLM's CPU build, and runs the tests of steering in it
 .PHONY: run test test-fast vllm lint format clean help python
 .DEFAULT_GOAL := help
