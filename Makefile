@@ -1,8 +1,8 @@
 # make run   set up, then the whole main job on the bundled model, into runs/pocket
-# make test  set up, then lint, types and all tests
+# make test  set up, then lint, types and all tests but the longest
 # make test-fast   the same without the slow tests
-#            STEERABLE_ALL=1 before either runs the two longest as well, which CI has no time for
 # make vllm  sets up .venv-vllm with vLLM's CPU build, and runs the tests of steering in it
+# make test vllm STEERABLE_ALL=1   with the two longest as well, which CI has no time for
 .PHONY: run test test-fast vllm lint format clean help python
 .DEFAULT_GOAL := help
 

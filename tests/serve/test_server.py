@@ -31,6 +31,9 @@ def test_options_of_vllm_stand_beside_those_of_steering(monkeypatch, tmp_path):
     more = '{"steering": {"bank": "bfloat16"}, "x": 1}'
     with pytest.raises(st.SteerableError, match="vLLM does not serve: it is too long"):
         serve("pocket", ["--max-model-len", "9", "--additional-config", more], directions=tmp_path, lanes=3)
+    for wrong in ('{"steering": 5}', "[1]"):
+        with pytest.raises(st.UsageError, match="expected a JSON object, with one in it as 'steering'"):
+            serve("pocket", ["--additional-config", wrong], directions=tmp_path)
 
 
 @pytest.fixture(scope="module")

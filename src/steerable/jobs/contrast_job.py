@@ -114,6 +114,8 @@ def contrast_file(
         check_persona(persona, opposite, prompts)
     loaded = models.load(model, revision=revision, dtype=dtype, device=device)
     dialogue = None
+    if ask is None and engine == "vllm":
+        display.say("there is no --ask, so that --engine vllm has nothing to write: texts are read by transformers")
     if ask is not None:
         fixed: dict[str, Any] = {"dtype": str(loaded.model.dtype).removeprefix("torch."), "revision": revision}
         writer = VllmEngine.start(model, **fixed | options) if engine == "vllm" else None

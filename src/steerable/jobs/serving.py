@@ -97,7 +97,9 @@ def _run(arguments: list[str], steering: dict[str, Any]) -> None:
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="steerable serve ... --")).parse_args(arguments)
     given = args.additional_config or {}
-    args.additional_config = {**given, KEY: {**steering, **given.get(KEY, {})}}
+    if not isinstance(given, dict) or not isinstance(own := given.get(KEY, {}), dict):
+        raise UsageError(f"--additional-config is {given!r:.80}: expected a JSON object, with one in it as {KEY!r}")
+    args.additional_config = {**given, KEY: {**steering, **own}}
     try:
         validate_parsed_serve_args(args)
         ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it
