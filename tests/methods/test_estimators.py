@@ -1,10 +1,13 @@
 """Estimators on span activations against the means of one pass, and against naive sums."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_families import tiny
 
 from steerable.chains.windows import AlignedChain, TokenSpan, window_positions
+from steerable.methods import estimators
 from steerable.methods.contrasts import difference_of_means
 from steerable.methods.estimators import span_activations
 from steerable.methods.span_statistics import span_means
@@ -45,7 +48,11 @@ def test_difference_of_means_is_the_pooled_direction(model, chains, window, shuf
         assert got.behaviour == label and got.norms == expected.norms and got.unit == expected.unit
 
 
-def test_activations_are_naive_means(model, chains):
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_activations_are_naive_means(model, chains, monkeypatch, chunk):
+    if chunk is not None:  # chains that are longer than a chunk are batches by themselves, and are read in pieces
+        monkeypatch.setattr(estimators, "batch_tokens", lambda model: 1)
+        monkeypatch.setattr(estimators, "stream", partial(estimators.stream, chunk=chunk, sinks="keep"))
     spans = span_activations(model, chains, "published")
     with torch.no_grad():
         rows = []
@@ -55,7 +62,8 @@ def test_activations_are_naive_means(model, chains):
     assert sorted(spans.labels[0]) == sorted(label for label, _ in rows)
     got, expected = spans.activations[Site("resid_post", 1)], torch.stack([row for _, row in rows])
     nearest = (got[:, None] - expected[None]).norm(dim=-1).min(1)
-    assert nearest.values.max() < 1e-4 and len(set(nearest.indices.tolist())) == len(rows)
+    assert nearest.values.max() < 1e-4 and len(set(nearest.indices.tolist())) == len(rows) == len(got)
+    assert [rows[i][0] for i in nearest.indices.tolist()] == spans.labels[0]
 
 
 def test_what_an_estimator_must_return(model, chains):

@@ -90,6 +90,7 @@ def span_activations(
     def read(cut: list[list[int]]) -> Iterator[Batch]:
         for rows in cut:
             batch = pad([used[i].ids for i in rows])
+            batch.rows = tuple(rows)
             spans = [(row, span) for row, i in enumerate(rows) for span in used[i].spans]
             batch.weights = torch.zeros(len(spans), *batch.ids.shape, dtype=torch.float64)
             for number, (row, span) in enumerate(spans):
@@ -103,11 +104,11 @@ def span_activations(
         return rows_of_spans
 
     rows_of_spans = in_narrower_batches(batches, means)
-    ordinary = torch.stack([torch.cat(parts) for parts in rows_of_spans.weights.values()]).gt(0).all(0)
+    ordinary = torch.stack([torch.cat([*parts.values()]) for parts in rows_of_spans.weights.values()]).gt(0).all(0)
     labels = [[label for i in order for label in labelling[i]] for labelling in names]
     return SpanActivations(
         {
-            Site(kind, index if layers is None else layers[index]): torch.cat(parts)[ordinary]
+            Site(kind, index if layers is None else layers[index]): torch.cat([*parts.values()])[ordinary]
             for index, parts in rows_of_spans.means.items()
         },
         [list(compress(labelling, ordinary.tolist())) for labelling in labels],
@@ -115,11 +116,14 @@ def span_activations(
 
 
 class _SpanRows:
-    """An accumulator of each span's mean, [spans, d] a batch, and of the weight that it is the mean of."""
+    """An accumulator of each span's mean, [spans, d] a batch, and of the weight that it is the mean of.
+
+    A chain that is longer than a chunk is a batch by itself, of which several pieces come.
+    """
 
     def __init__(self) -> None:
-        self.means: dict[int, list[Tensor]] = {}
-        self.weights: dict[int, list[Tensor]] = {}
+        self.means: dict[int, dict[Any, Tensor]] = {}
+        self.weights: dict[int, dict[Any, Tensor]] = {}
 
     def add(self, index: int, h: Tensor, batch: Batch) -> None:
         assert batch.weights is not None
@@ -127,7 +131,10 @@ class _SpanRows:
         if batch.sinks is not None:
             weights = weights.masked_fill(batch.sinks.to(weights.device), 0.0)
         flat = weights.flatten(1)
-        totals = flat.sum(1)
-        means = flat @ wide(h.reshape(-1, h.shape[-1])) / totals.clamp_min(1e-30)[:, None]
-        self.means.setdefault(index, []).append(means.float().cpu())
-        self.weights.setdefault(index, []).append(totals.cpu())
+        sums, totals = (flat @ wide(h.reshape(-1, h.shape[-1]))).cpu(), flat.sum(1).cpu()
+        means, before = self.means.setdefault(index, {}), self.weights.setdefault(index, {})
+        if batch.rows in before:
+            sums += before[batch.rows][:, None] * means[batch.rows].double()
+            totals += before[batch.rows]
+        means[batch.rows] = (sums / totals.clamp_min(1e-30)[:, None]).float()
+        before[batch.rows] = totals
