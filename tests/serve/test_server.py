@@ -1,6 +1,8 @@
 """`steerable serve` as a client sees it: a real process, the bundled model."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +36,19 @@ def test_options_of_vllm_stand_beside_those_of_steering(monkeypatch, tmp_path):
     for wrong in ('{"steering": 5}', "[1]"):
         with pytest.raises(st.UsageError, match="expected a JSON object, with one in it as 'steering'"):
             serve("pocket", ["--additional-config", wrong], directions=tmp_path)
+
+
+def test_engines_that_were_started_without_steering_are_not_served():
+    """As `vllm serve --headless` on another machine."""
+    from steerable.serve.endpoint import Endpoint
+
+    async def ask(*call):
+        raise RuntimeError("Method 'steering_status' is not implemented.")
+
+    config = SimpleNamespace(additional_config={"steering": {}})
+    client = SimpleNamespace(vllm_config=config, engine_core=SimpleNamespace(call_utility_all_async=ask))
+    with pytest.raises(st.UsageError, match="an engine of this server does not steer"):
+        asyncio.run(Endpoint().init_state(client, None, None))
 
 
 @pytest.fixture(scope="module")

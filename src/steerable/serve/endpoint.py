@@ -58,6 +58,13 @@ class Endpoint:
         settings = settings_of(self.config.additional_config)
         if settings is None:
             raise UsageError("this server does not steer: start it by `steerable serve`")
+        try:
+            await self.engines()
+        except Exception as error:
+            raise UsageError(
+                "an engine of this server does not steer: start those of other machines (--headless) by `steerable "
+                "serve`, too"
+            ) from error
         self.folder = Folder(settings.directions)
         models = state.openai_serving_models
         paths = models.base_model_paths

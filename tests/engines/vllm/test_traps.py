@@ -18,8 +18,8 @@ def other_layers(model, number):
     return {i: copy.deepcopy(layer) for i, layer in layers.decoder_layers(model, number).items()}
 
 
-def all_but_one(model_layers, banks):
-    layers.give_banks(model_layers, {i: bank for i, bank in banks.items() if i != 2})
+def all_but_one(model_layers, banks, ranks):
+    layers.give_banks(model_layers, {i: bank for i, bank in banks.items() if i != 2}, ranks)
 
 
 def nothing(bank, hidden, residual):

@@ -13,10 +13,11 @@ from steerable.engines.vllm.banks import KINDS, Bank, Tokens
 from steerable.engines.vllm.checks import check_config
 from steerable.engines.vllm.layers import give_banks
 from steerable.engines.vllm.lowering import lower, to_wire
+from steerable.engines.vllm.plugin import _warm_up
 from steerable.engines.vllm.settings import Settings
 from steerable.engines.vllm.slots import Slots
 from steerable.engines.vllm.steps import Steps
-from steerable.engines.vllm.worker import _follow_v1, _follow_v2
+from steerable.engines.vllm.worker import _follow_v1, _follow_v2, _settle_before_dummies
 
 D, SETTINGS = 8, Settings(lanes=1, maps=0, gates=0)
 CONFIG = SimpleNamespace(speculative_config=None, model_config=SimpleNamespace(max_model_len=40))
@@ -60,6 +61,77 @@ def test_the_stream_behind_a_layer(kind, is_sum):
     assert bank.residual is (hidden if is_sum else None)
 
 
+class Several(nn.Module):
+    """A stream for each of four channels, as DeepSeek-V4's and HY-V4's, or of four copies, as Gemma 3n's."""
+
+    def forward(self, positions, hidden):
+        return hidden[:, None].repeat(1, 4, 1)
+
+
+class Deferring(nn.Module):
+    """As Kimi K3's, Qwen 4's and Inkling's: what follows the first is not the rest of the stream."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.rest = rest
+
+    def forward(self, positions, hidden, residual):
+        residual = hidden if residual is None else residual
+        return hidden, *self.rest
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Several(), Deferring((torch.ones(1, D), torch.ones(1, D))), Deferring(((torch.ones(1, D), None),))],
+    ids=["channels", "three outputs", "a sublayer's output and what is to be done with it"],
+)
+def test_a_layer_of_more_than_one_stream_is_not_steered(layer):
+    """The second of four channels would have been given the strength of the second token."""
+    bank = new_steps().banks[0]
+    give_banks({0: layer}, {0: bank})
+    with pytest.raises(st.UsageError, match="its layers give more than one stream"):
+        layer(None, torch.ones(2, D), *[None] * isinstance(layer, Deferring))
+
+
+class Unreduced(nn.Module):
+    """As DeepSeek-V3.2's, GLM-5's and MiniMax-M3's."""
+
+    def forward(self, positions, hidden, residual):
+        hidden, residual = fused_allreduce_rms_norm(hidden, residual, self.norm)  # noqa: F821
+        return hidden, residual
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_outputs_that_the_next_layer_sums_over_ranks_are_not_steered(ranks):
+    """Each rank would add the vector once more."""
+    if ranks == 1:
+        return give_banks({0: Unreduced()}, {0: nn.Identity()}, ranks)
+    with pytest.raises(st.UsageError, match="leaves the sum over ranks to the next layer"):
+        give_banks({0: Unreduced()}, {0: nn.Identity()}, ranks)
+
+
+def unreadable():
+    namespace = {"nn": nn}
+    exec("class Layer(nn.Module):\n    def forward(self, hidden, residual): return hidden, residual", namespace)
+    return namespace["Layer"]()
+
+
+def offloaded():
+    layer = Plain()
+    layer.forward = layer.forward
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer, why",
+    [(unreadable(), "source of Layer cannot be read"), (offloaded(), "offload")],
+    ids=["no source", "offloaded"],
+)
+def test_a_layer_that_cannot_be_taken_hold_of_is_told(layer, why):
+    with pytest.raises(st.UsageError, match=why):
+        give_banks({0: layer}, {0: nn.Identity()})
+
+
 @pytest.mark.parametrize(
     "option, name",
     [("use_sequence_parallel_moe", "--enable-expert-parallel beside"), ("enable_dbo", "--enable-dbo")],
@@ -85,6 +157,20 @@ def test_a_stream_that_is_kept_divided_is_not_steered(dtype, is_refused):
         return check_config(config)
     with pytest.raises(st.UsageError, match="take --dtype bfloat16"):
         check_config(config)
+
+
+@pytest.mark.parametrize("steering, is_refused", [({"steering": {}}, True), ({}, False)])
+def test_workers_without_the_plugin_are_not_served(steering, is_refused):
+    """As on another machine without this package, or of a platform whose workers are none of vLLM's own."""
+
+    def ask(method):
+        raise NotImplementedError(f"Method {method!r} is not implemented.")
+
+    executor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=steering), collective_rpc=ask)
+    if not is_refused:
+        return _warm_up(lambda self: None, executor)
+    with pytest.raises(st.SteerableError, match="a worker of vLLM does not steer"):
+        _warm_up(lambda self: None, executor)
 
 
 def new_steps():
@@ -120,10 +206,10 @@ def test_an_id_that_comes_again_is_another_request():
 
 
 def test_a_request_that_was_not_announced_is_no_request():
-    """A warm-up's are none of a client; any other would be answered unsteered."""
+    """A dummy run's are none of a client, and each has names of its own; any other would be answered unsteered."""
     steps = new_steps()
     runner = SimpleNamespace(
-        vllm_config=CONFIG,
+        vllm_config=CONFIG, _dummy_run=lambda: runner.model_state.prepare_inputs(batch, None),
         model_state=SimpleNamespace(
             add_request=lambda *_: None, remove_request=lambda *_: None, prepare_inputs=lambda *_: "prepared"
         ),
@@ -133,9 +219,10 @@ def test_a_request_that_was_not_announced_is_no_request():
         req_ids=["x"], num_reqs=1, num_computed_tokens_np=np.zeros(1, int), num_scheduled_tokens=np.array([3]),
         input_ids=torch.arange(3), positions=torch.arange(3),
     )  # fmt: skip
-    assert runner.model_state.prepare_inputs(batch, None) == "prepared"
+    assert runner.model_state.prepare_inputs(batch, None) == "prepared" and not steps._requests
     steps.is_serving = True
-    steps.forget(["x"])
+    _settle_before_dummies(runner, steps)
+    assert runner._dummy_run() == "prepared" and not steps._requests
     with pytest.raises(st.UsageError, match="was not told"):
         runner.model_state.prepare_inputs(batch, None)
     params = SimpleNamespace(extra_args=extra(0.5))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,33 +40,51 @@ def decoder_layers(model: Any, number: int) -> dict[int, nn.Module]:
     return {i: layer for i, layer in enumerate(lists[outer[0]]) if type(layer).__name__ != "PPMissingLayer"}
 
 
-def give_banks(layers: dict[int, nn.Module], banks: dict[int, Bank]) -> None:
-    """Steer the outputs of these layers by their banks."""
+def give_banks(layers: dict[int, nn.Module], banks: dict[int, Bank], ranks: int = 1) -> None:
+    """Steer the outputs of these layers by their banks. ranks: of tensor parallelism.
+
+    Raises UsageError for layers whose output is not the stream on every rank, as far as that is known beforehand.
+    """
     for number, bank in banks.items():
         layer = layers[number]
+        if "forward" in vars(layer):
+            raise UsageError(
+                f"layer {number} has a forward pass of its own, as vLLM's offloading of weights gives it, and steering "
+                "would not be asked there: leave out --cpu-offload-gb and --offload-group-size"
+            )
         layer.add_module("steering", bank)
-        layer.__class__ = _steered(type(layer))
+        layer.__class__ = _steered(type(layer), ranks)
 
 
-def _steered(cls: type[nn.Module]) -> type[nn.Module]:
-    takes_residual = _reads_residual(cls.forward)
+def _steered(cls: type[nn.Module], ranks: int) -> type[nn.Module]:
+    takes_residual = _reads_residual(cls, ranks)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.forward(self, *args, **kwargs)
-        if not isinstance(output, tuple):
-            return _put(self.steering, output, None)
-        hidden, *rest = output
-        return (_put(self.steering, hidden, rest[0] if takes_residual and rest else None), *rest)
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        new = _put(self.steering, hidden, rest, takes_residual)
+        return (new, *rest) if isinstance(output, tuple) else new
 
     return type(f"Steered{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
-def _reads_residual(forward: Callable[..., Any]) -> bool:
+def _reads_residual(cls: type[nn.Module], ranks: int) -> bool:
     """Whether it goes on with the `residual` that it takes. Some (Cohere, EXAONE 4, Granite 4, Phi-MoE) take one only
     to be called as others are: they write over it at once, and their hidden is the whole stream."""
-    if "residual" not in inspect.signature(forward).parameters:
+    if "residual" not in inspect.signature(cls.forward).parameters:
         return False
-    [function] = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    try:
+        source = textwrap.dedent(inspect.getsource(cls.forward))
+    except OSError as error:
+        raise UsageError(
+            f"the source of {cls.__name__} cannot be read, which says what its stream is: use the transformers engine"
+        ) from error
+    if ranks > 1 and "fused_allreduce" in source:  # DeepSeek-V3.2, GLM-5, MiniMax-M3
+        raise UsageError(
+            f"{cls.__name__} leaves the sum over ranks to the next layer, so that each rank would add the vector once "
+            "more: take --tensor-parallel-size 1"
+        )
+    [function] = ast.parse(source).body
     for statement in function.body:  # type: ignore[attr-defined]
         names = (node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == "residual")
         if uses := {type(name.ctx) for name in names}:
@@ -74,13 +92,20 @@ def _reads_residual(forward: Callable[..., Any]) -> bool:
     return False
 
 
-def _put(bank: Bank, hidden: Tensor, residual: Tensor | None) -> Tensor:
+def _put(bank: Bank, hidden: Tensor, rest: Sequence[Any], takes_residual: bool) -> Tensor:
+    is_flat = hidden.dim() == 2 or hidden.dim() == 3 and hidden.shape[0] == 1  # [n, d], or transformers' own [1, n, d]
+    is_sum = all(x is None or isinstance(x, Tensor) for x in rest[:1]) and all(x is None for x in rest[1:])
+    if not is_flat or not is_sum:
+        raise UsageError(
+            "its layers give more than one stream, or leave a part of it to the next layer: this model cannot be "
+            "steered in vLLM; use the transformers engine"
+        )
     if hidden.shape[-1] != bank.width:
         raise UsageError(
             f"a layer's output has width {hidden.shape[-1]}, and the stream has {bank.width}: this model cannot be "
             "steered in vLLM; use the transformers engine"
         )
-    return bank(hidden, residual)  # type: ignore[no-any-return]
+    return bank(hidden, rest[0] if takes_residual and rest else None)  # type: ignore[no-any-return]
 
 
 def listed(layers: Iterable[int]) -> str:

@@ -4,7 +4,8 @@
 - `InputProcessor.process_inputs`: the one door of every request (`requests.py`);
 - `generate_block_hash_extra_keys`: what the prefix cache may share (`prefixes.py`);
 - `to_sampling_params` and `to_beam_search_params` of HTTP requests: a steering that would be dropped is refused;
-- `Worker.load_model`: the model's layers are taken hold of (`worker.py`).
+- `Worker.load_model`: the model's layers are taken hold of (`worker.py`);
+- `Executor.compile_or_warm_up_model`: behind it every worker must have done so.
 
 Nothing else happens until `--additional-config '{"steering": {}}'` switches it on, but for two things: a request that
 asks to be steered by an engine without steering is refused, and the processes of `steerable serve` end with it.
@@ -36,6 +37,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu_worker import Worker
 
     from steerable.engines.vllm.prefixes import with_prompt
@@ -44,6 +46,7 @@ def register() -> None:
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(Worker, "load_model", _load_model)
+    _wrap(Executor, "compile_or_warm_up_model", _warm_up)
     if hasattr(kv_cache_utils, "generate_block_hash_extra_keys"):
         _wrap(kv_cache_utils, "generate_block_hash_extra_keys", with_prompt)
     if VARIABLE in os.environ:  # `steerable serve` has set it
@@ -128,4 +131,20 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         from steerable.engines.vllm.worker import take_hold
 
         take_hold(self, settings)
+    return result
+
+
+def _warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from steerable.engines.vllm.settings import settings_of
+    from steerable.store.errors import SteerableError
+
+    result = original(self, *args, **kwargs)
+    if settings_of(self.vllm_config.additional_config) is not None:
+        try:
+            self.collective_rpc("steering_status")
+        except Exception as error:
+            raise SteerableError(
+                "a worker of vLLM does not steer: install this package on every machine, name it in VLLM_PLUGINS where "
+                "that is set, and take a platform whose workers are vLLM's own"
+            ) from error
     return result

@@ -39,10 +39,11 @@ def take_hold(worker: Any, settings: Settings) -> None:
     banks: dict[int, Bank] = {}
     for i in here:
         banks[i] = Bank(settings, slots, text.hidden_size, tokens, next(reversed(banks.values()), None))
-    give_banks(layers, banks)
+    give_banks(layers, banks, config.parallel_config.tensor_parallel_size)
     tokenizer = lru_cache(maxsize=1)(lambda: _tokenizer(config))
     steps = Steps(settings, tokens, {kind: Slots(banks, kind, slots[kind]) for kind in KINDS}, tokenizer)
     (_follow_v2 if hasattr(runner, "model_state") else _follow_v1)(runner, steps)
+    _settle_before_dummies(runner, steps)
     warm_up = worker.compile_or_warm_up_model
 
     def compile_or_warm_up_model() -> Any:
@@ -56,16 +57,7 @@ def take_hold(worker: Any, settings: Settings) -> None:
         )  # fmt: skip
         return result
 
-    execute_dummy_batch = worker.execute_dummy_batch
-
-    @torch.inference_mode()
-    def settle_first() -> None:
-        steps.settle()
-        steps.is_serving = False
-        execute_dummy_batch()
-        steps.is_serving = True
-
-    worker.compile_or_warm_up_model, worker.execute_dummy_batch = compile_or_warm_up_model, settle_first
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
     worker.steering, worker.steering_status = steps, steps.status
 
 
@@ -76,6 +68,23 @@ def _tokenizer(config: Any) -> Any:
     if tokenizer is None:
         raise UsageError("a gate reads text, and the engine runs without a tokenizer (skip_tokenizer_init)")
     return tokenizer
+
+
+def _settle_before_dummies(runner: Any, steps: Steps) -> None:
+    """A run of dummy tokens (of an engine that waits for others, or is captured anew) writes over what was decided in
+    the step before it, and its requests are nobody's."""
+    dummy_run = runner._dummy_run
+
+    @torch.inference_mode()
+    def settle_first(*args: Any, **kwargs: Any) -> Any:
+        steps.settle()
+        is_serving, steps.is_serving = steps.is_serving, False
+        try:
+            return dummy_run(*args, **kwargs)
+        finally:
+            steps.is_serving = is_serving
+
+    runner._dummy_run = settle_first
 
 
 def _follow_v1(runner: Any, steps: Steps) -> None:
@@ -133,6 +142,8 @@ def _follow_v2(runner: Any, steps: Steps) -> None:
             list(batch.req_ids), batch.num_computed_tokens_np[: batch.num_reqs],
             batch.num_scheduled_tokens[: batch.num_reqs], batch.input_ids, batch.positions, arrival,
         )  # fmt: skip
+        if not steps.is_serving:  # dummies never have the same name again
+            steps.forget(name for name in batch.req_ids if name not in arrivals)
         return prepare_inputs(batch, states)
 
     state.add_request, state.remove_request, state.prepare_inputs = add, remove, prepare
