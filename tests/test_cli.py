@@ -76,6 +76,9 @@ def test_every_setting_is_an_option(steerable, monkeypatch):
         for field in Config.model_fields:  # a stage has those that it reads
             assert (f"\n  --{field.replace('_', '-')} " in shown) == (field in names), (command, field)
         assert "--json" in shown and "--out" in shown
+    for command in ("calibrate", "audit"):  # as docs/serving.md says, and for a --run whose file may not ask for it
+        shown = steerable(command, "-h").out
+        assert all(f"\n  --{name} " in shown for name in ("engine", "engine-options", "trust-remote-code")), command
     assert_refused(steerable("annotate", "--model", "other"), 2, "No such option: --model")
 
 

@@ -51,6 +51,7 @@ class Command:
 
 _STAGE_JOBS = {"annotate": "main_job:annotate_or_compare", "steer": "recipe_job:steer_or_recipe"}
 _RECIPES = "With --recipe NAME (`steerable ls recipes`): a method of the literature instead, as a file to steer with."
+_MODEL = "model revision dtype device quantization attention trust_remote_code engine engine_options"
 _ONE_STAGE = {"fresh": False, "config": None, "quick": False, "paper": False, "dry_run": False}
 COMMANDS = {
     "run": Command("main_job:run", "steerable run --quick --out runs/look", fixed={"stage": None, "fresh": True}),
@@ -79,12 +80,12 @@ COMMANDS = {
     ),
     "calibrate": Command(
         "calibration_job:calibrate_files", "steerable calibrate v.safetensors --out runs/calibrate", ("files",),
-        settings="model revision dtype device annotator tasks seed validation max_new_tokens greedy budget "
+        settings=f"{_MODEL} annotator tasks seed validation max_new_tokens greedy budget "
         "generation_dtype rows block llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     ),
     "audit": Command(
         "audit_job:audit", "steerable audit runs/pocket/vectors/backtracking.safetensors --model pocket", ("file",),
-        settings="model revision dtype device annotator tasks seed max_new_tokens greedy generation_dtype rows "
+        settings=f"{_MODEL} annotator tasks seed max_new_tokens greedy generation_dtype rows "
         "llm_model llm_url llm_prices llm_concurrency llm_rpm llm_tpm",
     ),
     "edit": Command(

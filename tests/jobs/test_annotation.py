@@ -208,6 +208,23 @@ def test_another_model_or_file_is_another_annotation(finished, tmp_path):
     before = key("tasks", tasks=f"{tasks}?prompt=Body")
     tasks.write_text("Body,answer\n1 + 2?,3\n")
     assert key("tasks", tasks=f"{tasks}?prompt=Body") != before
+    for stage in ("attribute", "select"):  # their inputs are the same, whatever is steered
+        assert key(stage, behaviours="backtracking") != key(stage) != key(stage, behaviours="deduction")
+
+
+@pytest.mark.parametrize("made", ["def own(*_): return 1", "class A:\n    def __call__(self, *_): return 1\nown = A()",
+                                  "from functools import partial\ndef f(n, *_): return n\nown = partial(f, 1)"])  # fmt: skip
+def test_what_a_function_of_ones_own_says_is_part_of_the_keys(made, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def keys(text):
+        (tmp_path / "own_function.py").write_text(f"{made}\n{text}\n")
+        sys.modules.pop("own_function", None)
+        run = Run(RunFolder(tmp_path), Config(annotator="own_function:own", estimator="own_function:own"))
+        return [main_job._depends_on(run, stage) for stage in STAGES if stage.name in ("annotate", "extract")]
+
+    assert keys("") == keys("") and all(a != b for a, b in zip(keys(""), keys("# edited"), strict=True))
 
 
 def test_the_settings_name_who_writes_tasks(tmp_path):

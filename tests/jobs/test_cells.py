@@ -72,6 +72,12 @@ def test_thinking_only(cells):
     assert str(part.steering[0].gate) == cells["backtracking.+1.thinking"].where == "thinking"
 
 
+def test_no_setting_is_generated_twice():
+    rows = jobs_cells.evaluation_cells(CONFIG.replace(gate="thinking"), SELECTION, load)
+    places = [(row.behaviours, row.control, row.strength, row.layers, row.where) for row in rows]
+    assert len(set(places)) == len(places)
+
+
 def test_a_dose_is_given_to_the_vector_and_its_controls():
     selection = {b: chosen | {"dose": 0.5} for b, chosen in SELECTION.items()}
     for cell in jobs_cells.evaluation_cells(CONFIG, selection, load):

@@ -83,11 +83,14 @@ def test_the_seed_decides():
     assert one == again != other
 
 
-def test_without_a_prompt_the_bundled_model_gets_a_task():
+def test_without_a_prompt_the_bundled_model_gets_a_task(monkeypatch):
     said = chat(max_new_tokens=20)
     assert said["prompt"] and said["unsteered"]["correct"] is False  # not closed: no answer
     with pytest.raises(UsageError, match="no prompt was given"):
         chat(model=str(pocket_path()))
+    monkeypatch.setattr(sys, "stdin", None)  # as where it was closed
+    with pytest.raises(UsageError, match="no prompt was given"):
+        chat(model=str(pocket_path()), display=Display())
 
 
 @pytest.mark.parametrize("columns", ["120", "60"])

@@ -31,6 +31,7 @@ def test_a_model_may_have_defaults_of_its_own():
         ("limit", 1.5, "expected a whole number"),
         ("greedy", 1, "--greedy is 1: expected true or false"),
         ("model", None, "--model is None: expected text"),
+        ("model", [], "expected text"),
         ("seed", -1, "--seed is -1: expected a whole number from 0"),
         ("seed", 2**32, "expected a whole number from 0"),
         ("engine", "vllm9", "expected one of transformers"),

@@ -58,6 +58,8 @@ def test_the_main_setting_is_the_selected_layer():
     assert main_setting(CELLS, "backtracking", {"layer": 9, "layers": [2, 3]}) == Setting((2, 3), "all")
     assert main_setting(CELLS, "backtracking", None) == HERE
     assert main_setting(CELLS, "deduction", None) is None
+    gated = [cell(1.0, [0.1, 0.0, 0.2], where=where) for where in ("thinking", "answer")]  # the first is beside the run
+    assert main_setting(gated, "backtracking", {"layer": 3}, "answer") == Setting((3,), "answer")
 
 
 def test_doses_rise_and_include_the_unsteered_model():

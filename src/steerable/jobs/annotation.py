@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -216,10 +217,17 @@ def sources(config: Config) -> list[Path]:
     function = config.annotate
     if function is None and config.probe is None:
         return [*files, *(Path(str(module.__file__)) for module in (llm, marks, placement))]
-    if files or function is None:
-        return files
-    file = inspect.getsourcefile(inspect.unwrap(function))
-    return [] if file is None else [Path(file)]
+    return files if files or function is None else source_of(function)
+
+
+def source_of(function: Callable[..., Any]) -> list[Path]:
+    """The file of a function of the user's own, or of an object that is called as one; none for what has no file."""
+    function = inspect.unwrap(function)
+    for thing in (function, getattr(function, "func", None), type(function)):  # the second of a functools.partial
+        with suppress(TypeError):
+            if (file := inspect.getsourcefile(thing)) is not None:  # type: ignore[arg-type]
+                return [Path(file)]
+    return []
 
 
 def content(config: Config) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def evaluation_cells(
             if chosen["baseline"] != "pooled":
                 control = _control(shuffles, main, s, layer, where)
                 cells.append(Cell(f"{name}.shuffled", (b,), s, control, layer, "shuffled", where))
-            if thinks:
+            if thinks and where != "thinking":  # that is the main cell
                 inside = _part(direction, side, s, layer, "thinking")
                 cells.append(Cell(f"{name}.thinking", (b,), s, (inside,), layer, where="thinking", tasks=few))
         unsigned = {"random": [load(random_path(b, k)) for k in range(config.controls)]}

@@ -142,6 +142,8 @@ def answer(
 
 def _typed(display: Display) -> Iterator[str] | None:
     """The lines of standard input; None where there are none, and on a terminal that is shown no answer."""
+    if sys.stdin is None:  # closed
+        return None
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():

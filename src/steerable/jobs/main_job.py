@@ -357,6 +357,10 @@ def _depends_on(run: Run, stage: Stage) -> dict[str, Any]:
         settings["tasks_sha256"] = sha256(file)
     if "annotator" in settings:
         settings |= annotation.content(run.config)
+    if (estimate := run.config.estimate if "estimator" in settings else None) is not None:
+        settings["estimator_sha256"] = [sha256(file) for file in annotation.source_of(estimate)]
+    if stage.name in ("attribute", "select") and run.config.behaviours is not None:  # those of `extract`, which do not
+        settings["behaviours"] = run.config.behaviours  # change the candidates
     if stage.name == "generate" and len(run.config.extraction_samples) > 1:
         settings["extraction_samples"] = len(run.config.extraction_samples)
     if stage.name == "evaluate":

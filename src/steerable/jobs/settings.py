@@ -270,7 +270,7 @@ class Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _resolve_auto(cls, values: dict[str, Any]) -> dict[str, Any]:
-        model = values.get("model", "pocket")
+        model = str(values.get("model", "pocket"))  # what a file says may be anything
         defaults = {
             "tasks": model if model in TAUGHT else "reasoning-gym",
             "annotator": model if model in TAUGHT else "keywords",
@@ -434,7 +434,8 @@ class Stage:
     def options(self) -> str:
         """The settings that the stage reads: also those that say how its result is computed, not what it is."""
         language_model = " llm_url llm_concurrency llm_rpm llm_tpm" if "llm_model" in self.settings else ""
-        return f"{self.settings} attention trust_remote_code{language_model}"
+        engine = " engine_options" if "engine" in self.settings.split() else ""
+        return f"{self.settings} attention trust_remote_code{engine}{language_model}"
 
 
 def candidate_path(window: str, baseline: str, behaviour: str) -> str:

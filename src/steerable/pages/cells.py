@@ -134,12 +134,15 @@ def settings(cells: Sequence[Cell], behaviour: str) -> list[Setting]:
     return list(dict.fromkeys(map(setting_of, steered)))
 
 
-def main_setting(cells: Sequence[Cell], behaviour: str, selection: Mapping[str, Any] | None) -> Setting | None:
-    """The setting that the figures show: the selected single layer at all positions where it was measured."""
+def main_setting(
+    cells: Sequence[Cell], behaviour: str, selection: Mapping[str, Any] | None, gate: str = "all"
+) -> Setting | None:
+    """The setting that the figures show: the selected single layer at the tokens of the run's gate where it was
+    measured."""
     measured_settings = settings(cells, behaviour)
     selection = selection or {}
     candidates = [(selection.get("layer"),), tuple(selection.get("layers") or ())]
-    order = [Setting(layers, where) for where in ("all", "thinking") for layers in candidates]
+    order = [Setting(layers, where) for where in (gate, "all", "thinking") for layers in candidates]
     return next((s for s in [*order, *measured_settings] if s in measured_settings), None)
 
 

@@ -271,7 +271,8 @@ def _places(v: Vector) -> Panel | None:
                 name = f"{words.signed(strength)}, {words.setting(setting)}"
                 members.append((f"thin bar-{css} {v.hue}", _point(strength, read, name)))
         name = "several" if len(setting.layers) > 1 else "one"
-        groups.append((name if setting.where == "all" else setting.where, "", members))
+        is_same = v.setting is not None and setting.where == v.setting.where
+        groups.append((name if is_same else setting.where, "", members))
         notes.append(words.setting(setting) + _on(max(tasks.get(s, 0) for s in ends)))
     if len(groups) < 2:
         return None

@@ -143,8 +143,9 @@ def vectors_of(report: Report) -> list[Vector]:
     """The behaviours that have a vector, in the order of the selection, then of the cells."""
     report = whole(report)
     cells, selection, labels = report["cells"], report["selection"], labels_of(report)
+    gate = str(report["config"].get("gate") or "all")
     steered = [c["behaviour"] for c in cells if c.get("behaviour") and c.get("strength")]
     return [
-        Vector(b, words.hue(b, labels), cells, ask.main_setting(cells, b, selection.get(b)), selection.get(b) or {})
+        Vector(b, words.hue(b, labels), cells, ask.main_setting(cells, b, selection.get(b), gate), selection.get(b) or {})
         for b in dict.fromkeys([*selection, *steered])
     ]
