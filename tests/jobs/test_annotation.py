@@ -212,8 +212,14 @@ def test_another_model_or_file_is_another_annotation(finished, tmp_path):
         assert key(stage, behaviours="backtracking") != key(stage) != key(stage, behaviours="deduction")
 
 
-@pytest.mark.parametrize("made", ["def own(*_): return 1", "class A:\n    def __call__(self, *_): return 1\nown = A()",
-                                  "from functools import partial\ndef f(n, *_): return n\nown = partial(f, 1)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "made",
+    [
+        "def own(*_): return 1",
+        "class A:\n    def __call__(self, *_): return 1\nown = A()",
+        "from functools import partial\ndef f(n, *_): return n\nown = partial(f, 1)",
+    ],
+)
 def test_what_a_function_of_ones_own_says_is_part_of_the_keys(made, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)

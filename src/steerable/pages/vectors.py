@@ -146,6 +146,7 @@ def vectors_of(report: Report) -> list[Vector]:
     gate = str(report["config"].get("gate") or "all")
     steered = [c["behaviour"] for c in cells if c.get("behaviour") and c.get("strength")]
     return [
-        Vector(b, words.hue(b, labels), cells, ask.main_setting(cells, b, selection.get(b), gate), selection.get(b) or {})
+        Vector(b, words.hue(b, labels), cells, ask.main_setting(cells, b, chosen, gate), chosen)
         for b in dict.fromkeys([*selection, *steered])
+        for chosen in [selection.get(b) or {}]
     ]
