@@ -239,6 +239,13 @@ def test_capture_errors(tiny_llama, tokenizer, change, message):
         st.capture(tiny_llama, tokenizer, arguments.pop("texts"), **arguments)
 
 
+def test_what_the_model_cannot_read(tokenizer):
+    with pytest.raises(UsageError, match="a text has 200 tokens, and the model has learned positions for 128"):
+        st.capture(tiny("gpt2"), tokenizer, ["w1 " * 200], sites=["resid_post.1"])
+    with pytest.raises(UsageError, match="the token 57, and the model knows tokens from 0 to 49: give the model's own"):
+        st.capture(tiny("llama", vocab_size=50), tokenizer, ["w1 w50 w2"], sites=["resid_post.1"])
+
+
 @pytest.mark.parametrize("text", ["hello", b"hello", ""])
 def test_one_text_is_no_list(tiny_llama, tokenizer, text):
     direction = st.Direction({Site("resid_post", 1): torch.ones(32)})

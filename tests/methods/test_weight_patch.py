@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 import steerable as st
 from steerable.engines.sampling import Decoding
-from steerable.methods.weight_patch import LowRank, Replacement
+from steerable.methods import weight_patch
+from steerable.methods.weight_patch import LowRank, Replacement, dense
 from steerable.models.writers import fold
 from steerable.store.errors import SteerableError, SteerableWarning, UsageError
 
@@ -136,6 +137,22 @@ def test_a_patch_that_rounding_takes_away_is_told(size, is_lost):
             pass
     text = f"most of the patch is lost in the rounding to bfloat16 in 1 of 1 weight, {name} the first"
     assert [text in str(w.message) for w in told] == [True] * is_lost
+
+
+def test_a_patch_that_stops_halfway_leaves_nothing_behind(monkeypatch):
+    model = tiny("llama")
+    patch, before = patch_of(model, WEIGHTS["llama"], torch.float32), bits(model)
+    last = list(patch.changes.values())[-1]
+
+    def out_of_memory(change):
+        if change is last:
+            raise MemoryError
+        return dense(change)
+
+    monkeypatch.setattr(weight_patch, "dense", out_of_memory)
+    with pytest.raises(MemoryError):
+        patch.apply(model)
+    assert same_bits(bits(model), before)
 
 
 def test_patches_on_each_other_are_reverted_in_turn():

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from steerable.engines.hf.routes import position_table, positions
 from steerable.engines.memory import in_narrower_batches
 from steerable.models import loading as models
 from steerable.models import sinks as attention_sinks
@@ -159,8 +160,19 @@ def _run(model: nn.Module, batches: Iterable[Batch], readers: Mapping[Site, Read
     device, whole = models.device(model), is_recurrent(model)
     first = sinks == "drop" and attention_sinks.first_is_massive(model)
     watches = {site: _Watch(site.kind, reader, sinks, first) for site, reader in readers.items()}
+    vocabulary, longest = models.vocabulary(model), positions(model) if position_table(model) is not None else None
     with tap(model, {site: watch.see for site, watch in watches.items()}):
         for batch in batches:
+            if longest is not None and batch.ids.shape[1] > longest:
+                raise UsageError(
+                    f"a text has {batch.ids.shape[1]} tokens, and the model has learned positions for {longest}: give "
+                    "shorter texts"
+                )
+            if (last := int(batch.ids.max())) >= vocabulary:
+                raise UsageError(
+                    f"a text has the token {last}, and the model knows tokens from 0 to {vocabulary - 1}: give the "
+                    "model's own tokenizer"
+                )
             batch = batch.map(lambda t: t.to(wide_device(device) if t.dtype == torch.float64 else device))
             if batch.ids.shape[1] <= chunk or whole:
                 text = _Text(batch)

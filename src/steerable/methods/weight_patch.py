@@ -207,6 +207,13 @@ class Applied:
 
     def __init__(self, parameters: dict[str, nn.Parameter], patch: WeightPatch) -> None:
         self._before: list[tuple[Any, Tensor]] = []
+        try:
+            self._apply(parameters, patch)
+        except BaseException:  # the memory that ran out, too
+            self.revert()
+            raise
+
+    def _apply(self, parameters: dict[str, nn.Parameter], patch: WeightPatch) -> None:
         lost = []
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -216,7 +223,6 @@ class Applied:
                 difference = new - before
                 rounded = new.to(parameter.dtype)
                 if not torch.isfinite(rounded).all():
-                    self.revert()
                     raise UsageError(f"with the patch {name} is beyond {_type(parameter)}")
                 if (wide(rounded) - new).norm() > difference.norm() / 2:
                     lost.append(name)
@@ -229,7 +235,7 @@ class Applied:
                 f"{counted(len(parameters), 'weight')}, {lost[0]} the first: load the model with dtype='float32', or "
                 "use patch.hooked",
                 SteerableWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def revert(self) -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tiny_families import tiny
+from transformers import AutoTokenizer
 
 import steerable as st
 from steerable import UsageError
+from steerable.steering.schedule import parse_schedule
 
 RUNS = ["a"] * 7 + ["b"] * 13
 
@@ -33,6 +36,16 @@ def test_the_unit_of_entropy_does_not_count_and_an_action_may_end_it(tiny_llama,
     )
     torch.testing.assert_close(nats.at(2), bits.at(2), atol=1e-5, rtol=1e-5)
     assert nats.schedule == f"until({tokenizer('w3 w4')['input_ids']})"
+
+
+@pytest.mark.parametrize("text", ["\n", "]", "Action", "once"])
+def test_an_actions_end_is_found_behind_other_words(shared, text):
+    """SentencePiece cuts a text that stands alone in another way."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    written = tokenizer(f"well{text}", add_special_tokens=False)["input_ids"]
+    small = tiny("llama", vocab_size=512)
+    ids = parse_schedule(st.recipes.east(small, tokenizer, ["one", "two"], [0.6, 0.1], [1, 1], until=text).schedule).end
+    assert list(ids) == written[-len(ids) :]
 
 
 def test_refusals(tiny_llama, tokenizer, texts, entropies):

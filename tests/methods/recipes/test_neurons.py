@@ -9,7 +9,7 @@ from steerable import UsageError
 
 def test_neurons_are_those_whose_top_tokens_are_among_the_words(tiny_llama, tokenizer, read):
     words = [f"w{i}" for i in range(30)]
-    direction = st.recipes.vla_neurons(tiny_llama, tokenizer, words, top=5, hits=4, value=3, layers=[1, 2])
+    direction = st.recipes.vla_neurons(tiny_llama, tokenizer, words, top=5, hits=4, value=3.1415926, layers=[1, 2])
     head = tiny_llama.lm_head.weight.double()
     for i in (1, 2):
         down = tiny_llama.model.layers[i].mlp.down_proj.weight.double()
@@ -20,10 +20,11 @@ def test_neurons_are_those_whose_top_tokens_are_among_the_words(tiny_llama, toke
                 chosen.append(neuron)
         assert direction.stats["neurons"][str(i)] == chosen and chosen
         assert direction.at(i).nonzero()[:, 1].tolist() == chosen
+    assert direction.map == "set(3.1415926)"
     ids = torch.tensor([[7, 8, 9]])
     before = read([7, 8, 9])
     a = before["mlp_act.1"].clone()
-    a[:, direction.stats["neurons"]["1"]] = 3
+    a[:, direction.stats["neurons"]["1"]] = 3.1415926
     expected = a @ tiny_llama.model.layers[1].mlp.down_proj.weight.double().T
     streams = []
     with torch.no_grad(), st.steer(tiny_llama, direction.only([1])):

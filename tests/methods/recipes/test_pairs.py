@@ -161,6 +161,11 @@ def test_refusals(tiny_llama, tokenizer, texts):
         st.recipes.repe(tiny_llama, tokenizer, texts[0][:1], texts[1][:1])
     with pytest.raises(UsageError, match="the two sides are the same to the model at resid_post.2"):
         st.recipes.caa(tiny_llama, tokenizer, texts[0][:3], texts[0][:3])
+    for recipe in (st.recipes.angular, st.recipes.selective):
+        with pytest.raises(UsageError, match="the two kinds of prompts are the same to the model"):
+            recipe(tiny_llama, tokenizer, texts[0][:3], texts[0][:3])
+    with pytest.raises(UsageError, match="unknown method 'magic' of a dictionary"):
+        st.recipes.shift_vectors(tiny_llama, tokenizer, *texts, method="magic")
     for recipe in (st.recipes.caa, st.recipes.repe, st.recipes.fractional, st.recipes.linear_act):
         with pytest.raises(UsageError, match="a group holds no text"):
             recipe(tiny_llama, tokenizer, texts[0], [])

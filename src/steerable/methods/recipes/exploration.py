@@ -59,7 +59,14 @@ def east(
         raise UsageError("every step has one prompt, one entropy and one run: give as many of each")
     (rows,) = read_texts(model, tokenizer, [prompts], [Site("resid_post", at_depth(model, 16 / 32, layer))], "last")
     direction = entropy_weighted(rows, entropies, runs, **origin(model, "exploration"))
-    ids = tokenizer(until, add_special_tokens=False)["input_ids"]
+    ids = _behind_others(tokenizer, until) if until else []
     return replace(
         direction, method="EAST", gate=NEW, schedule=Until(tuple(ids)) if ids else Constant(), strength=strength
     )
+
+
+def _behind_others(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as they stand behind a line of others: SentencePiece puts a space before a text alone."""
+    alone, line, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, "\n", f"\n{text}"))
+    behind = both[len(line) :]
+    return list(behind if both[: len(line)] == line and tokenizer.decode(behind) == text else alone)

@@ -13,6 +13,7 @@ from steerable.methods.weight_patch import WritingMap
 from steerable.models import loading as models
 from steerable.models.writers import Place
 from steerable.steering.direction import Direction
+from steerable.steering.maps import Clip
 from steerable.steering.site import Site
 from steerable.store.errors import UsageError
 
@@ -70,9 +71,9 @@ def vla_neurons(
         labels = torch.cat([(part @ rows.T).topk(top).indices.cpu() for part in columns.split(_AT_ONCE)])
         numbers = (meant[labels].sum(1) >= hits).nonzero()[:, 0]
         if len(numbers):
-            vectors[Site("mlp_act", layer)] = torch.eye(len(columns))[numbers]
+            vectors[Site("mlp_act", layer)] = torch.nn.functional.one_hot(numbers, len(columns)).float()
             chosen[str(layer)] = numbers.tolist()
     if not vectors:
         raise UsageError(f"no neuron has {hits} of these words among its {top} tokens: give more words, or fewer hits")
     about = {**origin(model), "stats": {"neurons": chosen}}
-    return Direction(vectors, method="neurons by their words", map=f"set({value:g})", **about)
+    return Direction(vectors, method="neurons by their words", map=Clip.set_to(value), **about)

@@ -285,12 +285,12 @@ def shift_vectors(
         >>> st.recipes.shift_vectors(model, tokenizer, happy, sad).layers
         [4]
     """
+    if method not in ("snmf", "kmeans"):
+        raise UsageError(f"unknown method {method!r} of a dictionary: expected snmf or kmeans")
     site = Site("resid_post", at_depth(model, 19 / 32, layer))
     a, b = (rows[site] for rows in read_texts(model, tokenizer, [positive, negative], [site]))
     direction = difference_of_means(a, b, site=site, **origin(model))
     if concepts is not None:
-        if method not in ("snmf", "kmeans"):
-            raise UsageError(f"unknown method {method!r} of a dictionary: expected snmf or kmeans")
         make = dictionaries.snmf_dictionary if method == "snmf" else dictionaries.kmeans_dictionary
         with warnings.catch_warnings(action="ignore", category=SteerableWarning):  # the means have told of sinks
             made = make(torch.cat([a, b]), concepts, seed=seed)

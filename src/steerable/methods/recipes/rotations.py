@@ -16,6 +16,7 @@ from steerable.models.taps import check_site
 from steerable.steering.direction import Direction
 from steerable.steering.gates import when
 from steerable.steering.site import Site
+from steerable.store.errors import UsageError
 
 Texts = Sequence[str | Messages]
 
@@ -111,5 +112,7 @@ def _plane(model: Any, tokenizer: Any, positive: Texts, negative: Texts) -> tupl
     """
     a, b = read_texts(model, tokenizer, [positive, negative], sites_of(model, ["resid_pre", "resid_mid"]), "last")
     differing = [s for s in a if not torch.equal(a[s].double().mean(0), b[s].double().mean(0))]
+    if not differing:
+        raise UsageError("the two kinds of prompts are the same to the model, so that they span no plane")
     rows = [{s: group[s] for s in differing} for group in (a, b)]
     return plane_of_norms(*rows, **origin(model)), rows
