@@ -46,6 +46,7 @@ from steerable.jobs.run import Run
 from steerable.methods.contrasts import difference_of_means
 from steerable.methods.head_projection import head_scores
 from steerable.methods.text_pairs import said
+from steerable.models.loading import head_layers
 from steerable.steering.direction import Direction
 from steerable.steering.maps import Shift, parse_map
 from steerable.steering.site import Site
@@ -465,7 +466,8 @@ class Checks:
     def heads(self) -> tuple[str, str, dict[str, Any]]:
         model = self.job.loaded.model
         first, line = min(self.line.vectors.items())
-        layers = range(first.layer + (first.kind not in ("resid_pre", "attn_out", "head_in")))
+        before = range(first.layer + (first.kind not in ("resid_pre", "attn_out", "head_in")))
+        layers = [layer for layer in head_layers(model) if layer in before]
         if first.kind in ("head_in", "mlp_act") or not layers:
             raise UsageError(f"no head writes into {first} before it is steered")
         sites = [Site("head_in", layer) for layer in layers]

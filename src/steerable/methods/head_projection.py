@@ -43,8 +43,8 @@ def head_scores(model: nn.Module, short: Mapping[Site, Tensor], direction: Direc
         {head: score}, the highest first: `list(scores)[:20]` are the heads to edit.
 
     Raises:
-        UsageError: other sites, widths, or NaN; a layer that the direction does not have; a model with a norm behind
-            its attention.
+        UsageError: other sites, widths, or NaN; a layer that the direction does not have, or one without attention
+            heads (linear attention, Mamba); a model with a norm behind its attention.
     """
     if not short or any(site.kind != "head_in" for site in short):
         raise UsageError("the scores of heads need activations at head_in, one site a layer: capture these")
@@ -56,7 +56,7 @@ def head_scores(model: nn.Module, short: Mapping[Site, Tensor], direction: Direc
             raise UsageError(
                 f"the activations at {site} have shape {tuple(z.shape)}: expected [n, {w.shape[1]}], finite"
             )
-        parts = (z.cpu().double().mean(0) * -(v @ w)).view(models.n_heads(model), -1).sum(1)
+        parts = (z.cpu().double().mean(0) * -(v @ w)).view(models.n_heads(model, site.layer), -1).sum(1)
         scores |= {Head(site.layer, j): float(score) for j, score in enumerate(parts)}
     return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
 
@@ -84,8 +84,8 @@ def project_heads(
         for bit. `stats` hold the heads and the weight.
 
     Raises:
-        UsageError: no heads, one twice, or one that the model or the direction does not have; a weight that is zero or
-            not finite; a model with a norm behind its attention; quantised weights.
+        UsageError: no heads, one twice, or one that the model (in a layer of linear attention) or the direction does
+            not have; a weight that is zero or not finite; a model with a norm behind its attention; quantised weights.
     """
     chosen = [Head(*pair) for pair in heads]
     count = models.n_heads(model)
@@ -103,7 +103,7 @@ def project_heads(
     for layer in sorted({head.layer for head in chosen}):
         writing = WritingMap(model, Place(layer, "attention"))
         v = unit(direction.at(layer), f"of layer {layer}", models.width(model))
-        written = (v @ writing.matrix.cpu()).view(count, -1)
+        written = (v @ writing.matrix.cpu()).view(models.n_heads(model, layer), -1)
         rows = [head.head for head in chosen if head.layer == layer]
         right = torch.zeros_like(written)
         right[rows] = written[rows]

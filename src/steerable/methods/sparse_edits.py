@@ -84,7 +84,7 @@ def elastic_net_edits(
             if not v.any():
                 raise UsageError(f"the two groups have the same mean at {Site(writes, layer)}: there is no direction")
             v = v / v.norm()
-            components = models.n_heads(model) if after == "attention" else w.shape[1]
+            components = models.n_heads(model, layer) if after == "attention" else w.shape[1]
             strengths, k = _strengths(w, v, mu, components, penalty, alpha)
             if strengths.any():
                 changes[writing.name] = writing.difference(v[:, None], (strengths[:, None] * k).view(1, -1))

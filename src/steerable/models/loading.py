@@ -22,6 +22,10 @@ from steerable.models.structure import guess
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.files import refuse_stand_in
 
+#: Names in configs of what logits are divided by, multiplied with, and softly capped at.
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _unpacked: set[str] = set()  # GGUF files of which the user has been told
 
 
@@ -372,8 +376,9 @@ def _has(root: nn.Module, path: str) -> bool:
         return False
 
 
-def family(model: nn.Module) -> Family:
-    """Where the parts are: by `model_type`; for an unknown type by the structure.
+def family(model: nn.Module, layer: int = 0) -> Family:
+    """Where the parts of a block are: by `model_type`; for an unknown type by the structure, which may differ from one
+    block to another.
 
     Warns (SteerableWarning, once a model) what was found there. Raises UsageError where nothing was.
     """
@@ -381,7 +386,7 @@ def family(model: nn.Module) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    return guess(model, base(model), model_type or type(model).__name__)
+    return guess(model, base(model), model_type or type(model).__name__, layer)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -399,9 +404,9 @@ def part_of(block: nn.Module, path: str | None) -> nn.Module | None:
     return attrgetter(path)(block) if path is not None and _has(block, path) else None
 
 
-def is_parallel(model: nn.Module) -> bool:
-    """Whether attention and MLP read the same input, so that nothing lies between them."""
-    switch = family(model).parallel
+def is_parallel(model: nn.Module, layer: int = 0) -> bool:
+    """Whether attention and MLP of a block read the same input, so that nothing lies between them."""
+    switch = family(model, layer).parallel
     return switch == "always" or bool(switch and getattr(_config(model), switch))
 
 
@@ -425,10 +430,15 @@ def to_logits(model: nn.Module, products: Tensor) -> Tensor:
     """What the model makes of the unembedding's output: Granite, Cohere and a few others scale it, Gemma caps it softly
     (c tanh(x / c)), most leave it."""
     config = text_config(model)
-    scales = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"))
-    scale = next((value for value in scales if isinstance(value, int | float)), 1.0)
-    products = products / scale if config.model_type.startswith("granite") else products * scale
-    cap = getattr(config, "final_logit_softcapping", None)
+
+    def first(*names: str) -> Any:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int | float)), None)
+
+    divisor = first(*_DIVISORS) or 1.0
+    products = products * divisor if config.model_type.startswith("hyperclovax") else products / divisor
+    products = products * (1.0 if (factor := first(*_FACTORS)) is None else factor)
+    cap = first(*_CAPS)
     return products if cap is None else cap * torch.tanh(products / cap)
 
 
@@ -462,6 +472,24 @@ def vocabulary(model: nn.Module) -> int:
     return int(text_config(model).vocab_size)
 
 
-def n_heads(model: nn.Module) -> int:
-    """Number of attention heads; `head_in` is that many equal parts."""
-    return int(text_config(model).num_attention_heads)
+def n_heads(model: nn.Module, layer: int | None = None) -> int:
+    """Number of attention heads; `head_in` is that many equal parts.
+
+    Raises UsageError for a layer without them (`head_layers`).
+    """
+    config = text_config(model)
+    if layer is not None and layer not in head_layers(model):
+        raise UsageError(
+            f"layer {layer} of this {config.model_type} model has no attention heads (it is linear attention, a "
+            "convolution or the like): choose other layers"
+        )
+    return int(config.num_attention_heads)
+
+
+def head_layers(model: nn.Module) -> list[int]:
+    """The layers of softmax attention. In others (linear attention, Mamba, a convolution) `head_in` is what the last
+    projection reads, and its parts are no heads of the model's."""
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    kinds = kinds or ["full_attention"] * n_layers(model)
+    return [i for i, kind in enumerate(kinds) if kind.endswith("attention") and kind != "linear_attention"]

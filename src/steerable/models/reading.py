@@ -70,8 +70,9 @@ def pieces(model: Any, length: int, chunk: int = CHUNK, start: int = 0) -> Itera
 
 def is_recurrent(model: Any) -> bool:
     """Whether layers of a model carry a state of their own (Mamba, Nemotron-H), which transformers leaves out in a call
-    of several tokens: a text must then be read in one pass."""
-    return bool(getattr(models.unwrap(model), "_is_stateful", False))
+    of several tokens, or keeps in a cache of another kind (MiniMax): a text must then be read in one pass."""
+    kinds = getattr(models.text_config(model), "layer_types", None) or ()
+    return "linear_attention" in kinds or bool(getattr(models.unwrap(model), "_is_stateful", False))
 
 
 def new_cache(model: Any, length: int) -> Cache:

@@ -1,16 +1,18 @@
-"""The parts of a decoder of an unknown type, found by its structure and checked by arithmetic on its first block.
+"""The parts of a decoder of an unknown type, found by its structure and checked by arithmetic in every block.
 
-A block's parts need no names: four tokens run through the embeddings and the first block, every module's input and
-output is kept, and the attention and the MLP are the two modules whose outputs, added to the block's input, are the
-block's output to the last bit. What does not come out exactly is not guessed: its sites are refused.
+A block's parts need no names: four tokens run through the model, every module's input and output is kept while a block
+runs, and the attention and the MLP are the two modules whose outputs, added to the block's input, are the block's
+output to the last bit. Blocks need not be alike (linear attention and softmax attention in turn, a norm before the one
+and behind the other). What does not come out exactly is not guessed: its sites are refused.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,26 +22,30 @@ from torch import Tensor, nn
 from steerable.models.families import Family
 from steerable.store.errors import SteerableWarning, UsageError
 
-_guessed: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
+_guessed: WeakKeyDictionary[nn.Module, tuple[Family, ...]] = WeakKeyDictionary()
+#: Paths from a block.
+_PARTS = ("entry", "attention_out", "attention_added", "mlp_out", "mlp_added")
 
 
-def guess(model: nn.Module, root: nn.Module, name: str) -> Family:
-    """The family of a model of the unknown type `name`; root: the model without its unembedding.
+def guess(model: nn.Module, root: nn.Module, name: str, layer: int = 0) -> Family:
+    """The family of one block of a model of the unknown type `name`; root: the model without its unembedding.
 
     Warns (SteerableWarning, once a model) what was found. Raises UsageError where no decoder blocks are found.
     """
     if root not in _guessed:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"models of type {name!r} are not known: expected a decoder, but it is encoder-decoder")
-        family = _by_running(model, root) if hasattr(model, "config") else _by_names(root)
-        if family is None:
+        families = _by_running(model, root) if hasattr(model, "config") else _by_names(root)
+        if not families:
             raise UsageError(
                 f"models of type {name!r} are not known, and no decoder blocks were found in their structure: expected "
-                "a list of blocks that each take and give the residual stream; add a row to models/families.py"
+                "a list of blocks that each take and give the residual stream, once in a pass; add a row to "
+                "models/families.py"
             )
-        _guessed[root] = family
-        warnings.warn(_message(name, family), SteerableWarning, stacklevel=3)
-    return _guessed[root]
+        _guessed[root] = families
+        warnings.warn(_message(name, families), SteerableWarning, stacklevel=3)
+    families = _guessed[root]
+    return families[min(layer, len(families) - 1)]
 
 
 def share(root: nn.Module, copy: nn.Module) -> None:
@@ -48,52 +54,49 @@ def share(root: nn.Module, copy: nn.Module) -> None:
         _guessed[copy] = _guessed[root]
 
 
-def _message(name: str, family: Family) -> str:
+def _message(name: str, families: Sequence[Family]) -> str:
+    def paths(part: str) -> str:
+        found = dict.fromkeys(getattr(family, part) for family in families)
+        return " or ".join(path or "not found" for path in found)
+
     parts = {
-        "blocks": family.blocks,
-        "final norm": family.final_norm,
-        "attention adds": family.attention_added,
-        "its projection": family.attention_out,
-        "MLP adds": family.mlp_added,
-        "its projection ": family.mlp_out,
+        "blocks": "blocks",
+        "final norm": "final_norm",
+        "attention adds": "attention_added",
+        "its projection": "attention_out",
+        "MLP adds": "mlp_added",
+        "its projection ": "mlp_out",
     }
-    listed = ", ".join(f"{part.strip()} {path or 'not found'}" for part, path in parts.items())
-    parallel = "; attention and MLP in parallel" if family.parallel else ""
+    listed = ", ".join(f"{what.strip()} {paths(part)}" for what, part in parts.items())
+    parallel = "; attention and MLP in parallel" if families[0].parallel else ""
     return f"models of type {name!r} are not known; guessed from the structure: {listed}{parallel}"
 
 
-def _by_names(root: nn.Module) -> Family | None:
+def _by_names(root: nn.Module) -> tuple[Family, ...] | None:
     """Llama's names in a bare module, which cannot be run for a check."""
     family = Family()
     layers = getattr(root, family.blocks, None)
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(root, str(family.final_norm)):
         return None
     names = {path for path, _ in layers[0].named_modules()}
-    parts = {family.entry, family.attention_out, family.attention_added, family.mlp_out, family.mlp_added}
-    return family if parts <= names else None
+    return (family,) if {getattr(family, part) for part in _PARTS} <= names else None
 
 
 @dataclass
 class _Call:
-    """One module's call while the first block ran, in the order of the returns."""
+    """One module's call."""
 
-    path: str
     module: nn.Module
     input: Tensor | None
     output: Tensor | None
+    path: str = ""
 
 
-class _Enough(Exception):
-    """Ends the forward pass behind the first block."""
-
-
-def _by_running(model: Any, root: nn.Module) -> Family | None:
+def _by_running(model: Any, root: nn.Module) -> tuple[Family, ...] | None:
     for path, layers in _lists(model, root):
-        calls = _run(model, root, layers[0])
-        if calls is None:
-            continue
-        nothing: Any = dict.fromkeys(("entry", "attention_out", "attention_added", "mlp_out", "mlp_added"))
-        return _inside(Family(path, _final_norm(root, path), **nothing), calls)
+        families = _run(model, root, path, layers)
+        if families is not None:  # the first list that runs decides
+            return families
     return None
 
 
@@ -101,37 +104,68 @@ def _lists(model: Any, root: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The lists of modules, those with as many as the config says first, then the longest."""
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(path, m) for path, m in lists if any(m[0].children())]  # no list of matrices or norms
     return sorted(lists, key=lambda item: (len(item[1]) != expected, -len(item[1]), item[0].count(".")))
 
 
-def _run(model: Any, root: nn.Module, block: nn.Module) -> list[_Call] | None:
-    """Every call in a block that takes and gives [1, 4, d], the block's own last; None for another module."""
-    calls: list[_Call] = []
-    names = {module: path for path, module in block.named_modules()}
+def _run(model: Any, root: nn.Module, path: str, layers: nn.ModuleList) -> tuple[Family, ...] | None:
+    """The family of every block, by one pass of four tokens; none where these are no blocks that take and give
+    [1, 4, d], once each; None where they are not run. Of a single block that is not, nothing but its ends is known."""
+    no_parts: Any = dict.fromkeys(_PARTS)
+    nothing = Family(path, None, **no_parts)
+    families = dict.fromkeys(range(len(layers)), nothing)
+    numbers = {block: i for i, block in enumerate(layers)}
+    inside = {module for block in layers for module in block.modules()}
+    names = {module: name for name, module in root.named_modules()}
+    times: Counter[nn.Module] = Counter()
+    calls: list[_Call] = []  # inside of the block that runs, in the order of the returns
+    stream: Tensor | None = None
+    final_norm, is_stream, thread = None, True, get_ident()
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal stream, final_norm, is_stream
+        if get_ident() != thread:
+            return
+        times[module] += 1
         given = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-        given = kwargs.get("hidden_states", given)
-        calls.append(_Call(names[module], module, _tensor(given), _tensor(output)))
-        if module is block:
-            raise _Enough
+        call = _Call(module, _tensor(kwargs.get("hidden_states", given)), _tensor(output))
+        if module in numbers:
+            x, stream = call.input, call.output
+            is_stream = is_stream and times[module] == 1 and _is_stream(x, stream)
+            if is_stream:
+                families[numbers[module]] = _inside(nothing, call, calls)
+            calls.clear()
+        elif module in inside:
+            calls.append(call)
+        elif _same(call.input, stream) and not _same(call.output, stream) and _is_flat(module):
+            final_norm = names[module]
 
-    handles = [module.register_forward_hook(after, with_kwargs=True) for module in names]
+    handles = [module.register_forward_hook(after, with_kwargs=True) for module in names if module is not root]
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(1, 5, device=embedding.device if embedding.device.type != "meta" else "cpu")
     try:
         with torch.no_grad():
             root(input_ids=ids[None], use_cache=False)
-    except _Enough:
-        pass
     finally:
         for handle in handles:
             handle.remove()
-    if not calls or calls[-1].module is not block:
+    if not times.keys() & numbers.keys():
         return None
-    x, y = calls[-1].input, calls[-1].output
-    is_stream = x is not None and y is not None and x.shape == y.shape and x.shape[:2] == (1, 4) and x.dim() == 3
-    return calls if is_stream else None
+    if not is_stream:
+        return ()
+    return tuple(
+        replace(family, final_norm=final_norm, **_shared(family, layers[i], times)) for i, family in families.items()
+    )
+
+
+def _is_stream(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is not None and y is not None and x.shape == y.shape and x.shape[:2] == (1, 4) and x.dim() == 3
+
+
+def _shared(family: Family, block: nn.Module, times: Counter[nn.Module]) -> dict[str, Any]:
+    """None for the parts that other blocks use as well: what is done there is not done in this block alone."""
+    paths = {part: getattr(family, part) for part in _PARTS}
+    return {part: None for part, path in paths.items() if path is not None and times[block.get_submodule(path)] > 1}
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -139,13 +173,24 @@ def _tensor(value: Any) -> Tensor | None:
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
-def _inside(family: Family, calls: list[_Call]) -> Family:
-    """Adds what the first block's calls prove."""
-    *calls, whole = calls
-    times = Counter(call.path for call in calls)
-    calls = [call for call in calls if times[call.path] == 1]  # Phi calls one dropout behind both: it is no one place
-    x, y = whole.input, whole.output
-    assert x is not None and y is not None
+def _beside(t: Tensor | None, other: Tensor) -> Tensor | None:
+    return None if t is None else t.to(other.device)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.to(b.device), b)
+
+
+def _inside(family: Family, whole: _Call, calls: Sequence[_Call]) -> Family:
+    """Adds what a block's calls prove."""
+    y = whole.output
+    assert y is not None and whole.input is not None
+    x, names = whole.input.to(y.device), {module: name for name, module in whole.module.named_modules()}
+    times = Counter(call.module for call in calls)
+    # Phi calls one dropout behind both: it is no one place
+    calls = [c for c in calls if times[c.module] == 1 and c.module in names]
+    for c in calls:
+        c.path, c.input, c.output = names[c.module], _beside(c.input, y), _beside(c.output, y)
     # the result of a sum in lower precision may hide a small term, but not in every number
     adders = [c for c in calls if c.output is not None and c.output.shape == x.shape and c.output.any()]
     pair = next(((a, b) for a, b in _pairs(adders) if _is_sum(x, a.output, b.output, y)), None)
@@ -201,12 +246,9 @@ def _projection(calls: list[_Call], added: _Call) -> str | None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return all(p.dim() == 1 for p in module.parameters()) and any(True for _ in module.parameters())
+    return _is_flat(module) and any(True for _ in module.parameters())
 
 
-def _final_norm(root: nn.Module, path: str) -> str | None:
-    """The last norm beside the list of blocks."""
-    above, _, _ = path.rpartition(".")
-    parent = root.get_submodule(above) if above else root
-    norms = [name for name, child in parent.named_children() if _is_norm(child)]
-    return ".".join(filter(None, (above, norms[-1]))) if norms else None
+def _is_flat(module: nn.Module) -> bool:
+    """Whether a module has no matrix, as a norm."""
+    return all(p.dim() == 1 for p in module.parameters())

@@ -44,7 +44,7 @@ def width_at(model: nn.Module, kind: str, layer: int | None = None) -> int:
     layers = range(models.n_layers(model)) if layer is None else [layer]
     having = next((i for i in layers if missing(model, Site(kind, i)) is None), layers[0])
     check_site(model, Site(kind, having))
-    where = models.family(model)
+    where = models.family(model, having)
     module: Any = models.part(model, having, where.attention_out if kind == "head_in" else where.mlp_out)
     # transformers' Conv1D keeps its weight as [in, out]
     return int(module.in_features if hasattr(module, "in_features") else module.weight.shape[0])
@@ -55,8 +55,8 @@ def missing(model: nn.Module, site: Site) -> str | None:
     layers = models.n_layers(model)
     if site.layer >= layers:
         return f"layer {site.layer} is out of range: the model has layers 0 to {layers - 1}"
-    where = models.family(model)
-    if site.kind == "resid_mid" and models.is_parallel(model):
+    where = models.family(model, site.layer)
+    if site.kind == "resid_mid" and models.is_parallel(model, site.layer):
         return (
             f"there is no {site}: attention and MLP of this model run in parallel on the same input, and nothing lies "
             "between them; choose resid_pre or resid_post"
@@ -133,7 +133,8 @@ class Taps:
             check_site(model, site)
         # in order of computation, so that an edit is seen by the sites after it
         self.model, self.taps = model, dict(sorted(taps.items()))
-        self._family, self._base = models.family(model), models.base(model)
+        self._base, self._blocks = models.base(model), models.family(model).blocks
+        self._families = {site: models.family(model, site.layer) for site in taps}
         self._hooks: dict[Site, tuple[nn.Module, list[Hook]]] = {}
 
     def __enter__(self) -> Taps:
@@ -154,10 +155,10 @@ class Taps:
     def refresh(self) -> None:
         """Follow modules that were exchanged since: an adapter that is merged takes its wrappers, and the hooks on
         them, out of the model."""
-        family, blocks = self._family, attrgetter(self._family.blocks)(self._base)
+        blocks = attrgetter(self._blocks)(self._base)
         for site, fn in self.taps.items():
             module, hooks = self._hooks.get(site, (None, []))
-            now = _module(family, blocks[site.layer], site.kind) if site.layer < len(blocks) else None
+            now = _module(self._families[site], blocks[site.layer], site.kind) if site.layer < len(blocks) else None
             if now is not None and now is not module:
                 for hook in hooks:
                     hook.remove()
@@ -194,7 +195,7 @@ def _hooks(model: nn.Module, site: Site, module: nn.Module, fn: Tap) -> Iterator
         case "resid_pre" | "head_in" | "mlp_act":
             yield Hook.before(module, on_input)
         case "resid_mid":
-            entry: Any = models.part(model, site.layer, models.family(model).entry)
+            entry: Any = models.part(model, site.layer, models.family(model, site.layer).entry)
             yield from _hooks_mid(entry, module, fn)
         case _:
             yield Hook.behind(module, on_output)

@@ -57,7 +57,7 @@ def linear(model: nn.Module, place: Place) -> Any:
         raise UsageError(f"unknown place {after!r}: expected {' or '.join(map(repr, AFTER))}")
     if not 0 <= layer < models.n_layers(model):
         raise UsageError(f"layer {layer} is out of range: the model has layers 0 to {models.n_layers(model) - 1}")
-    family, name = models.family(model), "MLP" if after == "mlp" else after
+    family, name = models.family(model, layer), "MLP" if after == "mlp" else after
     module = _projection(model, place)
     adder = models.part(model, layer, family.mlp_added if after == "mlp" else family.attention_added)
     if module is None:
@@ -81,7 +81,7 @@ def linear(model: nn.Module, place: Place) -> Any:
 
 def _projection(model: nn.Module, place: Place) -> Any:
     """The last projection of the MLP or the attention, with its adapter; None where the block has no single one."""
-    family = models.family(model)
+    family = models.family(model, place.layer)
     return models.part(model, place.layer, family.mlp_out if place.after == "mlp" else family.attention_out)
 
 
@@ -89,7 +89,7 @@ def site(model: nn.Module, place: Place) -> Site:
     """Where the bias acts as a vector: resid_post; resid_mid, or attn_out if attention and MLP run in parallel."""
     if place.after == "mlp":
         return Site("resid_post", place.layer)
-    return Site("attn_out" if models.is_parallel(model) else "resid_mid", place.layer)
+    return Site("attn_out" if models.is_parallel(model, place.layer) else "resid_mid", place.layer)
 
 
 def all_places(model: nn.Module) -> list[Place]:

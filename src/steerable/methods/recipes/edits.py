@@ -58,7 +58,8 @@ def thinkedit(
         >>> st.recipes.thinkedit(model, tokenizer, [chain(0, 9), chain(1, 15)], short=10, long=10, heads=2).method
         'ThinkEdit'
     """
-    total = models.n_layers(model) * models.n_heads(model)
+    layers = models.head_layers(model)
+    total = len(layers) * models.n_heads(model)
     count = max(1, round(total / 20)) if heads is None else heads
     if not 1 <= count <= total:
         raise UsageError(f"heads is {heads}: expected a number from 1 to {total}, as many as the model has")
@@ -72,7 +73,8 @@ def thinkedit(
             )
     brief, extended = (read_whole(model, side, "resid_mid", "predicting") for side in sides)
     direction = difference_of_means(extended, brief, **origin(model, "long"))
-    scores = head_scores(model, read_whole(model, sides[0], "head_in", "predicting"), direction)
+    heads_out = read_whole(model, sides[0], "head_in", "predicting")
+    scores = head_scores(model, {s: h for s, h in heads_out.items() if s.layer in layers}, direction)
     return project_heads(model, direction, list(scores)[:count], weight)
 
 
@@ -158,10 +160,11 @@ def laser(
         >>> st.recipes.laser(model, tokenizer, share=0.1).stats["rank"]
         19
     """
-    block = models.blocks(model)[at_depth(model, 26 / 32, layer)]
+    number = at_depth(model, 26 / 32, layer)
+    block = models.blocks(model)[number]
     maps = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.dim() == 2}
     if matrix is None:
-        last = models.family(model).mlp_out or ""
+        last = models.family(model, number).mlp_out or ""
         inputs = [name for name in maps if last in maps and name != last and name.startswith(last.rpartition(".")[0])]
         matrix = inputs[-1] if inputs else "mlp.up_proj"
     if matrix not in maps:
