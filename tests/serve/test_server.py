@@ -111,6 +111,7 @@ def test_a_request_is_steered_by_its_model_or_its_field(client):
         ({"model": "pocket:sad"}, 404, "does not exist"),
         ({"model": "pocket", "use_beam_search": True, "vllm_xargs": {"steering": "1 happy"}}, 400, "beam search drops"),
         ({"steering": "1 happy"}, 400, "would be passed over here"),
+        ({"extra_args": 5, "steering": "1 happy"}, 400, "'steering' would be passed over here"),
         ({"extra_args": {"steering": "1 happy"}}, 400, "would be passed over here"),
         ({"vllm_xargs": {"steer": "1 happy"}}, 400, "would be passed over here"),
         ({"vllm_xargs": {"Steering": "1 happy"}}, 400, "would be passed over here"),
@@ -129,6 +130,13 @@ def test_routes_that_do_not_steer_refuse_a_steering(client):
     answer = client.post("/generative_scoring", json={"model": "pocket:happy"} | body)
     assert answer.status_code == 400 and "this route does not steer" in answer.json()["error"]["message"]
     assert client.post("/generative_scoring", json={"model": "pocket"} | body).status_code == 200
+    for field in ({"steering": "1 happy"}, {"vllm_xargs": {"steering": "1 happy"}}):
+        answer = client.post("/generative_scoring", json={"model": "pocket"} | body | field)
+        assert answer.status_code == 400 and "passed over here: this route does not steer" in answer.text
+    body = {"model": "pocket", "messages": [{"role": "user", "content": "1 + 1"}], "max_tokens": 2}
+    assert client.post("/v1/messages", json=body).status_code == 200
+    answer = client.post("/v1/messages", json=body | {"steering": "1 happy"})
+    assert answer.status_code == 400 and "'steering' would be passed over here" in answer.text
     assert client.post("/tokenize", json={"model": "pocket:happy", "prompt": "2"}).status_code == 200
 
 

@@ -325,7 +325,11 @@ def short_name(name: str) -> str:
 def is_named(model: nn.Module, name: str) -> bool:
     """Whether a file's model_id may mean this model: the same name, or the same last part where one of the two does not
     say whose it is (a folder against a hub name). True where either is empty."""
-    this, other = model_id(model), short_name(name)
+    return may_be_same(model_id(model), short_name(name))
+
+
+def may_be_same(this: str, other: str) -> bool:
+    """Whether two names may mean the same model, as `is_named` says it."""
     if not this or not other or this == other:
         return True
     return not ("/" in this and "/" in other) and this.rpartition("/")[2] == other.rpartition("/")[2]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from functools import wraps
+import sys
+from functools import partial, wraps
 from http import HTTPStatus
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastapi.responses import JSONResponse, Response
 
 from steerable.engines.vllm.folder import MAX_BYTES, Folder
 from steerable.engines.vllm.presets import VARIABLE, Models, Presets
-from steerable.engines.vllm.requests import PEERS, asked, check_steering, passed_over
+from steerable.engines.vllm.requests import IN_BODY, PEERS, asked, check_fields, check_steering, passed_over
 from steerable.engines.vllm.settings import KEY, settings_of
 from steerable.serve.metrics import Measured, count_requests
 from steerable.steering.direction import Direction
@@ -36,6 +37,14 @@ _READING = {
     "DerenderCompletionRequest", "DerenderChatStreamRequest", "DerenderCompletionStreamRequest",
 }  # fmt: skip
 """Requests of vLLM that are steered by the model's name, or that only turn text into tokens and back."""
+_IN_PARAMS = f'a steering is "sampling_params": {{"extra_args": {{"{KEY}": "0.5 happy"}}}}'
+_FORGETTING = (
+    ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages", IN_BODY),
+    ("vllm.entrypoints.cohere.serving", "CohereServingChatV2", "create_chat_v2", "a steering is the model's name"),
+    ("vllm.entrypoints.scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens", _IN_PARAMS),
+)
+"""Modules of vLLM's server, classes, and methods whose requests keep no field that they do not know; and how these are
+steered."""
 
 
 class Endpoint:
@@ -115,13 +124,25 @@ class Endpoint:
             if hasattr(cls, "to_beam_search_params"):
                 _after(cls, "to_beam_search_params", refused)
         _instead(BaseServing, "_check_model", self._check_model)
+        for module, name, method, instead in _FORGETTING:
+            if module in sys.modules:
+                _instead(getattr(sys.modules[module], name), method, partial(_check_body, instead))
 
     async def _check_model(self, original: Any, serving: Any, request: Any) -> Any:
         """vLLM's own check of the model's name, after which some routes do not look at it again."""
+        from vllm.exceptions import VLLMValidationError
+
         error = await original(serving, request)
-        tokens = getattr(getattr(request, "sampling_params", None), "extra_args", None) or {}
-        if error is not None or type(request).__name__ in _READING or KEY in tokens:
+        if error is not None or type(request).__name__ in _READING:
             return error
+        tokens = getattr(getattr(request, "sampling_params", None), "extra_args", None) or {}
+        try:
+            instead = _IN_PARAMS if hasattr(request, "sampling_params") else "this route does not steer"
+            check_fields(getattr(request, "model_extra", None) or {}, tokens, instead)
+        except VLLMValidationError as wrong:
+            return serving.create_error_response(wrong)
+        if KEY in tokens:
+            return None
         try:
             preset = self.presets.steering(request.model)
         except SteerableError as missing:
@@ -187,6 +208,14 @@ class Endpoint:
         except SteerableError as error:
             return _error(404, str(error))
         return Response(status_code=204)
+
+
+async def _check_body(instead: str, original: Any, serving: Any, request: Any, raw_request: Any = None) -> Any:
+    """Refuse the fields that a route's request forgets as it is read."""
+    if raw_request is not None:
+        body = await raw_request.json()
+        check_fields({name: body[name] for name in body.keys() - type(request).model_fields.keys()}, {}, instead)
+    return await original(serving, request, raw_request)
 
 
 def _after(cls: type, name: str, change: Any) -> None:

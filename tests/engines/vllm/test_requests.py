@@ -113,6 +113,8 @@ def test_a_direction_of_another_model_is_refused():
         check_model(direction(model_id=name).steering(), "/here/pocket", 4, D, Settings())
     with pytest.raises(st.UsageError, match="was made on 'owner/other', and the engine serves 'pocket'"):
         check_model(direction(model_id="owner/other").steering(), "/here/pocket", 4, D, Settings())
+    with pytest.raises(st.UsageError, match="was made on 'one/pocket', and the engine serves 'another/pocket'"):
+        check_model(direction(model_id="one/pocket").steering(), "another/pocket", 4, D, Settings())
     with pytest.raises(st.UsageError, match="width 8, but the model's width there is 9"):
         check_model(direction().steering(), "pocket", 4, 9, Settings())
 

@@ -26,7 +26,7 @@ from steerable.engines.vllm.layers import listed
 from steerable.engines.vllm.lowering import Lane, identity, lower, to_wire
 from steerable.engines.vllm.prefixes import hangs_on_prompt, is_keyed_by_block, may_look_ahead
 from steerable.engines.vllm.settings import KEY, Settings, settings_of
-from steerable.models.loading import short_name
+from steerable.models.loading import may_be_same, short_name
 from steerable.steering.direction import Direction
 from steerable.steering.gates import resolve
 from steerable.steering.plain import is_index
@@ -43,6 +43,7 @@ LONGEST, MOST, NUMBERS = 10_000, 100, 10_000_000
 others waiting."""
 PEERS = ("hotwire", "apply_steering_vectors")
 """What requests to other plugins that steer (hotwire, vllm-lens) say in `vllm_xargs`, where vLLM passes over it."""
+IN_BODY = f'a steering is "vllm_xargs": {{"{KEY}": "0.5 happy"}}'
 _SALT = "steering:"
 _ENTRY = {"direction", "vectors", "strength", "layers", "where", "map", "schedule", "rescale"}
 
@@ -88,18 +89,24 @@ def admit(processor: Any, request: Any) -> Any:
 
 def check_place(request: Any) -> None:
     """Refuse an HTTP request whose steering stands where vLLM does not look. Raises vLLM's validation error."""
+    check_fields(request.model_extra or {}, request.vllm_xargs or {})
+
+
+def check_fields(fields: Mapping[str, Any], extra: Mapping[str, Any], instead: str = IN_BODY) -> None:
+    """The same, of the fields that a request has without vLLM's knowing them, and of its extra arguments. instead: what
+    the client is told to do."""
     from vllm.exceptions import VLLMValidationError
 
-    fields, extra = request.model_extra or {}, request.vllm_xargs or {}
-    names = [name for name in (*fields, *(fields.get("extra_args") or ())) if str(name).lower().startswith("steer")]
+    inside = [fields[name] for name in ("extra_args", "vllm_xargs") if isinstance(fields.get(name), Mapping)]
+    names = [name for some in (fields, *inside) for name in some if str(name).lower().startswith("steer")]
     names += [name for name in extra if name.lower().startswith("steer") and name not in (KEY, PROMPT_TOKENS)]
     if names:
-        raise VLLMValidationError(passed_over(names[0]), parameter=names[0])
+        raise VLLMValidationError(passed_over(names[0], instead), parameter=names[0])
 
 
-def passed_over(name: str) -> str:
+def passed_over(name: str, instead: str = IN_BODY) -> str:
     """What is wrong with a request that asks by this name."""
-    return f'{name!r} would be passed over here: a steering is "vllm_xargs": {{"{KEY}": "0.5 happy"}}'
+    return f"{name!r} would be passed over here: {instead}"
 
 
 def refuse_beams(request: Any) -> None:
@@ -282,5 +289,5 @@ def check_model(steering: Steering, model: str, layers: int, width: int, setting
                     "on this model"
                 )
         here, made = short_name(model), short_name(i.source.model_id)
-        if made and here != made and here.rpartition("/")[2] != made.rpartition("/")[2]:
+        if not may_be_same(here, made):
             raise UsageError(f"the direction {i.source.name!r} was made on {made!r}, and the engine serves {here!r}")
