@@ -1,7 +1,7 @@
 """What steering costs a token: every recipe of a real model, beside the same model unsteered.
 
     steerable fetch smol && steerable fetch smol-think
-    python benchmarks/overhead.py                   # nine minutes of one thread; benchmarks/results/overhead.json
+    python benchmarks/overhead.py                   # fifteen minutes of one thread; benchmarks/results/overhead.json
     python benchmarks/overhead.py --only angular --minutes 1 --to overhead.json
 
 Each recipe is made of a few everyday pairs or of chains that are put together from them, on `smol`, or on `smol-think`
@@ -44,6 +44,7 @@ from steerable.store.run_folder import write_json
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 BARS = {"steering": 1.02, "recipe": 1.08}
+TURNS = {"steering": 4, "recipe": 1}  # in a round: a narrow bar wants more of them
 ROWS, TOKENS, PAIRS, FEWEST = 16, 24, 8, 3
 
 
@@ -159,10 +160,10 @@ class Row:
     made: Made
     ratios: list[float]
 
-    def compare(self, number: int) -> None:
-        """One steered and one unsteered batch; which comes first changes from round to round."""
+    def compare(self) -> None:
+        """One steered and one unsteered batch; which comes first changes from turn to turn."""
         spent = {}
-        for is_steered in (True, False) if number % 2 else (False, True):
+        for is_steered in (True, False) if len(self.ratios) % 2 else (False, True):
             made = self.made if is_steered else ()
             spent[is_steered] = seconds(self.material.loaded, made, self.material.prompts, TOKENS)
         self.ratios.append(spent[True] / spent[False])
@@ -196,13 +197,15 @@ def main() -> None:
     number = 0
     while number < FEWEST or (time.perf_counter() - start) * (number + 1) / number < 60 * args.minutes:
         for row in rows:
-            row.compare(number)
+            for _ in range(TURNS[row.kind]):
+                row.compare()
         number += 1
         print(f"{time.perf_counter() - start:5.0f} s  round {number}", flush=True)
     made = [row.summary() for row in rows]
     for told in made:
         print(f"{told['name']:24} {told['time']:.3f}  {told['quartiles'][0]:.3f} to {told['quartiles'][1]:.3f}")
-    about = {"rows": ROWS, "tokens": TOKENS, "rounds": number, "seconds": round(time.perf_counter() - start)}
+    about = {"rows": ROWS, "tokens": TOKENS, "rounds": number, "turns": TURNS}
+    about["seconds"] = round(time.perf_counter() - start)
     versions = {package: importlib.metadata.version(package) for package in ("steerable", "torch", "transformers")}
     write_json(args.to, {**about, "bars": BARS, "settings": made, "versions": versions})
 

@@ -187,9 +187,9 @@ def overhead_about(given: Sources) -> str:
     ]
     bars = [words.fixed(made["bars"][kind]) for kind in ("steering", "recipe")]
     return (
-        f"Medians of {made['rounds']} rounds with {made['rows']} chains of {made['tokens']} tokens, with torch "
-        f"{made['versions']['torch']}. A vector is to cost at most {bars[0]}, a recipe at most {bars[1]}; above that: "
-        f"{', '.join(over) or 'none'}."
+        f"Medians of {made['rounds']} rounds, in each of which what is no recipe has {made['turns']['steering']} "
+        f"turns; {made['rows']} chains of {made['tokens']} tokens, with torch {made['versions']['torch']}. A vector is "
+        f"to cost at most {bars[0]}, a recipe at most {bars[1]}; above that: {', '.join(over) or 'none'}."
     )
 
 
