@@ -266,6 +266,8 @@ def test_bad_arguments_are_refused_before_any_forward(ids):
         attribute(model, [chain(ids)], given | {"c": given["a"].only([1])})
     with pytest.raises(UsageError, match="width 3"):
         attribute(model, [chain(ids)], {"a": Direction({SITES[0]: torch.ones(3)})})
+    with pytest.raises(UsageError, match="vectors of one width, but 'a' has .16, 24"):
+        attribute(model, [chain(ids)], {"a": Direction({SITES[0]: torch.ones(16), Site("mlp_act", 1): torch.ones(24)})})
     with pytest.raises(UsageError, match="out of range"):
         attribute(model, [chain(ids)], {"a": Direction({Site("resid_post", 9): torch.ones(WIDTH)})})
     with pytest.raises(UsageError, match="query positions"):

@@ -40,6 +40,12 @@ def test_the_norm_fixes_the_length(model):
 def test_k_is_cut_to_the_vocabulary(model):
     assert len(lens(model, Letters(), torch.ones(32), k=99).top) == 26
 
+    class Few(Letters):
+        def __len__(self):
+            return 5
+
+    assert sorted(token for token, _ in lens(model, Few(), torch.ones(32), k=99).top) == list("abcde")
+
 
 @pytest.mark.parametrize("vector", [torch.ones(5), torch.ones(1, 32), torch.full((32,), torch.nan)])
 def test_bad_vectors(model, vector):

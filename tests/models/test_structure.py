@@ -9,8 +9,11 @@ import torch
 import transformers
 from tiny_families import COMMON, EXPERTS, MLA, VOCABULARY
 
+from steerable.chains.windows import AlignedChain, TokenSpan
 from steerable.evals.logit_lens import Unembedding
 from steerable.methods.head_projection import project_heads
+from steerable.methods.recipes.edits import steer2edit, thinkedit
+from steerable.methods.span_statistics import span_means
 from steerable.models import loading as models
 from steerable.models.reading import is_recurrent
 from steerable.models.taps import missing, tap
@@ -106,6 +109,13 @@ def test_blocks_that_differ(name):
     with pytest.raises(UsageError, match="layer 0 of this .* model has no attention heads"):
         project_heads(model, direction, [(0, 1)])
     assert list(project_heads(model, direction, [(1, 1)]).changes)
+    chains = [AlignedChain("t", n, tuple(range(20, 29 + n)), (TokenSpan("a", 2, 9 + n),)) for n in (0, 4)]
+    assert {layer for layer, _ in thinkedit(model, None, chains, short=10, long=10).stats["heads"]} == {1}
+    patch = steer2edit(model, None, chains, rho_mlp=None)
+    assert all(".layers.1." in name for name in patch.changes) and patch.changes
+    if name == "KimiLinear":
+        with pytest.raises(UsageError, match="head_in is 16 wide in the first layer that has it, and another width in"):
+            span_means(model, chains, ["a"], kind="head_in")
 
 
 @pytest.mark.filterwarnings("ignore:models of type")

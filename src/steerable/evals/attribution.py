@@ -432,6 +432,10 @@ def _stack(directions: Mapping[str, Direction], model: Any) -> tuple[tuple[Site,
                 raise UsageError(
                     f"the {behaviour!r} vector at {site} has width {len(v)}, but the model has {width} there"
                 )
+        if len(widths := {len(v) for v in stacked}) > 1:
+            raise UsageError(
+                f"attribution needs vectors of one width, but {behaviour!r} has {sorted(widths)}: give one kind of site"
+            )
         vectors[behaviour] = torch.stack(stacked).to(models.device(model.get_input_embeddings()))
     return sites, vectors
 

@@ -87,7 +87,8 @@ def lens(model: Any, tokenizer: Any, vector: Tensor, k: int = 10, norm: bool = F
         raise UsageError(f"the lens needs a finite vector of width {width}, got shape {tuple(vector.shape)}")
     if norm:
         models.final_norm(model)  # raises where it is not known
-    (readings,) = Unembedding.of(model).readings(vector[None])
+    known = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    (readings,) = Unembedding.of(model, known).readings(vector[None])
     scores = next(reading.values for reading in readings if (reading.score, reading.norm) == ("dot", norm))
     return Lens(*([(tokenizer.decode([i]), score) for i, score in ends[0]] for ends in extremes(scores, k)))
 

@@ -345,7 +345,13 @@ class _Pass:
                 yield batch
 
         def summed(cut: list[list[int]]) -> tuple[WeightedSums, NormSums]:
-            sums = WeightedSums(layers, count, width_at(model, self.kind), device)
+            width = width_at(model, self.kind)
+            if odd := [i for i in range(layers) if width_at(model, self.kind, i) != width]:
+                raise UsageError(
+                    f"{self.kind} is {width} wide in the first layer that has it, and another width in layer {odd[0]}: "
+                    "choose a site of the residual stream"
+                )
+            sums = WeightedSums(layers, count, width, device)
             norms = NormSums(layers, device, group=0)  # weighted as `overall`, so that they compare with its norm
             stream(model, batches(cut), [sums, norms], kind=self.kind, chunk=self.chunk, sinks=self.sinks)
             return sums.cpu(), norms.cpu()

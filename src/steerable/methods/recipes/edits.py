@@ -127,7 +127,16 @@ def steer2edit(
         raise UsageError("the shortest chains are as long as the longest: give more chains, or of more lengths")
     kinds = ("head_in", "attn_out") * (rho_attention is not None) + ("mlp_act", "mlp_out") * (rho_mlp is not None)
     sides = ([chain for chain, _ in part] for part in (lengths[:count], lengths[-count:]))
-    short, long = ({s: h for k in kinds for s, h in read_whole(model, side, k, "predicting").items()} for side in sides)
+    heads = models.head_layers(model)
+    short, long = (
+        {
+            site: h
+            for kind in kinds
+            for site, h in read_whole(model, side, kind, "predicting").items()
+            if site.layer in heads or kind.startswith("mlp")
+        }
+        for side in sides
+    )
     return elastic_net_edits(model, short, long, alpha=alpha, rho_attention=rho_attention, rho_mlp=rho_mlp)
 
 
