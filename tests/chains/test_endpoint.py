@@ -108,12 +108,12 @@ def test_replies_come_in_order_and_are_counted(server, tmp_path):
     assert sorted(server.texts) == ["a", "b", "c"]  # equal ones are asked once
     assert done == [(1, 3)] * 4
     assert tally(replies, (1e6, 2e6)) == {
-        "requests": 4,
+        "requests": 3,
         "failed": 0,
         "truncated": 0,
-        "prompt_tokens": 28,
-        "completion_tokens": 12,
-        "cost": 52.0,
+        "prompt_tokens": 21,
+        "completion_tokens": 9,
+        "cost": 39.0,
     }
     assert (endpoint.account.sent, endpoint.account.retries, endpoint.account.prompt_tokens) == (3, 0, 21)
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from killed import kill_once, lines
 
 from steerable.chains.records import read_jsonl
-from steerable.evals.intervals import simultaneous_intervals
+from steerable.evals.intervals import simultaneous_intervals, student_interval
 from steerable.jobs import calibration_grid
 from steerable.jobs.calibration_job import calibrate_files
 from steerable.steering.direction import Direction
@@ -26,6 +27,7 @@ def anything_is_clear():
         patch.setattr(
             calibration_grid, "simultaneous_intervals", lambda gains, seed: simultaneous_intervals(gains, seed, 0.01)
         )
+        patch.setattr(calibration_grid, "student_interval", lambda gains: student_interval(gains, 0.01))
         yield
 
 
@@ -86,7 +88,8 @@ def test_the_recommendation_is_written(calibrated, file):
         return
     noted = stats["recommended"]
     assert noted["of"] == "backtracking" and noted["gain"] == about["gain"] and noted["layers"] == about["layers"]
-    assert about["gain"][0] > about["random"]["gain"][0]
+    assert about["above_random"][0] == pytest.approx(about["gain"][0] - about["random"]["gain"][0])
+    assert about["above_random"][1] > 0
     made = Direction.load(out / "recommended.safetensors")
     assert made.layers == about["layers"] and made.strength == about["strength"]
     assert max(made.dose().values()) == pytest.approx(about["dose"], rel=1e-4)
@@ -97,6 +100,22 @@ def test_the_recommendation_is_written(calibrated, file):
             torch.testing.assert_close(made.strength * vector, expected, rtol=1e-4, atol=1e-6)
     page = (out / "calibrate.html").read_text()
     assert "Recommended" in page and "Pareto front" in page and page.count("<svg") > 4
+
+
+def test_what_a_random_direction_does_as_well_is_not_recommended(file, tmp_path, monkeypatch):
+    """And what an earlier calibration of the same aim recommended is taken out of the file, but not another's."""
+    monkeypatch.setattr(calibration_grid, "simultaneous_intervals", lambda gains, seed: [[2.0, 1.0, 3.0]] * len(gains))
+    monkeypatch.setattr(calibration_grid, "student_interval", lambda gains: [0.5, -1.0, 2.0])
+    one = FAST | {"layers": "3", "strengths": "1", "validation": 8, "samples": 1, "max_new_tokens": 10}
+    same, other = ({"of": of, "aim": "less", "model": "pocket"} for of in ("tokens", "loops"))
+    for old, left in ((same, {}), (other, {"recommended": other})):
+        mine = replace(Direction.load(file), stats={"recommended": old}).save(tmp_path / "mine.safetensors")
+        result = calibrate_files([mine], full_grid=True, target="tokens", aim="less", out=tmp_path / "c", **one)
+        assert result["recommended"] is None and Direction.load(mine).stats == left
+        assert result["reason"].endswith(
+            "has a gain of 2, of which 0.5 (-1 to 2) is beyond a random direction with the same dose: not clear of 0"
+        )
+        assert not (tmp_path / "c/recommended.safetensors").exists()
 
 
 def test_it_goes_on_where_it_was_stopped(calibrated, file, tmp_path, monkeypatch):

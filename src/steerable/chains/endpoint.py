@@ -71,10 +71,12 @@ class Account:
 
 
 def tally(replies: Sequence[Reply], prices: tuple[float, float] | None = None) -> dict[str, Any]:
-    """Counts over a set of replies, the same whether they were requested now or came from the cache.
+    """Counts over a set of replies, the same whether they were requested now or came from the cache. Equal
+    conversations of one call share a reply, which is counted once, as it is asked and paid for.
 
     prices: US dollars per million prompt and completion tokens; adds `cost`, in dollars.
     """
+    replies = list({id(reply): reply for reply in replies}.values())
     counts: dict[str, Any] = {
         "requests": len(replies),
         "failed": sum(reply.error is not None for reply in replies),

@@ -32,6 +32,7 @@ from steerable.evals.intervals import (
     is_bounded,
     mean_interval,
     simultaneous_intervals,
+    student_interval,
 )
 from steerable.evals.metrics import Measured, all_metrics, measure
 from steerable.evals.side_effects import score_texts
@@ -111,9 +112,10 @@ class GridSearch:
         else:
             self._fill(grid)
         best, reason = self._choose(grid, rounds)
-        chosen = None if reason else best
         spent = self._tokens()
-        about = self._recommended(chosen, grid, rounds) if chosen else None
+        about = None if reason or best is None else self._recommended(best, grid, rounds)
+        reason = reason or self._no_more_than_random(about)
+        chosen, about = (None, None) if reason else (best, about)
         cost: dict[str, Any] = {"search": spent if rounds else None, "grid": None, "share": None}
         if self.how["full_grid"]:
             if rounds:
@@ -378,10 +380,22 @@ class GridSearch:
         file_strength = factors.pop() * chosen.strength if len(factors) == 1 else None
         about = self._about(chosen, rows) | {"gain": self._tested_gains(settings, tasks)[chosen]}
         random = self._about(chosen, control)
+        beyond = {task: self.aim * value for task, value in change(rows, control, "target").items()}
         return {
             **about, "file": arm.file, "file_strength": file_strength,
             "random": {name: random[name] for name in ("gain", "kl", "accuracy", "tokens")},
+            "above_random": student_interval(beyond),
         }  # fmt: skip
+
+    def _no_more_than_random(self, about: Mapping[str, Any] | None) -> str:
+        """Why a setting with a clear gain is not recommended where a random direction of its dose does as much."""
+        if about is None or (beyond := about["above_random"]) is not None and beyond[1] > 0:
+            return ""
+        told = "nothing that could be told" if beyond is None else "{:.3g} ({:.3g} to {:.3g})".format(*beyond)
+        return (
+            f"the best setting within the limits, {about['arm']} at {about['strength']:g}, has a gain of "
+            f"{about['gain'][0]:.3g}, of which {told} is beyond a random direction with the same dose: not clear of 0"
+        )
 
     def _result(
         self, grid: Sequence[Setting], rounds: Sequence[Round[Setting]], chosen: Setting | None, reason: str,

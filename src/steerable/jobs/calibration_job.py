@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,9 +164,9 @@ def calibrate_files(
         job.folder.run_stage("calibrate", ["tasks.jsonl"], key, outputs, search.work)
         result: dict[str, Any] = read_json(job.folder / "calibrate.json", dict)
         write_atomic(job.folder / "calibrate.html", render(result))
-    _note(result, display)
     display.show(*tables(result))
     display.tell(summary(result), f"The page is {(job.folder / 'calibrate.html').resolve()}")
+    _note(result, directions, display)
     return result
 
 
@@ -224,20 +224,26 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
 
 
-def _note(result: Mapping[str, Any], display: Display) -> None:
-    """Write the recommendation into the stats of the direction file that it is about, if that is one of ours."""
-    if (about := result["recommended"]) is None:
-        return
-    path = Path(about["file"])
-    if any((folder / "stages").is_dir() and (folder / "config.json").exists() for folder in path.resolve().parents):
-        display.say(
-            f"calibrate: {path} is a run's, which would be done again if the recommendation were written into it"
-        )
-        return
-    try:
-        direction = Direction.load(path)
-    except SteerableError:
-        display.say(f"calibrate: {about['file']} is another tool's, so that the recommendation is not written into it")
-        return
-    if direction.stats.get("recommended") != noted(result):
-        replace(direction, stats={**direction.stats, "recommended": noted(result)}).save(path)
+def _note(result: Mapping[str, Any], files: Iterable[str], display: Display) -> None:
+    """Write the recommendation into the stats of the direction file that it is about, if that is one of ours. Where
+    there is none, an earlier one of the same aim and model is taken out of the files."""
+    about, settings = result["recommended"], result["settings"]
+    same = {"of": settings["target"], "aim": settings["aim"], "model": result["model"]}
+    say = display.say if about else lambda text: None
+    for path in map(Path, [about["file"]] if about else files):
+        if any((folder / "stages").is_dir() and (folder / "config.json").exists() for folder in path.resolve().parents):
+            say(f"calibrate: {path} is a run's, which would be done again if the recommendation were written into it")
+            continue
+        try:
+            direction = Direction.load(path)
+        except SteerableError:
+            say(f"calibrate: {path} is another tool's, so that the recommendation is not written into it")
+            continue
+        stats = dict(direction.stats)
+        if about:
+            stats["recommended"] = noted(result)
+        elif isinstance(old := stats.get("recommended"), dict) and {**old, **same} == old:
+            del stats["recommended"]
+            display.say(f"calibrate: {path} no longer has the recommendation of an earlier calibration")
+        if stats != direction.stats:
+            replace(direction, stats=stats).save(path)

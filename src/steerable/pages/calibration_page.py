@@ -34,10 +34,13 @@ def summary(result: Result) -> str:
         return f"No setting is recommended: {result['reason']}."
     changed = words.change(about["gain"], _unit(result, "gain"))
     random = words.change(about["random"]["gain"], _unit(result, "gain"))
+    tasks = counted(about["tasks"], "task")
+    if dropped := about.get("dropped"):
+        tasks += f" ({counted(dropped, 'chain')} of which nobody could read what is aimed at)"
     where = f"{about['arm']}, strength {words.signed(about['strength'])} (dose {words.number(about['dose'], 2)})"
     return (
         f"Recommended: {where}: {settings['aim']} {settings['target']} by {changed}, at a divergence of "
-        f"{words.with_interval(about['kl'], '')} nats a token, over {counted(about['tasks'], 'task')}; a random "
+        f"{words.with_interval(about['kl'], '')} nats a token, over {tasks}; a random "
         f"direction with the same dose: {random}."
     )
 
