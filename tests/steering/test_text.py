@@ -291,6 +291,10 @@ def test_bad_interventions():
     for basis in (torch.ones(6), torch.zeros(0, 1), torch.full((6, 1), torch.nan)):
         with pytest.raises(UsageError):
             Intervention(SITES[0], basis, Clip.ablate())
+    for basis in (2 * torch.eye(6)[:, :1], torch.tensor([[1.0, 0.6], [0.0, 0.8]])):
+        assert Intervention(SITES[0], basis, Shift(2.0)).vector is not None
+        with pytest.raises(UsageError, match="the columns of the basis at .* are not orthonormal"):
+            Intervention(SITES[0], basis, Clip.ablate())
     with pytest.raises(UsageError, match="one number"):
         Intervention(SITES[0], torch.eye(6)[:, :1], Clip.ablate(), strength=torch.ones(3))
     with pytest.raises(UsageError, match="finite"):

@@ -30,6 +30,9 @@ from steerable.store.files import strict_json, write_atomic
 from steerable.store.text import one_line
 
 
+_ORTHONORMAL = 0.02  # how far bases in bfloat16 are from it at most
+
+
 @dataclass(frozen=True)
 class Source:
     """Where an intervention came from: how text names its direction and, where it is not the direction's own, its map;
@@ -97,6 +100,13 @@ class Intervention:
             raise UsageError(f"the strength must be a finite number, not {self.strength}")
         for name, value in (("basis", basis), ("strength", strength), ("gate", parse_gate(self.gate).at(self.site))):
             object.__setattr__(self, name, value)
+        if not isinstance(self.map, Shift) and self.coordinates is None:
+            wide = basis.double()
+            if bool((wide.T @ wide - torch.eye(wide.shape[1], dtype=wide.dtype)).abs().max() > _ORTHONORMAL):
+                raise UsageError(
+                    f"the columns of the basis at {self.site} are not orthonormal, which the map needs: give a Direction "
+                    "of these vectors as rows, which takes any"
+                )
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:

@@ -105,6 +105,6 @@ def test_the_norm_is_kept(angle):
 
 
 def test_what_single_coordinates_are():
-    bases = one_hot(3, 1), plane(), -one_hot(3), one_hot(2) + one_hot(4)
+    bases = one_hot(3, 1), plane(), -one_hot(3), (one_hot(2) + one_hot(4)) / math.sqrt(2)
     places = [Intervention(SITE, basis, Clip.ablate()).coordinates for basis in bases]
     assert places[0].tolist() == [3, 1] and places[1:] == [None, None, None]
