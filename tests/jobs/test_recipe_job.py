@@ -185,6 +185,10 @@ def test_ls_recipes(steerable):
         ("edit --recipe laser --out x.safetensors --merge runs", "--merge is runs, which is there already"),
         ("edit --recipe laser --out x.safetensors --merge steps.jsonl", "steps.jsonl is a file: --merge must name a"),
         ("edit --recipe laser --out x.safetensors --set share=-3", "share is -3: expected a number above 0 and below"),
+        (
+            "edit --recipe steer2edit --data runs/short --set rho_attention=99 --set rho_mlp=off --out x.safetensors",
+            "the recipe steer2edit changes no weight at these settings",
+        ),
         ("steer --recipe seal --data steps.jsonl", "steps.jsonl is a file: --data must name a folder"),
     ],
 )

@@ -22,6 +22,7 @@ from steerable.jobs.settings import Config, flag
 from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.methods.recipes import RECIPES, Recipe
 from steerable.methods.sparse_autoencoders import read_sae
+from steerable.methods.weight_patch import WeightPatch
 from steerable.models import loading as models
 from steerable.steering.direction import Direction
 from steerable.store.display import Display
@@ -261,6 +262,8 @@ def _made(
         made = replace(made, stats=made.stats | note_keys(keys_of(job.tasks("extraction"))))
     if isinstance(made, Direction) and not any(vector.any() for vector in made.vectors.values()):
         raise UsageError(f"the recipe {name} gives nothing: its two kinds of data are the same to the model")
+    if isinstance(made, WeightPatch) and not made.changes:
+        raise UsageError(f"the recipe {name} changes no weight at these settings: give weaker penalties with --set")
     return made, model, loaded
 
 

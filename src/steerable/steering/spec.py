@@ -29,7 +29,6 @@ from steerable.store.errors import UsageError
 from steerable.store.files import strict_json, write_atomic
 from steerable.store.text import one_line
 
-
 _ORTHONORMAL = 0.02  # how far bases in bfloat16 are from it at most
 
 
@@ -104,8 +103,8 @@ class Intervention:
             wide = basis.double()
             if bool((wide.T @ wide - torch.eye(wide.shape[1], dtype=wide.dtype)).abs().max() > _ORTHONORMAL):
                 raise UsageError(
-                    f"the columns of the basis at {self.site} are not orthonormal, which the map needs: give a Direction "
-                    "of these vectors as rows, which takes any"
+                    f"the columns of the basis at {self.site} are not orthonormal, which the map needs: give them as "
+                    "the rows of a Direction, which takes any"
                 )
 
     @cached_property

@@ -107,10 +107,12 @@ def test_a_persona_is_the_difference_of_the_replies_means(pocket):
 
 
 def test_a_purified_persona_has_nothing_of_the_other_trait(pocket):
-    other = Direction({Site("resid_post", 2): torch.randn(192, generator=torch.Generator().manual_seed(0))})
-    made = st.recipes.persona(
-        *pocket, "happy", "sad", prompts=2, max_new_tokens=4, layer=2, against=[other], strength=1
-    )
+    trait = torch.randn(192, generator=torch.Generator().manual_seed(0))
+    other = Direction({Site("resid_post", 2): trait}, model_id="another")
+    with pytest.warns(st.SteerableWarning, match="this direction was made on 'another'"):
+        made = st.recipes.persona(
+            *pocket, "happy", "sad", prompts=2, max_new_tokens=4, layer=2, against=[other], strength=1
+        )
     assert abs(made.cosine(other)[Site("resid_post", 2)]) < 1e-6
     with pytest.raises(UsageError, match="no pair of 2 replies counts"):
         st.recipes.persona(*pocket, "happy", "sad", prompts=2, max_new_tokens=4, keep=lambda a, b: False)

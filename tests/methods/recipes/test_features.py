@@ -8,7 +8,7 @@ import steerable as st
 from steerable import Direction, UsageError
 
 
-def test_steering_adds_the_row(tiny_llama, tokenizer, tmp_path, read):
+def test_steering_adds_the_row(tiny_llama, tokenizer, tmp_path, read, monkeypatch):
     rows = make_sae(tmp_path / "sae", "blocks.1.hook_resid_post", width=tiny_llama.config.hidden_size)["W_dec"]
     autoencoder = st.read_sae(tmp_path / "sae")
     direction = st.recipes.sae(tiny_llama, tokenizer, autoencoder, feature=7, strength=0.5)
@@ -20,6 +20,10 @@ def test_steering_adds_the_row(tiny_llama, tokenizer, tmp_path, read):
     again = st.recipes.sae(tiny_llama, tokenizer, autoencoder, along=direction)
     assert again.stats["feature"] == 7 and again.stats["nearest"][0] == [7, 1.0] and len(again.stats["nearest"]) == 10
     assert Direction.load(again.save(tmp_path / "again.safetensors")) == again
+    monkeypatch.setattr(tiny_llama.config, "_name_or_path", "one")
+    direction.model_id = "another"
+    with pytest.warns(st.SteerableWarning, match="this direction was made on 'another'"):
+        st.recipes.sae(tiny_llama, tokenizer, autoencoder, along=direction)
 
 
 @pytest.mark.parametrize(

@@ -40,3 +40,6 @@ def test_words_that_no_neuron_writes(tiny_llama, tokenizer):
     for top in (0, 65):
         with pytest.raises(UsageError, match=f"{top} tokens are to label a neuron: expected 1 to 64"):
             st.recipes.vla_neurons(tiny_llama, tokenizer, ["w9"], top=top)
+    for hits in (0, 11):
+        with pytest.raises(UsageError, match=f"{hits} of a neuron's 10 tokens are to be among the words"):
+            st.recipes.vla_neurons(tiny_llama, tokenizer, ["w9"], hits=hits)

@@ -76,6 +76,8 @@ def persona(
         [4]
     """
     layer = at_depth(model, 19 / 28, layer)
+    for other in against:
+        models.warn_of_other(model, other.model_id, other.model_revision)
     asked = persona_pairs(tokenizer, persona, opposite, prompts)
     sides = [_replies(model, tokenizer, side, max_new_tokens, seed) for side in asked]
     texts = [[tokenizer.decode(c.ids[c.spans[0].start :]) if c.spans else "" for c in side] for side in sides]

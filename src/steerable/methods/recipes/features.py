@@ -6,6 +6,7 @@ from typing import Any
 
 from steerable.methods.recipes.reading import origin
 from steerable.methods.sparse_autoencoders import SparseAutoencoder
+from steerable.models import loading as models
 from steerable.models.taps import check_site, width_at
 from steerable.steering.direction import Direction
 from steerable.store.errors import UsageError
@@ -61,6 +62,8 @@ def sae(
         raise UsageError(f"the autoencoder has width {width}{whose}, and the model has {expected} at {site}")
     if feature is None and along is None:
         raise UsageError("give feature, the number of a feature, or along, a direction whose nearest feature is taken")
+    if along is not None:
+        models.warn_of_other(model, along.model_id, along.model_revision)
     nearest = autoencoder.nearest(along) if along is not None else []
     chosen = nearest[0][0] if feature is None else feature
     stats = {"feature": chosen, "trained_on": autoencoder.model_name, "coefficient": autoencoder.coefficient}

@@ -65,6 +65,8 @@ def vla_neurons(
     rows = models.unembed(model).weight[: len(texts)].detach().float()  # type: ignore[union-attr, index]
     if not 1 <= top <= len(rows):
         raise UsageError(f"{top} tokens are to label a neuron: expected 1 to {len(rows)}, the model's vocabulary")
+    if not 1 <= hits <= top:
+        raise UsageError(f"{hits} of a neuron's {top} tokens are to be among the words: expected 1 to {top}")
     vectors, chosen = {}, {}
     for layer in band(model, 0.5, 1, layers):
         columns = WritingMap(model, Place(layer, "mlp")).matrix.T.to(rows)
