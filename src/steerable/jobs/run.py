@@ -87,7 +87,7 @@ class Run:
             raise UsageError(f"{given[0]} is a setting of --engine transformers: leave it out, vLLM has its own")
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         fixed: dict[str, Any] = {"dtype": dtype, "trust_remote_code": c.trust_remote_code, "seed": c.seed}
-        return VllmEngine.start(c.model, revision=c.revision, **fixed | options)
+        return VllmEngine.start(c.model, **fixed | {"revision": c.revision} | options)
 
     @property
     def spread_reading(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from steerable.engines.vllm.engine import installed
 from steerable.engines.vllm.presets import VARIABLE, parse_presets
-from steerable.engines.vllm.settings import KEY, Settings
+from steerable.engines.vllm.settings import Settings, with_sizes
 from steerable.models.loading import short_name
 from steerable.models.sources import find
 from steerable.steering.site import parse_layers
@@ -96,10 +96,7 @@ def _run(arguments: list[str], steering: dict[str, Any]) -> None:
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="steerable serve ... --")).parse_args(arguments)
-    given = args.additional_config or {}
-    if not isinstance(given, dict) or not isinstance(own := given.get(KEY, {}), dict):
-        raise UsageError(f"--additional-config is {given!r:.80}: expected a JSON object, with one in it as {KEY!r}")
-    args.additional_config = {**given, KEY: {**steering, **own}}
+    args.additional_config = with_sizes(args.additional_config, steering)
     try:
         validate_parsed_serve_args(args)
         ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it

@@ -1,7 +1,9 @@
 """Steering inside stock vLLM, on the bundled model: equal to the other engine, request by request, in one batch."""
 
 import os
+from dataclasses import replace
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +223,7 @@ def test_a_name_means_what_it_was_last_given(engine, reference, prompts):
         assert max(differences(reference, long, [direction.steering(0.45, where="prompt")], ids, scores)) < PARITY
         cached.append(done[0].num_cached_tokens)
     assert cached[0] == cached[1] == 0 < cached[2]
+    engine.update("drawn", replace(a, schedule=Uniform(0.5, 1.0)))
     for name, direction, message in (("a b", a, "cannot name"), ("x", wide, "width 5")):
         with pytest.raises(st.UsageError, match=message):
             engine.update(name, direction)
@@ -245,7 +248,19 @@ def test_what_cannot_be_done_is_refused_before_the_engine(engine, steering, mess
         engine.llm.generate(
             [{"prompt_token_ids": [5, 6]}], SamplingParams(extra_args={"steering": steering}), use_tqdm=False
         )
+    with pytest.raises(st.UsageError, match="max_new_tokens"):
+        engine.generate([st.Request([5])], max_new_tokens=0)
     assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_activations_are_those_of_the_commit_that_is_served(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("steerable.engines.vllm.engine.load", lambda name, **options: seen.update(options) or (0, 0))
+    monkeypatch.setattr("steerable.engines.vllm.engine.capture_texts", lambda *args: None)
+    served = SimpleNamespace(revision="abc", trust_remote_code=True)
+    config = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=served)))
+    st.VllmEngine(config, "owner/model").capture(["2"])
+    assert seen == vars(served)
 
 
 def test_maps_that_were_not_prepared_are_refused(engine, prompts):

@@ -16,6 +16,7 @@ from steerable.store.errors import SteerableError, UsageError
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
 OPTIONS = json.dumps({"enforce_eager": True, "max_model_len": 512, "gpu_memory_utilization": 0.1})
+OWN = '{"additional_config": {"steering": {"lanes": -1}}}'
 VLLM = {"engine": "vllm", "engine_options": OPTIONS}
 
 
@@ -78,6 +79,9 @@ def test_contrast(tmp_path):
         ({"engine_options": OPTIONS}, UsageError, "give --engine vllm, or leave them out"),
         ({"engine": "vllm", "engine_options": "2"}, UsageError, "--engine-options is '2': expected a JSON object"),
         ({"engine": "vllm", "engine_options": '{"ranks": 2}'}, SteerableError, "unexpected keyword argument 'ranks'"),
+        ({"engine": "vllm", "engine_options": '{"model": "x"}'}, UsageError, "--engine-options has 'model'"),
+        ({"engine": "vllm", "engine_options": '{"additional_config": 5}'}, UsageError, "with one in it as 'steering'"),
+        ({"engine": "vllm", "engine_options": OWN}, UsageError, "lanes of the steering settings"),
         ({"engine": "vllm", "arms": {"other": "pocket/model"}}, UsageError, "'other' is a model of its own"),
     ],
 )

@@ -21,7 +21,7 @@ from steerable.engines.sampling import Decoding, decoding_of
 from steerable.engines.vllm.folder import check_name
 from steerable.engines.vllm.plugin import TESTED, register
 from steerable.engines.vllm.requests import check_steering, live_directions
-from steerable.engines.vllm.settings import KEY, Settings
+from steerable.engines.vllm.settings import KEY, Settings, with_sizes
 from steerable.models.loading import load
 from steerable.models.sources import find
 from steerable.steering.direction import Direction
@@ -66,7 +66,7 @@ class VllmEngine:
             raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
         options = fitting_here(vllm, source.place, options.get("revision")) | options
-        options["additional_config"] = {**options.get("additional_config", {}), KEY: sizes}
+        options["additional_config"] = with_sizes(options.get("additional_config"), sizes)
         _let_numba_be()
         from steerable.engines.vllm.draws import FIRST
 
@@ -93,6 +93,8 @@ class VllmEngine:
         """
         if not requests:
             return []
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
         default = Decoding()
         if any(request.decoding is None for request in requests):
             default = decoding_of(self._own)
@@ -145,13 +147,15 @@ class VllmEngine:
             >>> engine.update("policy", direction)  # doctest: +SKIP
         """
         check_name(name)
-        check_steering(direction.steering(), self.llm.llm_engine.vllm_config)
+        check_steering(drawn(direction.steering(), 0), self.llm.llm_engine.vllm_config)
         live_directions(self.llm.llm_engine.input_processor)[name] = direction
 
     def capture(self, texts: Sequence[str], **options: Any) -> Any:
         """Activations of the texts' tokens, unsteered; see `steerable.capture`. The model is loaded by transformers for
         it, since vLLM gives no activations out."""
-        return capture_texts(*load(self.model), texts, **options)
+        served = self.llm.llm_engine.vllm_config.model_config
+        loaded = load(self.model, revision=served.revision, trust_remote_code=served.trust_remote_code)
+        return capture_texts(*loaded, texts, **options)
 
     @property
     def _own(self) -> Any:
@@ -258,6 +262,8 @@ def parse_options(engine: str, text: str) -> dict[str, Any]:
         raise UsageError(
             f"--engine-options is {text!r}: expected a JSON object, e.g. '{{\"tensor_parallel_size\": 2}}'"
         )
+    if odd := sorted(options.keys() & {"model", "settings"}):
+        raise UsageError(f"--engine-options has {odd[0]!r}, which is no option of vLLM's engine here: leave it out")
     return options
 
 

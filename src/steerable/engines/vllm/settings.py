@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,14 @@ def settings_of(additional_config: Any) -> Settings | None:
         expected = ", ".join(sorted(names - {"code"}))
         raise UsageError(f"unknown key {unknown[0]!r} in the steering settings: expected {expected}")
     return Settings(**given)
+
+
+def with_sizes(additional_config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's `additional_config` with these settings, before which go those that it has. Raises UsageError."""
+    given = additional_config or {}
+    if not isinstance(given, dict) or not isinstance(own := given.get(KEY, {}), dict):
+        raise UsageError(f"additional_config is {given!r:.80}: expected a JSON object, with one in it as {KEY!r}")
+    return {**given, KEY: {**sizes, **own}}
 
 
 def switched_on(additional_config: dict[str, Any]) -> dict[str, Any]:
