@@ -9,6 +9,7 @@ import torch
 from vllm_servers import connected, direction, metrics_of, scores, served
 
 import steerable as st
+from steerable.jobs import serving
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 httpx = pytest.importorskip("httpx")
@@ -33,9 +34,23 @@ def test_options_of_vllm_stand_beside_those_of_steering(monkeypatch, tmp_path):
     more = '{"steering": {"bank": "bfloat16"}, "x": 1}'
     with pytest.raises(st.SteerableError, match="vLLM does not serve: it is too long"):
         serve("pocket", ["--max-model-len", "9", "--additional-config", more], directions=tmp_path, lanes=3)
+    with pytest.raises(st.UsageError, match="gRPC has no field for a steering"):
+        serve("pocket", ["--grpc"], directions=tmp_path)
     for wrong in ('{"steering": 5}', "[1]"):
         with pytest.raises(st.UsageError, match="expected a JSON object, with one in it as 'steering'"):
             serve("pocket", ["--additional-config", wrong], directions=tmp_path)
+
+
+def test_plugins_are_those_that_vllm_would_load_by_itself(monkeypatch):
+    """Those with routes are loaded only where somebody names them."""
+    points = {
+        "vllm.general_plugins": ["steerable", "one"],
+        "vllm.stat_logger_plugins": ["figures"],
+        "vllm.endpoint_plugins": ["routes"],
+    }
+    monkeypatch.setattr(serving, "entry_points", lambda group: [SimpleNamespace(name=n) for n in points.get(group, ())])
+    assert serving._allowed(None) == ["steerable", "one", "figures"]
+    assert serving._allowed("routes,one") == ["routes", "one", "steerable"]
 
 
 def test_engines_that_were_started_without_steering_are_not_served():

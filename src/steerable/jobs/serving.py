@@ -18,7 +18,8 @@ from steerable.steering.site import parse_layers
 from steerable.store.display import Display
 from steerable.store.errors import SteerableError, UsageError
 
-_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins")
+_GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins")
+"""Those of vLLM whose plugins are loaded unless VLLM_PLUGINS leaves them out; those with routes are loaded by name."""
 
 
 def serve(
@@ -80,8 +81,7 @@ def serve(
 
 
 def _allowed(given: str | None) -> list[str]:
-    """The plugins that vLLM may load: those that it would load by itself, and this package's, whose routes it loads by
-    name alone."""
+    """The plugins that vLLM may load: those that it would load by itself, and this package's."""
     names = (
         [point.name for group in _GROUPS for point in entry_points(group=group)] if given is None else given.split(",")
     )
@@ -96,6 +96,8 @@ def _run(arguments: list[str], steering: dict[str, Any]) -> None:
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="steerable serve ... --")).parse_args(arguments)
+    if args.grpc:
+        raise UsageError("gRPC has no field for a steering, and no model names: leave out --grpc")
     args.additional_config = with_sizes(args.additional_config, steering)
     try:
         validate_parsed_serve_args(args)
