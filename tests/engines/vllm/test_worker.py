@@ -10,6 +10,7 @@ from torch import nn
 
 import steerable as st
 from steerable.engines.vllm.banks import KINDS, Bank, Tokens
+from steerable.engines.vllm.bite import _output
 from steerable.engines.vllm.checks import check_config
 from steerable.engines.vllm.layers import give_banks
 from steerable.engines.vllm.lowering import lower, to_wire
@@ -171,6 +172,14 @@ def test_workers_without_the_plugin_are_not_served(steering, is_refused):
         return _warm_up(lambda self: None, executor)
     with pytest.raises(st.SteerableError, match="a worker of vLLM does not steer"):
         _warm_up(lambda self: None, executor)
+
+
+def test_padding_is_no_part_of_what_a_model_computes():
+    """A captured graph is longer than the dummy tokens where no size is theirs, and its attention leaves the rest as it
+    was."""
+    padded = torch.ones(8, D)
+    padded[4:] = torch.nan
+    assert _output(SimpleNamespace(_dummy_run=lambda tokens, force_attention: (padded, None))).shape == (4, D)
 
 
 def new_steps():
