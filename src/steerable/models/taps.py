@@ -224,10 +224,11 @@ def _hooks_mid(entry: nn.Module, attention: nn.Module, fn: Tap) -> Iterator[Hook
 
 class Hook:
     """A forward hook that belongs to the module that it was registered on: a deep copy of the module has none, and a
-    module with one is not pickled."""
+    module with one is not pickled. owner: the object whose method it calls."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = uncompiled(fn)
+        self.owner = getattr(fn, "__self__", None)
         self._handle: Any = None
 
     @classmethod

@@ -177,6 +177,18 @@ def test_a_gate_that_never_opens_is_told(tokenizer):
         engine.generate([st.Request([3, 4], steering=never)], max_new_tokens=2)
 
 
+@pytest.mark.parametrize("name", ["generate", "logprobs"])
+def test_a_gate_around_an_engine_is_refused(name):
+    """It is not told where a prompt ends, and took a continuation for a part of it."""
+    model, empty = build(), ()
+    plain, given = (st.Direction({Site("resid_post", 1): torch.ones(32)}, gate=gate) for gate in ("all", "prompt"))
+    with st.steer(model, plain):
+        USES[name](model, empty)
+    with st.steer(model, given), pytest.raises(st.UsageError, match="give each request its own steering"):
+        USES[name](model, empty)
+    USES[name](model, empty)
+
+
 USES = {
     "steer": lambda model, steering: st.steer(model, steering).__enter__(),
     "generate": lambda model, steering: st.TransformersEngine(model).generate(

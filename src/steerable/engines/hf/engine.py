@@ -20,7 +20,7 @@ from steerable.engines.base import Completion, Continuation, Progress, Request
 from steerable.engines.hf.batching import Batch
 from steerable.engines.hf.fallback import in_batches
 from steerable.engines.hf.fused import fuse
-from steerable.engines.hf.hooks import Handle
+from steerable.engines.hf.hooks import Handle, check_around
 from steerable.engines.hf.products import GenerationDtype, narrow, product_dtype
 from steerable.engines.hf.routes import check_ids, check_length, is_bound, route
 from steerable.engines.hf.scoring import score_tokens
@@ -90,6 +90,8 @@ class TransformersEngine:
         way, products = route(model, longest - 1), product_dtype(model, self.generation_dtype)
         rows = rows or default_rows(model, longest, products if way.name == "slots" else None)
         longest -= 1  # the last new token is never fed
+        if way.slots:
+            check_around(model)
         if way.name == "slots":
             model = private_copy(model, _attn_implementation=ATTENTION)
         elif not is_bound(model):
@@ -141,6 +143,7 @@ class TransformersEngine:
         if any(len(sequence.prompt_ids) == 0 for sequence in sequences):
             raise UsageError("a prompt is empty: every sequence needs at least one token")
         model = self._runnable()
+        check_around(model)
         texts = [[*sequence.prompt_ids, *sequence.ids] for sequence in sequences]
         check_ids(model, texts)
         if not is_bound(model):

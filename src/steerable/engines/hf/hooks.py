@@ -130,6 +130,18 @@ def _interventions(
     return tuple(replace(i, **changes) for i in steering if layers is None or i.site.layer in layers)
 
 
+def check_around(model: nn.Module) -> None:
+    """Raises UsageError where this thread steers a model by a gate and an engine is to run it, with rows and a cache of
+    its own: the gate is not told of them."""
+    for hook in models.base(model)._forward_pre_hooks.values():
+        handle = getattr(hook, "owner", None)
+        if isinstance(handle, Handle) and handle.needs_tokens and get_ident() in handle._threads:
+            raise UsageError(
+                "the model is steered around the engine by a gate, which is not told where prompts end: "
+                "give each request its own steering, as in `st.Request(ids, steering=direction.steering())`"
+            )
+
+
 class Handle:
     """What `steer` returns: steers in a `with` or from `start()` to `remove()`, changes the strength, is told what is
     fed, and says what steering did.
