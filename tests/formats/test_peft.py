@@ -76,7 +76,11 @@ def test_export(tmp_path):
     assert list(found.vectors) == [Site("mlp_out", 1), Site("mlp_out", 3)] and found.model_id == "org/m"
     assert torch.equal(found.at(1), table[1])
     for kind in ("mlp_out", "resid_post"):
-        for model_type, reason in (("gemma3_text", "norm stands"), ("olmo2", "norm stands"), ("gpt2", "no down_proj")):
+        for model_type, reason in (
+            ("gemma3_text", "norm stands"),
+            ("gemma4_text", "norm stands"),
+            ("gpt2", "no down_proj"),
+        ):
             with pytest.raises(UsageError, match=reason):
                 export_file(direction_of(table, kind), tmp_path / "c", "peft-beft", model_type=model_type)
     with pytest.raises(UsageError, match="fold-strength"):

@@ -348,14 +348,16 @@ def test_extraction_from_two_models():
         edits.extract_bias(base)
 
 
-@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
-def test_extraction_from_an_adapter():
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias", "ignore:models of type")
+@pytest.mark.parametrize("kind", ["llama", "cousin"])
+def test_extraction_from_an_adapter(kind):
     """PEFT's BEFT, over a map that has none and over one with a trained bias; merged or not."""
     peft = pytest.importorskip("peft")
     model = tiny("llama", mlp_bias=False)
     edits.fold(model, direction_at(Site("resid_post", 2)))
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
     wrapped = peft.get_peft_model(model, peft.BeftConfig(target_modules=names))
+    model.config.model_type = kind  # of an unknown type the parts are looked for inside of the adapter
     expected = {1: vector(5), 2: vector(0) + vector(6)}
     for (name, parameter), seed in zip(
         [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad], (5, 6), strict=True

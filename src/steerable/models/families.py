@@ -91,15 +91,21 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": _OWN_ATTENTION,
 }
 #: Types without a row of which nothing is known but a norm behind the MLP and the attention.
-_POST_NORM = ("glm4", "olmo3")
+_POST_NORM = (
+    *("afmoe", "exaone4", "flex_olmo", "gemma3n", "gemma4", "glm4", "hyperclovax", "muse_glimmer", "olmo3"),
+    "olmo_hybrid",  # in its layers of softmax attention
+)
 
 
 def has_post_norm(model_type: str) -> bool:
     """Whether a norm stands behind the MLP and the attention in models of this `config.model_type`."""
-    return model_type in _POST_NORM or (model_type in FAMILIES and FAMILIES[model_type].norms != "pre")
+    known = model_type.removesuffix("_text") in _POST_NORM
+    return known or (model_type in FAMILIES and FAMILIES[model_type].norms != "pre")
 
 
 def post_norm_in(name: str) -> str | None:
     """The family with such a norm that a model's name speaks of ("google/gemma-2-9b"), if any."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    return next((t for t in sorted({*FAMILIES, *_POST_NORM}) if has_post_norm(t) and t in letters), None)
+    return next(
+        (t for t in sorted({*FAMILIES, *_POST_NORM}) if has_post_norm(t) and t.replace("_", "") in letters), None
+    )

@@ -236,8 +236,10 @@ def _projection(calls: list[_Call], added: _Call) -> str | None:
     """The last matrix before what is added: its output is that, or is what the post-norm that gives it takes."""
     targets = [t for t in (added.output, added.input if _is_norm(added.module) else None) if t is not None]
     for call in calls:
+        if call.path.endswith(".base_layer"):
+            continue  # inside of PEFT's adapter, which takes the map's place
         weight = getattr(call.module, "weight", None)
-        is_leaf = not any(call.module.children())
+        is_leaf = not any(call.module.children()) or hasattr(call.module, "base_layer")
         if is_leaf and isinstance(weight, torch.Tensor) and weight.dim() == 2 and call.output is not None:
             out = call.output
             if any(out.numel() == t.numel() and torch.equal(out.reshape(t.shape), t) for t in targets):
