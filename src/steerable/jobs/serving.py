@@ -102,5 +102,5 @@ def _run(arguments: list[str], steering: dict[str, Any]) -> None:
     try:
         validate_parsed_serve_args(args)
         ServeSubcommand.cmd(args)  # one API server or several, engines here or elsewhere: as `vllm serve` does it
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise SteerableError(f"vLLM does not serve: {error}") from error

@@ -263,6 +263,12 @@ def test_activations_are_those_of_the_commit_that_is_served(monkeypatch):
     assert seen == vars(served)
 
 
+def test_a_model_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(st.SteerableError, match="vLLM does not start with nobody/nothing"):
+        st.VllmEngine.start("nobody/nothing")
+
+
 def test_maps_that_were_not_prepared_are_refused(engine, prompts):
     shifts, plane = directions()
     swap = st.Direction({st.Site("resid_post", 3): torch.ones(192)}).steering(map="swap([1.0])")

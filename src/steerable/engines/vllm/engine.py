@@ -65,15 +65,15 @@ class VllmEngine:
         if source.gguf_file is not None:
             raise UsageError("vLLM serves no GGUF file here: unpack it, or use the transformers engine")
         sizes = {name: value for name, value in asdict(settings or Settings()).items() if name != "code"}
-        options = fitting_here(vllm, source.place, options.get("revision")) | options
         options["additional_config"] = with_sizes(options.get("additional_config"), sizes)
         _let_numba_be()
         from steerable.engines.vllm.draws import FIRST
 
-        options["logits_processors"] = [*options.get("logits_processors", []), FIRST]
         try:
+            options["logits_processors"] = [*options.get("logits_processors", []), FIRST]
+            options = fitting_here(vllm, source.place, options.get("revision")) | options
             return cls(vllm.LLM(source.place, **options), model)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise SteerableError(f"vLLM does not start with {model}: {error}") from error
 
     @property
