@@ -120,11 +120,15 @@ def test_chats(tiny_llama, tokenizer):
     one, other = (contrast(tiny_llama, tokenizer, side, NEGATIVE[:2], **about) for side in (chats, texts))
     assert torch.equal(one[2], other[2]) and one.data_sha256 != other.data_sha256
     closing = copy.deepcopy(tokenizer)
-    closing.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <pad>{% endfor %}"
-    chats, about = [[[user, {"role": "assistant", "content": w}]] for w in ("w7", "w8")], about | {"reduce": "last"}
-    texts = [[f"<user> w1 w2 w3 w4 w5 <pad><assistant> {w}"] for w in ("w7", "w8")]
-    one, other = (contrast(tiny_llama, closing, *sides, **about) for sides in (chats, texts))
-    assert torch.equal(one[2], other[2])  # the last token is that of the answer, not the one that closes it
+    about |= {"reduce": "last"}
+    for thought, shown in (("", ""), ("<think> w9 </think> ", ".split('</think>')[-1].strip()")):  # as R1's template
+        closing.chat_template = (
+            f"{{% for m in messages %}}<{{{{ m.role }}}}> {{{{ m.content{shown} }}}} <pad>{{% endfor %}}"
+        )
+        chats = [[[user, {"role": "assistant", "content": thought + w}]] for w in ("w7", "w8")]
+        texts = [[f"<user> w1 w2 w3 w4 w5 <pad><assistant> {w}"] for w in ("w7", "w8")]
+        one, other = (contrast(tiny_llama, closing, *sides, **about) for sides in (chats, texts))
+        assert torch.equal(one[2], other[2])  # the last token is that of the answer, not the one that closes it
 
 
 def test_no_beginning_twice(tiny_llama, tokenizer):

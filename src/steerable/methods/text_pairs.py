@@ -24,7 +24,7 @@ from steerable.models.taps import missing
 from steerable.steering.direction import Direction
 from steerable.steering.gates import Selector
 from steerable.steering.site import Site
-from steerable.steering.think import render_messages
+from steerable.steering.think import render_messages, think_tags_if_any
 from steerable.steering.vocabulary import encode, text_list
 from steerable.store.errors import SteerableWarning, UsageError
 from steerable.store.text import counted
@@ -196,6 +196,10 @@ def said(tokenizer: Any, item: str | Messages) -> tuple[str, str]:
     text = render_messages(tokenizer, item)
     answer = item[-1]["content"].strip() if item[-1]["role"] == "assistant" else ""
     start = text.rfind(answer) if answer else -1
+    if start < 0 and answer and (tags := think_tags_if_any(tokenizer)) is not None:
+        _, closing, shown = answer.rpartition(tags.texts[1])  # of R1, whose template leaves out what was thought
+        if closing and shown.strip():
+            return said(tokenizer, [*item[:-1], {**item[-1], "content": shown}])
     return (text[:start], text[start:]) if start >= 0 else (text, "")
 
 

@@ -54,7 +54,7 @@ class AffineTransport:
         for s in self.scale:
             moved = ((self.scale[s] != 1) | (self.offset[s] != 0)).nonzero()[:, 0]
             if s.layer in chosen and len(moved):
-                basis = torch.eye(len(self.scale[s]), dtype=torch.float64)[:, moved]
+                basis = torch.eye(len(self.scale[s]))[:, moved]
                 phi = Affine(*(values[s][moved].tolist() for values in (self.scale, self.offset, self.lo, self.hi)))
                 parts.append(Intervention(s, basis, phi, parse_gate(where), strength=strength))
         if not parts:

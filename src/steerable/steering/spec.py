@@ -109,7 +109,8 @@ class Intervention:
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:
-        basis = (self.basis.shape, self.basis.double().numpy().tobytes())
+        at = self.coordinates  # a few numbers, where a transport of all coordinates has d^2
+        basis = (self.basis.shape, at is None, (self.basis.double() if at is None else at).numpy().tobytes())
         return (self.site, basis, self.map, self.gate, self.schedule, self.strength, self.rescale)
 
     @cached_property
@@ -339,7 +340,7 @@ def _basis_from_json(data: dict[str, Any]) -> Tensor:
     at = data["coordinates"]
     if len(at) != k or not all(type(n) is int and 0 <= n < d for n in at):
         raise ValueError(f"the coordinates of a basis [{d}, {k}] are {k} numbers from 0 to {d - 1}")
-    return torch.zeros(d, k, dtype=torch.float64).scatter_(0, torch.tensor([at]), 1.0)
+    return torch.zeros(d, k).scatter_(0, torch.tensor([at]), 1.0)
 
 
 def from_json(text: str, most: int | None = None) -> Program:
