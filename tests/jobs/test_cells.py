@@ -1,6 +1,7 @@
 """The cells as data: which cells there are, and what each is made of."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,11 @@ def test_a_dose_is_given_to_the_vector_and_its_controls():
         for part in cell.parts if cell.strength and cell.control != "random" else ():
             share = abs(cell.strength) / len(cell.layers)
             assert part.dose == dict.fromkeys(cell.layers, pytest.approx(0.5 * share))
+
+
+def test_what_is_not_added_has_no_dose():
+    ablating = jobs_cells.evaluation_cells(CONFIG, SELECTION, lambda path: replace(load(path), map="ablate"))
+    assert not any(part.dose for cell in ablating for part in cell.parts)
 
 
 @pytest.mark.parametrize("name", ["backtracking.1.random", "backtracking.1.shuffled"])

@@ -1,9 +1,16 @@
 """What a candidate did on the validation tasks, beside the unsteered model."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from steerable.evals.metrics import Measured
-from steerable.jobs.validation import outcome
+from steerable.jobs.settings import Config
+from steerable.jobs.validation import Validation, outcome
+from steerable.steering.direction import Direction
+from steerable.steering.site import Site
 
 
 def chain(task, share, correct=True, loops=0.0, sample=0, closed=True):
@@ -31,3 +38,12 @@ def test_the_difference_is_paired_by_task_and_dropped_chains_are_counted():
     assert found["fraction_difference"] == pytest.approx(0.3) and (found["chains"], found["dropped"]) == (3, 2)
     assert found["fraction_up"] == pytest.approx(0.7)
     assert outcome("backtracking", up[1:], down[1:], up)["fraction_difference"] is None
+
+
+def test_a_selected_vector_steers_the_tokens_that_it_was_measured_on():
+    whole = Direction({Site("resid_post", 2): torch.ones(4)}, norms={Site("resid_post", 2): 8.0})
+    validation = Validation(SimpleNamespace(config=Config(gate="answer"), load=lambda path: whole), Path())
+    candidate = {"window": "onset", "baseline": "pooled", "layer": 2}
+    for about in (None, {"dose": 0.1}):
+        validation.calibrations = {"doubt.onset.layer2": about}
+        assert validation.direction("doubt", candidate).gate == "answer"

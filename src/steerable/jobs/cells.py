@@ -22,6 +22,7 @@ from steerable.jobs.annotation import annotate
 from steerable.jobs.run import Run
 from steerable.jobs.settings import Config, candidate_path, random_path, shuffled_path
 from steerable.steering.direction import Direction
+from steerable.steering.maps import Shift, parse_map
 from steerable.steering.spec import Steering
 from steerable.store.run_folder import read_json, write_json
 
@@ -65,9 +66,10 @@ class Cell:
 
 
 def _part(direction: Direction, samples: Sequence[int], strength: float, layers: Sequence[int], where: str) -> Part:
-    """`strength` times the direction at each of the layers."""
+    """`strength` times the direction at each of the layers; only what is added has a dose."""
     there = direction.only(layers)
-    dose = {site.layer: value for site, value in there.dose(strength).items()}
+    is_added = isinstance(parse_map(there.map), Shift)
+    dose = {site.layer: value for site, value in there.dose(strength).items()} if is_added else {}
     return Part(tuple(samples), there.steering(strength, where=where), dose)
 
 

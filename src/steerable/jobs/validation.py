@@ -94,8 +94,9 @@ class Validation:
         return (0,) if self.job.config.greedy or number < len(self.parts) - 1 else (0, 1)
 
     def direction(self, behaviour: str, candidate: Mapping[str, Any]) -> Direction:
-        """A candidate at its layer, as long as its calibration says."""
+        """A candidate at its layer, with the gate that it is measured with, as long as its calibration says."""
         whole = self.job.load(candidate_path(candidate["window"], candidate["baseline"], behaviour))
+        whole = replace(whole, gate=self.job.config.gate)
         about = self.calibrations[candidate_name(behaviour, candidate)]
         if about is None:
             return whole.only([candidate["layer"]])
@@ -119,7 +120,7 @@ class Validation:
                 name = candidate_name(behaviour, candidate)
                 self.calibrations[name] = done.get(name)
                 if name not in done:
-                    there = replace(self.direction(behaviour, candidate), gate=c.gate, strength=1.0)
+                    there = replace(self.direction(behaviour, candidate), strength=1.0)
                     if texts and isinstance(parse_map(there.map), Shift):
                         try:
                             self.calibrations[name] = search(
