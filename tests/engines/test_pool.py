@@ -10,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from tiny_families import tiny
+from tiny_families import COMMON, tiny
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import steerable as st
 from steerable.engines import pool
@@ -181,3 +182,12 @@ def test_a_large_model_has_the_cores_but_no_more_threads_than_torch(monkeypatch)
     assert [default_threads(model, workers) for workers in (1, 2, 3, 20)] == [8, 4, 2, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # as OMP_NUM_THREADS=3 sets it
     assert [default_threads(model, workers) for workers in (1, 2, 3, 20)] == [3, 3, 2, 1]
+
+
+def test_a_row_takes_the_keys_and_values_of_every_layer():
+    """Also where layers have heads of their own width, which the config then refuses to name for the whole model."""
+    settings = COMMON | {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    settings["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    wide, plain = Gemma4ForCausalLM(Gemma4TextConfig(**settings)), tiny("llama")
+    kept = [pool.row_bytes(model, 100) - pool.row_bytes(model, 0) for model in (wide, plain)]
+    assert kept == [100 * 4 * 2 * 2 * (8 + 16 + 8 + 16), 100 * 4 * 2 * 2 * 4 * 8]

@@ -88,9 +88,12 @@ def tokens_a_minute(model: Any) -> int:
 def row_bytes(model: Any, longest: int, stored: torch.dtype | None = None) -> int:
     """What one row of so many tokens takes: its keys and values, and what is made of its logits to draw a token."""
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
-    cache = 2 * text.num_hidden_layers * heads * width * (stored or model.dtype).itemsize * longest
+    numbers = 0
+    for layer in getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers:  # Gemma-4's differ
+        heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", 1)
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // getattr(layer, "num_attention_heads", 1)
+        numbers += 2 * int(heads * width)
+    cache = numbers * (stored or model.dtype).itemsize * longest
     return int(cache + _DRAWING * text.vocab_size)
 
 
