@@ -409,6 +409,7 @@ def test_repr_is_one_line():
     text = repr(make(behaviour="a\nb", norms={A: 10.0, B: 20.0}))
     assert "\n" not in text and len(text) < 200
     assert "resid_post.2 ... resid_post.10 (2 sites)" in text and "dose" in text
+    assert "dose" not in repr(make(map="ablate", norms={A: 10.0, B: 20.0}))  # the vectors' lengths play no part in it
     assert repr(Direction({A: torch.ones(6)})) == (
         "Direction(no behaviour, no method, no model: resid_post.2, raw, strength 1)"
     )

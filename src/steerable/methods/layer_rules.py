@@ -50,7 +50,10 @@ def opposite_sign_layers(
         projections[s] = means[0] * means[1] < 0
     layers = [layer for layer in direction.layers if all(holds for s, holds in projections.items() if s.layer == layer)]
     if not layers:
-        raise UsageError("at no layer do the two classes project with opposite signs on the direction: choose layers")
+        raise UsageError(
+            "at no layer do the two classes project with opposite signs on the direction: give clearer data, or "
+            "choose layers"
+        )
     return layers
 
 

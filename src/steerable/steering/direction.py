@@ -117,7 +117,8 @@ class Direction:
         return isinstance(other, Direction) and self.to_bytes() == other.to_bytes()
 
     def __repr__(self) -> str:
-        sites, doses = list(self.vectors), self.dose().values()
+        sites, is_added = list(self.vectors), isinstance(parse_map(self.map), Shift)
+        doses = self.dose().values() if is_added else ()  # what another map does is no dose
         where = str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)} sites)"
         ends = dict.fromkeys(f"{dose:.2g}" for dose in (min(doses), max(doses))) if doses else {}
         dose = f", dose {' to '.join(ends)}" if ends else ""
