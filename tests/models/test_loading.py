@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import steerable as st
 from steerable.models import loading as models
@@ -29,6 +30,20 @@ def test_load(folder, tiny_llama):
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_load_dtype(folder, dtype):
     assert st.load(folder, dtype=dtype, device="cpu").model.dtype == torch.bfloat16
+
+
+def test_a_model_that_sees_is_loaded_for_its_text(tmp_path, tokenizer):
+    """Transformers does not count it among the causal language models (Magistral, Ministral 3, Qwen3-VL)."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sees = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **small}
+    text = {"model_type": "gemma2", "vocab_size": 64, "head_dim": 8, "num_key_value_heads": 1, **small}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=sees, text_config=text)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = st.load(tmp_path, device="cpu").model
+    ids = torch.arange(4, 12)[None]
+    model.set_attn_implementation("eager")  # as the text model needs it
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", ["float33", "load"])

@@ -82,7 +82,7 @@ def load(
     Example:
         >>> model, tokenizer = st.load("pocket")
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     if device is not None and device_map is not None:
         raise UsageError("give a device or a device_map, not both")
@@ -103,10 +103,13 @@ def load(
         with no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(**source.arguments, **options)
             config = AutoConfig.from_pretrained(**source.arguments, **options)
-            kernel = attn_implementation or FAMILIES.get(config.model_type, Family()).attention
+            kernel = attn_implementation or FAMILIES.get(config.get_text_config().model_type, Family()).attention
             if kernel is not None:
                 placed["attn_implementation"] = kernel
-            model, report = AutoModelForCausalLM.from_pretrained(
+            # Magistral, Ministral 3, Qwen3-VL: text goes through a model that sees, too
+            sees = type(config) in AutoModelForImageTextToText._model_mapping
+            is_text = type(config) in AutoModelForCausalLM._model_mapping or not sees
+            model, report = (AutoModelForCausalLM if is_text else AutoModelForImageTextToText).from_pretrained(
                 **source.arguments, config=config, dtype=kind, output_loading_info=True, **placed, **options
             )
     except Exception as error:  # foreign files: the libraries that read them raise what they like
