@@ -327,6 +327,9 @@ def test_an_edited_task_file_is_read_again(tmp_path):
         tasks.write_text("".join(f'{{"id":"t{i}","prompt":"2 + {i}?","answer":"{answer}"}}\n' for i in range(3)))
         main_job.run(tmp_path / "run", stage="tasks", fresh=False, **options)
         assert f'"answer":"{answer}"' in (tmp_path / "run/tasks.jsonl").read_text()
+    with pytest.raises(UsageError, match="gives only"):
+        main_job.run(tmp_path / "run", **options | {"limit": 9})
+    assert read_json(tmp_path / "run/config.json")["limit"] == 1  # what is there was not made by what was refused
 
 
 def test_an_edited_annotator_is_used_again(copy, tmp_path, monkeypatch):

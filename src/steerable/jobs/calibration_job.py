@@ -146,7 +146,7 @@ def calibrate_files(
     how = {"target": target, "aim": aim, "strengths": doses, "samples": samples, "full_grid": full_grid}
     key = how | {
         "limits": asdict(limits), "layers": [arm.layers for arm in arms], "weights": job.weights,
-        "files": [hashlib.sha256(replace(d, stats={}).to_bytes()).hexdigest() for d in directions.values()],
+        "files": {f: hashlib.sha256(replace(d, stats={}).to_bytes()).hexdigest() for f, d in directions.items()},
         "reference": reference, **annotation.content(config), **config.subset(FIELDS),
     }  # fmt: skip
     outputs = ["calibrate.json", "measured.jsonl", "recommended.safetensors"]

@@ -472,14 +472,15 @@ def run(
         if "loaded" in vars(job):
             # As many threads as a worker has: a small model's bytes do not depend on the number of cores or workers.
             threads.enter_context(torch_threads(default_threads(job.loaded.model, 1)))
-        # In a new folder config.json waits for the first stage, which is the one that may find the task file wrong.
-        if not is_new:
+        # config.json waits for the first stage, which may find the task file wrong; the report is made of it.
+        waits = is_new or "config.json" not in steps[0].inputs
+        if not waits:
             write_json(folder / "config.json", final.to_dict())
         for number, step in enumerate(steps, start=1):
             display.part = f"stage {number} of {len(steps)}" if len(steps) > 1 else ""
             depends_on = _depends_on(job, step)
             done = folder.run_stage(step.name, step.inputs, depends_on, step.outputs, partial(_WORK[step.name], job))
-            if is_new and step is steps[0]:
+            if waits and step is steps[0]:
                 write_json(folder / "config.json", final.to_dict())
             display.say(f"{step.name}: {'done' if done else 'was done already'}")
     if steps[-1].name == "report":
