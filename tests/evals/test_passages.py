@@ -112,6 +112,9 @@ def test_held_out_text_is_told_apart_by_the_planted_direction_alone(planted, sid
     assert held_out_auc(lambda _: direction, positive, negative)[0] > 0.95
     assert held_out_auc(lambda some: made_of((positive, negative), some), positive, negative)[0] > 0.95
     assert held_out_auc(lambda _: -direction, positive, negative)[0] < 0.05
+    nothing, more = Site("resid_post", 0), [side | {Site("resid_post", 0): side[SITE]} for side in (positive, negative)]
+    beside = Direction({**direction.vectors, nothing: torch.zeros(32)})  # a zero vector at another site
+    assert held_out_auc(lambda _: beside, *more) == held_out_auc(lambda _: direction, positive, negative)
     assert 0.1 < held_out_auc(lambda _: random, positive, negative)[0] < 0.9
     few = [{s: h[:3] for s, h in side.items()} for side in (positive, negative)]
     with pytest.raises(UsageError, match="how well 3 examples are told apart says nothing: expected four or more"):

@@ -232,6 +232,15 @@ def test_smol_is_known_by_its_name(smol_folder, smol, monkeypatch):
     assert torch.equal(model(ids).logits, smol[0](ids).logits)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.model"])
+def test_a_folder_is_known_by_its_weights_and_its_tokenizer(tmp_path, name):
+    found = []
+    for content in (b"one", b"two"):
+        (tmp_path / name).write_bytes(content)
+        found.append(sources.find(tmp_path).fingerprint)
+    assert found[0] != found[1]
+
+
 # --- folders in shards ---
 
 

@@ -204,7 +204,7 @@ def held_out_auc(
         sides = []
         for side in (positive, negative):
             lines = {s: v.double().reshape(-1, v.shape[-1]).sum(0) for s, v in direction.vectors.items()}
-            along = [side[s][held].double() @ line / line.norm() / side[s].double().norm(dim=1).mean()
+            along = [side[s][held].double() @ line / line.norm().clamp_min(1e-30) / side[s].double().norm(dim=1).mean()
                      for s, line in lines.items()]  # fmt: skip
             sides.append(torch.stack(along).mean(0))
         centre = torch.cat(sides).mean()

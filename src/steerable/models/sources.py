@@ -41,7 +41,8 @@ class Source(NamedTuple):
             return sha256(path)
         if not place.is_dir():
             return None
-        return sha256_of({f.name: f for end in ("safetensors", "json", "jinja") for f in place.glob(f"*.{end}")})
+        ends = ("safetensors", "bin", "json", "jinja", "model")
+        return sha256_of({f.name: f for end in ends for f in place.glob(f"*.{end}")})
 
     def __str__(self) -> str:
         """The name under which `find` finds it again from any folder."""
