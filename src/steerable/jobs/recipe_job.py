@@ -317,7 +317,8 @@ Records = tuple[list[Any], list[Any]]
 def _thoughts(job: Run, recipe: Recipe, parameters: Mapping[str, Any]) -> Records:
     """The chains of a run with its spans, or with SEAL's labels where the run's are none that are asked for."""
     chains = read_jsonl(job.folder / "chains.jsonl", "chain")
-    spans = by_chain(read_jsonl(job.folder / "spans.jsonl", "span"))
+    file = job.folder / "spans.jsonl"
+    spans = by_chain(read_jsonl(file, "span") if file.exists() else [])
     labels = inspect.signature(recipe.function).parameters
     asked = {label for key in ("execution", "others") for label in parameters.get(key, labels[key].default)}
     if any(span["label"] in asked for some in spans.values() for span in some):

@@ -133,8 +133,10 @@ class Run:
         return steered
 
     def tasks(self, split: str) -> list[Record]:
-        """The tasks of a split: extraction, validation or evaluation."""
-        return [task for task in read_jsonl(self.folder / "tasks.jsonl", "task") if task["split"] == split]
+        """The tasks of a split: extraction, validation or evaluation. Those of another tool, without one, are the
+        first."""
+        tasks = read_jsonl(self.folder / "tasks.jsonl", "task")
+        return [task for task in tasks if task.get("split", "extraction") == split]
 
     def prompts(self, split: str) -> dict[str, str]:
         """Task id -> what the chat template makes of the task, up to where the model begins to speak."""
