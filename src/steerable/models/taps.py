@@ -75,7 +75,12 @@ def missing(model: nn.Module, site: Site) -> str | None:
             f"there is no {site}: the MLP of this layer has no single last projection (a mixture of experts keeps its "
             "neurons in fused tensors, a few experts a token); choose mlp_out, or a layer with a plain MLP"
         )
-    paths = ", ".join(str(path) for path in needed if path is not None) or "a module"
+    if any(path is None for path in needed):
+        return (
+            f"there is no {site}: where its parts add to the stream was not found in this layer (the model may scale "
+            "what they add); choose resid_pre or resid_post"
+        )
+    paths = ", ".join(map(str, needed))
     return f"there is no {site}: expected {paths} in this layer, but the model has none there; choose resid_post"
 
 
