@@ -492,3 +492,15 @@ def test_remote_code_and_keys_are_asked_for_again(steerable, finished, tmp_path,
     (tmp_path / "recipe.json").write_text('{"trust_remote_code": true}')
     said = steerable("train", "rl", "--recipe", "recipe.json", "--out", "new")
     assert_refused(said, 2, "asks for trust_remote_code, which no file may")
+
+
+def test_a_full_memory_is_one_sentence(steerable, monkeypatch):
+    import torch
+
+    from steerable.models import loading
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(loading, "load", full)
+    assert_refused(steerable("chat", "2 + 2?"), 1, "the memory is full: give a narrower --dtype")

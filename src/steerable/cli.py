@@ -341,6 +341,15 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'the output'}: {error.strerror or error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        is_full = type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+        if not is_full:
+            raise
+        _fail(
+            "the memory is full: give a narrower --dtype, another --device or a smaller model, or shorter texts "
+            f"({str(error).partition('. ')[0]})",
+            1,
+        )
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -238,4 +238,6 @@ def test_the_settings_name_who_writes_tasks(tmp_path):
     made = annotation.writer(Config(tasks="llm", llm_model="judge", llm_url="http://localhost:1/v1"), tmp_path)
     assert made["endpoint"].model == "judge" and made["cache"] == tmp_path / "replies"
     assert annotation.writer(Config(tasks="llm:other"), tmp_path)["endpoint"] is None
-    assert annotation.writer(Config(tasks="pocket"), tmp_path) == {}
+    assert annotation.writer(Config(tasks="pocket"), tmp_path, dry_run=True) == {}
+    with pytest.raises(UsageError, match="--dry-run would have --tasks llm write tasks, which costs"):
+        annotation.writer(Config(tasks="llm:other"), tmp_path, dry_run=True)

@@ -236,11 +236,16 @@ def content(config: Config) -> dict[str, Any]:
     return {"annotator_sha256": hashes} | ({"llm_model": config.llm_model} if config.is_judged else {})
 
 
-def writer(config: Config, folder: Path) -> dict[str, Any]:
+def writer(config: Config, folder: Path, dry_run: bool = False) -> dict[str, Any]:
     """Arguments of `make_tasks` and `make_splits` where a language model writes the tasks: the server that the settings
-    name, and a folder that keeps what it wrote, so that the same command has the same tasks; nothing elsewhere."""
+    name, and a folder that keeps what it wrote, so that the same command has the same tasks; nothing elsewhere. Raises
+    UsageError for a dry run, which pays for nothing."""
     if config.tasks.partition(":")[0] != "llm":
         return {}
+    if dry_run:
+        raise UsageError(
+            "--dry-run would have --tasks llm write tasks, which costs: name another source of tasks for the plan"
+        )
     return {"endpoint": endpoint(config) if config.tasks == "llm" else None, "cache": folder / "replies"}
 
 

@@ -109,7 +109,7 @@ def audit(
         if source is None:
             tasks = make_tasks(
                 config.tasks, limit, config.seed, known_tasks(file, direction.stats),
-                **annotation.writer(config, job.folder.root),
+                **annotation.writer(config, job.folder.root, dry_run),
             )  # fmt: skip
         else:
             tasks = source.tasks("evaluation")[:limit]

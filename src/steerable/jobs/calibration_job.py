@@ -131,7 +131,7 @@ def calibrate_files(
     if source is None:
         known = set().union(*(known_tasks(file, direction.stats) for file, direction in directions.items()))
         tasks = make_tasks(
-            config.tasks, config.validation, config.seed, known, **annotation.writer(config, job.folder.root)
+            config.tasks, config.validation, config.seed, known, **annotation.writer(config, job.folder.root, dry_run)
         )
     else:
         tasks = source.tasks("validation")
