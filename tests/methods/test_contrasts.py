@@ -77,6 +77,7 @@ def test_same_twice():
         ({SITE: torch.ones(3, 4)}, {}, "same sites"),
         ({SITE: torch.ones(3, 4)}, torch.ones(3, 4), "same sites"),
         ({}, {}, "no activations"),
+        (torch.ones(3, 4).numpy(), torch.ones(3, 4).numpy(), "a torch tensor .*, and no ndarray"),
         ({SITE: torch.ones(3, 4)}, {SITE: torch.ones(3, 5)}, "one width"),
         ({SITE: torch.ones(3)}, {SITE: torch.ones(3)}, "one width"),
         ({SITE: torch.ones(0, 4)}, {SITE: torch.ones(3, 4)}, "n, d"),

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -332,7 +333,9 @@ def test_a_file_says_how_it_steers(tmp_path):
     assert (again.map, again.schedule) == ("ceiling([0.5, 0.25])", "ramp(0, 1, 50)")
     first, second = again.steering(2.0, where="all", map="ablate")
     assert (first.site, first.strength, str(first.gate), first.rescale) == (A, 2.0, "all", True)
-    assert first.map == Clip.ablate() and len(again.steering(layers=[10])) == 1
+    assert (
+        first.map == Clip.ablate() and len(again.steering(layers=[10])) == len(again.steering(layers=np.int64(10))) == 1
+    )
     torch.testing.assert_close(first.basis.T @ first.basis, torch.eye(2, dtype=torch.float64))
 
 

@@ -26,6 +26,8 @@ def paired_sites(
     """Both groups at each site in float64, on the CPU. Raises UsageError where they do not fit each other."""
     if isinstance(site, str):
         site = Site.parse(site)
+    if odd := [type(group).__name__ for group in (positive, negative) if not isinstance(group, torch.Tensor | Mapping)]:
+        raise UsageError(f"activations are a torch tensor [n, d], or such tensors by site, and no {odd[0]}")
     if isinstance(positive, torch.Tensor) and isinstance(negative, torch.Tensor):
         if site is None:
             raise UsageError("activations given as tensors need site=, as in site='resid_post.3'")

@@ -212,7 +212,7 @@ class Direction:
 
         Example: `direction.steering(0.5, layers=[3], where="thinking")`.
         """
-        chosen = self if layers is None else self.only([layers] if isinstance(layers, int) else layers)
+        chosen = self if layers is None else self.only(layers if isinstance(layers, Iterable) else [layers])
         phi = parse_map(self.map if map is None else map)
         gate = parse_gate(self.gate if where is None else where)
         source = Source(

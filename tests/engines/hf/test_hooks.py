@@ -4,6 +4,7 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import StaticCache
@@ -327,7 +328,7 @@ def test_another_map(tiny_llama):
 
 def test_layers_and_defaults_of_the_direction(tiny_llama, tokenizer):
     direction = direction_for(tiny_llama, strength=0.5, gate="thinking")
-    with steer(tiny_llama, direction, tokenizer=tokenizer, layers=2) as handle:
+    with steer(tiny_llama, direction, tokenizer=tokenizer, layers=np.int64(2)) as handle:
         logits(tiny_llama, ROWS[0])
     assert list(handle.report()) == ["resid_post.2"] and handle.report()["resid_post.2"]["tokens"] == 5
     assert handle.strength == 0.5

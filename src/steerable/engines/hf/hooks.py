@@ -94,7 +94,7 @@ def steer(
     """
     model = models.unwrap(model)
     items: list[Any] = list(directions) if isinstance(directions, (list, tuple)) else [directions]
-    chosen = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
+    chosen = None if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
     gate = None if where is None else parse_gate(where)
     norms: dict[Site, float] = {}
     program: list[Intervention] = []
