@@ -15,16 +15,24 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it u
 pytestmark = pytest.mark.slow
 
 
+def run(script, *options, **environment):
+    """A process of a script beside the tests."""
+    path = Path(vllm_engines.__file__).with_name(script)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    return subprocess.run(
+        [sys.executable, path, *options], env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def told(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+
+
 def second_runner(option):
     """What a process tells that has Triton's interpreter from the start: vLLM takes this runner by itself wherever
     Triton works, which is on GPUs."""
-    script = Path(vllm_engines.__file__).with_name("vllm_second_runner.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, script, option], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    return told(run("vllm_second_runner.py", option))
 
 
 def test_the_second_model_runner():
@@ -44,3 +52,17 @@ def test_two_ranks(reference, prompts, steerings):
     assert difference(reference, steerings, outputs) < PARITY
     one, other = engine.llm.llm_engine.collective_rpc("steering_status")
     assert one == other and one["tokens"] > 0
+
+
+@pytest.mark.skipif("STEERABLE_ALL" not in os.environ, reason="minutes; set STEERABLE_ALL=1 to run it")
+def test_graphs_that_are_kept(tmp_path):
+    """Cut at attention, compiled in pieces, and taken from vLLM's cache by the next engine, as on GPUs. Those of
+    another code do not steer, and are noticed."""
+    for loaded in (0, 1):
+        seen = told(run("vllm_kept_graphs.py", VLLM_CACHE_ROOT=str(tmp_path / "steered")))
+        assert seen["loaded"] == loaded
+        assert seen["difference"] < PARITY < 0.1 < seen["difference_if_unsteered"]
+    stale = {"VLLM_CACHE_ROOT": str(tmp_path / "stale")}
+    assert told(run("vllm_kept_graphs.py", "--unsteered", **stale)) == {"loaded": 0}
+    done = run("vllm_kept_graphs.py", **stale)
+    assert done.returncode and "steering does nothing at layers 0-5 of this model" in done.stderr

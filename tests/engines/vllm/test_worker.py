@@ -146,6 +146,13 @@ def test_layers_that_see_a_part_of_the_tokens_are_not_steered(option, name):
         check_config(config)
 
 
+def test_requests_that_would_not_be_read_are_not_served(monkeypatch):
+    """The first one that asks to be steered would end the engine."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(st.UsageError, match="VLLM_USE_RUST_FRONTEND"):
+        check_config(SimpleNamespace(parallel_config=None, cache_config=None, speculative_config=None))
+
+
 @pytest.mark.parametrize("dtype, is_refused", [(torch.float16, True), (torch.bfloat16, False)])
 def test_a_stream_that_is_kept_divided_is_not_steered(dtype, is_refused):
     """As DeepSeek's is in float16."""

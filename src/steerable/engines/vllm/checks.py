@@ -3,6 +3,7 @@ tokens of the step, each once."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "NixlConnector
 
 def check_config(config: Any) -> None:
     """Raises UsageError for what steering does not go together with, and for layers that the model has not."""
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise UsageError(
+            "VLLM_USE_RUST_FRONTEND is set, and that front end does not read the steerings of requests: unset it"
+        )
     parallel, cache, drafts = config.parallel_config, config.cache_config, config.speculative_config
     refused = {
         "--kv-sharing-fast-prefill": getattr(cache, "kv_sharing_fast_prefill", False),
