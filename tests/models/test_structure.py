@@ -16,7 +16,7 @@ from steerable.methods.recipes.edits import steer2edit, thinkedit
 from steerable.methods.span_statistics import span_means
 from steerable.models import loading as models
 from steerable.models.reading import is_recurrent
-from steerable.models.taps import missing, tap
+from steerable.models.taps import check_site, missing, tap
 from steerable.models.writers import all_places
 from steerable.steering.direction import Direction
 from steerable.steering.site import KINDS, Site
@@ -172,6 +172,15 @@ def test_another_threads_pass_while_a_model_is_looked_at(tiny_llama):
     with pytest.warns(SteerableWarning, match="attention adds self_attn, .* MLP adds mlp,"):
         models.family(model)
     assert torch.equal(results[0], plain)
+
+
+@pytest.mark.filterwarnings("ignore:models of type")
+def test_a_model_without_attention():
+    model = build("Mamba", num_hidden_layers=1)
+    with pytest.raises(UsageError, match="no layer of this mamba model has attention heads"):
+        thinkedit(model, None, [], short=1, long=1)
+    with pytest.raises(UsageError, match="no attn_out.0: where its parts add to the stream was not found"):
+        check_site(model, Site("attn_out", 0))
 
 
 def test_minimax_is_read_in_one_pass():

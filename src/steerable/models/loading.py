@@ -495,8 +495,11 @@ def n_heads(model: nn.Module, layer: int | None = None) -> int:
 
 def head_layers(model: nn.Module) -> list[int]:
     """The layers of softmax attention. In others (linear attention, Mamba, a convolution) `head_in` is what the last
-    projection reads, and its parts are no heads of the model's."""
+    projection reads, and its parts are no heads of the model's. Raises UsageError for a model without any."""
     config = text_config(model)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     kinds = kinds or ["full_attention"] * n_layers(model)
-    return [i for i, kind in enumerate(kinds) if kind.endswith("attention") and kind != "linear_attention"]
+    layers = [i for i, kind in enumerate(kinds) if kind.endswith("attention") and kind != "linear_attention"]
+    if not layers or not hasattr(config, "num_attention_heads"):
+        raise UsageError(f"no layer of this {config.model_type} model has attention heads: choose another model")
+    return layers
