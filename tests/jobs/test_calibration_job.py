@@ -234,6 +234,11 @@ def test_files_that_do_not_fit(tmp_path):
     ablating = Direction({Site("resid_post", 2): torch.ones(192)}, behaviour="backtracking", map="ablate")
     with pytest.raises(UsageError, match="only what is added has a dose"):
         calibrate_files([ablating.save(tmp_path / "a.safetensors")], out=tmp_path / "c", **FAST)
+    zero = Direction({Site("resid_post", n): torch.full((192,), n - 3.0) for n in (2, 3, 4)}, behaviour="backtracking")
+    with pytest.raises(UsageError, match="its vector at layer 3 is zero"):
+        calibrate_files([zero.save(tmp_path / "z.safetensors")], out=tmp_path / "c", **FAST)
+    with pytest.raises(UsageError, match="2 settings is too small"):  # layer 2 alone
+        calibrate_files([zero.only([2, 3]).save(tmp_path / "z")], out=tmp_path / "c", **FAST | {"layers": None})
     with pytest.raises(UsageError, match="give one direction file at least"):
         calibrate_files([], out=tmp_path / "c")
 

@@ -210,7 +210,11 @@ def _arms(directions: Mapping[str, Direction], layers: Sequence[int] | None, job
             pass
         if not isinstance(parse_map(direction.map), Shift):
             raise UsageError(f"{file}: only what is added has a dose, but the map of this direction is {direction.map}")
-        there = [layer for layer in direction.layers if layer in inner] or direction.layers
+        zero = {site.layer for site, vector in direction.vectors.items() if not vector.any()}
+        nonzero = [layer for layer in direction.layers if layer not in zero]
+        if not nonzero or zero & {*(layers or ())}:
+            raise UsageError(f"{file}: its vector at layer {min(zero)} is zero, at any length: give other --layers")
+        there = [layer for layer in nonzero if layer in inner] or nonzero
         few = min(_LAYERS, len(there))
         chosen = layers or [there[round(i * (len(there) - 1) / max(1, few - 1))] for i in range(few)]  # evenly spread
         stem = Path(file).stem if len({Path(f).stem for f in directions}) == len(directions) else file
