@@ -174,6 +174,14 @@ def test_another_threads_pass_while_a_model_is_looked_at(tiny_llama):
     assert torch.equal(results[0], plain)
 
 
+def test_a_model_that_does_not_run(tiny_llama):
+    model = deepcopy(tiny_llama)
+    model.config.model_type = "cousin"
+    model.model.forward = lambda **inputs: inputs["pixels"]
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM is of no known type, .* four tokens .*KeyError: 'pixels'"):
+        models.family(model)
+
+
 @pytest.mark.filterwarnings("ignore:models of type")
 def test_a_model_without_attention():
     model = build("Mamba", num_hidden_layers=1)

@@ -146,6 +146,12 @@ def _run(model: Any, root: nn.Module, path: str, layers: nn.ModuleList) -> tuple
     try:
         with torch.no_grad():
             root(input_ids=ids[None], use_cache=False)
+    except Exception as error:  # foreign code raises what it likes
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"{type(model).__name__} is of no known type, and cannot be run on four tokens to find its parts "
+            f"({type(error).__name__}: {reason}): add a row to models/families.py"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
