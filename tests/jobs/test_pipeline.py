@@ -320,6 +320,15 @@ def test_a_window_that_was_not_attributed(copy):
         main_job.run(copy, stage="select", fresh=False, window="span")
 
 
+def test_a_model_that_cannot_be_attributed_is_refused_at_once(tmp_path, monkeypatch):
+    model, tokenizer = models.load("pocket")
+    model.config.layer_types = ["full_attention", "linear_attention"] * 3
+    monkeypatch.setattr("steerable.jobs.run.load_model", lambda c: models.Loaded(model, tokenizer))
+    with pytest.raises(UsageError, match="layer 1 .* has 'linear attention': .* go without it"):
+        main_job.run(tmp_path / "run", quick=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_edited_task_file_is_read_again(tmp_path):
     tasks = tmp_path / "tasks.jsonl"
     options = {"tasks": str(tasks), "limit": 1, "validation": 1, "evaluation": 1}

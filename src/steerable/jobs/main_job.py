@@ -61,6 +61,7 @@ from steerable.jobs.task_origin import keys_of, note_keys
 from steerable.jobs.validation import Validation
 from steerable.methods.estimators import span_activations
 from steerable.methods.span_statistics import SpanMeans, span_means
+from steerable.models.reading import check_queries
 from steerable.pages.run_page import render
 from steerable.steering.direction import Direction
 from steerable.steering.gates import parse_gate
@@ -465,6 +466,8 @@ def run(
         if final.tasks.partition(":")[0] == "llm" and any("tasks" in step.settings.split() for step in steps):
             (annotation.endpoint(final) if final.tasks == "llm" else endpoint_of(final.tasks)).check_key()
         _ = job.loaded
+        if "attribute" in [step.name for step in steps]:
+            check_queries(job.loaded.model)
         if stage is None and (labels := annotation.labels_of(final)) is not None:
             job.behaviours_among(labels)
         folder.key(steps[0].name, steps[0].inputs, _depends_on(job, steps[0]))

@@ -221,6 +221,11 @@ class Queries:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
+def check_queries(model: Any) -> None:
+    """Raises UsageError for a model of which no single tokens can be evaluated (`Queries`), whatever the text."""
+    Queries(model, list(range(min(_FEW, models.vocabulary(model)))), [0])
+
+
 @torch.no_grad()
 def _try(model: Any, ids: list[int]) -> None:
     """Raises UsageError for a model whose queries are not what the whole text says: one that tells places by more than
@@ -255,9 +260,11 @@ def _windows(model: nn.Module) -> dict[str, int | None]:
     for number, layer in enumerate(DynamicCache(config=config).layers):
         kind = layer_types[number] if layer_types else "sliding_attention" if layer.is_sliding else "full_attention"
         if kind not in ("full_attention", "sliding_attention"):
+            what = kind.replace("_", " ")
             raise UsageError(
                 f"attribution needs layers that attend to the whole past or a sliding window of it, but layer {number} "
-                f"of this {config.model_type} model has {kind.replace('_', ' ')!r}: choose another model"
+                f"of this {config.model_type} model has {what!r}: choose another model, or go without it "
+                "(`steerable contrast`, `steerable calibrate`)"
             )
         windows[kind] = layer.sliding_window if layer.is_sliding else None
     return windows
