@@ -277,6 +277,9 @@ def reading(vector):
         (lambda i: i.update(rescale="no"), "true or false"),
         (lambda i: i["source"].update(colour=1), "no steering"),
         (lambda i: i["schedule"].update(type="never"), "unknown schedule"),
+        (lambda d: d.update(map={"type": "framed", "map": d["map"], "frame": [[1, 0], [0, 1]]}), r"matrix \[1, 1\]"),
+        (lambda d: d.update(map={"type": "framed", "map": 3, "frame": [[1]]}), "a map is a dataclass"),
+        (lambda d: d.update(map={"type": "clip", "lo": [0, 1], "hi": [2, 3]}), "has 2 numbers, but there are 1 rows"),
     ],
 )
 def test_bad_json(change, why):

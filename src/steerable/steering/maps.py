@@ -333,6 +333,12 @@ class Framed:
     def __post_init__(self) -> None:
         _store(self, dims=2, frame=self.frame)
 
+    def check(self, k: int) -> None:
+        frame = torch.tensor(self.frame)
+        if frame.shape != (k, k) or not bool((frame.diagonal() != 0).all()):
+            raise UsageError(f"the frame of a map is a triangular matrix [{k}, {k}], not {list(frame.shape)}")
+        check_map(self.map, k)
+
     @property
     def text(self) -> str:
         raise UsageError("a framed map is what a basis makes of another one: give that map itself, with the rows")
@@ -359,16 +365,23 @@ class Framed:
         return Framed(self.map, frame @ torch.tensor(self.frame, dtype=frame.dtype))
 
 
-def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
-    """An orthonormal basis [d, k], float64, of given rows [k, d], and the map of coordinates in it that does what `map`
-    does with the rows. Raises UsageError for rows that are not independent, and where the map needs another k."""
-    k = len(rows)
+def check_map(map: Map, k: int) -> None:
+    """Raises UsageError for what is no map, and for one that does not take k coordinates."""
+    if not is_dataclass(map):
+        raise UsageError(f"a map is a dataclass of `steering.maps`, not {map!r}")
     if (check := getattr(map, "check", None)) is not None:
         check(k)
     for f in fields(map):
         value = getattr(map, f.name)
         if isinstance(value, tuple) and value and isinstance(value[0], float) and len(value) != k:
             raise UsageError(f"the {f.name} of {map_text(map)} has {len(value)} numbers, but there are {k} rows")
+
+
+def fitted(rows: Tensor, map: Map) -> tuple[Tensor, Map]:
+    """An orthonormal basis [d, k], float64, of given rows [k, d], and the map of coordinates in it that does what `map`
+    does with the rows. Raises UsageError for rows that are not independent, and where the map needs another k."""
+    k = len(rows)
+    check_map(map, k)
     wide = rows.detach().cpu().double()
     if not torch.isfinite(wide).all():
         raise UsageError("the vector holds NaN or infinite numbers")

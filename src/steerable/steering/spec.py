@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from steerable.steering.gates import Gate, Reading, parse_gate, selectors
-from steerable.steering.maps import MAPS, Map, Shift, called, fitted
+from steerable.steering.maps import MAPS, Map, Shift, called, check_map, fitted
 from steerable.steering.plain import decoded, encoded, number_text
 from steerable.steering.schedule import SCHEDULES, Constant, Schedule, Uniform, schedule_text
 from steerable.steering.site import Site
@@ -89,8 +89,7 @@ class Intervention:
             raise UsageError(f"the basis at {self.site} must be [d, k], not {list(basis.shape)}")
         if not torch.isfinite(basis).all():
             raise UsageError(f"the vector at {self.site} holds NaN or infinite numbers")
-        if (check := getattr(self.map, "check", None)) is not None:
-            check(basis.shape[1])
+        check_map(self.map, basis.shape[1])
         try:
             strength = float(self.strength)
         except (TypeError, ValueError, RuntimeError, OverflowError):
