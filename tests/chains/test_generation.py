@@ -23,7 +23,7 @@ from steerable.engines.pool import tokens_a_minute
 from steerable.models.loading import Loaded
 from steerable.steering.site import Site
 from steerable.steering.think import ThinkTags
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableWarning, UsageError
 
 TASKS = [{"id": f"t-{i}", "prompt": f"w{i} w{i + 1} w3"} for i in range(9)]
 
@@ -63,7 +63,8 @@ def test_records(loaded):
     assert {c["closed"] for c in chains} == {True, False}
     assert chains == generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, rows=64)
     assert chains != generate_chains(loaded, TASKS, samples=2, max_new_tokens=40, seed=1)
-    greedy = generate_chains(loaded, TASKS[:2], samples=2, max_new_tokens=20, greedy=True)
+    with pytest.warns(SteerableWarning, match="all samples of a task are one and the same chain: give --samples 1"):
+        greedy = generate_chains(loaded, TASKS[:2], samples=2, max_new_tokens=20, greedy=True)
     assert greedy[0]["thinking"] == greedy[1]["thinking"]
 
 

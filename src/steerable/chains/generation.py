@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from steerable.models.loading import Loaded, stop_ids
 from steerable.steering.spec import Steering
 from steerable.steering.think import ThinkTags, render, think_tags_if_any
 from steerable.steering.vocabulary import with_first
-from steerable.store.errors import UsageError
+from steerable.store.errors import SteerableWarning, UsageError
 
 _FEW = 128  # chains that are one piece of work
 _MINUTES = 2  # of a piece: while its last chains are written, rows of the batch are empty; a killed run loses it
@@ -138,6 +139,13 @@ def generate_jobs(
         raise UsageError("block must be at least 1, and every job needs a sample")
     model = loaded.model
     decoding = decoding or (None if greedy is None else decoding_of(model, greedy=greedy))
+    if any(len(job.samples) > 1 for job in jobs) and (decoding or decoding_of(model)).greedy:
+        warnings.warn(
+            "decoding is greedy, by --greedy or by the model's generation_config, so that all samples of a task are "
+            "one and the same chain: give --samples 1",
+            SteerableWarning,
+            stacklevel=2,
+        )
     items = [(number, task, sample) for number, job in enumerate(jobs) for task in job.tasks for sample in job.samples]
     if engine is None:
         timely = _MINUTES * _LONGEST * tokens_a_minute(model) // max_new_tokens
