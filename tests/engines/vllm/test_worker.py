@@ -181,12 +181,17 @@ def test_workers_without_the_plugin_are_not_served(steering, is_refused):
         _warm_up(lambda self: None, executor)
 
 
-def test_padding_is_no_part_of_what_a_model_computes():
+def test_the_first_steps_have_one_text_and_no_padding():
     """A captured graph is longer than the dummy tokens where no size is theirs, and its attention leaves the rest as it
-    was."""
-    padded = torch.ones(8, D)
-    padded[4:] = torch.nan
-    assert _output(SimpleNamespace(_dummy_run=lambda tokens, force_attention: (padded, None))).shape == (4, D)
+    was; as a layer with a state does with texts that go on."""
+    config = SimpleNamespace(max_num_seqs=8)
+
+    def dummy_run(tokens, force_attention):
+        assert config.max_num_seqs == 1
+        return torch.cat([torch.ones(tokens, D), torch.full((4, D), torch.nan)]), None
+
+    assert _output(SimpleNamespace(_dummy_run=dummy_run, scheduler_config=config)).shape == (4, D)
+    assert config.max_num_seqs == 8
 
 
 def new_steps():

@@ -100,8 +100,15 @@ def _output(runner: Any) -> Tensor:
     """What the model gives for a few dummy tokens, on the CPU: hidden states, or what is sent to the next rank."""
     if hasattr(runner, "model_state"):
         output = _second_output(runner)
-    else:  # without its attention a step would read memory that nothing has written
-        output = runner._dummy_run(_TOKENS, force_attention=True)[0]
+    else:
+        # Without its attention a step would read memory that nothing has written. One text, since a layer with a state
+        # (Mamba) would do so for texts that go on.
+        config = runner.scheduler_config
+        most, config.max_num_seqs = config.max_num_seqs, 1
+        try:
+            output = runner._dummy_run(_TOKENS, force_attention=True)[0]
+        finally:
+            config.max_num_seqs = most
     outputs = [output.tensors[name] for name in sorted(output.tensors)] if hasattr(output, "tensors") else [output]
     # A captured graph may be longer, and what stands behind the tokens is whatever was there.
     return torch.cat([one[..., :_TOKENS, :] for one in outputs]).float().cpu()
