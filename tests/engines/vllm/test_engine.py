@@ -19,7 +19,7 @@ from steerable.models.loading import Loaded
 from steerable.steering.schedule import Uniform
 from steerable.steering.think import render
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm` sets it up")
 pytestmark = pytest.mark.slow
 
 OPTIONS = {
@@ -265,8 +265,10 @@ def test_activations_are_those_of_the_commit_that_is_served(monkeypatch):
 
 def test_a_model_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
     with pytest.raises(st.SteerableError, match="vLLM does not start with nobody/nothing"):
         st.VllmEngine.start("nobody/nothing")
+    assert vllm.envs.VLLM_LOGGING_STREAM == "ext://sys.stderr"  # the standard output is for results
 
 
 def test_maps_that_were_not_prepared_are_refused(engine, prompts):

@@ -60,6 +60,7 @@ class VllmEngine:
         Raises:
             UsageError: vLLM is not installed, or the model's layers are not found. SteerableError: vLLM does not start.
         """
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
         vllm = installed()
         source = find(model)
         if source.gguf_file is not None:
